@@ -1,0 +1,32 @@
+//! Which cell of the KV cache holds what: pure bookkeeping, no model.
+//!
+//! llama.cpp's cells span all layers, so one entry here stands for a token's K and V in every
+//! layer, and removing it removes the token from every layer (the paper's index broadcasting).
+
+mod ledger;
+pub mod ranges;
+
+pub use ledger::{Counts, Ledger};
+
+/// A token's position in its sequence (llama.cpp's `llama_pos`).
+pub type Pos = i32;
+
+/// Index of a cell in the KV cache.
+pub type Cell = u32;
+
+/// Where a token comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Modality {
+    Text,
+    Vision,
+}
+
+/// What the controller has decided about an occupied cell. A binned token is still attended to
+/// and still scored; only a flush of the recycle bin removes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    Live,
+    Binned,
+}

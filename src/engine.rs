@@ -1,0 +1,109 @@
+//! What the generation loop needs of a model. [`crate::llama`] implements it with llama.cpp,
+//! [`scripted`] with a table, so that everything above runs in tests without a model.
+
+pub mod scripted;
+
+use std::ops::Range;
+
+use crate::cache::{Cell, Pos};
+use crate::error::Result;
+
+/// A vocabulary id (llama.cpp's `llama_token`).
+pub type Token = i32;
+
+/// Consecutive input of one modality.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    Tokens(&'a [Token]),
+    /// Row-major `[n, n_embd]` projected visual embeddings.
+    Embeddings { data: &'a [f32], n: usize },
+}
+
+impl Input<'_> {
+    /// Number of positions the input takes.
+    pub fn len(&self) -> usize {
+        match self {
+            Input::Tokens(t) => t.len(),
+            Input::Embeddings { n, .. } => *n,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// One call of [`Engine::decode`].
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    pub input: Input<'a>,
+    /// Position of the first row; the others follow without holes.
+    pub pos: Pos,
+    /// Rows of this batch (ascending, < `input.len()`) whose attention is wanted; empty: none.
+    pub queries: &'a [u32],
+    /// Whether the logits of the last row are wanted.
+    pub logits: bool,
+}
+
+/// Attention that the query rows of one batch paid to each cell. Buffers are reused.
+#[derive(Clone, Debug, Default)]
+pub struct Observation {
+    /// Per cell: sum over query rows of the softmax attention, averaged over heads and over the
+    /// scoring layers. Length: cells in view (cells beyond it were not seen); empty cells hold 0.
+    pub sum: Vec<f32>,
+    /// Per cell: maximum over query rows of the same average.
+    pub max: Vec<f32>,
+    /// Positions of the query rows, ascending.
+    pub queries: Vec<Pos>,
+}
+
+impl Observation {
+    pub fn clear(&mut self) {
+        self.sum.clear();
+        self.max.clear();
+        self.queries.clear();
+    }
+}
+
+/// KV memory, in bytes, from the backend's own figures.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct KvBytes {
+    /// Bytes that one cell takes over all layers, K and V.
+    pub per_cell: u64,
+    /// Bytes of the buffers that hold the cache now.
+    pub allocated: u64,
+}
+
+/// A model with one sequence in its KV cache.
+pub trait Engine {
+    /// Runs the batch and stores its K and V. Fills `cells` with the cell of each row, in order,
+    /// and `seen` with the attention of `batch.queries` (cleared first, untouched rows mean none
+    /// was asked for).
+    ///
+    /// # Errors
+    /// [`crate::Error::ContextFull`] when no cells are left; the cache is then unchanged.
+    fn decode(&mut self, batch: Batch<'_>, cells: &mut Vec<Cell>, seen: &mut Observation) -> Result<()>;
+
+    /// Logits of the last row of the last batch that asked for them: `[n_vocab]`.
+    fn logits(&self) -> Result<&[f32]>;
+
+    /// Chooses the next token from the last logits and tells the sampler so.
+    fn sample(&mut self) -> Result<Token>;
+
+    /// Whether the token ends a generation.
+    fn is_eog(&self, token: Token) -> bool;
+
+    /// Appends the token's text bytes (possibly part of a UTF-8 character) to `out`.
+    fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()>;
+
+    /// Removes the positions from the sequence, in every layer. Ranges are sorted and disjoint.
+    fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()>;
+
+    /// Cells that the cache can hold.
+    fn n_cells(&self) -> usize;
+
+    /// Rows that one call of [`Engine::decode`] takes at most.
+    fn n_batch(&self) -> usize;
+
+    fn kv_bytes(&self) -> KvBytes;
+}
