@@ -8,9 +8,9 @@ use crate::cache::{Counts, PerModality};
 use crate::controller::Controller;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::generate::{Finish, Hooks, Segment, Session};
+use crate::generate::{Axes, Finish, Hooks, Segment, Session};
 use crate::image::Picture;
-use crate::llama::{LlamaEngine, Piece, Vision};
+use crate::llama::{ImageEmbeddings, LlamaEngine, Piece, Vision};
 use crate::prompt::{Transcript, place_pictures, tokenize};
 
 /// One user turn.
@@ -203,7 +203,7 @@ impl<'m> Conversation<'m> {
                         return Err(Error::option("--image", "pictures need a vision file, give one with --mmproj"));
                     };
                     images.push(image.n);
-                    segments.push(Segment::image(vision.encode(&image)?, self.images));
+                    segments.push(segment(vision.encode(&image)?, self.images));
                     self.images += 1;
                 }
             }
@@ -220,4 +220,10 @@ impl<'m> Conversation<'m> {
             (n, left) => n.or(left),
         }
     }
+}
+
+/// An encoded picture as the loops take it.
+pub fn segment(encoded: ImageEmbeddings, image: u32) -> Segment {
+    let ImageEmbeddings { data, n, n_pos, mrope } = encoded;
+    Segment::Image { embeddings: data, n, image, axes: mrope.map(|rows| Axes { rows, n_pos }) }
 }

@@ -21,6 +21,12 @@ pub enum Error {
     ContextFull { n_ctx: usize },
     #[error("attention score of position {pos} is {value}, expected a finite number")]
     NanScore { pos: i32, value: f32 },
+    /// The cache does not hold what its bookkeeping says: a bug, in a policy or an engine.
+    #[error("cache bookkeeping: cell {cell} {reason}")]
+    Cell { cell: u32, reason: String },
+    /// An engine or a policy broke the contract of its trait: a bug.
+    #[error("broken contract: {what}")]
+    Contract { what: String },
     #[error("llama.cpp: {call} failed: {reason}")]
     Llama { call: &'static str, reason: String },
     #[error("kv policy {policy} cannot serve this model: {reason}")]
@@ -38,6 +44,14 @@ impl Error {
 
     pub fn option(name: &'static str, reason: impl Into<String>) -> Self {
         Error::Option { name, reason: reason.into() }
+    }
+
+    pub fn cell(cell: u32, reason: impl Into<String>) -> Self {
+        Error::Cell { cell, reason: reason.into() }
+    }
+
+    pub fn contract(what: impl Into<String>) -> Self {
+        Error::Contract { what: what.into() }
     }
 
     pub fn llama(call: &'static str, reason: impl Into<String>) -> Self {
