@@ -9,7 +9,6 @@
 //! Hugging Face directory.
 
 #![deny(unsafe_code)]
-#![warn(missing_debug_implementations)]
 
 pub mod build;
 pub mod cache;

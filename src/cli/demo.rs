@@ -1,7 +1,7 @@
 //! `hae demo`: the same question twice, with llama.cpp's KV cache as it is and with HAE.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
@@ -40,7 +40,7 @@ pub fn run(args: &Args) -> Result<()> {
     let hae_options = args.policy.options()?;
     let picture = match &args.image {
         Some(path) => picture(path)?,
-        None => image::decode(embedded::PICTURE, "the embedded picture", &image::Limits::default())?,
+        None => image::decode(Path::new("demo.png"), embedded::PICTURE, &image::Limits::default())?,
     };
     let files = Files::find(&args.model)?;
     let stock = ask(args, &files, &picture, ("full", &PolicyOptions::default()))?;

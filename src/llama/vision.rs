@@ -6,8 +6,8 @@ use std::ptr::NonNull;
 
 use llama_cpp_sys_2 as sys;
 
-use super::model::check_path;
-use super::{Model, gguf, log};
+use super::gguf::{Gguf, c_path};
+use super::{Model, log};
 use crate::cache::Pos;
 use crate::engine::Token;
 use crate::error::{Error, Result};
@@ -114,17 +114,18 @@ impl<'m> Vision<'m> {
     /// # Errors
     /// [`Error::File`] when the file is not a vision file, or not one for this model.
     pub fn load(path: &Path, model: &'m Model, options: &VisionOptions) -> Result<Self> {
-        let meta = gguf::Metadata::read(path)?;
-        let arch = meta.str("general.architecture").unwrap_or_default();
+        let meta = Gguf::open(path)?;
+        let arch = meta.text("general.architecture")?;
         if arch != "clip" {
             return Err(Error::file(
                 path,
                 format!("is a text model (architecture {arch}), expected a vision file: pass it as -m"),
             ));
         }
-        let projector =
-            meta.str("clip.projector_type").or_else(|| meta.str("clip.vision.projector_type")).unwrap_or_default().to_owned();
-        let c_path = check_path(path)?;
+        let projector = meta
+            .text("clip.projector_type")
+            .or_else(|_| meta.text("clip.vision.projector_type"))?;
+        let c_path = c_path(path)?;
         let marker = CString::new(Self::MARKER).map_err(|e| Error::llama("mtmd_init_from_file", e.to_string()))?;
         log::forget();
         // SAFETY: both strings outlive the call, which copies them; the model outlives `Self`.
