@@ -1,1 +1,7 @@
+//! All integration tests in one program: each test binary would link llama.cpp once more.
 
+mod bin;
+mod controller;
+mod house;
+mod image;
+mod npz;
