@@ -24,6 +24,7 @@ pub mod generate;
 pub mod image;
 #[allow(unsafe_code)]
 pub mod llama;
+pub mod outfile;
 pub mod policy;
 pub mod prompt;
 

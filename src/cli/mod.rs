@@ -26,9 +26,9 @@ enum Command {
     /// Answer a prompt about pictures, or chat when no prompt is given
     Run(Box<run::Args>),
     /// Make GGUFs from a Phi-3.5-vision directory in Hugging Face layout
-    Convert(convert::Args),
+    Convert(convert::ConvertArgs),
     /// Quantize a text GGUF
-    Quantize(quantize::Args),
+    Quantize(quantize::QuantizeArgs),
     /// Describe a picture twice, with llama.cpp's KV cache and with HAE, and compare
     Demo(demo::Args),
 }

@@ -1,7 +1,6 @@
 //! All integration tests in one program: each test binary would link llama.cpp once more.
 
 mod bin;
-mod controller;
 mod house;
 mod image;
 mod npz;
