@@ -35,7 +35,13 @@ mod tests {
     #[test]
     fn versions_are_the_pinned_ones() {
         let pin = include_str!("../vendor/pin/Cargo.toml");
-        assert!(pin.contains(&format!("llama-cpp-2 = \"={LLAMA_CPP_2}\"")), "{pin}");
-        assert!(pin.contains(&format!("llama-cpp-sys-2 = \"={LLAMA_CPP_SYS_2}\"")), "{pin}");
+        assert!(
+            pin.contains(&format!("llama-cpp-2 = \"={LLAMA_CPP_2}\"")),
+            "{pin}"
+        );
+        assert!(
+            pin.contains(&format!("llama-cpp-sys-2 = \"={LLAMA_CPP_SYS_2}\"")),
+            "{pin}"
+        );
     }
 }

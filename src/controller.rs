@@ -118,10 +118,18 @@ impl Controller {
     ///
     /// # Errors
     /// As [`Ledger::insert_shared`].
-    pub fn inserted_shared(&mut self, cells: &[Cell], base: Pos, first: usize, n_pos: Pos, image: Option<u32>) -> Result<()> {
+    pub fn inserted_shared(
+        &mut self,
+        cells: &[Cell],
+        base: Pos,
+        first: usize,
+        n_pos: Pos,
+        image: Option<u32>,
+    ) -> Result<()> {
         for (i, &cell) in cells.iter().enumerate() {
             let row = Pos::try_from(first + i).unwrap_or(Pos::MAX);
-            self.ledger.insert_shared(cell, base.saturating_add(row.min(n_pos - 1)), image)?;
+            self.ledger
+                .insert_shared(cell, base.saturating_add(row.min(n_pos - 1)), image)?;
         }
         Ok(())
     }

@@ -94,7 +94,9 @@ pub struct Conversation<'m> {
 
 impl std::fmt::Debug for Conversation<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Conversation").field("transcript", &self.transcript).finish_non_exhaustive()
+        f.debug_struct("Conversation")
+            .field("transcript", &self.transcript)
+            .finish_non_exhaustive()
     }
 }
 
@@ -106,7 +108,14 @@ impl<'m> Conversation<'m> {
         transcript: Transcript,
         max_positions: Option<usize>,
     ) -> Self {
-        Conversation { session: Session::new(engine, controller), vision, transcript, pending: None, images: 0, max_positions }
+        Conversation {
+            session: Session::new(engine, controller),
+            vision,
+            transcript,
+            pending: None,
+            images: 0,
+            max_positions,
+        }
     }
 
     /// Forgets everything that was said and shown.
@@ -148,13 +157,23 @@ impl<'m> Conversation<'m> {
             conversation.transcript = before.clone();
             e
         };
-        let pieces = tokenize(model, self.vision.as_ref(), &text, &pictures, before.is_new()).map_err(|e| undo(self, e))?;
+        let pieces = tokenize(
+            model,
+            self.vision.as_ref(),
+            &text,
+            &pictures,
+            before.is_new(),
+        )
+        .map_err(|e| undo(self, e))?;
         self.check_fit(&pieces).map_err(|e| undo(self, e))?;
 
         let (segments, images) = self.encode(pieces).map_err(|e| undo(self, e))?;
         let encoded = (hooks.now)();
         let n_predict = self.limit(turn.n_predict, &segments);
-        let generated = self.session.generate(&segments, n_predict, hooks).map_err(|e| undo(self, e))?;
+        let generated = self
+            .session
+            .generate(&segments, n_predict, hooks)
+            .map_err(|e| undo(self, e))?;
         self.transcript.answered(&generated.text);
         self.pending = generated.pending;
 
@@ -163,7 +182,11 @@ impl<'m> Conversation<'m> {
         let report = self.session.controller.report();
         Ok(Answer {
             finish: generated.finish,
-            tokens: TokenCounts { prompt: generated.prompt, images, generated: generated.tokens.len() },
+            tokens: TokenCounts {
+                prompt: generated.prompt,
+                images,
+                generated: generated.tokens.len(),
+            },
             kv: self.kv(),
             timings: TimingReport {
                 vision_encode_ms: ms(encode),
@@ -188,19 +211,33 @@ impl<'m> Conversation<'m> {
     fn check_fit(&self, pieces: &[Piece]) -> Result<()> {
         let rows: usize = pieces.iter().map(Piece::len).sum();
         let n_ctx = self.session.engine.n_cells();
-        let needed = self.session.controller.ledger().counts().cells() + rows + usize::from(self.pending.is_some());
-        if needed > n_ctx { Err(Error::PromptTooLong { needed, n_ctx }) } else { Ok(()) }
+        let needed = self.session.controller.ledger().counts().cells()
+            + rows
+            + usize::from(self.pending.is_some());
+        if needed > n_ctx {
+            Err(Error::PromptTooLong { needed, n_ctx })
+        } else {
+            Ok(())
+        }
     }
 
     fn encode(&mut self, pieces: Vec<Piece>) -> Result<(Vec<Segment>, Vec<usize>)> {
-        let mut segments: Vec<Segment> = self.pending.take().map(|t| Segment::Tokens(vec![t])).into_iter().collect();
+        let mut segments: Vec<Segment> = self
+            .pending
+            .take()
+            .map(|t| Segment::Tokens(vec![t]))
+            .into_iter()
+            .collect();
         let mut images = Vec::new();
         for piece in pieces {
             match piece {
                 Piece::Text(tokens) => segments.push(Segment::Tokens(tokens)),
                 Piece::Image(image) => {
                     let Some(vision) = &mut self.vision else {
-                        return Err(Error::option("--image", "pictures need a vision file, give one with --mmproj"));
+                        return Err(Error::option(
+                            "--image",
+                            "pictures need a vision file, give one with --mmproj",
+                        ));
                     };
                     images.push(image.n);
                     segments.push(segment(vision.encode(&image)?, self.images));
@@ -213,7 +250,8 @@ impl<'m> Conversation<'m> {
 
     /// Keeps a generation within the positions that the rope factors were chosen for.
     fn limit(&self, n_predict: Option<usize>, segments: &[Segment]) -> Option<usize> {
-        let taken = self.session.controller.next_pos() as usize + segments.iter().map(Segment::positions).sum::<usize>();
+        let taken = self.session.controller.next_pos() as usize
+            + segments.iter().map(Segment::positions).sum::<usize>();
         let left = self.max_positions.map(|max| max.saturating_sub(taken));
         match (n_predict, left) {
             (Some(n), Some(left)) => Some(n.min(left)),
@@ -224,6 +262,16 @@ impl<'m> Conversation<'m> {
 
 /// An encoded picture as the loops take it.
 pub fn segment(encoded: ImageEmbeddings, image: u32) -> Segment {
-    let ImageEmbeddings { data, n, n_pos, mrope } = encoded;
-    Segment::Image { embeddings: data, n, image, axes: mrope.map(|rows| Axes { rows, n_pos }) }
+    let ImageEmbeddings {
+        data,
+        n,
+        n_pos,
+        mrope,
+    } = encoded;
+    Segment::Image {
+        embeddings: data,
+        n,
+        image,
+        axes: mrope.map(|rows| Axes { rows, n_pos }),
+    }
 }

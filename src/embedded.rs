@@ -23,7 +23,10 @@ impl Embedded {
     /// # Errors
     /// [`Error::Io`] when the temporary folder cannot take the 9 MB.
     pub fn unpack() -> Result<Self> {
-        Ok(Embedded { model: write("tiny-phi3v-", MODEL)?, mmproj: write("mmproj-tiny-phi3v-", MMPROJ)? })
+        Ok(Embedded {
+            model: write("tiny-phi3v-", MODEL)?,
+            mmproj: write("mmproj-tiny-phi3v-", MMPROJ)?,
+        })
     }
 
     pub fn model(&self) -> &Path {
@@ -42,6 +45,8 @@ fn write(prefix: &str, bytes: &[u8]) -> Result<NamedTempFile> {
         .suffix(".gguf")
         .tempfile_in(&folder)
         .map_err(|e| Error::io(&folder, e))?;
-    file.write_all(bytes).and_then(|()| file.flush()).map_err(|e| Error::io(file.path(), e))?;
+    file.write_all(bytes)
+        .and_then(|()| file.flush())
+        .map_err(|e| Error::io(file.path(), e))?;
     Ok(file)
 }

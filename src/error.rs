@@ -64,7 +64,10 @@ impl Error {
     }
 
     pub fn cell(cell: u32, reason: impl Into<String>) -> Self {
-        Error::Cell { cell, reason: reason.into() }
+        Error::Cell {
+            cell,
+            reason: reason.into(),
+        }
     }
 
     pub fn contract(what: impl Into<String>) -> Self {

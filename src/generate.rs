@@ -21,7 +21,12 @@ pub enum Segment {
     Tokens(Vec<Token>),
     /// Row-major `[n, n_embd]` projected embeddings of picture number `image`. `axes` is there
     /// for models whose pictures have two axes (M-RoPE).
-    Image { embeddings: Vec<f32>, n: usize, image: u32, axes: Option<Axes> },
+    Image {
+        embeddings: Vec<f32>,
+        n: usize,
+        image: u32,
+        axes: Option<Axes>,
+    },
 }
 
 /// Positions of a picture's rows where they are not one after the other (M-RoPE).
@@ -49,7 +54,9 @@ impl Segment {
     /// Positions that the segment takes.
     pub fn positions(&self) -> usize {
         match self {
-            Segment::Image { axes: Some(axes), .. } => axes.n_pos.max(0) as usize,
+            Segment::Image {
+                axes: Some(axes), ..
+            } => axes.n_pos.max(0) as usize,
             _ => self.len(),
         }
     }
@@ -81,17 +88,31 @@ impl Segment {
             Segment::Tokens(tokens) => Input::Tokens(&tokens[start..end]),
             Segment::Image { embeddings, n, .. } => {
                 let width = embeddings.len() / n;
-                Input::Embeddings { data: &embeddings[start * width..end * width], n: end - start, mrope }
+                Input::Embeddings {
+                    data: &embeddings[start * width..end * width],
+                    n: end - start,
+                    mrope,
+                }
             }
         }
     }
 
     fn check(&self) -> Result<()> {
         match self {
-            Segment::Image { embeddings, n, image, axes } => {
-                if let Some(axes) = axes.as_ref().filter(|a| a.rows.len() != *n || a.n_pos < 1 || a.n_pos as usize > *n) {
+            Segment::Image {
+                embeddings,
+                n,
+                image,
+                axes,
+            } => {
+                if let Some(axes) = axes
+                    .as_ref()
+                    .filter(|a| a.rows.len() != *n || a.n_pos < 1 || a.n_pos as usize > *n)
+                {
                     let (rows, n_pos) = (axes.rows.len(), axes.n_pos);
-                    let reason = format!("picture {image} has {rows} places on {n_pos} positions for {n} rows");
+                    let reason = format!(
+                        "picture {image} has {rows} places on {n_pos} positions for {n} rows"
+                    );
                     return Err(Error::option("prompt", reason));
                 }
                 if *n == 0 && embeddings.is_empty() {
@@ -180,7 +201,13 @@ impl<E: Engine> Session<E> {
     /// `engine` is empty and `controller` made for its number of cells.
     pub fn new(engine: E, controller: Controller) -> Self {
         let (cells, queries) = (Vec::new(), Vec::new());
-        Session { engine, controller, cells, seen: Observation::default(), queries }
+        Session {
+            engine,
+            controller,
+            cells,
+            seen: Observation::default(),
+            queries,
+        }
     }
 
     /// Takes a prompt in after what the cache holds, and lets the policy act. False: cancelled
@@ -207,11 +234,18 @@ impl<E: Engine> Session<E> {
                 self.select_queries(segment.modality(), end - start, is_last);
                 let place = match segment.axes() {
                     None => Place::Next,
-                    Some(axes) => Place::Shared { base, first: start, n_pos: axes.n_pos },
+                    Some(axes) => Place::Shared {
+                        base,
+                        first: start,
+                        n_pos: axes.n_pos,
+                    },
                 };
-                let mrope: Option<Vec<[Pos; 4]>> = segment
-                    .axes()
-                    .map(|axes| axes.rows[start..end].iter().map(|row| row.map(|p| p.saturating_add(base))).collect());
+                let mrope: Option<Vec<[Pos; 4]>> = segment.axes().map(|axes| {
+                    axes.rows[start..end]
+                        .iter()
+                        .map(|row| row.map(|p| p.saturating_add(base)))
+                        .collect()
+                });
                 let input = segment.rows(start, end, mrope.as_deref());
                 self.run(input, segment.modality(), segment.image(), place, is_last)?;
                 start = end;
@@ -230,7 +264,13 @@ impl<E: Engine> Session<E> {
         if self.controller.observes_decoding() {
             self.queries.push(0);
         }
-        self.run(Input::Tokens(&[token]), Modality::Text, None, Place::Next, true)?;
+        self.run(
+            Input::Tokens(&[token]),
+            Modality::Text,
+            None,
+            Place::Next,
+            true,
+        )?;
         self.engine_remove(Controller::after_step)
     }
 
@@ -245,10 +285,17 @@ impl<E: Engine> Session<E> {
         n_predict: Option<usize>,
         hooks: Hooks<'_>,
     ) -> Result<Generated> {
-        let Hooks { on_text, cancelled, now } = hooks;
+        let Hooks {
+            on_text,
+            cancelled,
+            now,
+        } = hooks;
         let start = now();
         let complete = self.prefill(prompt, cancelled)?;
-        let mut timings = Timings { prefill: now().saturating_sub(start), ..Timings::default() };
+        let mut timings = Timings {
+            prefill: now().saturating_sub(start),
+            ..Timings::default()
+        };
         let (mut text, mut tokens, mut pending) = (String::new(), Vec::new(), None);
         let mut stream = Utf8Stream::default();
         let mut decoding = None;
@@ -287,7 +334,14 @@ impl<E: Engine> Session<E> {
             timings.decode = now().saturating_sub(first);
         }
         let prompt = count(prompt);
-        Ok(Generated { text, tokens, finish, pending, prompt, timings })
+        Ok(Generated {
+            text,
+            tokens,
+            finish,
+            pending,
+            prompt,
+            timings,
+        })
     }
 
     fn check(&self, prompt: &[Segment]) -> Result<()> {
@@ -296,10 +350,18 @@ impl<E: Engine> Session<E> {
         }
         let rows = count(prompt).total();
         if rows == 0 {
-            return Err(Error::option("prompt", "is empty, expected at least one token"));
+            return Err(Error::option(
+                "prompt",
+                "is empty, expected at least one token",
+            ));
         }
         let n_ctx = self.engine.n_cells();
-        let needed = self.controller.ledger().counts().cells().saturating_add(rows);
+        let needed = self
+            .controller
+            .ledger()
+            .counts()
+            .cells()
+            .saturating_add(rows);
         if needed > n_ctx {
             return Err(Error::PromptTooLong { needed, n_ctx });
         }
@@ -311,7 +373,9 @@ impl<E: Engine> Session<E> {
         let rows = Pos::try_from(rows).unwrap_or(Pos::MAX);
         match self.controller.next_pos().checked_add(rows) {
             Some(_) => Ok(()),
-            None => Err(Error::ContextFull { n_ctx: self.engine.n_cells() }),
+            None => Err(Error::ContextFull {
+                n_ctx: self.engine.n_cells(),
+            }),
         }
     }
 
@@ -320,10 +384,16 @@ impl<E: Engine> Session<E> {
         self.queries.clear();
         let rows = rows as u32;
         match self.controller.observe() {
-            Observe::Layers { queries: Queries::All, .. } if modality == Modality::Text => {
+            Observe::Layers {
+                queries: Queries::All,
+                ..
+            } if modality == Modality::Text => {
                 self.queries.extend(0..rows);
             }
-            Observe::Layers { queries: Queries::Last, .. } if is_last => {
+            Observe::Layers {
+                queries: Queries::Last,
+                ..
+            } if is_last => {
                 self.queries.push(rows - 1);
             }
             _ => {}
@@ -344,20 +414,34 @@ impl<E: Engine> Session<E> {
             Place::Next => self.controller.next_pos(),
             Place::Shared { base, .. } => base,
         };
-        let batch = Batch { input, pos, queries: &self.queries, logits };
+        let batch = Batch {
+            input,
+            pos,
+            queries: &self.queries,
+            logits,
+        };
         self.engine.decode(batch, &mut self.cells, &mut self.seen)?;
         let (rows, cells) = (input.len(), self.cells.len());
         if cells != rows {
-            return Err(Error::contract(format!("{cells} cells for a batch of {rows} rows")));
+            return Err(Error::contract(format!(
+                "{cells} cells for a batch of {rows} rows"
+            )));
         }
         // Missing attention would let every token look unused.
         let (wanted, seen) = (self.queries.len(), self.seen.queries.len());
         if seen != wanted {
-            return Err(Error::contract(format!("attention of {seen} rows, expected {wanted}")));
+            return Err(Error::contract(format!(
+                "attention of {seen} rows, expected {wanted}"
+            )));
         }
         match place {
-            Place::Next => self.controller.inserted(&self.cells, pos, modality, image)?,
-            Place::Shared { base, first, n_pos } => self.controller.inserted_shared(&self.cells, base, first, n_pos, image)?,
+            Place::Next => self
+                .controller
+                .inserted(&self.cells, pos, modality, image)?,
+            Place::Shared { base, first, n_pos } => {
+                self.controller
+                    .inserted_shared(&self.cells, base, first, n_pos, image)?
+            }
         }
         self.controller.observed(&self.seen)
     }
@@ -367,7 +451,11 @@ impl<E: Engine> Session<E> {
         plan: impl FnOnce(&mut Controller) -> Result<&[std::ops::Range<Pos>]>,
     ) -> Result<()> {
         let ranges = plan(&mut self.controller)?;
-        if ranges.is_empty() { Ok(()) } else { self.engine.remove(ranges) }
+        if ranges.is_empty() {
+            Ok(())
+        } else {
+            self.engine.remove(ranges)
+        }
     }
 }
 

@@ -12,8 +12,6 @@
 
 pub mod build;
 pub mod cache;
-#[doc(hidden)]
-pub mod cli;
 pub mod controller;
 pub mod conversation;
 pub mod convert;

@@ -18,8 +18,18 @@ pub struct Transcript {
 
 impl Transcript {
     pub fn new(template: Option<String>, system: Option<String>) -> Self {
-        let messages = system.into_iter().map(|content| Message { role: "system", content }).collect();
-        Transcript { template, messages, fed: String::new() }
+        let messages = system
+            .into_iter()
+            .map(|content| Message {
+                role: "system",
+                content,
+            })
+            .collect();
+        Transcript {
+            template,
+            messages,
+            fed: String::new(),
+        }
     }
 
     /// Forgets all turns but a system prompt.
@@ -43,7 +53,10 @@ impl Transcript {
             self.fed.push_str(&content);
             return Ok(content);
         };
-        self.messages.push(Message { role: "user", content });
+        self.messages.push(Message {
+            role: "user",
+            content,
+        });
         let full = match chat::apply(model, template, &self.messages, true) {
             Ok(full) => full,
             Err(e) => {
@@ -66,7 +79,10 @@ impl Transcript {
     pub fn answered(&mut self, text: &str) {
         self.fed.push_str(text);
         if self.template.is_some() {
-            self.messages.push(Message { role: "assistant", content: text.to_owned() });
+            self.messages.push(Message {
+                role: "assistant",
+                content: text.to_owned(),
+            });
         }
     }
 }
@@ -84,10 +100,16 @@ pub fn place_pictures(text: &str, n: usize, line: bool) -> Result<(String, Vec<u
         let (mut out, mut order) = (String::new(), Vec::new());
         let mut rest = text;
         while let Some((before, after)) = rest.split_once("<|image_") {
-            let Some((number, after)) = after.split_once("|>") else { break };
+            let Some((number, after)) = after.split_once("|>") else {
+                break;
+            };
             let k: usize = match number.parse() {
                 Ok(k) if (1..=n).contains(&k) => k,
-                _ => return Err(bad(format!("the prompt names <|image_{number}|>, but {n} pictures were given"))),
+                _ => {
+                    return Err(bad(format!(
+                        "the prompt names <|image_{number}|>, but {n} pictures were given"
+                    )));
+                }
             };
             out.push_str(before);
             out.push_str(Vision::MARKER);
@@ -96,16 +118,25 @@ pub fn place_pictures(text: &str, n: usize, line: bool) -> Result<(String, Vec<u
         }
         out.push_str(rest);
         if let Some(missing) = (0..n).find(|i| !order.contains(i)) {
-            return Err(bad(format!("the prompt has no <|image_{}|>, but {n} pictures were given", missing + 1)));
+            return Err(bad(format!(
+                "the prompt has no <|image_{}|>, but {n} pictures were given",
+                missing + 1
+            )));
         }
         return Ok((out, order));
     }
     let places = text.matches(Vision::MARKER).count();
     if places > 0 && places != n {
-        return Err(bad(format!("the prompt has places for {places} pictures, but {n} were given")));
+        return Err(bad(format!(
+            "the prompt has places for {places} pictures, but {n} were given"
+        )));
     }
     let front = if places == 0 { n } else { 0 };
-    let marker = if line { format!("{}\n", Vision::MARKER) } else { Vision::MARKER.to_owned() };
+    let marker = if line {
+        format!("{}\n", Vision::MARKER)
+    } else {
+        Vision::MARKER.to_owned()
+    };
     Ok((marker.repeat(front) + text, (0..n).collect()))
 }
 
@@ -113,9 +144,18 @@ pub fn place_pictures(text: &str, n: usize, line: bool) -> Result<(String, Vec<u
 ///
 /// # Errors
 /// [`Error::Option`] for pictures without a vision file, otherwise as [`Vision::tokenize`].
-pub fn tokenize(model: &Model, vision: Option<&Vision<'_>>, text: &str, pictures: &[&Picture], first: bool) -> Result<Vec<Piece>> {
+pub fn tokenize(
+    model: &Model,
+    vision: Option<&Vision<'_>>,
+    text: &str,
+    pictures: &[&Picture],
+    first: bool,
+) -> Result<Vec<Piece>> {
     match vision {
-        None if !pictures.is_empty() => Err(Error::option("--image", "pictures need a vision file, give one with --mmproj")),
+        None if !pictures.is_empty() => Err(Error::option(
+            "--image",
+            "pictures need a vision file, give one with --mmproj",
+        )),
         // Phi-3.5-vision's processor starts the text behind a picture with BOS, also in later
         // turns, but not the text that goes on from an earlier turn.
         Some(vision) if !first && vision.bos_per_text() && !pictures.is_empty() => {
@@ -137,9 +177,18 @@ mod tests {
 
     #[test]
     fn pictures_go_in_front_where_the_text_names_no_place() {
-        assert_eq!(place_pictures("Why?", 2, true).unwrap(), (format!("{M}\n{M}\nWhy?"), vec![0, 1]));
-        assert_eq!(place_pictures("Why?", 1, false).unwrap(), (format!("{M}Why?"), vec![0]));
-        assert_eq!(place_pictures("Why?", 0, true).unwrap(), ("Why?".to_owned(), vec![]));
+        assert_eq!(
+            place_pictures("Why?", 2, true).unwrap(),
+            (format!("{M}\n{M}\nWhy?"), vec![0, 1])
+        );
+        assert_eq!(
+            place_pictures("Why?", 1, false).unwrap(),
+            (format!("{M}Why?"), vec![0])
+        );
+        assert_eq!(
+            place_pictures("Why?", 0, true).unwrap(),
+            ("Why?".to_owned(), vec![])
+        );
     }
 
     #[test]
@@ -152,7 +201,12 @@ mod tests {
 
     #[test]
     fn places_and_pictures_must_match() {
-        for (text, n) in [("<|image_3|>", 2), ("<|image_1|>", 2), ("<|image_x|>", 1), (M, 2)] {
+        for (text, n) in [
+            ("<|image_3|>", 2),
+            ("<|image_1|>", 2),
+            ("<|image_x|>", 1),
+            (M, 2),
+        ] {
             let error = place_pictures(text, n, true).unwrap_err().to_string();
             assert!(error.starts_with("--image: "), "{error}");
             assert!(error.contains(&format!("{n}")), "{error}");

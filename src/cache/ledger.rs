@@ -111,7 +111,10 @@ impl Ledger {
         let i = cell as usize;
         if i >= self.n_cells {
             let n = self.n_cells;
-            return Err(Error::cell(cell, format!("is beyond the {n} cells of the cache")));
+            return Err(Error::cell(
+                cell,
+                format!("is beyond the {n} cells of the cache"),
+            ));
         }
         // Pos::MAX has no end for a half-open range.
         if pos < oldest_allowed || pos == Pos::MAX {
@@ -124,7 +127,10 @@ impl Ledger {
             self.grow(i + 1);
         } else if self.pos[i] != EMPTY {
             let old = self.pos[i];
-            return Err(Error::cell(cell, format!("got position {pos} but holds position {old}")));
+            return Err(Error::cell(
+                cell,
+                format!("got position {pos} but holds position {old}"),
+            ));
         }
         self.pos[i] = pos;
         self.modality[i] = modality;
@@ -258,21 +264,24 @@ impl Ledger {
             return Err(Error::cell(cell, "is empty, expected a token"));
         }
         match state {
-            Some(State::Live) if self.state[i] != State::Live => {
-                Err(Error::cell(cell, "is in the recycle bin, expected a live token"))
-            }
-            Some(State::Binned) if self.state[i] != State::Binned => {
-                Err(Error::cell(cell, "is live, expected a token in the recycle bin"))
-            }
+            Some(State::Live) if self.state[i] != State::Live => Err(Error::cell(
+                cell,
+                "is in the recycle bin, expected a live token",
+            )),
+            Some(State::Binned) if self.state[i] != State::Binned => Err(Error::cell(
+                cell,
+                "is live, expected a token in the recycle bin",
+            )),
             _ => Ok(i),
         }
     }
 
     fn expect_not_newest(&self, cell: Cell) -> Result<()> {
         match self.newest {
-            Some((pos, newest)) if newest == cell => {
-                Err(Error::cell(cell, format!("holds the newest position {pos}, which must stay")))
-            }
+            Some((pos, newest)) if newest == cell => Err(Error::cell(
+                cell,
+                format!("holds the newest position {pos}, which must stay"),
+            )),
             _ => Ok(()),
         }
     }
@@ -299,7 +308,9 @@ impl Ledger {
 
     /// All occupied cells, ascending by cell (not by position).
     pub fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
-        (0..self.pos.len()).filter(|&i| self.pos[i] != EMPTY).map(|i| self.entry(i))
+        (0..self.pos.len())
+            .filter(|&i| self.pos[i] != EMPTY)
+            .map(|i| self.entry(i))
     }
 
     /// Cells that the arrays reach over: one more than the highest cell used so far.

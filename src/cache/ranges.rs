@@ -41,7 +41,10 @@ mod tests {
         assert_eq!(ranges(vec![5]), vec![5..6]);
         assert_eq!(ranges(vec![9, 3, 4, 8, 1]), vec![1..2, 3..5, 8..10]);
         assert_eq!(ranges(vec![2, 2, 3, 3]), vec![2..4]);
-        assert_eq!(ranges(vec![Pos::MAX - 1, 0]), vec![0..1, Pos::MAX - 1..Pos::MAX]);
+        assert_eq!(
+            ranges(vec![Pos::MAX - 1, 0]),
+            vec![0..1, Pos::MAX - 1..Pos::MAX]
+        );
     }
 
     proptest! {

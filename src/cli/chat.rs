@@ -9,9 +9,9 @@ use rustyline::error::ReadlineError;
 
 use super::run::{answer, picture};
 use super::warn;
-use crate::conversation::{Answer, Conversation, KvReport, Turn};
-use crate::generate::Finish;
-use crate::image::Picture;
+use hae::conversation::{Answer, Conversation, KvReport, Turn};
+use hae::generate::Finish;
+use hae::image::Picture;
 
 const HELP: &str = "\
 /image PATH  show a picture with the next question
@@ -20,9 +20,18 @@ const HELP: &str = "\
 /quit        leave (so does Ctrl-D); Ctrl-C stops an answer";
 
 /// Reads questions until the end of input. A mistake in one of them does not end the chat.
-pub fn chat(conversation: &mut Conversation<'_>, pictures: Vec<Picture>, n_predict: Option<usize>, cancel: &AtomicBool) -> Result<()> {
+pub fn chat(
+    conversation: &mut Conversation<'_>,
+    pictures: Vec<Picture>,
+    n_predict: Option<usize>,
+    cancel: &AtomicBool,
+) -> Result<()> {
     let mut editor = DefaultEditor::new()?;
-    let mut turn = Turn { text: String::new(), pictures, n_predict };
+    let mut turn = Turn {
+        text: String::new(),
+        pictures,
+        n_predict,
+    };
     let mut last: Option<Answer> = None;
     eprintln!("{HELP}");
     loop {
@@ -52,7 +61,9 @@ pub fn chat(conversation: &mut Conversation<'_>, pictures: Vec<Picture>, n_predi
                 Ok(picture) => turn.pictures.push(picture),
                 Err(e) => warn(&format!("{e:#}")),
             },
-            _ if command.starts_with('/') => warn(&format!("{command}: unknown command, /help lists them")),
+            _ if command.starts_with('/') => {
+                warn(&format!("{command}: unknown command, /help lists them"))
+            }
             _ => {
                 turn.text = line.to_owned();
                 cancel.store(false, Ordering::SeqCst);
@@ -86,8 +97,16 @@ fn stats(last: Option<&Answer>, kv: &KvReport) {
         cells.peak,
         kv.n_cells,
     );
-    eprintln!("KV: {:.2} MiB in use, {:.2} MiB at most, {:.2} MiB allocated", mib(kv.bytes_in_use), mib(kv.bytes_peak), mib(kv.bytes_allocated));
-    if let Some(Answer { timings: t, tokens, .. }) = last {
+    eprintln!(
+        "KV: {:.2} MiB in use, {:.2} MiB at most, {:.2} MiB allocated",
+        mib(kv.bytes_in_use),
+        mib(kv.bytes_peak),
+        mib(kv.bytes_allocated)
+    );
+    if let Some(Answer {
+        timings: t, tokens, ..
+    }) = last
+    {
         eprintln!(
             "last answer: {} prompt tokens ({} vision), {} generated; encode {:.0} ms, prefill {:.0} ms, first token after {:.0} ms, {:.1} ms a token",
             tokens.prompt.total(),

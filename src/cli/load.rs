@@ -7,15 +7,18 @@ use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::options::{ContextArgs, ModelArgs, RopeArg};
-use crate::Error;
-use crate::controller::Controller;
-use crate::conversation::Conversation;
-use crate::embedded::Embedded;
-use crate::engine::Engine;
-use crate::image::Picture;
-use crate::llama::{ContextOptions, LlamaEngine, Model, ModelOptions, Piece, RopeFactors, SamplerOptions, Vision, VisionOptions};
-use crate::policy::{self, Limits, Observe, PolicyOptions};
-use crate::prompt::{Transcript, place_pictures, tokenize};
+use hae::Error;
+use hae::controller::Controller;
+use hae::conversation::Conversation;
+use hae::embedded::Embedded;
+use hae::engine::Engine;
+use hae::image::Picture;
+use hae::llama::{
+    ContextOptions, LlamaEngine, Model, ModelOptions, Piece, RopeFactors, SamplerOptions, Vision,
+    VisionOptions,
+};
+use hae::policy::{self, Limits, Observe, PolicyOptions};
+use hae::prompt::{Transcript, place_pictures, tokenize};
 
 /// The two files of a model.
 #[derive(Debug)]
@@ -29,8 +32,14 @@ pub struct Files {
 impl Files {
     pub fn find(args: &ModelArgs) -> Result<Self> {
         match &args.model {
-            Some(model) => Ok(Files { model: model.clone(), mmproj: args.mmproj.clone(), embedded: None }),
-            None if args.mmproj.is_some() => Err(Error::option("--mmproj", "belongs to a text model, give one with -m").into()),
+            Some(model) => Ok(Files {
+                model: model.clone(),
+                mmproj: args.mmproj.clone(),
+                embedded: None,
+            }),
+            None if args.mmproj.is_some() => {
+                Err(Error::option("--mmproj", "belongs to a text model, give one with -m").into())
+            }
             None => {
                 let embedded = Embedded::unpack()?;
                 Ok(Files {
@@ -45,8 +54,14 @@ impl Files {
     /// The names to show.
     pub fn names(&self) -> (String, Option<String>) {
         match self.embedded {
-            Some(_) => ("embedded tiny-phi3v-Q8_0.gguf".into(), Some("embedded mmproj-tiny-phi3v-F16.gguf".into())),
-            None => (self.model.display().to_string(), self.mmproj.as_ref().map(|p| p.display().to_string())),
+            Some(_) => (
+                "embedded tiny-phi3v-Q8_0.gguf".into(),
+                Some("embedded mmproj-tiny-phi3v-F16.gguf".into()),
+            ),
+            None => (
+                self.model.display().to_string(),
+                self.mmproj.as_ref().map(|p| p.display().to_string()),
+            ),
         }
     }
 }
@@ -102,9 +117,15 @@ impl Setup<'_> {
         };
         let transcript = Transcript::new(template, self.system_prompt.map(str::to_owned));
 
-        let (rope, max_positions) = self.rope_factors(&model, vision.as_ref(), context.n_ctx, &transcript)?;
-        let implied =
-            model.long_rope_from().map(|from| if context.n_ctx > from { RopeFactors::Long } else { RopeFactors::Short });
+        let (rope, max_positions) =
+            self.rope_factors(&model, vision.as_ref(), context.n_ctx, &transcript)?;
+        let implied = model.long_rope_from().map(|from| {
+            if context.n_ctx > from {
+                RopeFactors::Long
+            } else {
+                RopeFactors::Short
+            }
+        });
         // The factors are fixed when a model is loaded, and the prompt can only be counted with
         // its vocabulary: where the context's size implies the wrong ones, it is loaded again.
         if rope != RopeFactors::Context && implied.is_some_and(|implied| implied != rope) {
@@ -118,35 +139,68 @@ impl Setup<'_> {
             _ => "short",
         };
         let engine = LlamaEngine::new(&model, context.clone(), &self.sampler)?;
-        let limits = Limits { n_layer: model.n_layer(), n_cells: engine.n_cells() };
-        let controller = Controller::new(policy::create(self.policy.0, self.policy.1, limits)?, engine.n_cells());
-        let mut conversation = Conversation::new(engine, vision, controller, transcript, max_positions);
-        f(&mut conversation, &Made { context, rope_factors, load: start.elapsed() })
+        let limits = Limits {
+            n_layer: model.n_layer(),
+            n_cells: engine.n_cells(),
+        };
+        let controller = Controller::new(
+            policy::create(self.policy.0, self.policy.1, limits)?,
+            engine.n_cells(),
+        );
+        let mut conversation =
+            Conversation::new(engine, vision, controller, transcript, max_positions);
+        f(
+            &mut conversation,
+            &Made {
+                context,
+                rope_factors,
+                load: start.elapsed(),
+            },
+        )
     }
 
     fn load_model(&self, rope_factors: RopeFactors) -> Result<Model> {
         let bar = spinner("loading the model");
-        let options = ModelOptions { n_gpu_layers: self.model.gpu_layers, rope_factors };
+        let options = ModelOptions {
+            n_gpu_layers: self.model.gpu_layers,
+            rope_factors,
+        };
         let model = Model::load(&self.files.model, &options);
         bar.finish_and_clear();
         Ok(model?)
     }
 
     fn load_vision<'m>(&self, n_threads: i32, model: &'m Model) -> Result<Option<Vision<'m>>> {
-        let Some(path) = &self.files.mmproj else { return Ok(None) };
-        let options = VisionOptions { use_gpu: self.model.gpu_layers != Some(0), n_threads };
+        let Some(path) = &self.files.mmproj else {
+            return Ok(None);
+        };
+        let options = VisionOptions {
+            use_gpu: self.model.gpu_layers != Some(0),
+            n_threads,
+        };
         Ok(Some(Vision::load(path, model, &options)?))
     }
 
     /// The context's options with what the policy and the vision model need.
-    fn context_options(&self, model: &Model, vision: Option<&Vision<'_>>) -> Result<ContextOptions> {
+    fn context_options(
+        &self,
+        model: &Model,
+        vision: Option<&Vision<'_>>,
+    ) -> Result<ContextOptions> {
         let mut context = self.context.options(model.n_ctx_train())?;
         context.non_causal_images = vision.is_some_and(Vision::non_causal);
-        let limits = Limits { n_layer: model.n_layer(), n_cells: context.n_ctx as usize };
+        let limits = Limits {
+            n_layer: model.n_layer(),
+            n_cells: context.n_ctx as usize,
+        };
         let policy = policy::create(self.policy.0, self.policy.1, limits)?;
         if let Observe::Layers { layers, .. } = policy.observe() {
             if let Some(reason) = model.eviction_obstacle() {
-                return Err(Error::Unsupported { policy: policy.name(), reason: reason.into() }.into());
+                return Err(Error::Unsupported {
+                    policy: policy.name(),
+                    reason: reason.into(),
+                }
+                .into());
             }
             context.score_layers = layers;
         }
@@ -161,35 +215,53 @@ impl Setup<'_> {
         n_ctx: u32,
         transcript: &Transcript,
     ) -> Result<(RopeFactors, Option<usize>)> {
-        let Some(from) = model.long_rope_from() else { return Ok((RopeFactors::Context, None)) };
+        let Some(from) = model.long_rope_from() else {
+            return Ok((RopeFactors::Context, None));
+        };
         let from = from as usize;
         let positions = match (self.model.rope_factors, self.prompt, self.n_predict) {
             (RopeArg::Short, ..) => 0,
             (RopeArg::Long, ..) => usize::MAX,
             (RopeArg::Context, ..) => return Ok((RopeFactors::Context, None)),
-            (RopeArg::Auto, Some(text), Some(n)) => {
-                self.first_prompt(model, vision, text, transcript)?.saturating_add(n)
-            }
+            (RopeArg::Auto, Some(text), Some(n)) => self
+                .first_prompt(model, vision, text, transcript)?
+                .saturating_add(n),
             // A chat, or an answer without an end: as far as the cache reaches.
             (RopeArg::Auto, ..) => n_ctx as usize,
         };
-        Ok(if positions > from { (RopeFactors::Long, None) } else { (RopeFactors::Short, Some(from)) })
+        Ok(if positions > from {
+            (RopeFactors::Long, None)
+        } else {
+            (RopeFactors::Short, Some(from))
+        })
     }
 
     /// Positions of the first prompt.
-    fn first_prompt(&self, model: &Model, vision: Option<&Vision<'_>>, text: &str, transcript: &Transcript) -> Result<usize> {
+    fn first_prompt(
+        &self,
+        model: &Model,
+        vision: Option<&Vision<'_>>,
+        text: &str,
+        transcript: &Transcript,
+    ) -> Result<usize> {
         let line = vision.is_some_and(Vision::bos_per_text);
         let (content, order) = place_pictures(text, self.pictures.len(), line)?;
         let pictures: Vec<&Picture> = order.iter().map(|&i| &self.pictures[i]).collect();
         let text = transcript.clone().ask(model, content)?;
-        Ok(tokenize(model, vision, &text, &pictures, true)?.iter().map(Piece::len).sum())
+        Ok(tokenize(model, vision, &text, &pictures, true)?
+            .iter()
+            .map(Piece::len)
+            .sum())
     }
 }
 
 /// A sign of life on stderr, when that is a terminal.
 pub fn spinner(what: &'static str) -> ProgressBar {
-    let style = ProgressStyle::with_template("{spinner} {msg} {elapsed}").unwrap_or_else(|_| ProgressStyle::default_spinner());
-    let bar = ProgressBar::new_spinner().with_style(style).with_message(what);
+    let style = ProgressStyle::with_template("{spinner} {msg} {elapsed}")
+        .unwrap_or_else(|_| ProgressStyle::default_spinner());
+    let bar = ProgressBar::new_spinner()
+        .with_style(style)
+        .with_message(what);
     bar.enable_steady_tick(Duration::from_millis(100));
     bar
 }
@@ -202,5 +274,7 @@ pub fn clock() -> impl Fn() -> Duration {
 
 /// A seed for those who gave none.
 pub fn clock_seed() -> u32 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.subsec_nanos() ^ t.as_secs() as u32)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |t| t.subsec_nanos() ^ t.as_secs() as u32)
 }

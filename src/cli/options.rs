@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
-use crate::Error;
-use crate::llama::{CacheType, ContextOptions, FlashAttention, SamplerOptions};
-use crate::policy::{Amount, DapOptions, DapRule, Layers, Norm, PolicyOptions, Queries, Scope};
+use hae::Error;
+use hae::llama::{CacheType, ContextOptions, FlashAttention, SamplerOptions};
+use hae::policy::{Amount, DapOptions, DapRule, Layers, Norm, PolicyOptions, Queries, Scope};
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
@@ -28,8 +28,12 @@ pub fn llama_spelling(args: impl Iterator<Item = std::ffi::OsString>) -> Vec<std
     let mut literal = false;
     args.map(|arg| {
         literal |= arg == "--";
-        let Some(text) = arg.to_str().filter(|_| !literal) else { return arg };
-        let (flag, value) = text.split_once('=').map_or((text, None), |(f, v)| (f, Some(v)));
+        let Some(text) = arg.to_str().filter(|_| !literal) else {
+            return arg;
+        };
+        let (flag, value) = text
+            .split_once('=')
+            .map_or((text, None), |(f, v)| (f, Some(v)));
         match (ONE_DASH.iter().find(|(short, _)| *short == flag), value) {
             (Some((_, long)), Some(value)) => format!("{long}={value}").into(),
             (Some((_, long)), None) => (*long).into(),
@@ -139,9 +143,15 @@ impl ContextArgs {
         }
         // Beyond this the positions of a full cache would not fit llama.cpp's type.
         const MOST: u32 = 1 << 30;
-        let n_ctx = if self.ctx_size == 0 { n_ctx_train } else { self.ctx_size };
+        let n_ctx = if self.ctx_size == 0 {
+            n_ctx_train
+        } else {
+            self.ctx_size
+        };
         if n_ctx > MOST {
-            return Err(Error::option("-c", format!("{n_ctx} cells, expected at most {MOST}")).into());
+            return Err(
+                Error::option("-c", format!("{n_ctx} cells, expected at most {MOST}")).into(),
+            );
         }
         let n_threads = self.n_threads()?;
         Ok(ContextOptions {
@@ -195,10 +205,17 @@ impl SamplerArgs {
     pub fn options(&self, clock: u32) -> Result<SamplerOptions> {
         let finite = |name, x: f32, least: f32| match x.is_finite() && x >= least {
             true => Ok(x),
-            false => Err(Error::option(name, format!("{x}, expected a number of at least {least}"))),
+            false => Err(Error::option(
+                name,
+                format!("{x}, expected a number of at least {least}"),
+            )),
         };
         if !(self.repeat_penalty.is_finite() && self.repeat_penalty > 0.0) {
-            return Err(Error::option("--repeat-penalty", format!("{}, expected a number above 0", self.repeat_penalty)).into());
+            return Err(Error::option(
+                "--repeat-penalty",
+                format!("{}, expected a number above 0", self.repeat_penalty),
+            )
+            .into());
         }
         Ok(SamplerOptions {
             seed: self.seed.unwrap_or(clock),
@@ -293,7 +310,11 @@ impl PolicyArgs {
             _ => None,
         };
         if let Some(rule) = rule {
-            options.dap = Some(DapOptions { rule, alpha: None, scope });
+            options.dap = Some(DapOptions {
+                rule,
+                alpha: None,
+                scope,
+            });
         }
         if let (Some(alpha), Some(dap)) = (self.dap_alpha, &mut options.dap) {
             dap.alpha = Some(alpha);
@@ -302,7 +323,10 @@ impl PolicyArgs {
             options.dap = None;
         }
         let set = &mut options;
-        self.score_layers.clone().into_iter().for_each(|x| set.layers = x);
+        self.score_layers
+            .clone()
+            .into_iter()
+            .for_each(|x| set.layers = x);
         self.score_decay.into_iter().for_each(|x| set.decay = x);
         self.bin_size.into_iter().for_each(|x| set.bin_size = x);
         self.sinks.into_iter().for_each(|x| set.sinks = x);

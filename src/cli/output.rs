@@ -5,10 +5,10 @@ use std::path::Path;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::Error;
-use crate::build::Build;
-use crate::llama::{ContextOptions, FlashAttention, CacheType, SamplerOptions};
-use crate::conversation::Answer;
+use hae::Error;
+use hae::build::Build;
+use hae::conversation::Answer;
+use hae::llama::{CacheType, ContextOptions, FlashAttention, SamplerOptions};
 
 #[derive(Debug, Serialize)]
 pub struct Report<'a> {
@@ -46,7 +46,11 @@ impl ContextReport {
             n_ubatch: options.n_ubatch,
             n_threads: options.n_threads,
             n_threads_batch: options.n_threads_batch,
-            flash_attention: if off { FlashAttention::Off } else { options.flash_attention },
+            flash_attention: if off {
+                FlashAttention::Off
+            } else {
+                options.flash_attention
+            },
             type_k: options.type_k,
             type_v: options.type_v,
             rope_factors,
@@ -66,6 +70,9 @@ impl FileReport {
         let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
         let mut hash = Sha256::new();
         std::io::copy(&mut file, &mut hash).map_err(|e| Error::io(path, e))?;
-        Ok(FileReport { file: shown.to_owned(), sha256: format!("{:x}", hash.finalize()) })
+        Ok(FileReport {
+            file: shown.to_owned(),
+            sha256: format!("{:x}", hash.finalize()),
+        })
     }
 }

@@ -12,13 +12,13 @@ use super::load::{self, Files, Made, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs};
 use super::output::{ContextReport, FileReport, Report};
 use super::{chat, warn};
-use crate::Error;
-use crate::build::build;
-use crate::conversation::{Answer, Conversation, Turn};
-use crate::generate::{Finish, Hooks};
-use crate::image::{self, Picture};
-use crate::llama::{self, ContextOptions, FlashAttention};
-use crate::policy::PolicyOptions;
+use hae::Error;
+use hae::build::build;
+use hae::conversation::{Answer, Conversation, Turn};
+use hae::generate::{Finish, Hooks};
+use hae::image::{self, Picture};
+use hae::llama::{self, ContextOptions, FlashAttention};
+use hae::policy::PolicyOptions;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -76,17 +76,28 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let policy_options = args.policy.options()?;
     if args.kv_policy == "full" && policy_options != PolicyOptions::default() {
-        return Err(Error::option("--kv-policy", "full takes no parameters, expected hae beside these flags").into());
+        return Err(Error::option(
+            "--kv-policy",
+            "full takes no parameters, expected hae beside these flags",
+        )
+        .into());
     }
     let n_predict = match args.n_predict {
         -1 => None,
-        n => Some(usize::try_from(n).map_err(|_| Error::option("-n", format!("{n}, expected -1 or more")))?),
+        n => Some(
+            usize::try_from(n)
+                .map_err(|_| Error::option("-n", format!("{n}, expected -1 or more")))?,
+        ),
     };
     let prompt = prompt(args)?;
     if prompt.is_none() && args.output == Format::Json {
         return Err(Error::option("-o", "json needs a prompt, give one with -p or -f").into());
     }
-    let pictures = args.image.iter().map(|path| picture(path)).collect::<Result<Vec<_>>>()?;
+    let pictures = args
+        .image
+        .iter()
+        .map(|path| picture(path))
+        .collect::<Result<Vec<_>>>()?;
     let files = Files::find(&args.model)?;
     let cancel = cancel_flag()?;
     let setup = Setup {
@@ -139,7 +150,13 @@ fn print_json(answer: &Answer, setup: &Setup<'_>, made: &Made) -> Result<()> {
         sampling: setup.sampler,
         context: ContextReport::new(&made.context, made.rope_factors),
         model: FileReport::read(&setup.files.model, &name)?,
-        mmproj: setup.files.mmproj.as_deref().zip(mmproj).map(|(path, name)| FileReport::read(path, &name)).transpose()?,
+        mmproj: setup
+            .files
+            .mmproj
+            .as_deref()
+            .zip(mmproj)
+            .map(|(path, name)| FileReport::read(path, &name))
+            .transpose()?,
         load_ms: made.load.as_secs_f64() * 1e3,
         build: build(),
     };
@@ -171,7 +188,12 @@ fn warn_about_flash_attention(context: &ContextOptions) {
 }
 
 /// One turn with its text streamed to stdout.
-pub fn answer(conversation: &mut Conversation<'_>, turn: &Turn, cancel: &AtomicBool, stream: bool) -> Result<Answer> {
+pub fn answer(
+    conversation: &mut Conversation<'_>,
+    turn: &Turn,
+    cancel: &AtomicBool,
+    stream: bool,
+) -> Result<Answer> {
     let now = load::clock();
     let bar = load::spinner("reading the prompt");
     let mut out = std::io::stdout().lock();
@@ -188,7 +210,14 @@ pub fn answer(conversation: &mut Conversation<'_>, turn: &Turn, cancel: &AtomicB
                 }
             }
         };
-        conversation.ask(turn, Hooks { on_text: &mut on_text, cancelled: &cancelled, now: &now })
+        conversation.ask(
+            turn,
+            Hooks {
+                on_text: &mut on_text,
+                cancelled: &cancelled,
+                now: &now,
+            },
+        )
     };
     bar.finish_and_clear();
     if let Some(e) = failure {

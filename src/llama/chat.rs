@@ -18,9 +18,15 @@ pub struct Message {
 ///
 /// # Errors
 /// [`Error::Option`] when llama.cpp does not know the template.
-pub fn apply(model: &Model, template: &str, messages: &[Message], open_answer: bool) -> Result<String> {
+pub fn apply(
+    model: &Model,
+    template: &str,
+    messages: &[Message],
+    open_answer: bool,
+) -> Result<String> {
     let bad = |reason: String| Error::option("--chat-template", reason);
-    let template = LlamaChatTemplate::new(template).map_err(|_| bad("the template contains a NUL byte".into()))?;
+    let template = LlamaChatTemplate::new(template)
+        .map_err(|_| bad("the template contains a NUL byte".into()))?;
     let messages = messages
         .iter()
         .map(|m| LlamaChatMessage::new(m.role.to_owned(), m.content.clone()))

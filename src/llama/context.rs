@@ -123,18 +123,40 @@ impl<'m> LlamaEngine<'m> {
     /// # Errors
     /// [`Error::Option`] for a cache type or score layer that cannot be served,
     /// [`Error::Llama`] when llama.cpp refuses (not enough memory, most often).
-    pub fn new(model: &'m Model, options: ContextOptions, sampler: &SamplerOptions) -> Result<Self> {
+    pub fn new(
+        model: &'m Model,
+        options: ContextOptions,
+        sampler: &SamplerOptions,
+    ) -> Result<Self> {
         let observing = !options.score_layers.is_empty();
-        if let Some(&il) = options.score_layers.iter().find(|&&il| il >= model.n_layer()) {
+        if let Some(&il) = options
+            .score_layers
+            .iter()
+            .find(|&&il| il >= model.n_layer())
+        {
             return Err(Error::option(
                 "--score-layers",
-                format!("layer {il} does not exist, the model has layers 0 to {}", model.n_layer().saturating_sub(1)),
+                format!(
+                    "layer {il} does not exist, the model has layers 0 to {}",
+                    model.n_layer().saturating_sub(1)
+                ),
             ));
         }
-        let flash = if observing { FlashAttention::Off } else { options.flash_attention };
+        let flash = if observing {
+            FlashAttention::Off
+        } else {
+            options.flash_attention
+        };
         if options.type_v.is_quantized() && flash == FlashAttention::Off {
-            let why = if observing { "reading attention scores switches off" } else { "-fa off switches off" };
-            return Err(Error::option("-ctv", format!("a quantized V cache needs flash attention, which {why}")));
+            let why = if observing {
+                "reading attention scores switches off"
+            } else {
+                "-fa off switches off"
+            };
+            return Err(Error::option(
+                "-ctv",
+                format!("a quantized V cache needs flash attention, which {why}"),
+            ));
         }
         if options.n_ctx == 0 || options.n_batch == 0 || options.n_ubatch == 0 {
             return Err(Error::option("-c, -b, -ub", "expected at least 1"));
@@ -162,7 +184,11 @@ impl<'m> LlamaEngine<'m> {
         let ctx = model.inner.new_context(backend()?, params).map_err(|e| {
             Error::llama(
                 "llama_init_from_model",
-                format!("no context of {} cells: {}", options.n_ctx, log::take_reason(&e.to_string())),
+                format!(
+                    "no context of {} cells: {}",
+                    options.n_ctx,
+                    log::take_reason(&e.to_string())
+                ),
             )
         })?;
         let n_ctx = ctx.n_ctx() as usize;
@@ -198,12 +224,20 @@ impl<'m> LlamaEngine<'m> {
     }
 
     /// Fills the per-row arrays and returns a batch that borrows them and the input.
-    fn batch(&mut self, batch: &Batch<'_>, seq: &mut sys::llama_seq_id) -> Result<sys::llama_batch> {
+    fn batch(
+        &mut self,
+        batch: &Batch<'_>,
+        seq: &mut sys::llama_seq_id,
+    ) -> Result<sys::llama_batch> {
         let n = batch.input.len();
-        let n_tokens = i32::try_from(n).map_err(|_| Error::llama("llama_decode", format!("{n} rows in one batch")))?;
+        let n_tokens = i32::try_from(n)
+            .map_err(|_| Error::llama("llama_decode", format!("{n} rows in one batch")))?;
         let last = batch.pos.checked_add(n_tokens).filter(|_| batch.pos >= 0);
         if last.is_none() {
-            return Err(Error::llama("llama_decode", format!("positions from {} on overflow", batch.pos)));
+            return Err(Error::llama(
+                "llama_decode",
+                format!("positions from {} on overflow", batch.pos),
+            ));
         }
         let rows = &mut self.rows;
         rows.pos.clear();
@@ -211,8 +245,14 @@ impl<'m> LlamaEngine<'m> {
         let (tokens, embd) = match batch.input {
             Input::Tokens(tokens) => {
                 let n_vocab = self.model.n_vocab();
-                if let Some(t) = tokens.iter().find(|&&t| usize::try_from(t).map_or(true, |t| t >= n_vocab)) {
-                    return Err(Error::llama("llama_decode", format!("token {t} is not in the vocabulary of {n_vocab}")));
+                if let Some(t) = tokens
+                    .iter()
+                    .find(|&&t| usize::try_from(t).map_or(true, |t| t >= n_vocab))
+                {
+                    return Err(Error::llama(
+                        "llama_decode",
+                        format!("token {t} is not in the vocabulary of {n_vocab}"),
+                    ));
                 }
                 rows.pos.extend(batch.pos..batch.pos + n_tokens);
                 (tokens.as_ptr().cast_mut(), std::ptr::null_mut())
@@ -234,7 +274,10 @@ impl<'m> LlamaEngine<'m> {
                         }
                     }
                     Some(mrope) => {
-                        return Err(Error::llama("llama_decode", format!("{} positions for {n} embeddings", mrope.len())));
+                        return Err(Error::llama(
+                            "llama_decode",
+                            format!("{} positions for {n} embeddings", mrope.len()),
+                        ));
                     }
                 }
                 (std::ptr::null_mut(), data.as_ptr().cast_mut())
@@ -261,14 +304,23 @@ impl<'m> LlamaEngine<'m> {
 }
 
 impl Engine for LlamaEngine<'_> {
-    fn decode(&mut self, batch: Batch<'_>, cells: &mut Vec<Cell>, seen: &mut Observation) -> Result<()> {
+    fn decode(
+        &mut self,
+        batch: Batch<'_>,
+        cells: &mut Vec<Cell>,
+        seen: &mut Observation,
+    ) -> Result<()> {
         let mut seq = SEQ;
         let raw = self.batch(&batch, &mut seq)?;
-        let non_causal = self.options.non_causal_images && matches!(batch.input, Input::Embeddings { .. });
+        let non_causal =
+            self.options.non_causal_images && matches!(batch.input, Input::Embeddings { .. });
         if non_causal && batch.input.len() > self.options.n_ubatch as usize {
             return Err(Error::option(
                 "-ub",
-                format!("this model's pictures attend to all of themselves: expected at least {}", batch.input.len()),
+                format!(
+                    "this model's pictures attend to all of themselves: expected at least {}",
+                    batch.input.len()
+                ),
             ));
         }
         if non_causal {
@@ -288,18 +340,31 @@ impl Engine for LlamaEngine<'_> {
         match status {
             0 => {}
             1 => return Err(Error::ContextFull { n_ctx: self.n_ctx }),
-            code => return Err(Error::llama("llama_decode", log::take_reason(&format!("status {code}")))),
+            code => {
+                return Err(Error::llama(
+                    "llama_decode",
+                    log::take_reason(&format!("status {code}")),
+                ));
+            }
         }
         self.has_logits = batch.logits;
         observed.map_err(|reason| Error::llama("llama_decode", reason))?;
-        seen.queries.extend(batch.queries.iter().map(|&row| batch.pos + row as Pos));
+        seen.queries
+            .extend(batch.queries.iter().map(|&row| batch.pos + row as Pos));
         if let Some(next) = &mut self.counted {
             cells.clear();
             cells.extend((*next..).take(batch.input.len()));
             *next += batch.input.len() as Cell;
         }
         if cells.len() != batch.input.len() {
-            return Err(Error::llama("llama_decode", format!("{} cells reported for {} rows", cells.len(), batch.input.len())));
+            return Err(Error::llama(
+                "llama_decode",
+                format!(
+                    "{} cells reported for {} rows",
+                    cells.len(),
+                    batch.input.len()
+                ),
+            ));
         }
         Ok(())
     }
@@ -307,15 +372,23 @@ impl Engine for LlamaEngine<'_> {
     fn logits(&self) -> Result<&[f32]> {
         let n_vocab = self.model.n_vocab();
         if !self.has_logits {
-            return Err(Error::llama("llama_get_logits_ith", "the last batch asked for no logits"));
+            return Err(Error::llama(
+                "llama_get_logits_ith",
+                "the last batch asked for no logits",
+            ));
         }
         let logits = self.ctx.get_logits_ith(-1);
-        logits.get(..n_vocab).ok_or_else(|| Error::llama("llama_get_logits_ith", "no logits"))
+        logits
+            .get(..n_vocab)
+            .ok_or_else(|| Error::llama("llama_get_logits_ith", "no logits"))
     }
 
     fn sample(&mut self) -> Result<Token> {
         if !self.has_logits {
-            return Err(Error::llama("llama_sampler_sample", "the last batch asked for no logits"));
+            return Err(Error::llama(
+                "llama_sampler_sample",
+                "the last batch asked for no logits",
+            ));
         }
         Ok(self.sampler.sample(&self.ctx, -1).0)
     }
@@ -325,14 +398,20 @@ impl Engine for LlamaEngine<'_> {
     }
 
     fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
-        self.model.inner.vocab().token_to_piece_into(LlamaToken(token), out, false, None);
+        self.model
+            .inner
+            .vocab()
+            .token_to_piece_into(LlamaToken(token), out, false, None);
         Ok(())
     }
 
     fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
         for range in ranges {
             if range.start < 0 || range.end <= range.start {
-                return Err(Error::llama("llama_memory_seq_rm", format!("range {range:?} is empty or negative")));
+                return Err(Error::llama(
+                    "llama_memory_seq_rm",
+                    format!("range {range:?} is empty or negative"),
+                ));
             }
             // SAFETY: the context is alive; the range was checked (a negative bound would mean
             // "everything").
@@ -341,7 +420,10 @@ impl Engine for LlamaEngine<'_> {
                 sys::llama_memory_seq_rm(memory, SEQ, range.start, range.end)
             };
             if !done {
-                return Err(Error::llama("llama_memory_seq_rm", format!("positions {range:?} cannot be removed")));
+                return Err(Error::llama(
+                    "llama_memory_seq_rm",
+                    format!("positions {range:?} cannot be removed"),
+                ));
             }
         }
         Ok(())

@@ -41,7 +41,11 @@ pub(super) fn forget() {
 /// The error lines since [`forget`], joined into one line; `otherwise` when there are none.
 pub(super) fn take_reason(otherwise: &str) -> String {
     let lines = std::mem::take(&mut *ERRORS.lock().unwrap_or_else(|e| e.into_inner()));
-    if lines.is_empty() { otherwise.to_owned() } else { lines.join("; ") }
+    if lines.is_empty() {
+        otherwise.to_owned()
+    } else {
+        lines.join("; ")
+    }
 }
 
 extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {

@@ -57,5 +57,8 @@ unsafe fn static_str(text: *const std::ffi::c_char) -> String {
         return String::new();
     }
     // SAFETY: the caller's promise.
-    unsafe { std::ffi::CStr::from_ptr(text) }.to_string_lossy().trim().to_owned()
+    unsafe { std::ffi::CStr::from_ptr(text) }
+        .to_string_lossy()
+        .trim()
+        .to_owned()
 }

@@ -43,7 +43,10 @@ pub struct Model {
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Model").field("path", &self.path).field("arch", &self.arch).finish()
+        f.debug_struct("Model")
+            .field("path", &self.path)
+            .field("arch", &self.arch)
+            .finish()
     }
 }
 
@@ -56,7 +59,10 @@ fn int_override(key: &str, value: i64) -> Result<sys::llama_model_kv_override> {
     };
     // The last byte stays 0: the C side reads a NUL-terminated string.
     if key.len() >= raw.key.len() {
-        return Err(Error::llama("llama_model_kv_override", format!("key {key} is longer than 127 bytes")));
+        return Err(Error::llama(
+            "llama_model_kv_override",
+            format!("key {key} is longer than 127 bytes"),
+        ));
     }
     for (to, from) in raw.key.iter_mut().zip(key.bytes()) {
         *to = from as std::ffi::c_char;
@@ -73,18 +79,29 @@ impl Model {
         let meta = Gguf::open(path)?;
         let arch = meta.text("general.architecture")?;
         if arch == "clip" {
-            return Err(Error::file(path, "is a vision file (architecture clip), expected a text model: pass it as --mmproj"));
+            return Err(Error::file(
+                path,
+                "is a vision file (architecture clip), expected a text model: pass it as --mmproj",
+            ));
         }
         let orig_key = format!("{arch}.rope.scaling.original_context_length");
-        let two_sets = meta.tensors().iter().any(|t| t.name.ends_with("rope_factors_long.weight"));
-        let long_rope_from =
-            two_sets.then(|| meta.unsigned(&orig_key).ok()).flatten().and_then(|n| u32::try_from(n).ok());
+        let two_sets = meta
+            .tensors()
+            .iter()
+            .any(|t| t.name.ends_with("rope_factors_long.weight"));
+        let long_rope_from = two_sets
+            .then(|| meta.unsigned(&orig_key).ok())
+            .flatten()
+            .and_then(|n| u32::try_from(n).ok());
 
         let overrides = match (options.rope_factors, long_rope_from) {
             (RopeFactors::Context, _) | (_, None) => Vec::new(),
             // llama.cpp takes the long set when the context is larger than this value.
             (RopeFactors::Long, Some(_)) => vec![int_override(&orig_key, 1)?, end_of_overrides()],
-            (RopeFactors::Short, Some(_)) => vec![int_override(&orig_key, i64::from(i32::MAX))?, end_of_overrides()],
+            (RopeFactors::Short, Some(_)) => vec![
+                int_override(&orig_key, i64::from(i32::MAX))?,
+                end_of_overrides(),
+            ],
         };
         let mut params = LlamaModelParams::default();
         if let Some(n) = options.n_gpu_layers {
@@ -96,10 +113,19 @@ impl Model {
         let backend = backend()?;
         c_path(path)?;
         log::forget();
-        let inner = LlamaModel::load_from_file(backend, path, &params)
-            .map_err(|e| Error::file(path, format!("cannot be loaded: {}", log::take_reason(&e.to_string()))))?;
+        let inner = LlamaModel::load_from_file(backend, path, &params).map_err(|e| {
+            Error::file(
+                path,
+                format!("cannot be loaded: {}", log::take_reason(&e.to_string())),
+            )
+        })?;
         drop(overrides);
-        Ok(Model { inner, path: path.to_owned(), arch, long_rope_from })
+        Ok(Model {
+            inner,
+            path: path.to_owned(),
+            arch,
+            long_rope_from,
+        })
     }
 
     pub fn path(&self) -> &Path {
@@ -145,8 +171,13 @@ impl Model {
             Some("its memory is recurrent, single tokens cannot be removed from it")
         } else if n_swa > 0 {
             Some("it uses sliding-window attention, whose cells differ between layers")
-        } else if matches!(self.inner.rope_type(), Some(RopeType::MRope | RopeType::IMRope | RopeType::Vision)) {
-            Some("all tokens of a picture share one position (M-RoPE), single ones cannot be removed")
+        } else if matches!(
+            self.inner.rope_type(),
+            Some(RopeType::MRope | RopeType::IMRope | RopeType::Vision)
+        ) {
+            Some(
+                "all tokens of a picture share one position (M-RoPE), single ones cannot be removed",
+            )
         } else {
             None
         }
@@ -155,12 +186,20 @@ impl Model {
     /// Token ids of a text. `special` parses special tokens, `add_bos` adds what the model wants
     /// at the start of a text.
     pub fn tokenize(&self, text: &str, add_bos: bool, special: bool) -> Vec<Token> {
-        self.inner.vocab().tokenize(text.as_bytes(), add_bos, special).into_iter().map(|t| t.0).collect()
+        self.inner
+            .vocab()
+            .tokenize(text.as_bytes(), add_bos, special)
+            .into_iter()
+            .map(|t| t.0)
+            .collect()
     }
 
     /// The chat template in the file.
     pub fn chat_template(&self) -> Option<String> {
-        self.inner.chat_template(None).ok().and_then(|t| t.to_string().ok())
+        self.inner
+            .chat_template(None)
+            .ok()
+            .and_then(|t| t.to_string().ok())
     }
 }
 

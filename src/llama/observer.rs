@@ -61,7 +61,10 @@ struct Memory {
 
 impl Observer {
     pub(super) fn new(layers: Vec<u32>) -> Self {
-        Observer { layers, ..Observer::default() }
+        Observer {
+            layers,
+            ..Observer::default()
+        }
     }
 
     /// Prepares for one batch; `rows` are the batch rows whose attention is wanted.
@@ -81,7 +84,11 @@ impl Observer {
     }
 
     /// Ends the batch: hands out cells and attention, or says what went wrong.
-    pub(super) fn finish(&mut self, cells: &mut Vec<Cell>, seen: &mut Observation) -> Result<(), String> {
+    pub(super) fn finish(
+        &mut self,
+        cells: &mut Vec<Cell>,
+        seen: &mut Observation,
+    ) -> Result<(), String> {
         if let Some(payload) = self.panic.take() {
             std::panic::resume_unwind(payload);
         }
@@ -156,7 +163,8 @@ impl Observer {
             // SAFETY: a view's source outlives the view.
             let target = unsafe { &*t.view_src };
             // Other SET_ROWS nodes write into the graph's own buffers.
-            let cache = name(target).starts_with(b"cache_k_l") || name(target).starts_with(b"cache_v_l");
+            let cache =
+                name(target).starts_with(b"cache_k_l") || name(target).starts_with(b"cache_v_l");
             if cache && !self.memory.complete {
                 // SAFETY: as above.
                 unsafe { self.memory.add(t.view_src) };
@@ -167,7 +175,8 @@ impl Observer {
             }
             return false;
         }
-        !self.here.is_empty() && scored_layer(t).is_some_and(|il| self.layers.binary_search(&il).is_ok())
+        !self.here.is_empty()
+            && scored_layer(t).is_some_and(|il| self.layers.binary_search(&il).is_ok())
     }
 
     /// # Safety
@@ -182,13 +191,23 @@ impl Observer {
         let shape = unsafe { &*index };
         let n = usize::try_from(shape.ne[0]).unwrap_or(0);
         if shape.type_ != sys::GGML_TYPE_I64 || shape.ne[1..] != [1, 1, 1] {
-            self.failure = Some(format!("the cache's index input has shape {:?}, expected a vector of I64", shape.ne));
+            self.failure = Some(format!(
+                "the cache's index input has shape {:?}, expected a vector of I64",
+                shape.ne
+            ));
             return;
         }
         self.begin_micro_batch(n);
         self.indices.resize(n, 0);
         // SAFETY: the buffer holds n values of 8 bytes, the tensor's exact size.
-        unsafe { sys::ggml_backend_tensor_get(index, self.indices.as_mut_ptr().cast(), 0, n * size_of::<i64>()) };
+        unsafe {
+            sys::ggml_backend_tensor_get(
+                index,
+                self.indices.as_mut_ptr().cast(),
+                0,
+                n * size_of::<i64>(),
+            )
+        };
         for &i in &self.indices {
             match Cell::try_from(i) {
                 Ok(cell) => self.cells.push(cell),
@@ -203,8 +222,15 @@ impl Observer {
     /// `t` is a computed node of the running graph.
     unsafe fn read_scores(&mut self, t: &sys::ggml_tensor) {
         let [n_kv, n_tokens, n_head, n_stream] = t.ne.map(|n| usize::try_from(n).unwrap_or(0));
-        if t.type_ != sys::GGML_TYPE_F32 || n_stream != 1 || t.nb[0] != size_of::<f32>() || n_head == 0 {
-            self.failure = Some(format!("attention node has shape {:?}, expected F32 [n_kv, n_tokens, n_head, 1]", t.ne));
+        if t.type_ != sys::GGML_TYPE_F32
+            || n_stream != 1
+            || t.nb[0] != size_of::<f32>()
+            || n_head == 0
+        {
+            self.failure = Some(format!(
+                "attention node has shape {:?}, expected F32 [n_kv, n_tokens, n_head, 1]",
+                t.ne
+            ));
             return;
         }
         let n_rows = self.here.len();
@@ -215,7 +241,10 @@ impl Observer {
         }
         let last = self.rows[self.here.end - 1] as usize - self.start;
         if self.n_kv != n_kv || last >= n_tokens {
-            self.failure = Some(format!("attention node has shape {:?}, which does not fit its micro-batch", t.ne));
+            self.failure = Some(format!(
+                "attention node has shape {:?}, which does not fit its micro-batch",
+                t.ne
+            ));
             return;
         }
         // SAFETY: a computed node has a buffer.
@@ -229,10 +258,19 @@ impl Observer {
                 let values: &[f32] = if host {
                     // SAFETY: row < ne[1] and head < ne[2], so the n_kv floats at this offset lie
                     // inside the tensor; host memory, aligned to f32 as all strides are.
-                    unsafe { std::slice::from_raw_parts(t.data.byte_add(offset).cast::<f32>(), n_kv) }
+                    unsafe {
+                        std::slice::from_raw_parts(t.data.byte_add(offset).cast::<f32>(), n_kv)
+                    }
                 } else {
                     // SAFETY: as above; the scratch buffer holds n_kv floats.
-                    unsafe { sys::ggml_backend_tensor_get(t, self.scratch.as_mut_ptr().cast(), offset, n_kv * size_of::<f32>()) };
+                    unsafe {
+                        sys::ggml_backend_tensor_get(
+                            t,
+                            self.scratch.as_mut_ptr().cast(),
+                            offset,
+                            n_kv * size_of::<f32>(),
+                        )
+                    };
                     &self.scratch
                 };
                 for (acc, &a) in acc.iter_mut().zip(values) {
@@ -276,7 +314,11 @@ fn scored_layer(t: &sys::ggml_tensor) -> Option<u32> {
 }
 
 /// The callback itself; `user_data` is an [`Observer`].
-pub(super) unsafe extern "C" fn on_node(t: *mut sys::ggml_tensor, ask: bool, user_data: *mut c_void) -> bool {
+pub(super) unsafe extern "C" fn on_node(
+    t: *mut sys::ggml_tensor,
+    ask: bool,
+    user_data: *mut c_void,
+) -> bool {
     // SAFETY: the context was made with a pointer to an observer that outlives it, and nobody
     // else touches the observer while llama_decode runs.
     let observer = unsafe { &mut *user_data.cast::<Observer>() };

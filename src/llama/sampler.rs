@@ -18,14 +18,27 @@ pub struct SamplerOptions {
 
 impl SamplerOptions {
     /// Always the likeliest token.
-    pub const GREEDY: SamplerOptions =
-        SamplerOptions { seed: 0, temp: 0.0, top_k: 40, top_p: 0.95, min_p: 0.05, repeat_penalty: 1.0, repeat_last_n: 64 };
+    pub const GREEDY: SamplerOptions = SamplerOptions {
+        seed: 0,
+        temp: 0.0,
+        top_k: 40,
+        top_p: 0.95,
+        min_p: 0.05,
+        repeat_penalty: 1.0,
+        repeat_last_n: 64,
+    };
 
     pub(super) fn chain(&self, n_vocab: usize) -> LlamaSampler {
         let n_vocab = i32::try_from(n_vocab).unwrap_or(i32::MAX);
         let mut chain = Vec::new();
         if self.repeat_penalty != 1.0 {
-            chain.push(LlamaSampler::penalties(n_vocab, self.repeat_last_n, self.repeat_penalty, 0.0, 0.0));
+            chain.push(LlamaSampler::penalties(
+                n_vocab,
+                self.repeat_last_n,
+                self.repeat_penalty,
+                0.0,
+                0.0,
+            ));
         }
         if self.temp <= 0.0 {
             chain.push(LlamaSampler::greedy());

@@ -119,14 +119,17 @@ impl<'m> Vision<'m> {
         if arch != "clip" {
             return Err(Error::file(
                 path,
-                format!("is a text model (architecture {arch}), expected a vision file: pass it as -m"),
+                format!(
+                    "is a text model (architecture {arch}), expected a vision file: pass it as -m"
+                ),
             ));
         }
         let projector = meta
             .text("clip.projector_type")
             .or_else(|_| meta.text("clip.vision.projector_type"))?;
         let c_path = c_path(path)?;
-        let marker = CString::new(Self::MARKER).map_err(|e| Error::llama("mtmd_init_from_file", e.to_string()))?;
+        let marker = CString::new(Self::MARKER)
+            .map_err(|e| Error::llama("mtmd_init_from_file", e.to_string()))?;
         log::forget();
         // SAFETY: both strings outlive the call, which copies them; the model outlives `Self`.
         let ctx = unsafe {
@@ -138,9 +141,18 @@ impl<'m> Vision<'m> {
             params.media_marker = marker.as_ptr();
             sys::mtmd_init_from_file(c_path.as_ptr(), model.inner.as_ptr(), params)
         };
-        let ctx = NonNull::new(ctx)
-            .ok_or_else(|| Error::file(path, format!("cannot be loaded: {}", log::take_reason("unknown reason"))))?;
-        let vision = Vision { ctx, model, path: path.to_owned(), projector };
+        let ctx = NonNull::new(ctx).ok_or_else(|| {
+            Error::file(
+                path,
+                format!("cannot be loaded: {}", log::take_reason("unknown reason")),
+            )
+        })?;
+        let vision = Vision {
+            ctx,
+            model,
+            path: path.to_owned(),
+            projector,
+        };
         // SAFETY: the context is alive.
         if !unsafe { sys::mtmd_support_vision(vision.ctx.as_ptr()) } {
             return Err(Error::file(path, "holds no vision encoder"));
@@ -176,13 +188,23 @@ impl<'m> Vision<'m> {
     pub fn tokenize(&self, text: &str, pictures: &[&Picture], add_bos: bool) -> Result<Vec<Piece>> {
         let markers = text.matches(Self::MARKER).count();
         if markers != pictures.len() {
-            return Err(Error::option("--image", format!("{} pictures for {markers} places in the prompt", pictures.len())));
+            return Err(Error::option(
+                "--image",
+                format!(
+                    "{} pictures for {markers} places in the prompt",
+                    pictures.len()
+                ),
+            ));
         }
         if text.contains('\0') {
             return Err(Error::option("-p", "the prompt contains a NUL byte"));
         }
-        let bitmaps = pictures.iter().map(|p| bitmap(p)).collect::<Result<Vec<_>>>()?;
-        let raw: Vec<*const sys::mtmd_bitmap> = bitmaps.iter().map(|b| b.0.as_ptr().cast_const()).collect();
+        let bitmaps = pictures
+            .iter()
+            .map(|p| bitmap(p))
+            .collect::<Result<Vec<_>>>()?;
+        let raw: Vec<*const sys::mtmd_bitmap> =
+            bitmaps.iter().map(|b| b.0.as_ptr().cast_const()).collect();
         // SAFETY: takes nothing.
         let chunks = Chunks(
             NonNull::new(unsafe { sys::mtmd_input_chunks_init() })
@@ -197,10 +219,19 @@ impl<'m> Vision<'m> {
         log::forget();
         // SAFETY: all pointers are valid for the call; the text is given with its length.
         let status = unsafe {
-            sys::mtmd_tokenize(self.ctx.as_ptr(), chunks.0.as_ptr(), &raw const input, raw.as_ptr().cast_mut(), raw.len())
+            sys::mtmd_tokenize(
+                self.ctx.as_ptr(),
+                chunks.0.as_ptr(),
+                &raw const input,
+                raw.as_ptr().cast_mut(),
+                raw.len(),
+            )
         };
         if status != 0 {
-            return Err(Error::llama("mtmd_tokenize", log::take_reason(&format!("status {status}"))));
+            return Err(Error::llama(
+                "mtmd_tokenize",
+                log::take_reason(&format!("status {status}")),
+            ));
         }
         // SAFETY: the chunks are alive.
         let n = unsafe { sys::mtmd_input_chunks_size(chunks.0.as_ptr()) };
@@ -216,7 +247,11 @@ impl<'m> Vision<'m> {
                 sys::MTMD_INPUT_CHUNK_TYPE_TEXT => {
                     let mut n = 0;
                     let tokens = sys::mtmd_input_chunk_get_tokens_text(chunk, &raw mut n);
-                    let tokens = if n == 0 { &[] } else { std::slice::from_raw_parts(tokens, n) };
+                    let tokens = if n == 0 {
+                        &[]
+                    } else {
+                        std::slice::from_raw_parts(tokens, n)
+                    };
                     Ok(Piece::Text(tokens.to_vec()))
                 }
                 sys::MTMD_INPUT_CHUNK_TYPE_IMAGE => {
@@ -228,7 +263,10 @@ impl<'m> Vision<'m> {
                         n_pos: sys::mtmd_input_chunk_get_n_pos(chunk),
                     }))
                 }
-                other => Err(Error::llama("mtmd_tokenize", format!("chunk type {other}, expected text or image"))),
+                other => Err(Error::llama(
+                    "mtmd_tokenize",
+                    format!("chunk type {other}, expected text or image"),
+                )),
             }
         }
     }
@@ -242,7 +280,10 @@ impl<'m> Vision<'m> {
         // SAFETY: context and chunk are alive.
         let status = unsafe { sys::mtmd_encode_chunk(self.ctx.as_ptr(), image.chunk.as_ptr()) };
         if status != 0 {
-            return Err(Error::llama("mtmd_encode_chunk", log::take_reason(&format!("status {status}"))));
+            return Err(Error::llama(
+                "mtmd_encode_chunk",
+                log::take_reason(&format!("status {status}")),
+            ));
         }
         let len = image.n * self.model.n_embd();
         // SAFETY: after a successful encode the output holds n_tokens * n_embd floats, until the
@@ -254,7 +295,12 @@ impl<'m> Vision<'m> {
             }
             std::slice::from_raw_parts(data, len).to_vec()
         };
-        Ok(ImageEmbeddings { data, n: image.n, n_pos: image.n_pos, mrope: self.mrope(image) })
+        Ok(ImageEmbeddings {
+            data,
+            n: image.n,
+            n_pos: image.n_pos,
+            mrope: self.mrope(image),
+        })
     }
 
     fn mrope(&self, image: &ImageTokens) -> Option<Vec<[Pos; 4]>> {
@@ -278,12 +324,24 @@ impl<'m> Vision<'m> {
 }
 
 fn bitmap(picture: &Picture) -> Result<Bitmap> {
-    let expected = (picture.width as usize).checked_mul(picture.height as usize).and_then(|n| n.checked_mul(3));
+    let expected = (picture.width as usize)
+        .checked_mul(picture.height as usize)
+        .and_then(|n| n.checked_mul(3));
     if expected != Some(picture.rgb.len()) {
-        return Err(Error::llama("mtmd_bitmap_init", format!("{} bytes for {}x{} pixels", picture.rgb.len(), picture.width, picture.height)));
+        return Err(Error::llama(
+            "mtmd_bitmap_init",
+            format!(
+                "{} bytes for {}x{} pixels",
+                picture.rgb.len(),
+                picture.width,
+                picture.height
+            ),
+        ));
     }
     // SAFETY: the data holds width * height * 3 bytes, which the call copies.
-    NonNull::new(unsafe { sys::mtmd_bitmap_init(picture.width, picture.height, picture.rgb.as_ptr()) })
-        .map(Bitmap)
-        .ok_or_else(|| Error::llama("mtmd_bitmap_init", "out of memory"))
+    NonNull::new(unsafe {
+        sys::mtmd_bitmap_init(picture.width, picture.height, picture.rgb.as_ptr())
+    })
+    .map(Bitmap)
+    .ok_or_else(|| Error::llama("mtmd_bitmap_init", "out of memory"))
 }

@@ -66,7 +66,10 @@ impl Ddes {
         let most = limits.n_cells - options.bin_size;
         Ddes {
             norm: options.norm,
-            guard: Guard { sinks: options.sinks, recent: options.recent },
+            guard: Guard {
+                sinks: options.sinks,
+                recent: options.recent,
+            },
             budget,
             least: options.least_budget(),
             most,
@@ -98,7 +101,10 @@ impl Ddes {
     /// Plans one step. `skip` marks cells that leave for another reason and do not count.
     pub fn rebalance(&mut self, cache: &Ledger, skip: impl Fn(Cell) -> bool, plan: &mut Plan) {
         let live = self.scan(cache, &skip);
-        let (over, mut room) = (live.saturating_sub(self.cells), self.cells.saturating_sub(live));
+        let (over, mut room) = (
+            live.saturating_sub(self.cells),
+            self.cells.saturating_sub(live),
+        );
         let [vision, text] = &self.classes;
         let vision_leaves = over.min(vision.open);
         let leave = [vision_leaves, (over - vision_leaves).min(text.open)];
@@ -124,14 +130,21 @@ impl Ddes {
         for entry in cache.entries().filter(|e| !skip(e.cell)) {
             let class = &mut self.classes[usize::from(entry.modality == Modality::Text)];
             let score = self.norm.score(&entry);
-            let token = Candidate { score, pos: entry.pos, cell: entry.cell };
+            let token = Candidate {
+                score,
+                pos: entry.pos,
+                cell: entry.cell,
+            };
             match entry.state {
                 State::Binned => class.binned.push(token),
                 State::Live => {
                     live += 1;
                     if open.contains(&entry.pos) {
                         class.open += 1;
-                        if class.lowest.is_none_or(|lowest| token.order(&lowest).is_lt()) {
+                        if class
+                            .lowest
+                            .is_none_or(|lowest| token.order(&lowest).is_lt())
+                        {
                             class.lowest = Some(token);
                         }
                     }
@@ -145,7 +158,12 @@ impl Ddes {
     /// `binned`. Mostly that is one token, which the scan has found already.
     fn rank(&mut self, class: usize, leave: usize, cache: &Ledger, skip: impl Fn(Cell) -> bool) {
         let modality = CLASSES[class];
-        let Class { lowest, open, binned, ascending } = &mut self.classes[class];
+        let Class {
+            lowest,
+            open,
+            binned,
+            ascending,
+        } = &mut self.classes[class];
         ascending.clear();
         if self.restore {
             binned.sort_unstable_by(|a, b| b.order(a));
@@ -167,7 +185,11 @@ impl Ddes {
                 .entries()
                 .filter(|e| e.modality == modality && e.state == State::Live)
                 .filter(|e| positions.contains(&e.pos) && !skip(e.cell))
-                .map(|e| Candidate { score: self.norm.score(&e), pos: e.pos, cell: e.cell }),
+                .map(|e| Candidate {
+                    score: self.norm.score(&e),
+                    pos: e.pos,
+                    cell: e.cell,
+                }),
         );
         if needed < ascending.len() {
             ascending.select_nth_unstable_by(needed, Candidate::order);
@@ -178,7 +200,9 @@ impl Ddes {
 
     /// Decides who of a class leaves, who comes back and who is in the bin afterwards.
     fn exchange(&mut self, class: usize, leave: usize, room: &mut usize, plan: &mut Plan) {
-        let Class { binned, ascending, .. } = &self.classes[class];
+        let Class {
+            binned, ascending, ..
+        } = &self.classes[class];
         let (leaving, staying) = ascending.split_at(leave);
         let mut back = 0;
         let mut swapped = 0;
@@ -195,7 +219,8 @@ impl Ddes {
         let (back, rest) = binned.split_at(back);
         plan.restore.extend(back.iter().map(|token| token.cell));
         let modality = CLASSES[class];
-        self.bin.extend(rest.iter().map(|&token| (modality, token, false)));
+        self.bin
+            .extend(rest.iter().map(|&token| (modality, token, false)));
         let newly = leaving.iter().chain(&staying[..swapped]);
         self.bin.extend(newly.map(|&token| (modality, token, true)));
     }
@@ -210,7 +235,12 @@ impl Ddes {
             });
         }
         let (gone, kept) = self.bin.split_at(flushed);
-        plan.evict.extend(gone.iter().map(|(_, token, _)| token.cell));
-        plan.bin.extend(kept.iter().filter(|(.., live)| *live).map(|(_, token, _)| token.cell));
+        plan.evict
+            .extend(gone.iter().map(|(_, token, _)| token.cell));
+        plan.bin.extend(
+            kept.iter()
+                .filter(|(.., live)| *live)
+                .map(|(_, token, _)| token.cell),
+        );
     }
 }

@@ -39,7 +39,9 @@ pub struct Candidate {
 impl Candidate {
     /// Lowest score first; of equal scores the older token goes first.
     pub fn order(&self, other: &Candidate) -> Ordering {
-        self.score.total_cmp(&other.score).then(self.pos.cmp(&other.pos))
+        self.score
+            .total_cmp(&other.score)
+            .then(self.pos.cmp(&other.pos))
     }
 }
 
@@ -56,9 +58,13 @@ impl Guard {
     /// The positions that may leave. Positions, not ranks: what is protected was never evicted,
     /// so both count the same tokens.
     pub fn open(&self, cache: &Ledger) -> Range<Pos> {
-        let (Some(first), Some(newest)) = (cache.first(), cache.newest()) else { return 0..0 };
+        let (Some(first), Some(newest)) = (cache.first(), cache.newest()) else {
+            return 0..0;
+        };
         let pos = |n: usize| Pos::try_from(n).unwrap_or(Pos::MAX);
-        let recent = newest.saturating_sub(pos(self.recent.max(1))).saturating_add(1);
+        let recent = newest
+            .saturating_sub(pos(self.recent.max(1)))
+            .saturating_add(1);
         first.saturating_add(pos(self.sinks))..recent
     }
 }

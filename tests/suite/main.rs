@@ -3,4 +3,6 @@
 mod bin;
 mod house;
 mod image;
+mod model;
 mod npz;
+mod parity;
