@@ -3,4 +3,5 @@
 mod bin;
 mod house;
 mod image;
+mod masked;
 mod npz;
