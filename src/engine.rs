@@ -15,8 +15,9 @@ pub type Token = i32;
 #[derive(Clone, Copy, Debug)]
 pub enum Input<'a> {
     Tokens(&'a [Token]),
-    /// Row-major `[n, n_embd]` projected visual embeddings.
-    Embeddings { data: &'a [f32], n: usize },
+    /// Row-major `[n, n_embd]` projected visual embeddings. `mrope` holds the absolute
+    /// `[t, y, x, 0]` positions of each row for models whose pictures have two axes.
+    Embeddings { data: &'a [f32], n: usize, mrope: Option<&'a [[Pos; 4]]> },
 }
 
 impl Input<'_> {

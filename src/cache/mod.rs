@@ -3,10 +3,12 @@
 //! llama.cpp's cells span all layers, so one entry here stands for a token's K and V in every
 //! layer, and removing it removes the token from every layer (the paper's index broadcasting).
 
+mod counts;
 mod ledger;
 pub mod ranges;
 
-pub use ledger::{Counts, Ledger};
+pub use counts::{Counts, PerModality};
+pub use ledger::{Entry, Ledger};
 
 /// A token's position in its sequence (llama.cpp's `llama_pos`).
 pub type Pos = i32;

@@ -18,7 +18,7 @@ mod vision;
 pub use context::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 pub use model::{Model, ModelOptions, RopeFactors};
 pub use sampler::SamplerOptions;
-pub use vision::{Vision, VisionOptions};
+pub use vision::{ImageEmbeddings, ImageTokens, Piece, Vision, VisionOptions};
 
 use std::sync::OnceLock;
 
@@ -36,4 +36,26 @@ fn backend() -> Result<&'static LlamaBackend> {
         })
         .as_ref()
         .map_err(|e| Error::llama("llama_backend_init", e.clone()))
+}
+
+/// ggml's version number.
+pub fn ggml_version() -> String {
+    // SAFETY: returns a static C string.
+    unsafe { static_str(llama_cpp_sys_2::ggml_version()) }
+}
+
+/// The processor features that llama.cpp was built for and found.
+pub fn system_info() -> String {
+    // SAFETY: returns a C string that lives until the next call, copied at once.
+    unsafe { static_str(llama_cpp_sys_2::llama_print_system_info()) }
+}
+
+/// # Safety
+/// `text` is null or a C string that lives during the call.
+unsafe fn static_str(text: *const std::ffi::c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: the caller's promise.
+    unsafe { std::ffi::CStr::from_ptr(text) }.to_string_lossy().trim().to_owned()
 }

@@ -1,13 +1,13 @@
 //! A loaded text model.
 
-use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::model::{LlamaModel, RopeType};
 use llama_cpp_sys_2 as sys;
 
-use super::{backend, gguf, log};
+use super::gguf::{Gguf, c_path};
+use super::{backend, log};
 use crate::engine::Token;
 use crate::error::{Error, Result};
 
@@ -70,14 +70,15 @@ impl Model {
     /// # Errors
     /// [`Error::File`] when the file is not a GGUF text model that llama.cpp can load.
     pub fn load(path: &Path, options: &ModelOptions) -> Result<Self> {
-        let meta = gguf::Metadata::read(path)?;
-        let arch = meta.str("general.architecture").unwrap_or_default().to_owned();
+        let meta = Gguf::open(path)?;
+        let arch = meta.text("general.architecture")?;
         if arch == "clip" {
             return Err(Error::file(path, "is a vision file (architecture clip), expected a text model: pass it as --mmproj"));
         }
         let orig_key = format!("{arch}.rope.scaling.original_context_length");
-        let two_sets = meta.has_tensor("rope_factors_long.weight") && meta.has_tensor("rope_factors_short.weight");
-        let long_rope_from = two_sets.then(|| meta.u32(&orig_key)).flatten();
+        let two_sets = meta.tensors().iter().any(|t| t.name.ends_with("rope_factors_long.weight"));
+        let long_rope_from =
+            two_sets.then(|| meta.unsigned(&orig_key).ok()).flatten().and_then(|n| u32::try_from(n).ok());
 
         let overrides = match (options.rope_factors, long_rope_from) {
             (RopeFactors::Context, _) | (_, None) => Vec::new(),
@@ -93,7 +94,7 @@ impl Model {
             params.as_raw_mut().kv_overrides = overrides.as_ptr();
         }
         let backend = backend()?;
-        check_path(path)?;
+        c_path(path)?;
         log::forget();
         let inner = LlamaModel::load_from_file(backend, path, &params)
             .map_err(|e| Error::file(path, format!("cannot be loaded: {}", log::take_reason(&e.to_string()))))?;
@@ -170,10 +171,4 @@ fn end_of_overrides() -> sys::llama_model_kv_override {
         key: [0; 128],
         __bindgen_anon_1: sys::llama_model_kv_override__bindgen_ty_1 { val_i64: 0 },
     }
-}
-
-/// llama.cpp takes paths as C strings.
-pub(super) fn check_path(path: &Path) -> Result<CString> {
-    let text = path.to_str().ok_or_else(|| Error::file(path, "the path is not valid UTF-8"))?;
-    CString::new(text).map_err(|_| Error::file(path, "the path contains a NUL byte"))
 }

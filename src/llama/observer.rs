@@ -155,7 +155,9 @@ impl Observer {
         if t.op == sys::GGML_OP_SET_ROWS && !t.view_src.is_null() {
             // SAFETY: a view's source outlives the view.
             let target = unsafe { &*t.view_src };
-            if !self.memory.complete {
+            // Other SET_ROWS nodes write into the graph's own buffers.
+            let cache = name(target).starts_with(b"cache_k_l") || name(target).starts_with(b"cache_v_l");
+            if cache && !self.memory.complete {
                 // SAFETY: as above.
                 unsafe { self.memory.add(t.view_src) };
             }

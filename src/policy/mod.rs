@@ -4,11 +4,46 @@
 //! writes a [`Plan`]. The direction of a score is said once, here: **higher is more worth
 //! keeping**.
 
+mod dap;
+mod ddes;
 pub mod full;
 pub mod hae;
+mod options;
+mod scores;
 
 use crate::cache::{Cell, Ledger};
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+pub use options::{Amount, DapOptions, DapRule, Layers, Limits, PolicyOptions, Scope};
+pub use scores::Norm;
+
+type Create = fn(&PolicyOptions, Limits) -> Result<Box<dyn EvictionPolicy>>;
+
+/// The policies by the names that `--kv-policy` takes. The one place to add one.
+const POLICIES: &[(&str, Create)] = &[("full", full::create), ("hae", hae::create)];
+
+pub fn names() -> impl Iterator<Item = &'static str> {
+    POLICIES.iter().map(|(name, _)| *name)
+}
+
+/// The policy of this name.
+///
+/// # Errors
+/// [`Error::Option`] when there is none of this name (it lists those there are), or when an
+/// option of the policy cannot be.
+pub fn create(
+    name: &str,
+    options: &PolicyOptions,
+    limits: Limits,
+) -> Result<Box<dyn EvictionPolicy>> {
+    match POLICIES.iter().find(|(known, _)| *known == name) {
+        Some((_, create)) => create(options, limits),
+        None => {
+            let known = names().collect::<Vec<_>>().join(", ");
+            Err(Error::option("--kv-policy", format!("{name:?}, expected one of {known}")))
+        }
+    }
+}
 
 /// Which attention a policy wants to see.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,7 +51,7 @@ pub enum Observe {
     /// None: no attention is read at all.
     Nothing,
     /// The mean over all heads of these layers (sorted, unique), for these prompt rows at prefill
-    /// and for every decoded token after it.
+    /// and, if [`EvictionPolicy::observes_decoding`], for every decoded token after it.
     Layers { layers: Vec<u32>, queries: Queries },
 }
 
@@ -30,7 +65,7 @@ pub enum Queries {
     Last,
 }
 
-/// What is to change, in cells. Cleared and reused between calls.
+/// What is to change, in cells; no cell is in it twice. The controller clears it before each call.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Live cells that go into the recycle bin.
@@ -64,6 +99,18 @@ pub trait EvictionPolicy {
     /// The attention this policy needs.
     fn observe(&self) -> Observe;
 
+    /// Whether decoded tokens are observed too, or the prompt alone. Reading attention costs time
+    /// at every step, so a policy that decides nothing while decoding says no.
+    fn observes_decoding(&self) -> bool {
+        self.observe() != Observe::Nothing
+    }
+
+    /// What the scores so far are multiplied with at each decoding step; 1 is plain accumulation.
+    /// The batches of a prompt count as one observation, whatever their size, and are not decayed.
+    fn decay(&self) -> f32 {
+        1.0
+    }
+
     /// Called once after each prompt (each user turn), with the prompt's scores in the ledger.
     ///
     /// # Errors
@@ -76,3 +123,6 @@ pub trait EvictionPolicy {
     /// As [`EvictionPolicy::after_prefill`].
     fn after_step(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()>;
 }
+
+#[cfg(test)]
+mod tests;

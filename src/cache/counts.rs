@@ -1,0 +1,52 @@
+//! How many tokens are where, as reports show it.
+
+use super::Modality;
+
+/// One number for text and one for visual tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct PerModality {
+    pub text: usize,
+    pub vision: usize,
+}
+
+impl PerModality {
+    pub fn of(&self, modality: Modality) -> usize {
+        match modality {
+            Modality::Text => self.text,
+            Modality::Vision => self.vision,
+        }
+    }
+
+    pub fn of_mut(&mut self, modality: Modality) -> &mut usize {
+        match modality {
+            Modality::Text => &mut self.text,
+            Modality::Vision => &mut self.vision,
+        }
+    }
+
+    pub fn total(&self) -> usize {
+        self.text + self.vision
+    }
+}
+
+/// Cells of the cache now, and what has happened to them since it was last empty.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Counts {
+    /// Cells in the cache and not in the recycle bin.
+    pub live: PerModality,
+    /// Cells in the recycle bin: still in the cache and still attended to.
+    pub binned: PerModality,
+    /// Tokens removed from the cache for good.
+    pub evicted: PerModality,
+    /// Times that a token came back from the recycle bin.
+    pub restored: PerModality,
+    /// The most cells that were ever taken at once.
+    pub peak: usize,
+}
+
+impl Counts {
+    /// Cells taken now: live and binned.
+    pub fn cells(&self) -> usize {
+        self.live.total() + self.binned.total()
+    }
+}

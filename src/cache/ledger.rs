@@ -1,0 +1,352 @@
+//! The ledger: for every cell of the KV cache, the token in it and the attention it has had.
+
+use super::counts::Counts;
+use super::{Cell, Modality, Pos, State};
+use crate::engine::Observation;
+use crate::error::{Error, Result};
+
+/// Position of an empty cell. As `u32` it is larger than every position, so that "is this cell
+/// visible to that query" is one comparison for empty cells too.
+const EMPTY: Pos = -1;
+
+const NO_IMAGE: u32 = u32::MAX;
+
+/// One occupied cell.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Entry {
+    pub cell: Cell,
+    pub pos: Pos,
+    pub modality: Modality,
+    pub state: State,
+    /// The user turn that brought the token in.
+    pub turn: u32,
+    /// Which picture a visual token belongs to.
+    pub image: Option<u32>,
+    /// Sum over query rows of the attention paid to the token.
+    pub sum: f32,
+    /// Maximum over query rows of the attention paid to the token.
+    pub max: f32,
+    /// Exposure: how many query rows could see the token (a real number under a decay).
+    pub seen: f32,
+}
+
+/// Bookkeeping of the whole cache, one entry a cell, as arrays indexed by cell.
+///
+/// Empty cells hold `EMPTY` and zero scores. The arrays reach up to the highest cell used so far.
+#[derive(Clone, Debug, Default)]
+pub struct Ledger {
+    /// `[cells]`
+    pos: Vec<Pos>,
+    /// `[cells]`
+    modality: Vec<Modality>,
+    /// `[cells]`
+    state: Vec<State>,
+    /// `[cells]`
+    turns: Vec<u32>,
+    /// `[cells]`
+    image: Vec<u32>,
+    /// `[cells]` attention mass
+    sum: Vec<f32>,
+    /// `[cells]` attention mass
+    max: Vec<f32>,
+    /// `[cells]` query rows
+    seen: Vec<f32>,
+    n_cells: usize,
+    turn: u32,
+    first: Option<Pos>,
+    newest: Option<(Pos, Cell)>,
+    counts: Counts,
+}
+
+impl Ledger {
+    /// An empty ledger of a cache of `n_cells` cells. All memory is taken here.
+    pub fn new(n_cells: usize) -> Self {
+        Ledger {
+            pos: Vec::with_capacity(n_cells),
+            modality: Vec::with_capacity(n_cells),
+            state: Vec::with_capacity(n_cells),
+            turns: Vec::with_capacity(n_cells),
+            image: Vec::with_capacity(n_cells),
+            sum: Vec::with_capacity(n_cells),
+            max: Vec::with_capacity(n_cells),
+            seen: Vec::with_capacity(n_cells),
+            n_cells,
+            ..Ledger::default()
+        }
+    }
+
+    /// Writes down that the token at `pos` now lies in `cell`, in the current turn.
+    ///
+    /// # Errors
+    /// When the cell is occupied or beyond the cache, or `pos` is not newer than every other.
+    pub fn insert(
+        &mut self,
+        cell: Cell,
+        pos: Pos,
+        modality: Modality,
+        image: Option<u32>,
+    ) -> Result<()> {
+        let oldest_allowed = self.newest.map_or(0, |(newest, _)| newest + 1);
+        self.place(cell, pos, oldest_allowed, modality, image)
+    }
+
+    /// As [`Ledger::insert`], for a row of a picture whose rows share positions (M-RoPE): `pos`
+    /// may also be the newest one.
+    ///
+    /// # Errors
+    /// As [`Ledger::insert`].
+    pub fn insert_shared(&mut self, cell: Cell, pos: Pos, image: Option<u32>) -> Result<()> {
+        let oldest_allowed = self.newest.map_or(0, |(newest, _)| newest);
+        self.place(cell, pos, oldest_allowed, Modality::Vision, image)
+    }
+
+    fn place(
+        &mut self,
+        cell: Cell,
+        pos: Pos,
+        oldest_allowed: Pos,
+        modality: Modality,
+        image: Option<u32>,
+    ) -> Result<()> {
+        let i = cell as usize;
+        if i >= self.n_cells {
+            let n = self.n_cells;
+            return Err(Error::cell(cell, format!("is beyond the {n} cells of the cache")));
+        }
+        // Pos::MAX has no end for a half-open range.
+        if pos < oldest_allowed || pos == Pos::MAX {
+            return Err(Error::cell(
+                cell,
+                format!("got position {pos}, expected {oldest_allowed} or a newer one"),
+            ));
+        }
+        if i >= self.pos.len() {
+            self.grow(i + 1);
+        } else if self.pos[i] != EMPTY {
+            let old = self.pos[i];
+            return Err(Error::cell(cell, format!("got position {pos} but holds position {old}")));
+        }
+        self.pos[i] = pos;
+        self.modality[i] = modality;
+        self.state[i] = State::Live;
+        self.turns[i] = self.turn;
+        self.image[i] = image.unwrap_or(NO_IMAGE);
+        self.first.get_or_insert(pos);
+        self.newest = Some((pos, cell));
+        *self.counts.live.of_mut(modality) += 1;
+        self.counts.peak = self.counts.peak.max(self.counts.cells());
+        Ok(())
+    }
+
+    fn grow(&mut self, len: usize) {
+        self.pos.resize(len, EMPTY);
+        self.modality.resize(len, Modality::Text);
+        self.state.resize(len, State::Live);
+        self.turns.resize(len, 0);
+        self.image.resize(len, NO_IMAGE);
+        self.sum.resize(len, 0.0);
+        self.max.resize(len, 0.0);
+        self.seen.resize(len, 0.0);
+    }
+
+    /// Adds one batch's attention: `sum' = sum * decay + observed`, `seen' = seen * decay + rows`,
+    /// where `rows` counts the query rows at or after the token's own position. `decay` is 1 for
+    /// plain accumulation. Cells beyond the observation were not in view and gain nothing.
+    ///
+    /// # Errors
+    /// [`Error::NanScore`] when an occupied cell's score would not be a finite number; the ledger
+    /// is then unchanged.
+    pub fn observe(&mut self, seen: &Observation, decay: f32) -> Result<()> {
+        match seen.queries.as_slice() {
+            [] => Ok(()),
+            // A decoding step: one comparison a cell, no search, and the loops vectorise.
+            &[query] => self.accumulate(seen, decay, |pos| (pos as u32 <= query as u32) as u32),
+            queries => self.accumulate(seen, decay, |pos| match pos {
+                EMPTY => 0,
+                pos => (queries.len() - queries.partition_point(|&query| query < pos)) as u32,
+            }),
+        }
+    }
+
+    fn accumulate(
+        &mut self,
+        seen: &Observation,
+        decay: f32,
+        rows: impl Fn(Pos) -> u32,
+    ) -> Result<()> {
+        let n = self.pos.len().min(seen.sum.len()).min(seen.max.len());
+        let pos = &self.pos[..n];
+        let (add, peak) = (&seen.sum[..n], &seen.max[..n]);
+        let (sum, max) = (&mut self.sum[..n], &mut self.max[..n]);
+        let exposure = &mut self.seen[..n];
+
+        let finite = |i: usize, sum: &[f32]| {
+            rows(pos[i]) == 0 || (sum[i] * decay + add[i]).is_finite() & peak[i].is_finite()
+        };
+        let mut all_finite = true;
+        for i in 0..n {
+            all_finite &= finite(i, sum);
+        }
+        if !all_finite {
+            let i = (0..n).find(|&i| !finite(i, sum)).unwrap_or(0);
+            let total = sum[i] * decay + add[i];
+            let value = if total.is_finite() { peak[i] } else { total };
+            return Err(Error::NanScore { pos: pos[i], value });
+        }
+
+        for i in 0..n {
+            let rows = rows(pos[i]);
+            let visible = rows > 0;
+            sum[i] = sum[i] * decay + if visible { add[i] } else { 0.0 };
+            max[i] = max[i].max(if visible { peak[i] } else { 0.0 });
+            exposure[i] = exposure[i] * decay + rows as f32;
+        }
+        if decay != 1.0 {
+            self.sum[n..].iter_mut().for_each(|sum| *sum *= decay);
+            self.seen[n..].iter_mut().for_each(|seen| *seen *= decay);
+        }
+        Ok(())
+    }
+
+    /// Puts a live token into the recycle bin.
+    ///
+    /// # Errors
+    /// When the cell is empty or binned already, or holds the newest position.
+    pub fn bin(&mut self, cell: Cell) -> Result<()> {
+        let i = self.expect(cell, Some(State::Live))?;
+        self.expect_not_newest(cell)?;
+        self.state[i] = State::Binned;
+        *self.counts.live.of_mut(self.modality[i]) -= 1;
+        *self.counts.binned.of_mut(self.modality[i]) += 1;
+        Ok(())
+    }
+
+    /// Takes a token out of the recycle bin again.
+    ///
+    /// # Errors
+    /// When the cell is empty or its token is not in the bin.
+    pub fn restore(&mut self, cell: Cell) -> Result<()> {
+        let i = self.expect(cell, Some(State::Binned))?;
+        self.state[i] = State::Live;
+        *self.counts.binned.of_mut(self.modality[i]) -= 1;
+        *self.counts.live.of_mut(self.modality[i]) += 1;
+        *self.counts.restored.of_mut(self.modality[i]) += 1;
+        Ok(())
+    }
+
+    /// Empties a cell and gives the position it held.
+    ///
+    /// # Errors
+    /// When the cell is empty, or holds the newest position: the model counts on from there.
+    pub fn remove(&mut self, cell: Cell) -> Result<Pos> {
+        let i = self.expect(cell, None)?;
+        self.expect_not_newest(cell)?;
+        let modality = self.modality[i];
+        match self.state[i] {
+            State::Live => *self.counts.live.of_mut(modality) -= 1,
+            State::Binned => *self.counts.binned.of_mut(modality) -= 1,
+        }
+        *self.counts.evicted.of_mut(modality) += 1;
+        let pos = std::mem::replace(&mut self.pos[i], EMPTY);
+        (self.sum[i], self.max[i], self.seen[i]) = (0.0, 0.0, 0.0);
+        Ok(pos)
+    }
+
+    fn expect(&self, cell: Cell, state: Option<State>) -> Result<usize> {
+        let i = cell as usize;
+        if self.pos.get(i).is_none_or(|&pos| pos == EMPTY) {
+            return Err(Error::cell(cell, "is empty, expected a token"));
+        }
+        match state {
+            Some(State::Live) if self.state[i] != State::Live => {
+                Err(Error::cell(cell, "is in the recycle bin, expected a live token"))
+            }
+            Some(State::Binned) if self.state[i] != State::Binned => {
+                Err(Error::cell(cell, "is live, expected a token in the recycle bin"))
+            }
+            _ => Ok(i),
+        }
+    }
+
+    fn expect_not_newest(&self, cell: Cell) -> Result<()> {
+        match self.newest {
+            Some((pos, newest)) if newest == cell => {
+                Err(Error::cell(cell, format!("holds the newest position {pos}, which must stay")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The token in a cell.
+    pub fn get(&self, cell: Cell) -> Option<Entry> {
+        let i = cell as usize;
+        (*self.pos.get(i)? != EMPTY).then(|| self.entry(i))
+    }
+
+    fn entry(&self, i: usize) -> Entry {
+        Entry {
+            cell: i as Cell,
+            pos: self.pos[i],
+            modality: self.modality[i],
+            state: self.state[i],
+            turn: self.turns[i],
+            image: (self.image[i] != NO_IMAGE).then_some(self.image[i]),
+            sum: self.sum[i],
+            max: self.max[i],
+            seen: self.seen[i],
+        }
+    }
+
+    /// All occupied cells, ascending by cell (not by position).
+    pub fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+        (0..self.pos.len()).filter(|&i| self.pos[i] != EMPTY).map(|i| self.entry(i))
+    }
+
+    /// Cells that the arrays reach over: one more than the highest cell used so far.
+    pub fn span(&self) -> usize {
+        self.pos.len()
+    }
+
+    /// The first position that went in since the cache was last empty.
+    pub fn first(&self) -> Option<Pos> {
+        self.first
+    }
+
+    /// The newest position; the next token takes the one after it.
+    pub fn newest(&self) -> Option<Pos> {
+        self.newest.map(|(pos, _)| pos)
+    }
+
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// The current user turn; tokens that go in now belong to it.
+    pub fn turn(&self) -> u32 {
+        self.turn
+    }
+
+    /// Starts the next user turn.
+    pub fn begin_turn(&mut self) {
+        self.turn += 1;
+    }
+
+    /// Empties the ledger, counts and turns included.
+    pub fn clear(&mut self) {
+        self.pos.clear();
+        self.modality.clear();
+        self.state.clear();
+        self.turns.clear();
+        self.image.clear();
+        self.sum.clear();
+        self.max.clear();
+        self.seen.clear();
+        self.turn = 0;
+        self.first = None;
+        self.newest = None;
+        self.counts = Counts::default();
+    }
+}
+
+#[cfg(test)]
+mod tests;

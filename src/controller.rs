@@ -1,0 +1,204 @@
+//! The eviction controller: keeps the ledger, asks the policy, and says which positions to remove.
+//!
+//! It touches no model. Whoever drives the model reports what went into which cell
+//! ([`Controller::inserted`]) and what attention was seen ([`Controller::observed`]), and removes
+//! the ranges that [`Controller::after_prefill`] and [`Controller::after_step`] return. The ledger
+//! then already counts them as gone.
+
+use std::ops::Range;
+
+use crate::cache::{Cell, Counts, Ledger, Modality, Pos, ranges};
+use crate::engine::Observation;
+use crate::error::Result;
+use crate::policy::{EvictionPolicy, Observe, Plan};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Prefill,
+    Decode,
+}
+
+/// What the controller did, for reports.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Report {
+    pub policy: &'static str,
+    pub params: serde_json::Value,
+    pub cells: Counts,
+    /// Tokens removed right after prompts.
+    pub evicted_after_prefill: usize,
+    /// Tokens removed while decoding.
+    pub evicted_in_decoding: usize,
+    /// Decoding steps that removed tokens: each is one batch of removals.
+    pub flushes: usize,
+    /// Times that a token came back from the recycle bin.
+    pub restores: usize,
+}
+
+pub struct Controller {
+    ledger: Ledger,
+    policy: Box<dyn EvictionPolicy>,
+    observe: Observe,
+    observes_decoding: bool,
+    decay: f32,
+    phase: Phase,
+    plan: Plan,
+    positions: Vec<Pos>,
+    ranges: Vec<Range<Pos>>,
+    evicted_after_prefill: usize,
+    evicted_in_decoding: usize,
+    flushes: usize,
+}
+
+impl Controller {
+    /// A controller of an empty cache of `n_cells` cells.
+    pub fn new(policy: Box<dyn EvictionPolicy>, n_cells: usize) -> Self {
+        Controller {
+            ledger: Ledger::new(n_cells),
+            observe: policy.observe(),
+            observes_decoding: policy.observes_decoding(),
+            decay: policy.decay(),
+            policy,
+            phase: Phase::Prefill,
+            plan: Plan::default(),
+            positions: Vec::new(),
+            ranges: Vec::new(),
+            evicted_after_prefill: 0,
+            evicted_in_decoding: 0,
+            flushes: 0,
+        }
+    }
+
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// The attention that the policy wants of the prompt.
+    pub fn observe(&self) -> &Observe {
+        &self.observe
+    }
+
+    /// Whether the attention of decoded tokens is wanted too.
+    pub fn observes_decoding(&self) -> bool {
+        self.observes_decoding
+    }
+
+    /// The position of the next token, whatever was evicted.
+    pub fn next_pos(&self) -> Pos {
+        self.ledger.newest().map_or(0, |newest| newest + 1)
+    }
+
+    /// Starts a user turn: tokens that go in now are the prompt's.
+    pub fn begin_turn(&mut self) {
+        self.ledger.begin_turn();
+        self.phase = Phase::Prefill;
+    }
+
+    /// Writes down one batch: the token at position `pos + i` lies in `cells[i]`.
+    ///
+    /// # Errors
+    /// As [`Ledger::insert`].
+    pub fn inserted(
+        &mut self,
+        cells: &[Cell],
+        pos: Pos,
+        modality: Modality,
+        image: Option<u32>,
+    ) -> Result<()> {
+        let mut pos = pos;
+        for &cell in cells {
+            self.ledger.insert(cell, pos, modality, image)?;
+            pos += 1;
+        }
+        Ok(())
+    }
+
+    /// Writes down one batch of a picture whose rows share `n_pos` positions from `base` on
+    /// (M-RoPE): row `first + i` of the picture lies in `cells[i]`. Which row counts as which
+    /// position does not matter, since no policy may remove them; the last one must be reached.
+    ///
+    /// # Errors
+    /// As [`Ledger::insert_shared`].
+    pub fn inserted_shared(&mut self, cells: &[Cell], base: Pos, first: usize, n_pos: Pos, image: Option<u32>) -> Result<()> {
+        for (i, &cell) in cells.iter().enumerate() {
+            let row = Pos::try_from(first + i).unwrap_or(Pos::MAX);
+            self.ledger.insert_shared(cell, base.saturating_add(row.min(n_pos - 1)), image)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the attention that was seen in the batch whose cells were just inserted.
+    ///
+    /// # Errors
+    /// [`crate::Error::NanScore`]
+    pub fn observed(&mut self, seen: &Observation) -> Result<()> {
+        let decay = match self.phase {
+            Phase::Prefill => 1.0,
+            Phase::Decode => self.decay,
+        };
+        self.ledger.observe(seen, decay)
+    }
+
+    /// Lets the policy act on a complete prompt. Gives the positions to remove, as sorted and
+    /// disjoint ranges.
+    ///
+    /// # Errors
+    /// The policy's own, and [`crate::Error::Cell`] for a plan that cannot be.
+    pub fn after_prefill(&mut self) -> Result<&[Range<Pos>]> {
+        self.phase = Phase::Decode;
+        self.plan.clear();
+        self.policy.after_prefill(&self.ledger, &mut self.plan)?;
+        self.evicted_after_prefill += self.plan.evict.len();
+        self.apply()
+    }
+
+    /// Lets the policy act on a decoded token; otherwise as [`Controller::after_prefill`].
+    ///
+    /// # Errors
+    /// As [`Controller::after_prefill`].
+    pub fn after_step(&mut self) -> Result<&[Range<Pos>]> {
+        self.plan.clear();
+        self.policy.after_step(&self.ledger, &mut self.plan)?;
+        self.evicted_in_decoding += self.plan.evict.len();
+        self.flushes += usize::from(!self.plan.evict.is_empty());
+        self.apply()
+    }
+
+    /// The ledger refuses what cannot be: an empty cell, a wrong state, the newest position.
+    /// Evictions come first, so that a cell that is also to be binned or restored is found empty.
+    fn apply(&mut self) -> Result<&[Range<Pos>]> {
+        self.positions.clear();
+        for &cell in &self.plan.evict {
+            self.positions.push(self.ledger.remove(cell)?);
+        }
+        for &cell in &self.plan.restore {
+            self.ledger.restore(cell)?;
+        }
+        for &cell in &self.plan.bin {
+            self.ledger.bin(cell)?;
+        }
+        ranges::coalesce(&mut self.positions, &mut self.ranges);
+        Ok(&self.ranges)
+    }
+
+    /// Forgets everything: the cache was emptied.
+    pub fn clear(&mut self) {
+        self.ledger.clear();
+        self.phase = Phase::Prefill;
+        self.evicted_after_prefill = 0;
+        self.evicted_in_decoding = 0;
+        self.flushes = 0;
+    }
+
+    pub fn report(&self) -> Report {
+        let cells = self.ledger.counts();
+        Report {
+            policy: self.policy.name(),
+            params: self.policy.params(),
+            cells,
+            evicted_after_prefill: self.evicted_after_prefill,
+            evicted_in_decoding: self.evicted_in_decoding,
+            flushes: self.flushes,
+            restores: cells.restored.total(),
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! A model made of two functions, for tests: what it attends to and what it says.
+//!
+//! Its cache is real: cells are given out lowest hole first, as llama.cpp does, run out, and are
+//! freed by position. What llama.cpp would refuse or silently get wrong is an error here: a hole
+//! between the newest position and a batch, a removal of a position that is absent or newest.
+
+use std::ops::Range;
+
+use super::{Batch, Engine, Input, KvBytes, Observation, Token};
+use crate::cache::{Cell, Pos};
+use crate::error::{Error, Result};
+
+/// The token that ends a generation.
+pub const EOG: Token = 0;
+
+const N_VOCAB: usize = 256;
+
+/// One call of the engine, for tests to look at.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Call {
+    Decode { pos: Pos, n: usize, embeddings: bool, queries: Vec<u32>, logits: bool },
+    Sample(Token),
+    Remove(Vec<Range<Pos>>),
+}
+
+/// How much the token at position `query` attends to the one at `key`, before normalisation.
+pub type Attention = Box<dyn Fn(Pos, Pos) -> f64>;
+
+/// The token that is said after the token at this position, of a vocabulary of 256.
+pub type Says = Box<dyn Fn(Pos) -> Token>;
+
+pub struct Scripted {
+    /// Per cell: the position of its token.
+    cells: Vec<Option<Pos>>,
+    n_batch: usize,
+    attention: Attention,
+    says: Says,
+    /// The text of each token, by default ` <token>`.
+    pieces: Vec<Vec<u8>>,
+    /// `[N_VOCAB]`, of the last row that asked for them.
+    logits: Vec<f32>,
+    pub calls: Vec<Call>,
+}
+
+impl Scripted {
+    /// An empty cache. Attention is a hash of both positions, every token said is 1.
+    pub fn new(n_cells: usize, n_batch: usize) -> Self {
+        Scripted {
+            cells: vec![None; n_cells],
+            n_batch,
+            attention: Box::new(|query, key| hashed(0, query, key)),
+            says: Box::new(|_| 1),
+            pieces: (0..N_VOCAB).map(|token| format!(" {token}").into_bytes()).collect(),
+            logits: Vec::new(),
+            calls: Vec::new(),
+        }
+    }
+
+    pub fn with_attention(mut self, attention: impl Fn(Pos, Pos) -> f64 + 'static) -> Self {
+        self.attention = Box::new(attention);
+        self
+    }
+
+    pub fn with_says(mut self, says: impl Fn(Pos) -> Token + 'static) -> Self {
+        self.says = Box::new(says);
+        self
+    }
+
+    /// Gives the tokens from `first` on these texts.
+    pub fn with_pieces(mut self, first: Token, pieces: &[&[u8]]) -> Self {
+        for (token, piece) in (first as usize..N_VOCAB).zip(pieces) {
+            self.pieces[token] = piece.to_vec();
+        }
+        self
+    }
+
+    /// Occupied cells with their positions, ascending by cell.
+    pub fn occupied(&self) -> Vec<(Cell, Pos)> {
+        let cells = self.cells.iter().enumerate();
+        cells.filter_map(|(cell, pos)| pos.map(|pos| (cell as Cell, pos))).collect()
+    }
+
+    /// Empties the cache.
+    pub fn clear(&mut self) {
+        self.cells.fill(None);
+        self.logits.clear();
+    }
+
+    fn newest(&self) -> Option<Pos> {
+        self.cells.iter().copied().flatten().max()
+    }
+
+    /// Softmax attention of each query row over the cells that it can see, as the trait wants it.
+    fn attend(&self, queries: impl Iterator<Item = Pos>, seen: &mut Observation) {
+        // Like llama.cpp, a view somewhat longer than the highest cell in use.
+        let used = self.cells.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+        let view = used.next_multiple_of(8).min(self.cells.len());
+        seen.sum.resize(view, 0.0);
+        seen.max.resize(view, 0.0);
+        let mut weights = vec![0.0; view];
+        for query in queries {
+            for (weight, pos) in weights.iter_mut().zip(&self.cells) {
+                *weight = match pos {
+                    Some(key) if *key <= query => (self.attention)(query, *key),
+                    _ => 0.0,
+                };
+            }
+            let total: f64 = weights.iter().sum();
+            for (cell, weight) in weights.iter().enumerate() {
+                let share = (weight / total) as f32;
+                seen.sum[cell] += share;
+                // Not f32::max, which would lose a NaN.
+                if share > seen.max[cell] || share.is_nan() {
+                    seen.max[cell] = share;
+                }
+            }
+            seen.queries.push(query);
+        }
+    }
+}
+
+impl Engine for Scripted {
+    fn decode(
+        &mut self,
+        batch: Batch<'_>,
+        cells: &mut Vec<Cell>,
+        seen: &mut Observation,
+    ) -> Result<()> {
+        cells.clear();
+        seen.clear();
+        let n = batch.input.len();
+        if n == 0 || n > self.n_batch {
+            let most = self.n_batch;
+            return Err(Error::contract(format!("a batch of {n} rows, expected 1 to {most}")));
+        }
+        if let Some(newest) = self.newest().filter(|newest| newest + 1 != batch.pos) {
+            let pos = batch.pos;
+            return Err(Error::contract(format!("a batch at {pos} after position {newest}")));
+        }
+        let ascending = batch.queries.windows(2).all(|pair| pair[0] < pair[1]);
+        if !ascending || batch.queries.last().is_some_and(|&row| row as usize >= n) {
+            let rows = batch.queries;
+            return Err(Error::contract(format!("query rows {rows:?} of {n}")));
+        }
+        let free = (0..self.cells.len()).filter(|&cell| self.cells[cell].is_none());
+        cells.extend(free.take(n).map(|cell| cell as Cell));
+        if cells.len() < n {
+            cells.clear();
+            return Err(Error::ContextFull { n_ctx: self.cells.len() });
+        }
+        for (&cell, pos) in cells.iter().zip(batch.pos..) {
+            self.cells[cell as usize] = Some(pos);
+        }
+        if !batch.queries.is_empty() {
+            self.attend(batch.queries.iter().map(|&row| batch.pos + row as Pos), seen);
+        }
+        if batch.logits {
+            let said = (self.says)(batch.pos + n as Pos - 1) as usize % N_VOCAB;
+            self.logits = (0..N_VOCAB).map(|token| if token == said { 1.0 } else { 0.0 }).collect();
+        }
+        self.calls.push(Call::Decode {
+            pos: batch.pos,
+            n,
+            embeddings: matches!(batch.input, Input::Embeddings { .. }),
+            queries: batch.queries.to_vec(),
+            logits: batch.logits,
+        });
+        Ok(())
+    }
+
+    fn logits(&self) -> Result<&[f32]> {
+        match self.logits.is_empty() {
+            true => Err(Error::contract("logits that no batch asked for")),
+            false => Ok(&self.logits),
+        }
+    }
+
+    /// The most likely token.
+    fn sample(&mut self) -> Result<Token> {
+        let logits = self.logits()?.iter().enumerate();
+        let best = logits.max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(token, _)| token);
+        self.calls.push(Call::Sample(best as Token));
+        Ok(best as Token)
+    }
+
+    fn is_eog(&self, token: Token) -> bool {
+        token == EOG
+    }
+
+    fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
+        match self.pieces.get(token as usize) {
+            Some(piece) => out.extend_from_slice(piece),
+            None => return Err(Error::contract(format!("token {token} of {N_VOCAB}"))),
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
+        let newest = self.newest();
+        let mut end = Pos::MIN;
+        for range in ranges {
+            if range.start < end || range.is_empty() {
+                return Err(Error::contract(format!("removal of {ranges:?}")));
+            }
+            end = range.end;
+            for pos in range.clone() {
+                match self.cells.iter_mut().find(|cell| **cell == Some(pos)) {
+                    Some(cell) if Some(pos) != newest => *cell = None,
+                    Some(_) => return Err(Error::contract(format!("removal of newest, {pos}"))),
+                    None => return Err(Error::contract(format!("removal of absent {pos}"))),
+                }
+            }
+        }
+        self.calls.push(Call::Remove(ranges.to_vec()));
+        Ok(())
+    }
+
+    fn n_cells(&self) -> usize {
+        self.cells.len()
+    }
+
+    fn n_batch(&self) -> usize {
+        self.n_batch
+    }
+
+    fn kv_bytes(&self) -> KvBytes {
+        const PER_CELL: u64 = 64;
+        KvBytes { per_cell: PER_CELL, allocated: PER_CELL * self.cells.len() as u64 }
+    }
+}
+
+/// A reproducible weight in (0, 1] with a long tail: most tokens matter little, few matter much.
+pub fn hashed(seed: u64, query: Pos, key: Pos) -> f64 {
+    // splitmix64's finaliser.
+    let mut x = seed ^ (query as u64) << 32 ^ key as u64;
+    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    let uniform = (x ^ x >> 31) as f64 / u64::MAX as f64;
+    (6.0 * (uniform - 1.0)).exp()
+}

@@ -1,0 +1,216 @@
+//! DDES, the Dynamic Decoding Eviction Strategy with its recycle bin (arXiv 2602.02197).
+//!
+//! At most B tokens are live. The lowest-scored one too many goes into a bin of d cells, where it
+//! is still attended to and still scored. A binned token whose score passes the lowest live one
+//! comes back, and that one takes its place. A bin of d tokens is flushed: all of it is removed
+//! at once. The cache never holds more than B + d cells; d = 1 without restoring is the greedy
+//! policy (H2O) that the paper's Theorem 2.1 and Corollary 2.1 compare with.
+//!
+//! Ours, where the paper is silent or we differ:
+//! - Visual tokens go first; text goes only when no unprotected visual token is live.
+//! - A binned token competes with the lowest unprotected live token of its own modality, and must
+//!   exceed it by the hysteresis: score > lowest * (1 + hysteresis). With no such live token it
+//!   stays binned.
+//! - The order within a step: tokens too many leave, binned tokens come back, a full bin is
+//!   flushed.
+//! - A prompt larger than B is brought down as if its tokens had come one at a time with the
+//!   scores that they have at its end: whole bins of the lowest are removed, and the rest, fewer
+//!   than d, begins the next bin.
+//! - When the budget has grown (a share of a longer conversation), binned tokens come back while
+//!   there is room, text first.
+//! - Scores per query row (`Norm::PerQuery`), a decay, sinks and a recent window.
+
+use super::scores::{Candidate, Guard, Norm};
+use super::{Amount, Limits, Plan, PolicyOptions};
+use crate::cache::{Cell, Ledger, Modality, State};
+
+/// In the order in which they leave.
+const CLASSES: [Modality; 2] = [Modality::Vision, Modality::Text];
+
+/// One modality's part of a step. Buffers are reused.
+#[derive(Default)]
+struct Class {
+    /// The lowest unprotected live token.
+    lowest: Option<Candidate>,
+    /// How many live tokens are unprotected.
+    open: usize,
+    /// The recycle bin's tokens, best first once sorted.
+    binned: Vec<Candidate>,
+    /// The lowest unprotected live tokens, ascending: first those that must leave, then those
+    /// that binned tokens compete with.
+    ascending: Vec<Candidate>,
+}
+
+pub(super) struct Ddes {
+    norm: Norm,
+    guard: Guard,
+    budget: Amount,
+    /// Bounds of B: a share of a short prompt must leave a choice, and B + d must fit.
+    least: usize,
+    most: usize,
+    /// B.
+    cells: usize,
+    /// d.
+    bin_size: usize,
+    restore: bool,
+    /// 1 + hysteresis.
+    factor: f32,
+    classes: [Class; 2],
+    /// Tokens in the bin after this step, with whether they were live before it.
+    bin: Vec<(Modality, Candidate, bool)>,
+}
+
+impl Ddes {
+    /// `options` are valid for `limits`.
+    pub fn new(options: &PolicyOptions, budget: Amount, limits: Limits) -> Self {
+        let most = limits.n_cells - options.bin_size;
+        Ddes {
+            norm: options.norm,
+            guard: Guard { sinks: options.sinks, recent: options.recent },
+            budget,
+            least: options.least_budget(),
+            most,
+            cells: most,
+            bin_size: options.bin_size,
+            restore: options.restore,
+            factor: 1.0 + options.hysteresis as f32,
+            classes: Default::default(),
+            bin: Vec::new(),
+        }
+    }
+
+    /// Sets B for the turn whose prompt is now in the cache. A share counts every position so
+    /// far: the cells that the full cache would hold.
+    pub fn set_budget(&mut self, cache: &Ledger) {
+        let prompt = match (cache.first(), cache.newest()) {
+            (Some(first), Some(newest)) => (newest - first) as usize + 1,
+            _ => 0,
+        };
+        self.cells = self.budget.of(prompt).clamp(self.least, self.most);
+        // Any step may need this much; later steps then allocate nothing.
+        for class in &mut self.classes {
+            class.ascending.reserve(cache.span());
+            class.binned.reserve(self.bin_size);
+        }
+        self.bin.reserve(2 * self.bin_size);
+    }
+
+    /// Plans one step. `skip` marks cells that leave for another reason and do not count.
+    pub fn rebalance(&mut self, cache: &Ledger, skip: impl Fn(Cell) -> bool, plan: &mut Plan) {
+        let live = self.scan(cache, &skip);
+        let (over, mut room) = (live.saturating_sub(self.cells), self.cells.saturating_sub(live));
+        let [vision, text] = &self.classes;
+        let vision_leaves = over.min(vision.open);
+        let leave = [vision_leaves, (over - vision_leaves).min(text.open)];
+
+        self.bin.clear();
+        // Text first, for the sake of the room; who leaves is settled above.
+        for class in [1, 0] {
+            self.rank(class, leave[class], cache, &skip);
+            self.exchange(class, leave[class], &mut room, plan);
+        }
+        self.settle(plan);
+    }
+
+    /// One pass over the cache: who is lowest, who is binned. Gives the number of live cells.
+    fn scan(&mut self, cache: &Ledger, skip: impl Fn(Cell) -> bool) -> usize {
+        let open = self.guard.open(cache);
+        for class in &mut self.classes {
+            class.lowest = None;
+            class.open = 0;
+            class.binned.clear();
+        }
+        let mut live = 0;
+        for entry in cache.entries().filter(|e| !skip(e.cell)) {
+            let class = &mut self.classes[usize::from(entry.modality == Modality::Text)];
+            let score = self.norm.score(&entry);
+            let token = Candidate { score, pos: entry.pos, cell: entry.cell };
+            match entry.state {
+                State::Binned => class.binned.push(token),
+                State::Live => {
+                    live += 1;
+                    if open.contains(&entry.pos) {
+                        class.open += 1;
+                        if class.lowest.is_none_or(|lowest| token.order(&lowest).is_lt()) {
+                            class.lowest = Some(token);
+                        }
+                    }
+                }
+            }
+        }
+        live
+    }
+
+    /// Fills `ascending` with as many of the lowest live tokens as the step can need, and sorts
+    /// `binned`. Mostly that is one token, which the scan has found already.
+    fn rank(&mut self, class: usize, leave: usize, cache: &Ledger, skip: impl Fn(Cell) -> bool) {
+        let modality = CLASSES[class];
+        let Class { lowest, open, binned, ascending } = &mut self.classes[class];
+        ascending.clear();
+        if self.restore {
+            binned.sort_unstable_by(|a, b| b.order(a));
+        }
+        let Some(lowest) = *lowest else { return };
+        let threshold = lowest.score * self.factor;
+        let back = match self.restore {
+            true => binned.partition_point(|token| token.score > threshold),
+            false => 0,
+        };
+        let needed = (leave + back).min(*open);
+        if needed <= 1 {
+            ascending.extend((needed == 1).then_some(lowest));
+            return;
+        }
+        let positions = self.guard.open(cache);
+        ascending.extend(
+            cache
+                .entries()
+                .filter(|e| e.modality == modality && e.state == State::Live)
+                .filter(|e| positions.contains(&e.pos) && !skip(e.cell))
+                .map(|e| Candidate { score: self.norm.score(&e), pos: e.pos, cell: e.cell }),
+        );
+        if needed < ascending.len() {
+            ascending.select_nth_unstable_by(needed, Candidate::order);
+            ascending.truncate(needed);
+        }
+        ascending.sort_unstable_by(Candidate::order);
+    }
+
+    /// Decides who of a class leaves, who comes back and who is in the bin afterwards.
+    fn exchange(&mut self, class: usize, leave: usize, room: &mut usize, plan: &mut Plan) {
+        let Class { binned, ascending, .. } = &self.classes[class];
+        let (leaving, staying) = ascending.split_at(leave);
+        let mut back = 0;
+        let mut swapped = 0;
+        if self.restore {
+            back = binned.len().min(*room);
+            *room -= back;
+            swapped = binned[back..]
+                .iter()
+                .zip(staying)
+                .take_while(|(binned, live)| binned.score > live.score * self.factor)
+                .count();
+            back += swapped;
+        }
+        let (back, rest) = binned.split_at(back);
+        plan.restore.extend(back.iter().map(|token| token.cell));
+        let modality = CLASSES[class];
+        self.bin.extend(rest.iter().map(|&token| (modality, token, false)));
+        let newly = leaving.iter().chain(&staying[..swapped]);
+        self.bin.extend(newly.map(|&token| (modality, token, true)));
+    }
+
+    /// Flushes full bins, the first to leave first, and bins what is left over.
+    fn settle(&mut self, plan: &mut Plan) {
+        let flushed = self.bin.len() - self.bin.len() % self.bin_size;
+        if 0 < flushed && flushed < self.bin.len() {
+            let is_text = |modality| modality == Modality::Text;
+            self.bin.sort_unstable_by(|(m, a, _), (n, b, _)| {
+                is_text(*m).cmp(&is_text(*n)).then(a.order(b))
+            });
+        }
+        let (gone, kept) = self.bin.split_at(flushed);
+        plan.evict.extend(gone.iter().map(|(_, token, _)| token.cell));
+        plan.bin.extend(kept.iter().filter(|(.., live)| *live).map(|(_, token, _)| token.cell));
+    }
+}

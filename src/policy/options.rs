@@ -1,0 +1,313 @@
+//! The parameters of the policies: plain data, the defaults in one place, one check.
+
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use super::{Norm, Queries};
+use crate::error::{Error, Result};
+
+/// What a policy has to know of the model and its cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    pub n_layer: u32,
+    pub n_cells: usize,
+}
+
+/// Layers whose attention is read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layers {
+    All,
+    List(Vec<u32>),
+}
+
+impl Layers {
+    /// The layers by number, sorted and unique.
+    pub fn resolve(&self, n_layer: u32) -> Vec<u32> {
+        match self {
+            Layers::All => (0..n_layer).collect(),
+            Layers::List(list) => {
+                let mut list = list.clone();
+                list.sort_unstable();
+                list.dedup();
+                list
+            }
+        }
+    }
+}
+
+/// `all`, or numbers and inclusive spans: `0`, `4,7`, `0-3,30`.
+impl FromStr for Layers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // No model has more; the bound keeps a span from becoming a huge list.
+        const MOST: u32 = 4096;
+        let number = |part: &str| match part.trim().parse() {
+            Ok(n) if n < MOST => Ok(n),
+            _ => Err(format!("{part:?} is no layer, expected all or a list such as 0,4-7")),
+        };
+        if text.trim() == "all" {
+            return Ok(Layers::All);
+        }
+        let mut list = Vec::new();
+        for part in text.split(',') {
+            match part.split_once('-') {
+                Some((from, to)) => {
+                    let (from, to) = (number(from)?, number(to)?);
+                    if from > to {
+                        return Err(format!("{part:?} runs backwards, expected {to}-{from}"));
+                    }
+                    list.extend(from..=to);
+                }
+                None => list.push(number(part)?),
+            }
+        }
+        Ok(Layers::List(list))
+    }
+}
+
+/// A number of cells, or a share of those that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Amount {
+    Cells(usize),
+    /// More than 0, at most 1.
+    Share(f64),
+}
+
+impl Amount {
+    /// Cells out of `total`; shares are rounded to the nearest cell.
+    pub fn of(self, total: usize) -> usize {
+        match self {
+            Amount::Cells(n) => n,
+            Amount::Share(share) => (share * total as f64).round() as usize,
+        }
+    }
+
+    fn check(self, flag: &'static str) -> Result<()> {
+        match self {
+            Amount::Cells(0) => Err(Error::option(flag, "0 cells, expected at least 1")),
+            Amount::Share(share) if !(share > 0.0 && share <= 1.0) => {
+                Err(Error::option(flag, format!("a share of {share}, expected more than 0, up to 1")))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// `512` is a number of cells, `0.4` a share, and so is `1.0`.
+impl FromStr for Amount {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected = || format!("{text:?}, expected a number of cells or a share such as 0.4");
+        match text.parse() {
+            Ok(cells) => Ok(Amount::Cells(cells)),
+            Err(_) => text.parse().map(Amount::Share).map_err(|_| expected()),
+        }
+    }
+}
+
+/// Which visual tokens DAP drops.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DapRule {
+    /// Those below `tau` times the mean global score: `G[j] < tau * mean G`.
+    Tau(f64),
+    /// The paper's form: `G[j] < r * sum G`. The same as `tau = r * |V|`.
+    R(f64),
+    /// All but the best by global score.
+    Keep(Amount),
+}
+
+/// Over which visual tokens the sum, the mean, or the kept amount is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// All pictures of the turn together.
+    Turn,
+    /// Each picture by itself.
+    Image,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct DapOptions {
+    pub rule: DapRule,
+    /// Threshold forms only: a token whose highest attention reaches `alpha` stays
+    /// (`M[j] < alpha` to leave). None: no individual test.
+    pub alpha: Option<f64>,
+    pub scope: Scope,
+}
+
+/// Every parameter of every policy; a policy reads those it has.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PolicyOptions {
+    pub layers: Layers,
+    pub queries: Queries,
+    pub norm: Norm,
+    /// What a score is multiplied with at each decoding step; 1 is none.
+    pub decay: f64,
+    /// Pruning of visual tokens after the prefill. None: off.
+    pub dap: Option<DapOptions>,
+    /// Live cells while decoding; a share counts the cells that the full cache would hold at
+    /// the end of the prompt. None: no eviction while decoding.
+    pub kv_budget: Option<Amount>,
+    /// Cells of the recycle bin, on top of the budget.
+    pub bin_size: usize,
+    /// First positions that never leave.
+    pub sinks: usize,
+    /// Last positions that never leave.
+    pub recent: usize,
+    /// By which share a binned token must pass the lowest live one to come back.
+    pub hysteresis: f64,
+    /// Whether binned tokens can come back.
+    pub restore: bool,
+}
+
+/// Our setting.
+impl Default for PolicyOptions {
+    fn default() -> Self {
+        PolicyOptions {
+            layers: Layers::All,
+            queries: Queries::Last,
+            norm: Norm::PerQuery,
+            decay: 1.0,
+            dap: Some(DapOptions {
+                rule: DapRule::Keep(Amount::Share(0.4)),
+                alpha: None,
+                scope: Scope::Turn,
+            }),
+            kv_budget: None,
+            bin_size: 32,
+            sinks: 4,
+            recent: 16,
+            hysteresis: 0.1,
+            restore: true,
+        }
+    }
+}
+
+impl PolicyOptions {
+    /// The names that [`PolicyOptions::preset`] takes.
+    pub const PRESETS: [&str; 2] = ["default", "paper"];
+
+    /// The paper's setting: attention of layer 0, every text token as a query, plain sums, and
+    /// its best threshold, r = 0.0015.
+    ///
+    /// The paper gives no value for alpha, so the individual test is off. It speaks of one
+    /// picture; here its sum runs over each picture by itself, so that r means the same however
+    /// many there are. Nor does it give hysteresis (0 here), sinks or a recent window (ours).
+    pub fn paper() -> Self {
+        PolicyOptions {
+            layers: Layers::List(vec![0]),
+            queries: Queries::All,
+            norm: Norm::Sum,
+            dap: Some(DapOptions { rule: DapRule::R(0.0015), alpha: None, scope: Scope::Image }),
+            hysteresis: 0.0,
+            ..PolicyOptions::default()
+        }
+    }
+
+    /// # Errors
+    /// [`Error::Option`] that lists the presets when there is none of this name.
+    pub fn preset(name: &str) -> Result<Self> {
+        match name {
+            "default" => Ok(PolicyOptions::default()),
+            "paper" => Ok(PolicyOptions::paper()),
+            _ => {
+                let known = Self::PRESETS.join(", ");
+                Err(Error::option("--kv-preset", format!("{name:?}, expected one of {known}")))
+            }
+        }
+    }
+
+    /// The fewest live cells that leave a token to choose: everything protected and one more.
+    pub fn least_budget(&self) -> usize {
+        self.sinks.saturating_add(self.recent).saturating_add(1)
+    }
+
+    /// # Errors
+    /// [`Error::Option`] that names the flag, the value and what was expected.
+    pub fn validate(&self, limits: Limits) -> Result<()> {
+        let Limits { n_layer, n_cells } = limits;
+        if let Layers::List(list) = &self.layers {
+            if list.is_empty() {
+                return Err(Error::option("--score-layers", "no layer, expected at least one"));
+            }
+            if let Some(layer) = list.iter().find(|&&layer| layer >= n_layer) {
+                let last = n_layer.saturating_sub(1);
+                let reason = format!("layer {layer}, but the model's layers are 0 to {last}");
+                return Err(Error::option("--score-layers", reason));
+            }
+        }
+        if !(self.decay > 0.0 && self.decay <= 1.0) {
+            let reason = format!("{}, expected more than 0, up to 1", self.decay);
+            return Err(Error::option("--score-decay", reason));
+        }
+        if let Some(dap) = &self.dap {
+            dap.validate()?;
+        }
+        if self.bin_size == 0 {
+            return Err(Error::option("--bin-size", "0 cells, expected at least 1"));
+        }
+        at_least_zero("--hysteresis", self.hysteresis)?;
+        match self.kv_budget {
+            Some(budget) => self.validate_budget(budget, n_cells),
+            None => Ok(()),
+        }
+    }
+
+    fn validate_budget(&self, budget: Amount, n_cells: usize) -> Result<()> {
+        budget.check("--kv-budget")?;
+        let least = self.least_budget();
+        let cells = match budget {
+            Amount::Cells(cells) => cells,
+            Amount::Share(_) => least,
+        };
+        if cells < least {
+            let reason = format!(
+                "{cells} cells, expected at least {least}: {} sinks + {} recent + 1",
+                self.sinks, self.recent
+            );
+            return Err(Error::option("--kv-budget", reason));
+        }
+        let peak = cells.saturating_add(self.bin_size);
+        if peak > n_cells {
+            let reason = format!(
+                "{cells} cells and a bin of {} need {peak} cells, but the context holds {n_cells}",
+                self.bin_size
+            );
+            return Err(Error::option("--kv-budget", reason));
+        }
+        Ok(())
+    }
+}
+
+impl DapOptions {
+    fn validate(&self) -> Result<()> {
+        match self.rule {
+            DapRule::Tau(tau) => at_least_zero("--dap-tau", tau)?,
+            DapRule::R(r) => at_least_zero("--dap-r", r)?,
+            DapRule::Keep(keep) => {
+                keep.check("--dap-keep")?;
+                if self.alpha.is_some() {
+                    let reason = "goes with --dap-tau or --dap-r, not with --dap-keep";
+                    return Err(Error::option("--dap-alpha", reason));
+                }
+            }
+        }
+        at_least_zero("--dap-alpha", self.alpha.unwrap_or(0.0))
+    }
+}
+
+fn at_least_zero(flag: &'static str, value: f64) -> Result<()> {
+    if value.is_finite() && value >= 0.0 {
+        return Ok(());
+    }
+    Err(Error::option(flag, format!("{value}, expected a number of at least 0")))
+}
+
+#[cfg(test)]
+mod tests;
