@@ -4,6 +4,7 @@
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
 
 mod layout;
+mod libclang;
 mod patch;
 mod pin;
 mod setup;
