@@ -50,7 +50,8 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// A controller of an empty cache of `n_cells` cells.
+    /// A controller of an empty cache of `n_cells` cells. All memory is taken here: a decoding
+    /// step takes none.
     pub fn new(policy: Box<dyn EvictionPolicy>, n_cells: usize) -> Self {
         Controller {
             ledger: Ledger::new(n_cells),
@@ -59,9 +60,13 @@ impl Controller {
             decay: policy.decay(),
             policy,
             phase: Phase::Prefill,
-            plan: Plan::default(),
-            positions: Vec::new(),
-            ranges: Vec::new(),
+            plan: Plan {
+                bin: Vec::with_capacity(n_cells),
+                restore: Vec::with_capacity(n_cells),
+                evict: Vec::with_capacity(n_cells),
+            },
+            positions: Vec::with_capacity(n_cells),
+            ranges: Vec::with_capacity(n_cells),
             evicted_after_prefill: 0,
             evicted_in_decoding: 0,
             flushes: 0,

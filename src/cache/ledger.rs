@@ -1,5 +1,7 @@
 //! The ledger: for every cell of the KV cache, the token in it and the attention it has had.
 
+use std::ops::Range;
+
 use super::counts::Counts;
 use super::{Cell, Modality, Pos, State};
 use crate::engine::Observation;
@@ -259,26 +261,33 @@ impl Ledger {
     /// The token in a cell.
     pub fn get(&self, cell: Cell) -> Option<Entry> {
         let i = cell as usize;
-        (*self.pos.get(i)? != EMPTY).then(|| self.entry(i))
-    }
-
-    fn entry(&self, i: usize) -> Entry {
-        Entry {
-            cell: i as Cell,
-            pos: self.pos[i],
-            modality: self.modality[i],
-            state: self.state[i],
-            turn: self.turns[i],
-            image: (self.image[i] != NO_IMAGE).then_some(self.image[i]),
-            sum: self.sum[i],
-            max: self.max[i],
-            seen: self.seen[i],
-        }
+        if i < self.pos.len() { self.entries_of(i..i + 1).next() } else { None }
     }
 
     /// All occupied cells, ascending by cell (not by position).
+    #[inline]
     pub fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
-        (0..self.pos.len()).filter(|&i| self.pos[i] != EMPTY).map(|i| self.entry(i))
+        self.entries_of(0..self.pos.len())
+    }
+
+    #[inline]
+    fn entries_of(&self, cells: Range<usize>) -> impl Iterator<Item = Entry> + '_ {
+        // Slices of one length spare a check of every array at every cell.
+        let n = cells.end;
+        let (pos, modality, state) = (&self.pos[..n], &self.modality[..n], &self.state[..n]);
+        let (turns, image) = (&self.turns[..n], &self.image[..n]);
+        let (sum, max, seen) = (&self.sum[..n], &self.max[..n], &self.seen[..n]);
+        cells.filter(move |&i| pos[i] != EMPTY).map(move |i| Entry {
+            cell: i as Cell,
+            pos: pos[i],
+            modality: modality[i],
+            state: state[i],
+            turn: turns[i],
+            image: (image[i] != NO_IMAGE).then_some(image[i]),
+            sum: sum[i],
+            max: max[i],
+            seen: seen[i],
+        })
     }
 
     /// Cells that the arrays reach over: one more than the highest cell used so far.

@@ -1,1 +1,5 @@
+//! The one integration binary: every test but those beside the code.
 
+mod allocations;
+mod controller;
+mod references;
