@@ -19,27 +19,54 @@ const BIN: usize = 32;
 fn policy(n_cells: usize) -> Box<dyn EvictionPolicy> {
     let kv_budget = Some(Amount::Cells(n_cells - BIN));
     let dap = None;
-    let options = PolicyOptions { kv_budget, bin_size: BIN, dap, ..PolicyOptions::default() };
-    create("hae", &options, Limits { n_layer: 1, n_cells }).expect("valid options")
+    let options = PolicyOptions {
+        kv_budget,
+        bin_size: BIN,
+        dap,
+        ..PolicyOptions::default()
+    };
+    create(
+        "hae",
+        &options,
+        Limits {
+            n_layer: 1,
+            n_cells,
+        },
+    )
+    .expect("valid options")
 }
 
 fn modality(i: usize) -> Modality {
-    if i.is_multiple_of(2) { Modality::Vision } else { Modality::Text }
+    if i.is_multiple_of(2) {
+        Modality::Vision
+    } else {
+        Modality::Text
+    }
 }
 
 /// Attention of the query at `pos` over `n` cells.
 fn attention(pos: Pos, n: usize) -> Observation {
-    let row: Vec<f32> = (0..n).map(|cell| hashed(7, pos, cell as Pos) as f32).collect();
-    Observation { sum: row.clone(), max: row, queries: vec![pos] }
+    let row: Vec<f32> = (0..n)
+        .map(|cell| hashed(7, pos, cell as Pos) as f32)
+        .collect();
+    Observation {
+        sum: row.clone(),
+        max: row,
+        queries: vec![pos],
+    }
 }
 
 /// A ledger of `n` live tokens that one query has seen.
 fn ledger(n: usize) -> Ledger {
     let mut ledger = Ledger::new(n);
     for cell in 0..n {
-        ledger.insert(cell as Cell, cell as Pos, modality(cell), None).expect("an empty cell");
+        ledger
+            .insert(cell as Cell, cell as Pos, modality(cell), None)
+            .expect("an empty cell");
     }
-    ledger.observe(&attention(n as Pos - 1, n), 1.0).expect("finite scores");
+    ledger
+        .observe(&attention(n as Pos - 1, n), 1.0)
+        .expect("finite scores");
     ledger
 }
 
@@ -60,7 +87,9 @@ fn parts(c: &mut Criterion) {
             if !any {
                 order.sort_by(|a, b| a.0.total_cmp(&b.0));
             }
-            let open = order.iter().filter(|(_, cell)| (4..n as Cell - 16).contains(cell));
+            let open = order
+                .iter()
+                .filter(|(_, cell)| (4..n as Cell - 16).contains(cell));
             for &(_, cell) in open.take(BIN - 1) {
                 full.bin(cell).expect("a live token");
             }
@@ -76,7 +105,10 @@ fn parts(c: &mut Criterion) {
         }
 
         // Scattered, as a picture's low tokens are: three in five.
-        let scattered: Vec<Pos> = (0..n as Pos).rev().filter(|p| hashed(3, *p, 0) < 0.09).collect();
+        let scattered: Vec<Pos> = (0..n as Pos)
+            .rev()
+            .filter(|p| hashed(3, *p, 0) < 0.09)
+            .collect();
         let (mut positions, mut out) = (scattered.clone(), Vec::new());
         group.bench_function(BenchmarkId::new("coalesce_prefill", n), |b| {
             b.iter(|| {
@@ -90,15 +122,14 @@ fn parts(c: &mut Criterion) {
     group.finish();
 }
 
-fn step(
-    group: &mut criterion::BenchmarkGroup<'_, criterion::measurement::WallTime>,
-    n: usize,
-) {
+fn step(group: &mut criterion::BenchmarkGroup<'_, criterion::measurement::WallTime>, n: usize) {
     let mut controller = Controller::new(policy(n), n);
     let cells: Vec<Cell> = (0..n as Cell - BIN as Cell).collect();
     for &cell in &cells {
         let pos = cell as Pos;
-        controller.inserted(&[cell], pos, modality(cell as usize), None).expect("an empty cell");
+        controller
+            .inserted(&[cell], pos, modality(cell as usize), None)
+            .expect("an empty cell");
     }
     let mut free: Vec<Cell> = (cells.len() as Cell..n as Cell).rev().collect();
     let mut held: Vec<(Pos, Cell)> = cells.iter().map(|&cell| (cell as Pos, cell)).collect();
@@ -113,7 +144,9 @@ fn step(
             let pos = controller.next_pos();
             let cell = free.pop().expect("a free cell");
             held.push((pos, cell));
-            controller.inserted(&[cell], pos, Modality::Text, None).expect("an empty cell");
+            controller
+                .inserted(&[cell], pos, Modality::Text, None)
+                .expect("an empty cell");
             let row = &mut rows[pos as usize % 16];
             row.queries[0] = pos;
             controller.observed(row).expect("finite scores");

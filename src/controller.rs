@@ -109,10 +109,8 @@ impl Controller {
         modality: Modality,
         image: Option<u32>,
     ) -> Result<()> {
-        let mut pos = pos;
-        for &cell in cells {
+        for (&cell, pos) in cells.iter().zip(pos..) {
             self.ledger.insert(cell, pos, modality, image)?;
-            pos += 1;
         }
         Ok(())
     }

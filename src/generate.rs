@@ -90,7 +90,13 @@ impl<E: Engine> Session<E> {
     /// `engine` is empty and `controller` made for its number of cells.
     pub fn new(engine: E, controller: Controller) -> Self {
         let (cells, queries) = (Vec::new(), Vec::new());
-        Session { engine, controller, cells, seen: Observation::default(), queries }
+        Session {
+            engine,
+            controller,
+            cells,
+            seen: Observation::default(),
+            queries,
+        }
     }
 
     /// Takes a prompt in after what the cache holds, and lets the policy act. False: cancelled
@@ -147,10 +153,17 @@ impl<E: Engine> Session<E> {
         n_predict: Option<usize>,
         hooks: Hooks<'_>,
     ) -> Result<Generated> {
-        let Hooks { on_text, cancelled, now } = hooks;
+        let Hooks {
+            on_text,
+            cancelled,
+            now,
+        } = hooks;
         let start = now();
         let complete = self.prefill(prompt, cancelled)?;
-        let mut timings = Timings { prefill: now().saturating_sub(start), ..Timings::default() };
+        let mut timings = Timings {
+            prefill: now().saturating_sub(start),
+            ..Timings::default()
+        };
         let (mut text, mut tokens, mut pending) = (String::new(), Vec::new(), None);
         let mut stream = Utf8Stream::default();
         let mut decoding = None;
@@ -189,7 +202,14 @@ impl<E: Engine> Session<E> {
             timings.decode = now().saturating_sub(first);
         }
         let prompt = count(prompt);
-        Ok(Generated { text, tokens, finish, pending, prompt, timings })
+        Ok(Generated {
+            text,
+            tokens,
+            finish,
+            pending,
+            prompt,
+            timings,
+        })
     }
 
     fn check(&self, prompt: &[Segment]) -> Result<()> {
@@ -198,10 +218,18 @@ impl<E: Engine> Session<E> {
         }
         let rows = count(prompt).total();
         if rows == 0 {
-            return Err(Error::option("prompt", "is empty, expected at least one token"));
+            return Err(Error::option(
+                "prompt",
+                "is empty, expected at least one token",
+            ));
         }
         let n_ctx = self.engine.n_cells();
-        let needed = self.controller.ledger().counts().cells().saturating_add(rows);
+        let needed = self
+            .controller
+            .ledger()
+            .counts()
+            .cells()
+            .saturating_add(rows);
         if needed > n_ctx {
             return Err(Error::PromptTooLong { needed, n_ctx });
         }
@@ -213,7 +241,9 @@ impl<E: Engine> Session<E> {
         let rows = Pos::try_from(rows).unwrap_or(Pos::MAX);
         match self.controller.next_pos().checked_add(rows) {
             Some(_) => Ok(()),
-            None => Err(Error::ContextFull { n_ctx: self.engine.n_cells() }),
+            None => Err(Error::ContextFull {
+                n_ctx: self.engine.n_cells(),
+            }),
         }
     }
 
@@ -222,10 +252,16 @@ impl<E: Engine> Session<E> {
         self.queries.clear();
         let rows = rows as u32;
         match self.controller.observe() {
-            Observe::Layers { queries: Queries::All, .. } if modality == Modality::Text => {
+            Observe::Layers {
+                queries: Queries::All,
+                ..
+            } if modality == Modality::Text => {
                 self.queries.extend(0..rows);
             }
-            Observe::Layers { queries: Queries::Last, .. } if is_last => {
+            Observe::Layers {
+                queries: Queries::Last,
+                ..
+            } if is_last => {
                 self.queries.push(rows - 1);
             }
             _ => {}
@@ -242,18 +278,28 @@ impl<E: Engine> Session<E> {
     ) -> Result<()> {
         self.check_positions(input.len())?;
         let pos = self.controller.next_pos();
-        let batch = Batch { input, pos, queries: &self.queries, logits };
+        let batch = Batch {
+            input,
+            pos,
+            queries: &self.queries,
+            logits,
+        };
         self.engine.decode(batch, &mut self.cells, &mut self.seen)?;
         let (rows, cells) = (input.len(), self.cells.len());
         if cells != rows {
-            return Err(Error::contract(format!("{cells} cells for a batch of {rows} rows")));
+            return Err(Error::contract(format!(
+                "{cells} cells for a batch of {rows} rows"
+            )));
         }
         // Missing attention would let every token look unused.
         let (wanted, seen) = (self.queries.len(), self.seen.queries.len());
         if seen != wanted {
-            return Err(Error::contract(format!("attention of {seen} rows, expected {wanted}")));
+            return Err(Error::contract(format!(
+                "attention of {seen} rows, expected {wanted}"
+            )));
         }
-        self.controller.inserted(&self.cells, pos, modality, image)?;
+        self.controller
+            .inserted(&self.cells, pos, modality, image)?;
         self.controller.observed(&self.seen)
     }
 
@@ -262,7 +308,11 @@ impl<E: Engine> Session<E> {
         plan: impl FnOnce(&mut Controller) -> Result<&[std::ops::Range<Pos>]>,
     ) -> Result<()> {
         let ranges = plan(&mut self.controller)?;
-        if ranges.is_empty() { Ok(()) } else { self.engine.remove(ranges) }
+        if ranges.is_empty() {
+            Ok(())
+        } else {
+            self.engine.remove(ranges)
+        }
     }
 }
 

@@ -3,34 +3,10 @@
 use std::ops::Range;
 
 use super::counts::Counts;
+use super::entry::{EMPTY, Entries, Entry, NO_IMAGE};
 use super::{Cell, Modality, Pos, State};
 use crate::engine::Observation;
 use crate::error::{Error, Result};
-
-/// Position of an empty cell. As `u32` it is larger than every position, so that "is this cell
-/// visible to that query" is one comparison for empty cells too.
-const EMPTY: Pos = -1;
-
-const NO_IMAGE: u32 = u32::MAX;
-
-/// One occupied cell.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Entry {
-    pub cell: Cell,
-    pub pos: Pos,
-    pub modality: Modality,
-    pub state: State,
-    /// The user turn that brought the token in.
-    pub turn: u32,
-    /// Which picture a visual token belongs to.
-    pub image: Option<u32>,
-    /// Sum over query rows of the attention paid to the token.
-    pub sum: f32,
-    /// Maximum over query rows of the attention paid to the token.
-    pub max: f32,
-    /// Exposure: how many query rows could see the token (a real number under a decay).
-    pub seen: f32,
-}
 
 /// Bookkeeping of the whole cache, one entry a cell, as arrays indexed by cell.
 ///
@@ -91,7 +67,10 @@ impl Ledger {
         let i = cell as usize;
         if i >= self.n_cells {
             let n = self.n_cells;
-            return Err(Error::cell(cell, format!("is beyond the {n} cells of the cache")));
+            return Err(Error::cell(
+                cell,
+                format!("is beyond the {n} cells of the cache"),
+            ));
         }
         // Pos::MAX has no end for a half-open range.
         let oldest_allowed = self.newest.map_or(0, |(newest, _)| newest + 1);
@@ -105,7 +84,10 @@ impl Ledger {
             self.grow(i + 1);
         } else if self.pos[i] != EMPTY {
             let old = self.pos[i];
-            return Err(Error::cell(cell, format!("got position {pos} but holds position {old}")));
+            return Err(Error::cell(
+                cell,
+                format!("got position {pos} but holds position {old}"),
+            ));
         }
         self.pos[i] = pos;
         self.modality[i] = modality;
@@ -239,21 +221,24 @@ impl Ledger {
             return Err(Error::cell(cell, "is empty, expected a token"));
         }
         match state {
-            Some(State::Live) if self.state[i] != State::Live => {
-                Err(Error::cell(cell, "is in the recycle bin, expected a live token"))
-            }
-            Some(State::Binned) if self.state[i] != State::Binned => {
-                Err(Error::cell(cell, "is live, expected a token in the recycle bin"))
-            }
+            Some(State::Live) if self.state[i] != State::Live => Err(Error::cell(
+                cell,
+                "is in the recycle bin, expected a live token",
+            )),
+            Some(State::Binned) if self.state[i] != State::Binned => Err(Error::cell(
+                cell,
+                "is live, expected a token in the recycle bin",
+            )),
             _ => Ok(i),
         }
     }
 
     fn expect_not_newest(&self, cell: Cell) -> Result<()> {
         match self.newest {
-            Some((pos, newest)) if newest == cell => {
-                Err(Error::cell(cell, format!("holds the newest position {pos}, which must stay")))
-            }
+            Some((pos, newest)) if newest == cell => Err(Error::cell(
+                cell,
+                format!("holds the newest position {pos}, which must stay"),
+            )),
             _ => Ok(()),
         }
     }
@@ -261,33 +246,34 @@ impl Ledger {
     /// The token in a cell.
     pub fn get(&self, cell: Cell) -> Option<Entry> {
         let i = cell as usize;
-        if i < self.pos.len() { self.entries_of(i..i + 1).next() } else { None }
+        if i < self.pos.len() {
+            self.entries_of(i..i + 1).next()
+        } else {
+            None
+        }
     }
 
     /// All occupied cells, ascending by cell (not by position).
     #[inline]
-    pub fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+    pub fn entries(&self) -> Entries<'_> {
         self.entries_of(0..self.pos.len())
     }
 
     #[inline]
-    fn entries_of(&self, cells: Range<usize>) -> impl Iterator<Item = Entry> + '_ {
+    fn entries_of(&self, cells: Range<usize>) -> Entries<'_> {
         // Slices of one length spare a check of every array at every cell.
         let n = cells.end;
-        let (pos, modality, state) = (&self.pos[..n], &self.modality[..n], &self.state[..n]);
-        let (turns, image) = (&self.turns[..n], &self.image[..n]);
-        let (sum, max, seen) = (&self.sum[..n], &self.max[..n], &self.seen[..n]);
-        cells.filter(move |&i| pos[i] != EMPTY).map(move |i| Entry {
-            cell: i as Cell,
-            pos: pos[i],
-            modality: modality[i],
-            state: state[i],
-            turn: turns[i],
-            image: (image[i] != NO_IMAGE).then_some(image[i]),
-            sum: sum[i],
-            max: max[i],
-            seen: seen[i],
-        })
+        Entries {
+            pos: &self.pos[..n],
+            modality: &self.modality[..n],
+            state: &self.state[..n],
+            turns: &self.turns[..n],
+            image: &self.image[..n],
+            sum: &self.sum[..n],
+            max: &self.max[..n],
+            seen: &self.seen[..n],
+            cells,
+        }
     }
 
     /// Cells that the arrays reach over: one more than the highest cell used so far.

@@ -18,7 +18,13 @@ const N_VOCAB: usize = 256;
 /// One call of the engine, for tests to look at.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Call {
-    Decode { pos: Pos, n: usize, embeddings: bool, queries: Vec<u32>, logits: bool },
+    Decode {
+        pos: Pos,
+        n: usize,
+        embeddings: bool,
+        queries: Vec<u32>,
+        logits: bool,
+    },
     Sample(Token),
     Remove(Vec<Range<Pos>>),
 }
@@ -50,7 +56,9 @@ impl Scripted {
             n_batch,
             attention: Box::new(|query, key| hashed(0, query, key)),
             says: Box::new(|_| 1),
-            pieces: (0..N_VOCAB).map(|token| format!(" {token}").into_bytes()).collect(),
+            pieces: (0..N_VOCAB)
+                .map(|token| format!(" {token}").into_bytes())
+                .collect(),
             logits: Vec::new(),
             calls: Vec::new(),
         }
@@ -77,7 +85,9 @@ impl Scripted {
     /// Occupied cells with their positions, ascending by cell.
     pub fn occupied(&self) -> Vec<(Cell, Pos)> {
         let cells = self.cells.iter().enumerate();
-        cells.filter_map(|(cell, pos)| pos.map(|pos| (cell as Cell, pos))).collect()
+        cells
+            .filter_map(|(cell, pos)| pos.map(|pos| (cell as Cell, pos)))
+            .collect()
     }
 
     /// Empties the cache.
@@ -93,7 +103,11 @@ impl Scripted {
     /// Softmax attention of each query row over the cells that it can see, as the trait wants it.
     fn attend(&self, queries: impl Iterator<Item = Pos>, seen: &mut Observation) {
         // Like llama.cpp, a view somewhat longer than the highest cell in use.
-        let used = self.cells.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+        let used = self
+            .cells
+            .iter()
+            .rposition(Option::is_some)
+            .map_or(0, |last| last + 1);
         let view = used.next_multiple_of(8).min(self.cells.len());
         seen.sum.resize(view, 0.0);
         seen.max.resize(view, 0.0);
@@ -131,11 +145,15 @@ impl Engine for Scripted {
         let n = batch.input.len();
         if n == 0 || n > self.n_batch {
             let most = self.n_batch;
-            return Err(Error::contract(format!("a batch of {n} rows, expected 1 to {most}")));
+            return Err(Error::contract(format!(
+                "a batch of {n} rows, expected 1 to {most}"
+            )));
         }
         if let Some(newest) = self.newest().filter(|newest| newest + 1 != batch.pos) {
             let pos = batch.pos;
-            return Err(Error::contract(format!("a batch at {pos} after position {newest}")));
+            return Err(Error::contract(format!(
+                "a batch at {pos} after position {newest}"
+            )));
         }
         let ascending = batch.queries.windows(2).all(|pair| pair[0] < pair[1]);
         if !ascending || batch.queries.last().is_some_and(|&row| row as usize >= n) {
@@ -146,17 +164,24 @@ impl Engine for Scripted {
         cells.extend(free.take(n).map(|cell| cell as Cell));
         if cells.len() < n {
             cells.clear();
-            return Err(Error::ContextFull { n_ctx: self.cells.len() });
+            return Err(Error::ContextFull {
+                n_ctx: self.cells.len(),
+            });
         }
         for (&cell, pos) in cells.iter().zip(batch.pos..) {
             self.cells[cell as usize] = Some(pos);
         }
         if !batch.queries.is_empty() {
-            self.attend(batch.queries.iter().map(|&row| batch.pos + row as Pos), seen);
+            self.attend(
+                batch.queries.iter().map(|&row| batch.pos + row as Pos),
+                seen,
+            );
         }
         if batch.logits {
             let said = (self.says)(batch.pos + n as Pos - 1) as usize % N_VOCAB;
-            self.logits = (0..N_VOCAB).map(|token| if token == said { 1.0 } else { 0.0 }).collect();
+            self.logits = (0..N_VOCAB)
+                .map(|token| if token == said { 1.0 } else { 0.0 })
+                .collect();
         }
         self.calls.push(Call::Decode {
             pos: batch.pos,
@@ -178,7 +203,9 @@ impl Engine for Scripted {
     /// The most likely token.
     fn sample(&mut self) -> Result<Token> {
         let logits = self.logits()?.iter().enumerate();
-        let best = logits.max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(token, _)| token);
+        let best = logits
+            .max_by(|a, b| a.1.total_cmp(b.1))
+            .map_or(0, |(token, _)| token);
         self.calls.push(Call::Sample(best as Token));
         Ok(best as Token)
     }
@@ -225,7 +252,10 @@ impl Engine for Scripted {
 
     fn kv_bytes(&self) -> KvBytes {
         const PER_CELL: u64 = 64;
-        KvBytes { per_cell: PER_CELL, allocated: PER_CELL * self.cells.len() as u64 }
+        KvBytes {
+            per_cell: PER_CELL,
+            allocated: PER_CELL * self.cells.len() as u64,
+        }
     }
 }
 

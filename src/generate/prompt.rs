@@ -9,7 +9,11 @@ use crate::error::{Error, Result};
 pub enum Segment {
     Tokens(Vec<Token>),
     /// Row-major `[n, n_embd]` projected embeddings of picture number `image`.
-    Image { embeddings: Vec<f32>, n: usize, image: u32 },
+    Image {
+        embeddings: Vec<f32>,
+        n: usize,
+        image: u32,
+    },
 }
 
 impl Segment {
@@ -45,14 +49,21 @@ impl Segment {
             Segment::Tokens(tokens) => Input::Tokens(&tokens[start..end]),
             Segment::Image { embeddings, n, .. } => {
                 let width = embeddings.len() / n;
-                Input::Embeddings { data: &embeddings[start * width..end * width], n: end - start }
+                Input::Embeddings {
+                    data: &embeddings[start * width..end * width],
+                    n: end - start,
+                }
             }
         }
     }
 
     pub(super) fn check(&self) -> Result<()> {
         match self {
-            Segment::Image { embeddings, n, image } => {
+            Segment::Image {
+                embeddings,
+                n,
+                image,
+            } => {
                 if *n == 0 && embeddings.is_empty() {
                     return Ok(());
                 }

@@ -6,7 +6,15 @@ use crate::policy::{self, Amount, DapOptions, DapRule, Limits, PolicyOptions, Sc
 
 fn session(engine: Scripted, policy: &str, options: &PolicyOptions) -> Session<Scripted> {
     let n_cells = engine.n_cells();
-    let policy = policy::create(policy, options, Limits { n_layer: 2, n_cells }).unwrap();
+    let policy = policy::create(
+        policy,
+        options,
+        Limits {
+            n_layer: 2,
+            n_cells,
+        },
+    )
+    .unwrap();
     Session::new(engine, Controller::new(policy, n_cells))
 }
 
@@ -15,7 +23,11 @@ fn tokens(n: usize) -> Segment {
 }
 
 fn picture(n: usize) -> Segment {
-    Segment::Image { embeddings: vec![0.0; 3 * n], n, image: 0 }
+    Segment::Image {
+        embeddings: vec![0.0; 3 * n],
+        n,
+        image: 0,
+    }
 }
 
 /// One turn; the clock advances by a second at each look.
@@ -32,18 +44,30 @@ fn turn(
     };
     let mut parts = Vec::new();
     let mut on_text = |text: &str| parts.push(text.to_owned());
-    let hooks = Hooks { on_text: &mut on_text, cancelled, now: &now };
+    let hooks = Hooks {
+        on_text: &mut on_text,
+        cancelled,
+        now: &now,
+    };
     (session.generate(prompt, n_predict, hooks), parts)
 }
 
 /// The prompt's batches: position, rows, embeddings or not, query rows, logits.
 fn batches(session: &Session<Scripted>) -> Vec<(Pos, usize, bool, Vec<u32>, bool)> {
-    let batches = session.engine.calls.iter().filter_map(|call| match call.clone() {
-        Call::Decode { pos, n, embeddings, queries, logits } => {
-            Some((pos, n, embeddings, queries, logits))
-        }
-        _ => None,
-    });
+    let batches = session
+        .engine
+        .calls
+        .iter()
+        .filter_map(|call| match call.clone() {
+            Call::Decode {
+                pos,
+                n,
+                embeddings,
+                queries,
+                logits,
+            } => Some((pos, n, embeddings, queries, logits)),
+            _ => None,
+        });
     batches.collect()
 }
 
@@ -55,27 +79,53 @@ fn a_prompt_is_cut_and_queried() {
         turn(&mut session, &prompt, Some(0), &|| false).0.unwrap();
         batches(&session)
     };
-    let cells = [(0, 2, false), (2, 1, false), (3, 2, true), (5, 2, true), (7, 1, true)];
+    let cells = [
+        (0, 2, false),
+        (2, 1, false),
+        (3, 2, true),
+        (5, 2, true),
+        (7, 1, true),
+    ];
     let full = cuts("full", &PolicyOptions::default());
-    assert_eq!(full[..5], cells.map(|(pos, n, image)| (pos, n, image, vec![], false)));
+    assert_eq!(
+        full[..5],
+        cells.map(|(pos, n, image)| (pos, n, image, vec![], false))
+    );
     assert_eq!(full[5..], [(8, 2, false, vec![], true)]);
     let last = cuts("hae", &PolicyOptions::default());
     assert!(last[..5].iter().all(|batch| batch.3.is_empty()));
     assert_eq!(last[5], (8, 2, false, vec![1], true));
-    let all: Vec<_> = cuts("hae", &PolicyOptions::paper()).into_iter().map(|b| b.3).collect();
-    assert_eq!(all, [vec![0, 1], vec![0], vec![], vec![], vec![], vec![0, 1]]);
+    let all: Vec<_> = cuts("hae", &PolicyOptions::paper())
+        .into_iter()
+        .map(|b| b.3)
+        .collect();
+    assert_eq!(
+        all,
+        [vec![0, 1], vec![0], vec![], vec![], vec![], vec![0, 1]]
+    );
 }
 
 #[test]
 fn decoding_is_observed_only_for_those_who_decide_in_it() {
     let observed = |options: &PolicyOptions| {
         let mut session = session(Scripted::new(64, 8), "hae", options);
-        turn(&mut session, &[tokens(4)], Some(3), &|| false).0.unwrap();
-        batches(&session)[1..].iter().map(|batch| batch.3.len()).collect::<Vec<_>>()
+        turn(&mut session, &[tokens(4)], Some(3), &|| false)
+            .0
+            .unwrap();
+        batches(&session)[1..]
+            .iter()
+            .map(|batch| batch.3.len())
+            .collect::<Vec<_>>()
     };
     assert_eq!(observed(&PolicyOptions::default()), [0, 0]);
     let kv_budget = Some(Amount::Cells(30));
-    assert_eq!(observed(&PolicyOptions { kv_budget, ..PolicyOptions::default() }), [1, 1]);
+    assert_eq!(
+        observed(&PolicyOptions {
+            kv_budget,
+            ..PolicyOptions::default()
+        }),
+        [1, 1]
+    );
 }
 
 #[test]
@@ -84,26 +134,40 @@ fn an_answer_ends_at_eog_or_at_its_length() {
     let mut session = session(engine(), "full", &PolicyOptions::default());
     let (result, parts) = turn(&mut session, &[tokens(3)], None, &|| false);
     let generated = result.unwrap();
-    assert_eq!((generated.text.as_str(), generated.finish), (" 7 7 7", Finish::Eog));
+    assert_eq!(
+        (generated.text.as_str(), generated.finish),
+        (" 7 7 7", Finish::Eog)
+    );
     assert_eq!((generated.tokens, generated.pending), (vec![7, 7, 7], None));
     assert_eq!((parts.len(), generated.prompt.text), (3, 3));
     // One look at the clock at the start, after the prefill, at the first token, at the end.
     let seconds = Duration::from_secs;
     let timings = generated.timings;
-    assert_eq!((timings.prefill, timings.first_token), (seconds(1), Some(seconds(2))));
+    assert_eq!(
+        (timings.prefill, timings.first_token),
+        (seconds(1), Some(seconds(2)))
+    );
     assert_eq!((timings.decode, timings.steps), (seconds(1), 3));
     assert_eq!(timings.per_token(), Some(seconds(1) / 3));
 
     session.controller.clear();
     session.engine.clear();
-    let generated = turn(&mut session, &[tokens(3)], Some(2), &|| false).0.unwrap();
-    assert_eq!((generated.finish, generated.tokens.len()), (Finish::Length, 2));
+    let generated = turn(&mut session, &[tokens(3)], Some(2), &|| false)
+        .0
+        .unwrap();
+    assert_eq!(
+        (generated.finish, generated.tokens.len()),
+        (Finish::Length, 2)
+    );
     assert_eq!(generated.pending, Some(7));
     // The pending token begins the next turn, at the position after the one before it.
     let next = [Segment::Tokens(vec![7, 9])];
     let generated = turn(&mut session, &next, Some(0), &|| false).0.unwrap();
     assert_eq!(batches(&session).last().map(|batch| batch.0), Some(4));
-    assert_eq!((generated.finish, generated.timings.first_token), (Finish::Length, None));
+    assert_eq!(
+        (generated.finish, generated.timings.first_token),
+        (Finish::Length, None)
+    );
     assert_eq!(generated.timings.per_token(), None);
 }
 
@@ -111,7 +175,10 @@ fn an_answer_ends_at_eog_or_at_its_length() {
 fn a_full_context_keeps_the_text() {
     let mut session = session(Scripted::new(6, 8), "full", &PolicyOptions::default());
     let generated = turn(&mut session, &[tokens(4)], None, &|| false).0.unwrap();
-    assert_eq!((generated.text.as_str(), generated.finish), (" 1 1 1", Finish::Context));
+    assert_eq!(
+        (generated.text.as_str(), generated.finish),
+        (" 1 1 1", Finish::Context)
+    );
     assert_eq!((generated.pending, generated.timings.steps), (Some(1), 2));
     assert_eq!(session.controller.report().cells.live.text, 6);
 }
@@ -130,20 +197,30 @@ fn cancelling() {
     };
     // Two batches and two tokens.
     let generated = turn(&mut session, &[tokens(4)], None, &at(4)).0.unwrap();
-    assert_eq!((generated.text.as_str(), generated.finish), (" 1 1", Finish::Cancelled));
+    assert_eq!(
+        (generated.text.as_str(), generated.finish),
+        (" 1 1", Finish::Cancelled)
+    );
     assert_eq!(generated.pending, None);
     // The chat goes on, and in the middle of a prompt too.
     let generated = turn(&mut session, &[tokens(4)], None, &at(1)).0.unwrap();
-    assert_eq!((generated.tokens.len(), generated.finish), (0, Finish::Cancelled));
+    assert_eq!(
+        (generated.tokens.len(), generated.finish),
+        (0, Finish::Cancelled)
+    );
     assert_eq!(session.controller.next_pos(), 8);
-    let generated = turn(&mut session, &[tokens(4)], Some(1), &|| false).0.unwrap();
+    let generated = turn(&mut session, &[tokens(4)], Some(1), &|| false)
+        .0
+        .unwrap();
     assert_eq!(generated.finish, Finish::Length);
 }
 
 #[test]
 fn characters_come_whole() {
     let pieces: [&[u8]; 3] = [b"\xe2\x82", b"\xac", b"\xe2"];
-    let engine = Scripted::new(32, 8).with_pieces(7, &pieces).with_says(|pos| pos % 3 + 7);
+    let engine = Scripted::new(32, 8)
+        .with_pieces(7, &pieces)
+        .with_says(|pos| pos % 3 + 7);
     let mut session = session(engine, "full", &PolicyOptions::default());
     let (result, parts) = turn(&mut session, &[tokens(1)], Some(3), &|| false);
     assert_eq!(result.unwrap().text, "\u{20ac}\u{fffd}");
@@ -155,7 +232,10 @@ fn prompts_that_cannot_be() {
     let mut session = session(Scripted::new(8, 4), "hae", &PolicyOptions::default());
     let mut refused = |prompt: &[Segment]| {
         let error = turn(&mut session, prompt, None, &|| false).0.unwrap_err();
-        assert_eq!((session.controller.next_pos(), session.engine.calls.len()), (0, 0));
+        assert_eq!(
+            (session.controller.next_pos(), session.engine.calls.len()),
+            (0, 0)
+        );
         error.to_string()
     };
     assert_eq!(
@@ -164,8 +244,15 @@ fn prompts_that_cannot_be() {
     );
     assert!(refused(&[]).contains("is empty"));
     assert!(refused(&[tokens(0), picture(0)]).contains("is empty"));
-    let misshapen = |values, n| Segment::Image { embeddings: vec![0.0; values], n, image: 4 };
-    assert_eq!(refused(&[misshapen(5, 2)]), "prompt: picture 4 has 5 values for 2 rows");
+    let misshapen = |values, n| Segment::Image {
+        embeddings: vec![0.0; values],
+        n,
+        image: 4,
+    };
+    assert_eq!(
+        refused(&[misshapen(5, 2)]),
+        "prompt: picture 4 has 5 values for 2 rows"
+    );
     assert!(refused(&[tokens(1), misshapen(5, 0)]).contains("5 values for 0 rows"));
     assert!(refused(&[tokens(1), misshapen(0, 2)]).contains("0 values for 2 rows"));
 }
@@ -180,8 +267,13 @@ fn positions_pass_the_number_of_cells() {
         ..PolicyOptions::default()
     };
     let mut session = session(Scripted::new(16, 8), "hae", &options);
-    let generated = turn(&mut session, &[tokens(10)], Some(200), &|| false).0.unwrap();
-    assert_eq!((generated.finish, generated.tokens.len()), (Finish::Length, 200));
+    let generated = turn(&mut session, &[tokens(10)], Some(200), &|| false)
+        .0
+        .unwrap();
+    assert_eq!(
+        (generated.finish, generated.tokens.len()),
+        (Finish::Length, 200)
+    );
     assert_eq!(session.controller.next_pos(), 209);
     let report = session.controller.report();
     assert_eq!((report.cells.peak, report.evicted_after_prefill), (16, 0));
@@ -191,10 +283,18 @@ fn positions_pass_the_number_of_cells() {
 
 #[test]
 fn a_picture_is_pruned_after_the_prompt() {
-    let dap = DapOptions { rule: DapRule::Tau(1.0), alpha: None, scope: Scope::Turn };
-    let options = PolicyOptions { dap: Some(dap), recent: 1, ..PolicyOptions::default() };
-    // Only positions 4 and 5 of the picture matter.
-    let attention = |_, key| if key == 4 || key == 5 { 8.0 } else { 1.0 };
+    let dap = DapOptions {
+        rule: DapRule::Tau(1.0),
+        alpha: None,
+        scope: Scope::Turn,
+    };
+    let options = PolicyOptions {
+        dap: Some(dap),
+        recent: 1,
+        ..PolicyOptions::default()
+    };
+    // Only position 5 of the picture matters.
+    let attention = |_, key| if key == 5 { 8.0 } else { 1.0 };
     let engine = Scripted::new(16, 8).with_attention(attention);
     let mut session = session(engine, "hae", &options);
     let prompt = [tokens(1), picture(7), tokens(2)];
@@ -205,8 +305,12 @@ fn a_picture_is_pruned_after_the_prompt() {
         Call::Remove(ranges) => Some(ranges.clone()),
         _ => None,
     });
-    assert_eq!(removals.collect::<Vec<_>>(), [vec![6..8]]);
-    assert_eq!(batches(&session).last().map(|batch| batch.0), Some(10), "positions stay");
+    assert_eq!(removals.collect::<Vec<_>>(), [vec![4..5, 6..8]]);
+    assert_eq!(
+        batches(&session).last().map(|batch| batch.0),
+        Some(10),
+        "positions stay"
+    );
 }
 
 #[test]
@@ -219,7 +323,14 @@ fn an_engine_that_shows_no_attention_is_found_out() {
             cells: &mut Vec<Cell>,
             seen: &mut Observation,
         ) -> Result<()> {
-            self.0.decode(Batch { queries: &[], ..batch }, cells, seen)
+            self.0.decode(
+                Batch {
+                    queries: &[],
+                    ..batch
+                },
+                cells,
+                seen,
+            )
         }
         fn logits(&self) -> Result<&[f32]> {
             self.0.logits()
@@ -249,5 +360,8 @@ fn an_engine_that_shows_no_attention_is_found_out() {
     let scripted = session(Scripted::new(8, 8), "hae", &PolicyOptions::default());
     let mut blind = Session::new(Blind(scripted.engine), scripted.controller);
     let error = blind.prefill(&[tokens(2)], &|| false).unwrap_err();
-    assert_eq!(error.to_string(), "broken contract: attention of 0 rows, expected 1");
+    assert_eq!(
+        error.to_string(),
+        "broken contract: attention of 0 rows, expected 1"
+    );
 }

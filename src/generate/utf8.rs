@@ -56,14 +56,23 @@ mod tests {
 
     #[test]
     fn characters_come_whole() {
-        assert_eq!(stream(&[b"a\xe2\x82", b"\xacb"]), ["a", "a\u{20ac}b", "a\u{20ac}b"]);
-        assert_eq!(stream(&[b"\xf0", b"\x9f", b"\x98", b"\x80"])[2..], ["", "\u{1f600}", "\u{1f600}"]);
+        assert_eq!(
+            stream(&[b"a\xe2\x82", b"\xacb"]),
+            ["a", "a\u{20ac}b", "a\u{20ac}b"]
+        );
+        assert_eq!(
+            stream(&[b"\xf0", b"\x9f", b"\x98", b"\x80"])[2..],
+            ["", "\u{1f600}", "\u{1f600}"]
+        );
     }
 
     #[test]
     fn what_is_no_character_is_replaced() {
         assert_eq!(stream(&[b"a\xffb"])[0], "a\u{fffd}b");
-        assert_eq!(stream(&[b"a\xe2\x82", b"b"]), ["a", "a\u{fffd}b", "a\u{fffd}b"]);
+        assert_eq!(
+            stream(&[b"a\xe2\x82", b"b"]),
+            ["a", "a\u{fffd}b", "a\u{fffd}b"]
+        );
         assert_eq!(stream(&[b"a\xe2\x82"]), ["a", "a\u{fffd}"]);
     }
 

@@ -41,7 +41,12 @@ pub(super) struct Dap {
 
 impl Dap {
     pub fn new(options: DapOptions, norm: Norm, guard: Guard) -> Self {
-        Dap { options, norm, guard, visual: Vec::new() }
+        Dap {
+            options,
+            norm,
+            guard,
+            visual: Vec::new(),
+        }
     }
 
     /// Adds the turn's visual tokens that go to `plan.evict`.
@@ -56,7 +61,11 @@ impl Dap {
                 .filter(|e| e.state == State::Live && e.seen > 0.0)
                 .map(|e| Visual {
                     image: e.image,
-                    token: Candidate { score: norm.score(&e), pos: e.pos, cell: e.cell },
+                    token: Candidate {
+                        score: norm.score(&e),
+                        pos: e.pos,
+                        cell: e.cell,
+                    },
                     max: e.max,
                     open: open.contains(&e.pos),
                 }),
@@ -86,7 +95,13 @@ impl Dap {
         };
         let alpha = self.options.alpha.unwrap_or(f64::INFINITY);
         let low = |v: &&Visual| f64::from(v.token.score) < limit && f64::from(v.max) < alpha;
-        plan.evict.extend(group.iter().filter(low).filter(|v| v.open).map(|v| v.token.cell));
+        plan.evict.extend(
+            group
+                .iter()
+                .filter(low)
+                .filter(|v| v.open)
+                .map(|v| v.token.cell),
+        );
     }
 }
 
@@ -94,5 +109,11 @@ impl Dap {
 fn keep_best(group: &mut [Visual], keep: Amount, plan: &mut Plan) {
     let leave = group.len().saturating_sub(keep.of(group.len()).max(1));
     group.sort_unstable_by_key(|v| v.token);
-    plan.evict.extend(group.iter().filter(|v| v.open).take(leave).map(|v| v.token.cell));
+    plan.evict.extend(
+        group
+            .iter()
+            .filter(|v| v.open)
+            .take(leave)
+            .map(|v| v.token.cell),
+    );
 }

@@ -79,7 +79,10 @@ impl Ddes {
         };
         Ddes {
             norm: options.norm,
-            guard: Guard { sinks: options.sinks, recent: options.recent },
+            guard: Guard {
+                sinks: options.sinks,
+                recent: options.recent,
+            },
             budget,
             least: options.least_budget(),
             most,
@@ -105,7 +108,10 @@ impl Ddes {
     /// Plans one step. `skip` marks cells that leave for another reason and do not count.
     pub fn rebalance(&mut self, cache: &Ledger, skip: impl Fn(Cell) -> bool, plan: &mut Plan) {
         let live = self.scan(cache, &skip);
-        let (over, mut room) = (live.saturating_sub(self.cells), self.cells.saturating_sub(live));
+        let (over, mut room) = (
+            live.saturating_sub(self.cells),
+            self.cells.saturating_sub(live),
+        );
         let [vision, text] = &self.classes;
         let vision_leaves = over.min(vision.open);
         let leave = [vision_leaves, (over - vision_leaves).min(text.open)];
@@ -122,29 +128,50 @@ impl Ddes {
     /// One pass over the cache: who is lowest, who is binned. Gives the number of live cells.
     fn scan(&mut self, cache: &Ledger, skip: impl Fn(Cell) -> bool) -> usize {
         let open = self.guard.open(cache);
-        let mut lowest = [Candidate::LAST; 2];
-        let mut n_open = [0; 2];
-        let mut live = 0;
-        for class in &mut self.classes {
-            class.binned.clear();
-        }
+        // Plain variables: the compiler keeps them in registers, which arrays by class are not.
+        let (mut low_vision, mut low_text) = (Candidate::LAST, Candidate::LAST);
+        let (mut open_vision, mut open_text, mut live) = (0, 0, 0);
         let norm = self.norm;
-        cache.entries().filter(|entry| !skip(entry.cell)).for_each(|entry| {
-            let class = class_of(entry.modality);
-            let token = Candidate { score: norm.score(&entry), pos: entry.pos, cell: entry.cell };
+        let [vision, text] = &mut self.classes;
+        vision.binned.clear();
+        text.binned.clear();
+        for entry in cache.entries() {
+            if skip(entry.cell) {
+                continue;
+            }
+            let token = Candidate {
+                score: norm.score(&entry),
+                pos: entry.pos,
+                cell: entry.cell,
+            };
             if entry.state == State::Binned {
-                self.classes[class].binned.push(token);
-                return;
+                match entry.modality {
+                    Modality::Vision => vision.binned.push(token),
+                    Modality::Text => text.binned.push(token),
+                }
+                continue;
             }
             live += 1;
-            if open.contains(&entry.pos) {
-                n_open[class] += 1;
-                lowest[class] = lowest[class].min(token);
+            if !open.contains(&entry.pos) {
+                continue;
             }
-        });
-        for (i, class) in self.classes.iter_mut().enumerate() {
-            (class.lowest, class.open) = (lowest[i], n_open[i]);
+            match entry.modality {
+                Modality::Vision => {
+                    open_vision += 1;
+                    if token < low_vision {
+                        low_vision = token;
+                    }
+                }
+                Modality::Text => {
+                    open_text += 1;
+                    if token < low_text {
+                        low_text = token;
+                    }
+                }
+            }
         }
+        (vision.lowest, vision.open) = (low_vision, open_vision);
+        (text.lowest, text.open) = (low_text, open_text);
         live
     }
 
@@ -159,10 +186,14 @@ impl Ddes {
             if self.restore {
                 class.binned.sort_unstable_by(|a, b| b.cmp(a));
                 let threshold = class.lowest.score * self.factor;
-                back = class.binned.partition_point(|token| token.score > threshold);
+                back = class
+                    .binned
+                    .partition_point(|token| token.score > threshold);
             }
             needed[i] = (leave[i] + back).min(class.open);
-            class.ascending.extend((needed[i] == 1).then_some(class.lowest));
+            class
+                .ascending
+                .extend((needed[i] == 1).then_some(class.lowest));
         }
         if needed.iter().all(|&needed| needed <= 1) {
             return;
@@ -179,7 +210,11 @@ impl Ddes {
             .for_each(|e| {
                 let class = class_of(e.modality);
                 let heap = &mut heaps[class];
-                let token = Candidate { score: norm.score(&e), pos: e.pos, cell: e.cell };
+                let token = Candidate {
+                    score: norm.score(&e),
+                    pos: e.pos,
+                    cell: e.cell,
+                };
                 if heap.len() < needed[class] {
                     heap.push(token);
                 } else if let Some(mut highest) = heap.peek_mut()
@@ -195,7 +230,9 @@ impl Ddes {
 
     /// Decides who of a class leaves, who comes back and who is in the bin afterwards.
     fn exchange(&mut self, class: usize, leave: usize, room: &mut usize, plan: &mut Plan) {
-        let Class { binned, ascending, .. } = &self.classes[class];
+        let Class {
+            binned, ascending, ..
+        } = &self.classes[class];
         let (leaving, staying) = ascending.split_at(leave);
         let mut back = 0;
         let mut swapped = 0;
@@ -212,7 +249,8 @@ impl Ddes {
         let (back, rest) = binned.split_at(back);
         plan.restore.extend(back.iter().map(|token| token.cell));
         let modality = CLASSES[class];
-        self.bin.extend(rest.iter().map(|&token| (modality, token, false)));
+        self.bin
+            .extend(rest.iter().map(|&token| (modality, token, false)));
         let newly = leaving.iter().chain(&staying[..swapped]);
         self.bin.extend(newly.map(|&token| (modality, token, true)));
     }
@@ -227,7 +265,12 @@ impl Ddes {
             });
         }
         let (gone, kept) = self.bin.split_at(flushed);
-        plan.evict.extend(gone.iter().map(|(_, token, _)| token.cell));
-        plan.bin.extend(kept.iter().filter(|(.., live)| *live).map(|(_, token, _)| token.cell));
+        plan.evict
+            .extend(gone.iter().map(|(_, token, _)| token.cell));
+        plan.bin.extend(
+            kept.iter()
+                .filter(|(.., live)| *live)
+                .map(|(_, token, _)| token.cell),
+        );
     }
 }

@@ -28,12 +28,17 @@ impl Hae {
     /// As [`PolicyOptions::validate`].
     pub fn new(options: &PolicyOptions, limits: Limits) -> Result<Self> {
         options.validate(limits)?;
-        let guard = Guard { sinks: options.sinks, recent: options.recent };
+        let guard = Guard {
+            sinks: options.sinks,
+            recent: options.recent,
+        };
         Ok(Hae {
             options: options.clone(),
             layers: options.layers.resolve(limits.n_layer),
             dap: options.dap.map(|dap| Dap::new(dap, options.norm, guard)),
-            ddes: options.kv_budget.map(|budget| Ddes::new(options, budget, limits)),
+            ddes: options
+                .kv_budget
+                .map(|budget| Ddes::new(options, budget, limits)),
             pruned: Vec::new(),
         })
     }
@@ -54,7 +59,10 @@ impl EvictionPolicy for Hae {
         if self.dap.is_none() && self.ddes.is_none() {
             return Observe::Nothing;
         }
-        Observe::Layers { layers: self.layers.clone(), queries: self.options.queries }
+        Observe::Layers {
+            layers: self.layers.clone(),
+            queries: self.options.queries,
+        }
     }
 
     fn observes_decoding(&self) -> bool {

@@ -40,7 +40,10 @@ pub fn create(
         Some((_, create)) => create(options, limits),
         None => {
             let known = names().collect::<Vec<_>>().join(", ");
-            Err(Error::option("--kv-policy", format!("{name:?}, expected one of {known}")))
+            Err(Error::option(
+                "--kv-policy",
+                format!("{name:?}, expected one of {known}"),
+            ))
         }
     }
 }

@@ -46,7 +46,9 @@ impl FromStr for Layers {
         const MOST: u32 = 4096;
         let number = |part: &str| match part.trim().parse() {
             Ok(n) if n < MOST => Ok(n),
-            _ => Err(format!("{part:?} is no layer, expected all or a list such as 0,4-7")),
+            _ => Err(format!(
+                "{part:?} is no layer, expected all or a list such as 0,4-7"
+            )),
         };
         if text.trim() == "all" {
             return Ok(Layers::All);
@@ -89,9 +91,10 @@ impl Amount {
     fn check(self, flag: &'static str) -> Result<()> {
         match self {
             Amount::Cells(0) => Err(Error::option(flag, "0 cells, expected at least 1")),
-            Amount::Share(share) if !(share > 0.0 && share <= 1.0) => {
-                Err(Error::option(flag, format!("a share of {share}, expected more than 0, up to 1")))
-            }
+            Amount::Share(share) if !(share > 0.0 && share <= 1.0) => Err(Error::option(
+                flag,
+                format!("a share of {share}, expected more than 0, up to 1"),
+            )),
             _ => Ok(()),
         }
     }
@@ -204,7 +207,11 @@ impl PolicyOptions {
             layers: Layers::List(vec![0]),
             queries: Queries::All,
             norm: Norm::Sum,
-            dap: Some(DapOptions { rule: DapRule::R(0.0015), alpha: None, scope: Scope::Image }),
+            dap: Some(DapOptions {
+                rule: DapRule::R(0.0015),
+                alpha: None,
+                scope: Scope::Image,
+            }),
             hysteresis: 0.0,
             ..PolicyOptions::default()
         }
@@ -218,7 +225,10 @@ impl PolicyOptions {
             "paper" => Ok(PolicyOptions::paper()),
             _ => {
                 let known = Self::PRESETS.join(", ");
-                Err(Error::option("--kv-preset", format!("{name:?}, expected one of {known}")))
+                Err(Error::option(
+                    "--kv-preset",
+                    format!("{name:?}, expected one of {known}"),
+                ))
             }
         }
     }
@@ -234,7 +244,10 @@ impl PolicyOptions {
         let Limits { n_layer, n_cells } = limits;
         if let Layers::List(list) = &self.layers {
             if list.is_empty() {
-                return Err(Error::option("--score-layers", "no layer, expected at least one"));
+                return Err(Error::option(
+                    "--score-layers",
+                    "no layer, expected at least one",
+                ));
             }
             if let Some(layer) = list.iter().find(|&&layer| layer >= n_layer) {
                 let last = n_layer.saturating_sub(1);
@@ -306,7 +319,10 @@ fn at_least_zero(flag: &'static str, value: f64) -> Result<()> {
     if value.is_finite() && value >= 0.0 {
         return Ok(());
     }
-    Err(Error::option(flag, format!("{value}, expected a number of at least 0")))
+    Err(Error::option(
+        flag,
+        format!("{value}, expected a number of at least 0"),
+    ))
 }
 
 #[cfg(test)]

@@ -39,22 +39,21 @@ pub struct Candidate {
 
 impl Candidate {
     /// Leaves after every token there is.
-    pub const LAST: Candidate = Candidate { score: f32::INFINITY, pos: Pos::MAX, cell: Cell::MAX };
+    pub const LAST: Candidate = Candidate {
+        score: f32::INFINITY,
+        pos: Pos::MAX,
+        cell: Cell::MAX,
+    };
 }
 
 impl Ord for Candidate {
     #[inline]
     fn cmp(&self, other: &Candidate) -> Ordering {
-        let by_score = self.score.partial_cmp(&other.score).unwrap_or(Ordering::Equal);
+        let by_score = self
+            .score
+            .partial_cmp(&other.score)
+            .unwrap_or(Ordering::Equal);
         by_score.then(self.pos.cmp(&other.pos))
-    }
-
-    /// Spelled out because a scan of the cache asks nothing else, once a cell.
-    #[inline]
-    fn min(self, other: Candidate) -> Candidate {
-        let before =
-            other.score < self.score || (other.score == self.score && other.pos < self.pos);
-        if before { other } else { self }
     }
 }
 
@@ -62,6 +61,12 @@ impl PartialOrd for Candidate {
     #[inline]
     fn partial_cmp(&self, other: &Candidate) -> Option<Ordering> {
         Some(self.cmp(other))
+    }
+
+    /// Spelled out because a scan of the cache asks little else, once a cell.
+    #[inline]
+    fn lt(&self, other: &Candidate) -> bool {
+        self.score < other.score || (self.score == other.score && self.pos < other.pos)
     }
 }
 
@@ -86,9 +91,13 @@ impl Guard {
     /// The positions that may leave. Positions, not ranks: what is protected was never evicted,
     /// so both count the same tokens.
     pub fn open(&self, cache: &Ledger) -> Range<Pos> {
-        let (Some(first), Some(newest)) = (cache.first(), cache.newest()) else { return 0..0 };
+        let (Some(first), Some(newest)) = (cache.first(), cache.newest()) else {
+            return 0..0;
+        };
         let pos = |n: usize| Pos::try_from(n).unwrap_or(Pos::MAX);
-        let recent = newest.saturating_sub(pos(self.recent.max(1))).saturating_add(1);
+        let recent = newest
+            .saturating_sub(pos(self.recent.max(1)))
+            .saturating_add(1);
         first.saturating_add(pos(self.sinks))..recent
     }
 }

@@ -4,7 +4,10 @@ use super::*;
 use crate::cache::{Modality, Pos};
 use crate::engine::Observation;
 
-const LIMITS: Limits = Limits { n_layer: 2, n_cells: 64 };
+const LIMITS: Limits = Limits {
+    n_layer: 2,
+    n_cells: 64,
+};
 const NONE: [Cell; 0] = [];
 
 /// A cache with one token a cell, at the same position, each with the attention of one query.
@@ -17,7 +20,9 @@ fn cache(kinds: &str, attention: &[f32]) -> Ledger {
             'W' => (Modality::Vision, Some(1)),
             _ => (Modality::Text, None),
         };
-        ledger.insert(cell as Cell, cell as Pos, modality, image).unwrap();
+        ledger
+            .insert(cell as Cell, cell as Pos, modality, image)
+            .unwrap();
     }
     look(&mut ledger, attention);
     ledger
@@ -26,20 +31,35 @@ fn cache(kinds: &str, attention: &[f32]) -> Ledger {
 fn look(ledger: &mut Ledger, attention: &[f32]) {
     let (sum, max) = (attention.to_vec(), attention.to_vec());
     let queries = vec![ledger.newest().unwrap()];
-    ledger.observe(&Observation { sum, max, queries }, 1.0).unwrap();
+    ledger
+        .observe(&Observation { sum, max, queries }, 1.0)
+        .unwrap();
 }
 
 fn options() -> PolicyOptions {
     let dap = None;
-    PolicyOptions { dap, sinks: 0, recent: 0, hysteresis: 0.0, ..PolicyOptions::default() }
+    PolicyOptions {
+        dap,
+        sinks: 0,
+        recent: 0,
+        hysteresis: 0.0,
+        ..PolicyOptions::default()
+    }
 }
 
 fn with_dap(rule: DapRule, alpha: Option<f64>, scope: Scope) -> PolicyOptions {
-    PolicyOptions { dap: Some(DapOptions { rule, alpha, scope }), ..options() }
+    PolicyOptions {
+        dap: Some(DapOptions { rule, alpha, scope }),
+        ..options()
+    }
 }
 
 fn with_budget(cells: usize, bin_size: usize) -> PolicyOptions {
-    PolicyOptions { kv_budget: Some(Amount::Cells(cells)), bin_size, ..options() }
+    PolicyOptions {
+        kv_budget: Some(Amount::Cells(cells)),
+        bin_size,
+        ..options()
+    }
 }
 
 fn prefill(options: &PolicyOptions, ledger: &Ledger) -> Plan {
@@ -58,7 +78,10 @@ fn sorted(mut cells: Vec<Cell>) -> Vec<Cell> {
 #[test]
 fn unknown_names_list_the_known_ones() {
     let error = create("snapkv", &options(), LIMITS).err().unwrap();
-    assert_eq!(error.to_string(), "--kv-policy: \"snapkv\", expected one of full, hae");
+    assert_eq!(
+        error.to_string(),
+        "--kv-policy: \"snapkv\", expected one of full, hae"
+    );
     assert!(names().all(|name| create(name, &options(), LIMITS).unwrap().name() == name));
 }
 
@@ -66,11 +89,20 @@ fn unknown_names_list_the_known_ones() {
 fn what_is_observed() {
     let observe = |options: &PolicyOptions| create("hae", options, LIMITS).unwrap().observe();
     assert_eq!(observe(&options()), Observe::Nothing);
-    let all = Observe::Layers { layers: vec![0, 1], queries: Queries::Last };
+    let all = Observe::Layers {
+        layers: vec![0, 1],
+        queries: Queries::Last,
+    };
     assert_eq!(observe(&PolicyOptions::default()), all);
-    let first = Observe::Layers { layers: vec![0], queries: Queries::All };
+    let first = Observe::Layers {
+        layers: vec![0],
+        queries: Queries::All,
+    };
     assert_eq!(observe(&PolicyOptions::paper()), first);
-    assert_eq!(create("full", &options(), LIMITS).unwrap().observe(), Observe::Nothing);
+    assert_eq!(
+        create("full", &options(), LIMITS).unwrap().observe(),
+        Observe::Nothing
+    );
     // DAP alone decides nothing while decoding.
     let decoding = |o: &PolicyOptions| create("hae", o, LIMITS).unwrap().observes_decoding();
     assert!(!decoding(&PolicyOptions::default()));
@@ -103,45 +135,82 @@ fn dap_budgets() {
 fn dap_per_picture_or_per_turn() {
     let ledger = cache("VVTWWT", &[0.1, 0.2, 0.0, 0.3, 0.4, 0.0]);
     let half = DapRule::Keep(Amount::Share(0.5));
-    assert_eq!(prefill(&with_dap(half, None, Scope::Turn), &ledger).evict, [0, 1]);
-    assert_eq!(prefill(&with_dap(half, None, Scope::Image), &ledger).evict, [0, 3]);
+    assert_eq!(
+        prefill(&with_dap(half, None, Scope::Turn), &ledger).evict,
+        [0, 1]
+    );
+    assert_eq!(
+        prefill(&with_dap(half, None, Scope::Image), &ledger).evict,
+        [0, 3]
+    );
     let tau = DapRule::Tau(0.9);
-    assert_eq!(prefill(&with_dap(tau, None, Scope::Turn), &ledger).evict, [0, 1]);
-    assert_eq!(prefill(&with_dap(tau, None, Scope::Image), &ledger).evict, [0, 3]);
+    assert_eq!(
+        prefill(&with_dap(tau, None, Scope::Turn), &ledger).evict,
+        [0, 1]
+    );
+    assert_eq!(
+        prefill(&with_dap(tau, None, Scope::Image), &ledger).evict,
+        [0, 3]
+    );
 }
 
 #[test]
 fn dap_judges_only_this_turn_and_what_was_seen() {
     let mut ledger = cache("VVT", &[0.1, 0.2, 0.0]);
     ledger.begin_turn();
-    for (cell, modality) in [(3, Modality::Vision), (4, Modality::Vision), (5, Modality::Text)] {
+    for (cell, modality) in [
+        (3, Modality::Vision),
+        (4, Modality::Vision),
+        (5, Modality::Text),
+    ] {
         ledger.insert(cell, cell as Pos, modality, Some(1)).unwrap();
     }
     let all = with_dap(DapRule::Tau(100.0), None, Scope::Turn);
-    assert_eq!(prefill(&all, &ledger).evict, NONE, "no query has seen the second picture");
+    assert_eq!(
+        prefill(&all, &ledger).evict,
+        NONE,
+        "no query has seen the second picture"
+    );
     look(&mut ledger, &[0.1, 0.1, 0.1, 0.1, 0.2, 0.0]);
     assert_eq!(prefill(&all, &ledger).evict, [3, 4]);
     let guarded = PolicyOptions { recent: 2, ..all };
     assert_eq!(prefill(&guarded, &ledger).evict, [3]);
     // In the budget form what is protected counts as kept.
     let keep = with_dap(DapRule::Keep(Amount::Cells(1)), None, Scope::Turn);
-    assert_eq!(prefill(&PolicyOptions { recent: 3, ..keep }, &ledger).evict, NONE);
+    assert_eq!(
+        prefill(&PolicyOptions { recent: 3, ..keep }, &ledger).evict,
+        NONE
+    );
 }
 
 #[test]
 fn ddes_takes_visual_tokens_first_and_the_lowest() {
     let ledger = cache("TVTVVT", &[0.01, 0.3, 0.02, 0.1, 0.2, 0.0]);
     let plan = prefill(&with_budget(5, 4), &ledger);
-    assert_eq!((plan.bin.as_slice(), plan.evict.as_slice()), (&[3][..], &[][..]));
+    assert_eq!(
+        (plan.bin.as_slice(), plan.evict.as_slice()),
+        (&[3][..], &[][..])
+    );
     let plan = prefill(&with_budget(2, 5), &ledger);
-    assert_eq!(sorted(plan.bin), [0, 1, 3, 4], "text only when no visual token is left");
+    assert_eq!(
+        sorted(plan.bin),
+        [0, 1, 3, 4],
+        "text only when no visual token is left"
+    );
     // More than a bin: whole bins go for good.
     let plan = prefill(&with_budget(2, 3), &ledger);
-    assert_eq!((plan.bin.as_slice(), plan.evict.as_slice()), (&[0][..], &[1, 3, 4][..]));
+    assert_eq!(
+        (plan.bin.as_slice(), plan.evict.as_slice()),
+        (&[0][..], &[1, 3, 4][..])
+    );
     let plan = prefill(&with_budget(2, 1), &ledger);
     assert_eq!(plan.evict, [0, 1, 3, 4]);
     // Sinks and the recent window stay.
-    let guarded = PolicyOptions { sinks: 2, recent: 1, ..with_budget(4, 4) };
+    let guarded = PolicyOptions {
+        sinks: 2,
+        recent: 1,
+        ..with_budget(4, 4)
+    };
     assert_eq!(prefill(&guarded, &ledger).bin, [3, 4]);
 }
 
@@ -161,12 +230,24 @@ fn ddes_restores_what_earns_it() {
     // Both binned tokens pass the lowest of their own kind: 0.8 > 0.2, and 0.45 > 0.3.
     look(&mut ledger, &[0.0, 0.7, 0.0, 0.4, 0.0, 0.0]);
     let plan = step(two.clone(), &ledger);
-    assert_eq!((plan.restore, plan.bin, plan.evict), (vec![3, 1], vec![4, 2], vec![]));
+    assert_eq!(
+        (plan.restore, plan.bin, plan.evict),
+        (vec![3, 1], vec![4, 2], vec![])
+    );
     // 0.45 does not exceed 0.3 by 60 percent.
-    let stiff = PolicyOptions { hysteresis: 0.6, ..two.clone() };
+    let stiff = PolicyOptions {
+        hysteresis: 0.6,
+        ..two.clone()
+    };
     let plan = step(stiff, &ledger);
     assert_eq!((plan.restore, plan.bin), (vec![1], vec![2]));
-    let plan = step(PolicyOptions { restore: false, ..two.clone() }, &ledger);
+    let plan = step(
+        PolicyOptions {
+            restore: false,
+            ..two.clone()
+        },
+        &ledger,
+    );
     assert!(plan.is_empty());
     // A larger budget takes binned tokens back, text first.
     let plan = step(with_budget(5, 3), &ledger);
@@ -180,26 +261,51 @@ fn ddes_flushes_a_full_bin_at_once() {
     ledger.bin(1).unwrap();
     ledger.bin(2).unwrap();
     let plan = prefill(&with_budget(3, 3), &ledger);
-    assert_eq!((plan.bin.as_slice(), plan.evict.as_slice()), (&[][..], &[1, 2, 3][..]));
+    assert_eq!(
+        (plan.bin.as_slice(), plan.evict.as_slice()),
+        (&[][..], &[1, 2, 3][..])
+    );
 }
 
 #[test]
 fn dap_and_ddes_add_up() {
     let ledger = cache("VVVVTT", &[0.1, 0.2, 0.3, 0.4, 0.5, 0.0]);
     let dap = with_dap(DapRule::Keep(Amount::Cells(3)), None, Scope::Turn).dap;
-    let plan = prefill(&PolicyOptions { dap, ..with_budget(4, 3) }, &ledger);
-    assert_eq!((plan.evict.as_slice(), plan.bin.as_slice()), (&[0][..], &[1][..]));
+    let plan = prefill(
+        &PolicyOptions {
+            dap,
+            ..with_budget(4, 3)
+        },
+        &ledger,
+    );
+    assert_eq!(
+        (plan.evict.as_slice(), plan.bin.as_slice()),
+        (&[0][..], &[1][..])
+    );
 }
 
 #[test]
 fn a_share_is_bounded_by_what_is_protected_and_by_the_context() {
     let ledger = cache("TTTTTTTTTT", &[0.1; 10]);
-    let share = |share| PolicyOptions { kv_budget: Some(Amount::Share(share)), ..with_budget(1, 9) };
+    let share = |share| PolicyOptions {
+        kv_budget: Some(Amount::Share(share)),
+        ..with_budget(1, 9)
+    };
     assert_eq!(prefill(&share(0.5), &ledger).bin.len(), 5);
-    let protected = PolicyOptions { sinks: 3, recent: 3, ..share(0.1) };
+    let protected = PolicyOptions {
+        sinks: 3,
+        recent: 3,
+        ..share(0.1)
+    };
     assert_eq!(prefill(&protected, &ledger).bin.len(), 3, "3 + 3 + 1 stay");
-    let limits = Limits { n_layer: 1, n_cells: 13 };
+    let limits = Limits {
+        n_layer: 1,
+        n_cells: 13,
+    };
     let mut plan = Plan::default();
-    create("hae", &share(1.0), limits).unwrap().after_prefill(&ledger, &mut plan).unwrap();
+    create("hae", &share(1.0), limits)
+        .unwrap()
+        .after_prefill(&ledger, &mut plan)
+        .unwrap();
     assert_eq!(plan.bin.len(), 6, "4 live and a bin of 9");
 }

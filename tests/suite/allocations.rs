@@ -42,11 +42,26 @@ fn decoding_steps_allocate_nothing() {
             decay: 0.9,
             ..PolicyOptions::default()
         };
-        let policy = create("hae", &options, Limits { n_layer: 1, n_cells }).unwrap();
+        let policy = create(
+            "hae",
+            &options,
+            Limits {
+                n_layer: 1,
+                n_cells,
+            },
+        )
+        .unwrap();
         let mut controller = Controller::new(policy, n_cells);
-        let mut cells = Cells { held: vec![None; n_cells], seen: Observation::default() };
+        let mut cells = Cells {
+            held: vec![None; n_cells],
+            seen: Observation::default(),
+        };
         for pos in 0..900 {
-            let modality = if pos < 500 { Modality::Vision } else { Modality::Text };
+            let modality = if pos < 500 {
+                Modality::Vision
+            } else {
+                Modality::Text
+            };
             let cell = cells.take(pos);
             controller.inserted(&[cell], pos, modality, None).unwrap();
         }
@@ -55,7 +70,9 @@ fn decoding_steps_allocate_nothing() {
         let mut step = |controller: &mut Controller, pos: Pos, prefill: bool| {
             if !prefill {
                 let cell = cells.take(pos);
-                controller.inserted(&[cell], pos, Modality::Text, None).unwrap();
+                controller
+                    .inserted(&[cell], pos, Modality::Text, None)
+                    .unwrap();
                 cells.look(pos);
                 controller.observed(&cells.seen).unwrap();
             }
@@ -74,9 +91,16 @@ fn decoding_steps_allocate_nothing() {
         let allocations = allocation_counter::measure(|| {
             (900..1900).for_each(|pos| step(&mut controller, pos, false));
         });
-        assert_eq!(allocations.count_total, 0, "bin of {bin_size}, restore {restore}");
+        assert_eq!(
+            allocations.count_total, 0,
+            "bin of {bin_size}, restore {restore}"
+        );
         let after = controller.report();
         assert!(after.flushes > before.flushes + 2);
-        assert_eq!(after.restores > before.restores, restore, "restoring was measured too");
+        assert_eq!(
+            after.restores > before.restores,
+            restore,
+            "restoring was measured too"
+        );
     }
 }

@@ -9,79 +9,11 @@ use hae::cache::{Ledger, Modality, Pos, State};
 use hae::controller::Controller;
 use hae::engine::Engine;
 use hae::engine::scripted::{Call, Scripted, hashed};
-use hae::generate::{Segment, Session};
-use hae::policy::{
-    Amount, DapOptions, DapRule, EvictionPolicy, Layers, Limits, Norm, Observe, Plan,
-    PolicyOptions, Queries, Scope, create,
-};
+use hae::generate::Session;
+use hae::policy::{Amount, EvictionPolicy, Limits, Observe, Plan, PolicyOptions, create};
 use proptest::prelude::*;
 
-/// Segments (picture or text, rows) and the number of tokens to answer with.
-pub type Turn = (Vec<(bool, usize)>, usize);
-
-pub const N_LAYER: u32 = 3;
-
-pub fn turns() -> impl Strategy<Value = Vec<Turn>> {
-    let segment = (any::<bool>(), 1..20usize);
-    let segments = prop::collection::vec(segment, 1..5).prop_map(|mut segments| {
-        segments.push((false, 1 + segments.len()));
-        segments
-    });
-    prop::collection::vec((segments, 0..40usize), 1..4)
-}
-
-fn dap() -> impl Strategy<Value = Option<DapOptions>> {
-    let amount = prop_oneof![
-        (0.05..1.0).prop_map(Amount::Share),
-        (1..30usize).prop_map(Amount::Cells)
-    ];
-    let rule = prop_oneof![
-        (0.0..2.0).prop_map(DapRule::Tau),
-        (0.0..0.1).prop_map(DapRule::R),
-        amount.prop_map(DapRule::Keep)
-    ];
-    let scope = prop_oneof![Just(Scope::Turn), Just(Scope::Image)];
-    prop::option::of((rule, prop::option::of(0.0..0.2), scope).prop_map(|(rule, alpha, scope)| {
-        let alpha = alpha.filter(|_| !matches!(rule, DapRule::Keep(_)));
-        DapOptions { rule, alpha, scope }
-    }))
-}
-
-fn options() -> impl Strategy<Value = PolicyOptions> {
-    let scores = (
-        prop_oneof![Just(Queries::All), Just(Queries::Last)],
-        prop_oneof![Just(Norm::PerQuery), Just(Norm::Sum)],
-        prop_oneof![Just(1.0), 0.5..1.0],
-        dap(),
-    );
-    let budget = prop_oneof![
-        (0..40usize).prop_map(Amount::Cells),
-        (0.1..1.0).prop_map(Amount::Share)
-    ];
-    let bin = (1..12usize, 0..5usize, 0..8usize, prop_oneof![Just(0.0), 0.0..0.5], any::<bool>());
-    (scores, prop::option::weighted(0.8, budget), bin).prop_map(
-        |((queries, norm, decay, dap), budget, (bin_size, sinks, recent, hysteresis, restore))| {
-            // Budgets are drawn as what they leave beyond the least.
-            let kv_budget = budget.map(|budget| match budget {
-                Amount::Cells(more) => Amount::Cells(sinks + recent + 1 + more),
-                share => share,
-            });
-            PolicyOptions {
-                layers: Layers::All,
-                queries,
-                norm,
-                decay,
-                dap,
-                kv_budget,
-                bin_size,
-                sinks,
-                recent,
-                hysteresis,
-                restore,
-            }
-        },
-    )
-}
+use crate::random::{N_LAYER, Turn, options, prompt, turns};
 
 /// Checks every plan of a policy against the ledger that it was made from, and keeps them.
 struct Spy {
@@ -101,7 +33,10 @@ impl Spy {
                 || pos > newest - self.options.recent as Pos
                 || pos == newest
         };
-        let mut planned: Vec<_> = [&plan.bin, &plan.restore, &plan.evict].into_iter().flatten().collect();
+        let mut planned: Vec<_> = [&plan.bin, &plan.restore, &plan.evict]
+            .into_iter()
+            .flatten()
+            .collect();
         let n = planned.len();
         planned.sort_unstable();
         planned.dedup();
@@ -109,14 +44,24 @@ impl Spy {
         for &cell in plan.bin.iter().chain(&plan.evict) {
             assert!(!protected(cache.get(cell).unwrap().pos));
         }
-        assert!(plan.bin.iter().all(|&cell| cache.get(cell).unwrap().state == State::Live));
-        assert!(plan.restore.iter().all(|&cell| cache.get(cell).unwrap().state == State::Binned));
+        assert!(
+            plan.bin
+                .iter()
+                .all(|&cell| cache.get(cell).unwrap().state == State::Live)
+        );
+        assert!(
+            plan.restore
+                .iter()
+                .all(|&cell| cache.get(cell).unwrap().state == State::Binned)
+        );
         assert!(self.options.restore || plan.restore.is_empty());
 
         // Text becomes less only when no visual token that may leave is live.
         let count = |cells: &[u32], modality, state| {
             let entries = cells.iter().map(|&cell| cache.get(cell).unwrap());
-            entries.filter(|e| e.modality == modality && e.state == state).count()
+            entries
+                .filter(|e| e.modality == modality && e.state == state)
+                .count()
         };
         let leaving = |m| count(&plan.bin, m, State::Live) + count(&plan.evict, m, State::Live);
         let restored = |m| count(&plan.restore, m, State::Binned);
@@ -181,14 +126,6 @@ impl EvictionPolicy for Spy {
     }
 }
 
-pub fn prompt(segments: &[(bool, usize)], first_image: u32) -> Vec<Segment> {
-    let segments = segments.iter().zip(first_image..).map(|(&(picture, n), image)| match picture {
-        true => Segment::Image { embeddings: vec![0.5; 2 * n], n, image },
-        false => Segment::Tokens(vec![3; n]),
-    });
-    segments.collect()
-}
-
 /// Engine and ledger hold the same positions in the same cells.
 fn assert_in_step(session: &Session<Scripted>) {
     let ledger = session.controller.ledger();
@@ -196,7 +133,10 @@ fn assert_in_step(session: &Session<Scripted>) {
     assert_eq!(held, session.engine.occupied());
     let counts = ledger.counts();
     assert_eq!(counts.cells(), held.len());
-    let binned = ledger.entries().filter(|e| e.state == State::Binned).count();
+    let binned = ledger
+        .entries()
+        .filter(|e| e.state == State::Binned)
+        .count();
     assert_eq!(counts.binned.total(), binned);
 }
 
@@ -206,15 +146,36 @@ fn converse(
     seed: u64,
     n_batch: usize,
 ) -> (Session<Scripted>, Vec<Plan>) {
-    let rows: usize = turns.iter().map(|(s, n)| s.iter().map(|s| s.1).sum::<usize>() + n).sum();
+    let rows: usize = turns
+        .iter()
+        .map(|(s, n)| s.iter().map(|s| s.1).sum::<usize>() + n)
+        .sum();
     let n_cells = rows + options.sinks + options.recent + 60;
-    let policy = create("hae", options, Limits { n_layer: N_LAYER, n_cells }).unwrap();
+    let policy = create(
+        "hae",
+        options,
+        Limits {
+            n_layer: N_LAYER,
+            n_cells,
+        },
+    )
+    .unwrap();
     let plans = Rc::new(RefCell::new(Vec::new()));
-    let spy = Spy { policy, options: options.clone(), n_cells, budget: 0, plans: plans.clone() };
+    let spy = Spy {
+        policy,
+        options: options.clone(),
+        n_cells,
+        budget: 0,
+        plans: plans.clone(),
+    };
     let engine = Scripted::new(n_cells, n_batch).with_attention(move |q, k| hashed(seed, q, k));
     let mut session = Session::new(engine, Controller::new(Box::new(spy), n_cells));
     for (turn, (segments, answer)) in turns.iter().enumerate() {
-        assert!(session.prefill(&prompt(segments, 10 * turn as u32), &|| false).unwrap());
+        assert!(
+            session
+                .prefill(&prompt(segments, 10 * turn as u32), &|| false)
+                .unwrap()
+        );
         assert_in_step(&session);
         for _ in 0..*answer {
             session.step(3).unwrap();
@@ -222,18 +183,23 @@ fn converse(
         }
     }
     let counts = session.controller.ledger().counts();
-    assert_eq!(counts.cells() + counts.evicted.total(), rows, "nobody is lost");
+    assert_eq!(
+        counts.cells() + counts.evicted.total(),
+        rows,
+        "nobody is lost"
+    );
     let plans = plans.take();
     (session, plans)
 }
 
 fn removals(session: &Session<Scripted>) -> Vec<Vec<Range<Pos>>> {
     let calls = session.engine.calls.iter();
-    calls.filter_map(|call| match call {
-        Call::Remove(ranges) => Some(ranges.clone()),
-        _ => None,
-    })
-    .collect()
+    calls
+        .filter_map(|call| match call {
+            Call::Remove(ranges) => Some(ranges.clone()),
+            _ => None,
+        })
+        .collect()
 }
 
 proptest! {
@@ -292,17 +258,25 @@ proptest! {
 #[test]
 fn full_observes_nothing_and_removes_nothing() {
     let n_cells = 64;
-    let limits = Limits { n_layer: 1, n_cells };
+    let limits = Limits {
+        n_layer: 1,
+        n_cells,
+    };
     let policy = create("full", &PolicyOptions::default(), limits).unwrap();
-    let mut session =
-        Session::new(Scripted::new(n_cells, 8), Controller::new(policy, n_cells));
-    session.prefill(&prompt(&[(false, 3), (true, 9), (false, 2)], 0), &|| false).unwrap();
+    let mut session = Session::new(Scripted::new(n_cells, 8), Controller::new(policy, n_cells));
+    session
+        .prefill(&prompt(&[(false, 3), (true, 9), (false, 2)], 0), &|| false)
+        .unwrap();
     while session.step(5).is_ok() {}
     assert_eq!(session.controller.ledger().counts().cells(), n_cells);
-    assert!(matches!(session.step(5), Err(Error::ContextFull { n_ctx: 64 })));
+    assert!(matches!(
+        session.step(5),
+        Err(Error::ContextFull { n_ctx: 64 })
+    ));
     assert_in_step(&session);
     assert_eq!(session.engine.n_cells(), n_cells);
-    let observed = |call: &Call| matches!(call, Call::Decode { queries, .. } if !queries.is_empty());
+    let observed =
+        |call: &Call| matches!(call, Call::Decode { queries, .. } if !queries.is_empty());
     assert!(!session.engine.calls.iter().any(observed));
     assert_eq!(removals(&session), Vec::<Vec<Range<Pos>>>::new());
 }
@@ -344,8 +318,13 @@ fn a_policy_that_plans_the_impossible_is_an_error() {
     ] {
         let controller = Controller::new(Box::new(Wrong(plan)), 8);
         let mut session = Session::new(Scripted::new(8, 8), controller);
-        let error = session.prefill(&prompt(&[(false, 4)], 0), &|| false).unwrap_err();
+        let error = session
+            .prefill(&prompt(&[(false, 4)], 0), &|| false)
+            .unwrap_err();
         assert!(matches!(error, Error::Cell { .. }));
-        assert!(error.to_string().contains(complaint), "{error}, expected {complaint}");
+        assert!(
+            error.to_string().contains(complaint),
+            "{error}, expected {complaint}"
+        );
     }
 }

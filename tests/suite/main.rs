@@ -2,4 +2,6 @@
 
 mod allocations;
 mod controller;
+mod ddes;
+mod random;
 mod references;

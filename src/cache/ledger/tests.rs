@@ -2,7 +2,11 @@ use super::*;
 use crate::cache::PerModality;
 
 fn observation(sum: &[f32], max: &[f32], queries: &[Pos]) -> Observation {
-    Observation { sum: sum.to_vec(), max: max.to_vec(), queries: queries.to_vec() }
+    Observation {
+        sum: sum.to_vec(),
+        max: max.to_vec(),
+        queries: queries.to_vec(),
+    }
 }
 
 /// Text at positions 0, 1, 2 in cells 0, 2, 1.
@@ -22,8 +26,14 @@ fn message<T: std::fmt::Debug>(result: Result<T>) -> String {
 fn what_cannot_be_inserted() {
     let mut ledger = three();
     let mut insert = |cell, pos| message(ledger.insert(cell, pos, Modality::Text, None));
-    assert_eq!(insert(2, 3), "cache bookkeeping: cell 2 got position 3 but holds position 1");
-    assert_eq!(insert(3, 2), "cache bookkeeping: cell 3 got position 2, expected 3 or a newer one");
+    assert_eq!(
+        insert(2, 3),
+        "cache bookkeeping: cell 2 got position 3 but holds position 1"
+    );
+    assert_eq!(
+        insert(3, 2),
+        "cache bookkeeping: cell 3 got position 2, expected 3 or a newer one"
+    );
     assert!(insert(8, 3).contains("beyond the 8 cells"));
     assert!(insert(3, Pos::MAX).contains("expected 3"));
     assert!(message(Ledger::new(1).insert(0, -1, Modality::Text, None)).contains("expected 0"));
@@ -48,7 +58,10 @@ fn states_and_counts() {
     ledger.insert(2, 7, Modality::Text, None).unwrap();
     assert_eq!(ledger.get(0).map(|e| (e.turn, e.image)), Some((0, Some(3))));
     assert_eq!(ledger.get(1).map(|e| (e.turn, e.image)), Some((1, None)));
-    assert_eq!((ledger.first(), ledger.newest(), ledger.turn()), (Some(5), Some(7), 1));
+    assert_eq!(
+        (ledger.first(), ledger.newest(), ledger.turn()),
+        (Some(5), Some(7), 1)
+    );
 
     assert!(message(ledger.restore(0)).contains("is live"));
     ledger.bin(0).unwrap();
@@ -69,22 +82,54 @@ fn states_and_counts() {
     assert_eq!((counts.cells(), counts.peak), (1, 3));
 
     ledger.clear();
-    assert_eq!((ledger.counts(), ledger.newest()), (Counts::default(), None));
+    assert_eq!(
+        (ledger.counts(), ledger.newest()),
+        (Counts::default(), None)
+    );
     ledger.insert(0, 0, Modality::Text, None).unwrap();
 }
 
 #[test]
 fn exposure_counts_the_rows_that_could_see_a_cell() {
     let mut ledger = three();
-    ledger.observe(&observation(&[1.0, 0.25, 0.5], &[0.5, 0.25, 0.25], &[0, 1, 2]), 1.0).unwrap();
-    let seen: Vec<_> = ledger.entries().map(|e| (e.pos, e.seen, e.sum, e.max)).collect();
-    assert_eq!(seen, [(0, 3.0, 1.0, 0.5), (2, 1.0, 0.25, 0.25), (1, 2.0, 0.5, 0.25)]);
-    ledger.observe(&observation(&[0.5, 0.5, 0.0], &[0.5, 0.5, 0.0], &[2]), 0.5).unwrap();
-    let seen: Vec<_> = ledger.entries().map(|e| (e.pos, e.seen, e.sum, e.max)).collect();
-    assert_eq!(seen, [(0, 2.5, 1.0, 0.5), (2, 1.5, 0.625, 0.5), (1, 2.0, 0.25, 0.25)]);
+    ledger
+        .observe(
+            &observation(&[1.0, 0.25, 0.5], &[0.5, 0.25, 0.25], &[0, 1, 2]),
+            1.0,
+        )
+        .unwrap();
+    let seen: Vec<_> = ledger
+        .entries()
+        .map(|e| (e.pos, e.seen, e.sum, e.max))
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            (0, 3.0, 1.0, 0.5),
+            (2, 1.0, 0.25, 0.25),
+            (1, 2.0, 0.5, 0.25)
+        ]
+    );
+    ledger
+        .observe(&observation(&[0.5, 0.5, 0.0], &[0.5, 0.5, 0.0], &[2]), 0.5)
+        .unwrap();
+    let seen: Vec<_> = ledger
+        .entries()
+        .map(|e| (e.pos, e.seen, e.sum, e.max))
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            (0, 2.5, 1.0, 0.5),
+            (2, 1.5, 0.625, 0.5),
+            (1, 2.0, 0.25, 0.25)
+        ]
+    );
     // No rows, no change.
     let before: Vec<_> = ledger.entries().collect();
-    ledger.observe(&observation(&[9.0], &[9.0], &[]), 0.5).unwrap();
+    ledger
+        .observe(&observation(&[9.0], &[9.0], &[]), 0.5)
+        .unwrap();
     assert_eq!(ledger.entries().collect::<Vec<_>>(), before);
 }
 
@@ -92,13 +137,21 @@ fn exposure_counts_the_rows_that_could_see_a_cell() {
 fn observations_of_another_length() {
     // Longer: cells that nothing was ever put into, whatever they hold.
     let mut ledger = three();
-    let (sum, max) = ([0.5, 0.2, 0.3, f32::NAN, 9.0], [0.5, 0.2, 0.3, f32::NAN, 9.0]);
+    let (sum, max) = (
+        [0.5, 0.2, 0.3, f32::NAN, 9.0],
+        [0.5, 0.2, 0.3, f32::NAN, 9.0],
+    );
     ledger.observe(&observation(&sum, &max, &[2]), 1.0).unwrap();
-    assert_eq!(ledger.entries().map(|e| e.sum).collect::<Vec<_>>(), [0.5, 0.2, 0.3]);
+    assert_eq!(
+        ledger.entries().map(|e| e.sum).collect::<Vec<_>>(),
+        [0.5, 0.2, 0.3]
+    );
     ledger.insert(3, 3, Modality::Text, None).unwrap();
     assert_eq!(ledger.get(3).map(|e| (e.sum, e.seen)), Some((0.0, 0.0)));
     // Shorter: the last cell was not in view, but decays like the others.
-    ledger.observe(&observation(&[0.5, 0.5, 0.0], &[0.5, 0.5, 0.0], &[3]), 0.5).unwrap();
+    ledger
+        .observe(&observation(&[0.5, 0.5, 0.0], &[0.5, 0.5, 0.0], &[3]), 0.5)
+        .unwrap();
     assert_eq!(ledger.get(2).map(|e| (e.sum, e.seen)), Some((0.15, 1.5)));
     assert_eq!(ledger.get(3).map(|e| (e.sum, e.seen)), Some((0.0, 0.0)));
 }
@@ -106,11 +159,18 @@ fn observations_of_another_length() {
 #[test]
 fn a_removed_cell_starts_from_nothing() {
     let mut ledger = three();
-    ledger.observe(&observation(&[0.5, 0.2, 0.3], &[0.5, 0.2, 0.3], &[2]), 1.0).unwrap();
+    ledger
+        .observe(&observation(&[0.5, 0.2, 0.3], &[0.5, 0.2, 0.3], &[2]), 1.0)
+        .unwrap();
     ledger.remove(2).unwrap();
-    ledger.observe(&observation(&[0.5, 0.2, 0.3], &[0.5, 0.2, 0.3], &[2]), 1.0).unwrap();
+    ledger
+        .observe(&observation(&[0.5, 0.2, 0.3], &[0.5, 0.2, 0.3], &[2]), 1.0)
+        .unwrap();
     ledger.insert(2, 3, Modality::Text, None).unwrap();
-    assert_eq!(ledger.get(2).map(|e| (e.sum, e.max, e.seen)), Some((0.0, 0.0, 0.0)));
+    assert_eq!(
+        ledger.get(2).map(|e| (e.sum, e.max, e.seen)),
+        Some((0.0, 0.0, 0.0))
+    );
 }
 
 #[test]
@@ -120,7 +180,9 @@ fn scores_that_are_no_numbers() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for (sum, max) in [([0.1, 0.1, bad], [0.1; 3]), ([0.1; 3], [0.1, 0.1, bad])] {
                 let mut ledger = clean.clone();
-                let error = ledger.observe(&observation(&sum, &max, queries), 1.0).unwrap_err();
+                let error = ledger
+                    .observe(&observation(&sum, &max, queries), 1.0)
+                    .unwrap_err();
                 assert!(matches!(error, Error::NanScore { pos: 1, value } if !value.is_finite()));
                 assert!(ledger.entries().eq(clean.entries()), "unchanged");
             }
@@ -130,9 +192,17 @@ fn scores_that_are_no_numbers() {
     let mut ledger = clean.clone();
     let huge = observation(&[f32::MAX; 3], &[1.0; 3], &[2]);
     ledger.observe(&huge, 1.0).unwrap();
-    assert!(matches!(ledger.observe(&huge, 1.0), Err(Error::NanScore { pos: 0, .. })));
+    assert!(matches!(
+        ledger.observe(&huge, 1.0),
+        Err(Error::NanScore { pos: 0, .. })
+    ));
     // Not visible to the query: whatever stands there does not count.
     let mut ledger = clean;
-    ledger.observe(&observation(&[1.0, f32::NAN, 0.0], &[1.0, 0.0, 0.0], &[1]), 1.0).unwrap();
+    ledger
+        .observe(
+            &observation(&[1.0, f32::NAN, 0.0], &[1.0, 0.0, 0.0], &[1]),
+            1.0,
+        )
+        .unwrap();
     assert_eq!(ledger.get(1).map(|e| e.sum), Some(0.0));
 }

@@ -1,6 +1,9 @@
 use super::*;
 
-const LIMITS: Limits = Limits { n_layer: 6, n_cells: 512 };
+const LIMITS: Limits = Limits {
+    n_layer: 6,
+    n_cells: 512,
+};
 
 fn refused(change: impl FnOnce(&mut PolicyOptions)) -> String {
     let mut options = PolicyOptions::default();
@@ -9,13 +12,20 @@ fn refused(change: impl FnOnce(&mut PolicyOptions)) -> String {
 }
 
 fn dap(rule: DapRule, alpha: Option<f64>) -> Option<DapOptions> {
-    Some(DapOptions { rule, alpha, scope: Scope::Turn })
+    Some(DapOptions {
+        rule,
+        alpha,
+        scope: Scope::Turn,
+    })
 }
 
 #[test]
 fn presets_are_valid() {
     for name in PolicyOptions::PRESETS {
-        PolicyOptions::preset(name).unwrap().validate(LIMITS).unwrap();
+        PolicyOptions::preset(name)
+            .unwrap()
+            .validate(LIMITS)
+            .unwrap();
     }
     assert_eq!(
         PolicyOptions::preset("fast").unwrap_err().to_string(),
@@ -46,7 +56,8 @@ fn refusals_name_the_flag_and_the_value() {
     }
     for huge in [usize::MAX, 600] {
         for budget in [Amount::Share(0.5), Amount::Cells(100)] {
-            let refused = refused(|o| (o.sinks, o.recent, o.kv_budget) = (huge, huge, Some(budget)));
+            let refused =
+                refused(|o| (o.sinks, o.recent, o.kv_budget) = (huge, huge, Some(budget)));
             assert!(refused.starts_with("--kv-budget"));
         }
     }
@@ -60,7 +71,10 @@ fn refusals_name_the_flag_and_the_value() {
     }
     let keep = DapRule::Keep(Amount::Share(0.5));
     assert!(refused(|o| o.dap = dap(keep, Some(0.1))).contains("not with --dap-keep"));
-    assert_eq!(refused(|o| o.bin_size = 0), "--bin-size: 0 cells, expected at least 1");
+    assert_eq!(
+        refused(|o| o.bin_size = 0),
+        "--bin-size: 0 cells, expected at least 1"
+    );
 }
 
 #[test]
@@ -83,7 +97,10 @@ fn amounts_from_text() {
     assert_eq!("0.4".parse(), Ok(Amount::Share(0.4)));
     assert!("half".parse::<Amount>().is_err());
     // Rounded to the nearest: 0.4 of 5 is 2 whatever the last bit says.
-    assert_eq!((Amount::Share(0.4).of(5), Amount::Share(0.4).of(199)), (2, 80));
+    assert_eq!(
+        (Amount::Share(0.4).of(5), Amount::Share(0.4).of(199)),
+        (2, 80)
+    );
 }
 
 #[test]
