@@ -50,7 +50,8 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// A controller of an empty cache of `n_cells` cells.
+    /// A controller of an empty cache of `n_cells` cells. All memory is taken here: a decoding
+    /// step takes none.
     pub fn new(policy: Box<dyn EvictionPolicy>, n_cells: usize) -> Self {
         Controller {
             ledger: Ledger::new(n_cells),
@@ -59,9 +60,13 @@ impl Controller {
             decay: policy.decay(),
             policy,
             phase: Phase::Prefill,
-            plan: Plan::default(),
-            positions: Vec::new(),
-            ranges: Vec::new(),
+            plan: Plan {
+                bin: Vec::with_capacity(n_cells),
+                restore: Vec::with_capacity(n_cells),
+                evict: Vec::with_capacity(n_cells),
+            },
+            positions: Vec::with_capacity(n_cells),
+            ranges: Vec::with_capacity(n_cells),
             evicted_after_prefill: 0,
             evicted_in_decoding: 0,
             flushes: 0,
@@ -104,20 +109,19 @@ impl Controller {
         modality: Modality,
         image: Option<u32>,
     ) -> Result<()> {
-        let mut pos = pos;
-        for &cell in cells {
+        for (&cell, pos) in cells.iter().zip(pos..) {
             self.ledger.insert(cell, pos, modality, image)?;
-            pos += 1;
         }
         Ok(())
     }
 
     /// Writes down one batch of a picture whose rows share `n_pos` positions from `base` on
     /// (M-RoPE): row `first + i` of the picture lies in `cells[i]`. Which row counts as which
-    /// position does not matter, since no policy may remove them; the last one must be reached.
+    /// position does not matter, since no policy may remove single ones of them; the last
+    /// position must be reached.
     ///
     /// # Errors
-    /// As [`Ledger::insert_shared`].
+    /// As [`Ledger::insert`].
     pub fn inserted_shared(
         &mut self,
         cells: &[Cell],
@@ -128,8 +132,8 @@ impl Controller {
     ) -> Result<()> {
         for (i, &cell) in cells.iter().enumerate() {
             let row = Pos::try_from(first + i).unwrap_or(Pos::MAX);
-            self.ledger
-                .insert_shared(cell, base.saturating_add(row.min(n_pos - 1)), image)?;
+            let pos = base.saturating_add(row.min(n_pos - 1));
+            self.ledger.insert_shared(cell, pos, image)?;
         }
         Ok(())
     }

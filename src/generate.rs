@@ -4,6 +4,7 @@
 //! between them. [`Session::generate`] is one turn of it. [`Session::prefill`] and
 //! [`Session::step`] are its parts, for those who feed the tokens themselves.
 
+mod prompt;
 mod utf8;
 
 use std::time::Duration;
@@ -13,122 +14,10 @@ use crate::controller::Controller;
 use crate::engine::{Batch, Engine, Input, Observation, Token};
 use crate::error::{Error, Result};
 use crate::policy::{Observe, Queries};
+use prompt::{Place, count};
 use utf8::Utf8Stream;
 
-/// A piece of a prompt.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Segment {
-    Tokens(Vec<Token>),
-    /// Row-major `[n, n_embd]` projected embeddings of picture number `image`. `axes` is there
-    /// for models whose pictures have two axes (M-RoPE).
-    Image {
-        embeddings: Vec<f32>,
-        n: usize,
-        image: u32,
-        axes: Option<Axes>,
-    },
-}
-
-/// Positions of a picture's rows where they are not one after the other (M-RoPE).
-#[derive(Clone, Debug, PartialEq)]
-pub struct Axes {
-    /// `[t, y, x, 0]` of each row, relative to the picture's first position: `[n]`.
-    pub rows: Vec<[Pos; 4]>,
-    /// Positions that the picture takes in the sequence.
-    pub n_pos: Pos,
-}
-
-impl Segment {
-    /// Rows that the segment takes, each of them a cell.
-    pub fn len(&self) -> usize {
-        match self {
-            Segment::Tokens(tokens) => tokens.len(),
-            Segment::Image { n, .. } => *n,
-        }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Positions that the segment takes.
-    pub fn positions(&self) -> usize {
-        match self {
-            Segment::Image {
-                axes: Some(axes), ..
-            } => axes.n_pos.max(0) as usize,
-            _ => self.len(),
-        }
-    }
-
-    fn axes(&self) -> Option<&Axes> {
-        match self {
-            Segment::Image { axes, .. } => axes.as_ref(),
-            Segment::Tokens(_) => None,
-        }
-    }
-
-    fn modality(&self) -> Modality {
-        match self {
-            Segment::Tokens(_) => Modality::Text,
-            Segment::Image { .. } => Modality::Vision,
-        }
-    }
-
-    fn image(&self) -> Option<u32> {
-        match self {
-            Segment::Tokens(_) => None,
-            Segment::Image { image, .. } => Some(*image),
-        }
-    }
-
-    /// Rows `start..end`, for a segment that was checked. `mrope` are their absolute positions.
-    fn rows<'a>(&'a self, start: usize, end: usize, mrope: Option<&'a [[Pos; 4]]>) -> Input<'a> {
-        match self {
-            Segment::Tokens(tokens) => Input::Tokens(&tokens[start..end]),
-            Segment::Image { embeddings, n, .. } => {
-                let width = embeddings.len() / n;
-                Input::Embeddings {
-                    data: &embeddings[start * width..end * width],
-                    n: end - start,
-                    mrope,
-                }
-            }
-        }
-    }
-
-    fn check(&self) -> Result<()> {
-        match self {
-            Segment::Image {
-                embeddings,
-                n,
-                image,
-                axes,
-            } => {
-                if let Some(axes) = axes
-                    .as_ref()
-                    .filter(|a| a.rows.len() != *n || a.n_pos < 1 || a.n_pos as usize > *n)
-                {
-                    let (rows, n_pos) = (axes.rows.len(), axes.n_pos);
-                    let reason = format!(
-                        "picture {image} has {rows} places on {n_pos} positions for {n} rows"
-                    );
-                    return Err(Error::option("prompt", reason));
-                }
-                if *n == 0 && embeddings.is_empty() {
-                    return Ok(());
-                }
-                if *n == 0 || embeddings.is_empty() || embeddings.len() % n != 0 {
-                    let values = embeddings.len();
-                    let reason = format!("picture {image} has {values} values for {n} rows");
-                    return Err(Error::option("prompt", reason));
-                }
-                Ok(())
-            }
-            Segment::Tokens(_) => Ok(()),
-        }
-    }
-}
+pub use prompt::{Axes, Segment};
 
 /// Why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -188,6 +77,14 @@ impl Timings {
     }
 }
 
+/// One batch before it is positioned.
+struct Rows<'a> {
+    input: Input<'a>,
+    modality: Modality,
+    image: Option<u32>,
+    place: Place,
+}
+
 /// A conversation: the model, its cache's controller, and the buffers between them.
 pub struct Session<E> {
     pub engine: E,
@@ -232,22 +129,14 @@ impl<E: Engine> Session<E> {
                 let end = segment.len().min(start + n_batch);
                 let is_last = Some(s) == last && end == segment.len();
                 self.select_queries(segment.modality(), end - start, is_last);
-                let place = match segment.axes() {
-                    None => Place::Next,
-                    Some(axes) => Place::Shared {
-                        base,
-                        first: start,
-                        n_pos: axes.n_pos,
-                    },
+                let (place, mrope) = segment.place(base, start, end);
+                let rows = Rows {
+                    input: segment.rows(start, end, mrope.as_deref()),
+                    modality: segment.modality(),
+                    image: segment.image(),
+                    place,
                 };
-                let mrope: Option<Vec<[Pos; 4]>> = segment.axes().map(|axes| {
-                    axes.rows[start..end]
-                        .iter()
-                        .map(|row| row.map(|p| p.saturating_add(base)))
-                        .collect()
-                });
-                let input = segment.rows(start, end, mrope.as_deref());
-                self.run(input, segment.modality(), segment.image(), place, is_last)?;
+                self.run(rows, is_last)?;
                 start = end;
             }
         }
@@ -264,13 +153,13 @@ impl<E: Engine> Session<E> {
         if self.controller.observes_decoding() {
             self.queries.push(0);
         }
-        self.run(
-            Input::Tokens(&[token]),
-            Modality::Text,
-            None,
-            Place::Next,
-            true,
-        )?;
+        let rows = Rows {
+            input: Input::Tokens(&[token]),
+            modality: Modality::Text,
+            image: None,
+            place: Place::Next,
+        };
+        self.run(rows, true)?;
         self.engine_remove(Controller::after_step)
     }
 
@@ -401,14 +290,13 @@ impl<E: Engine> Session<E> {
     }
 
     /// One batch through the engine and into the ledger.
-    fn run(
-        &mut self,
-        input: Input<'_>,
-        modality: Modality,
-        image: Option<u32>,
-        place: Place,
-        logits: bool,
-    ) -> Result<()> {
+    fn run(&mut self, rows: Rows<'_>, logits: bool) -> Result<()> {
+        let Rows {
+            input,
+            modality,
+            image,
+            place,
+        } = rows;
         self.check_positions(input.len())?;
         let pos = match place {
             Place::Next => self.controller.next_pos(),
@@ -438,10 +326,9 @@ impl<E: Engine> Session<E> {
             Place::Next => self
                 .controller
                 .inserted(&self.cells, pos, modality, image)?,
-            Place::Shared { base, first, n_pos } => {
-                self.controller
-                    .inserted_shared(&self.cells, base, first, n_pos, image)?
-            }
+            Place::Shared { base, first, n_pos } => self
+                .controller
+                .inserted_shared(&self.cells, base, first, n_pos, image)?,
         }
         self.controller.observed(&self.seen)
     }
@@ -459,15 +346,6 @@ impl<E: Engine> Session<E> {
     }
 }
 
-/// Where the rows of a batch stand in the sequence.
-#[derive(Clone, Copy)]
-enum Place {
-    /// One position a row, after the newest.
-    Next,
-    /// Rows from `first` on of a picture whose rows share `n_pos` positions from `base` on.
-    Shared { base: Pos, first: usize, n_pos: Pos },
-}
-
 /// Hands on what `write` appends to the text.
 fn emit(text: &mut String, on_text: &mut dyn FnMut(&str), write: impl FnOnce(&mut String)) {
     let start = text.len();
@@ -477,10 +355,5 @@ fn emit(text: &mut String, on_text: &mut dyn FnMut(&str), write: impl FnOnce(&mu
     }
 }
 
-fn count(prompt: &[Segment]) -> PerModality {
-    let mut counts = PerModality::default();
-    for segment in prompt {
-        *counts.of_mut(segment.modality()) += segment.len();
-    }
-    counts
-}
+#[cfg(test)]
+mod tests;

@@ -1,34 +1,12 @@
 //! The ledger: for every cell of the KV cache, the token in it and the attention it has had.
 
+use std::ops::Range;
+
 use super::counts::Counts;
+use super::entry::{EMPTY, Entries, Entry, NO_IMAGE};
 use super::{Cell, Modality, Pos, State};
 use crate::engine::Observation;
 use crate::error::{Error, Result};
-
-/// Position of an empty cell. As `u32` it is larger than every position, so that "is this cell
-/// visible to that query" is one comparison for empty cells too.
-const EMPTY: Pos = -1;
-
-const NO_IMAGE: u32 = u32::MAX;
-
-/// One occupied cell.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Entry {
-    pub cell: Cell,
-    pub pos: Pos,
-    pub modality: Modality,
-    pub state: State,
-    /// The user turn that brought the token in.
-    pub turn: u32,
-    /// Which picture a visual token belongs to.
-    pub image: Option<u32>,
-    /// Sum over query rows of the attention paid to the token.
-    pub sum: f32,
-    /// Maximum over query rows of the attention paid to the token.
-    pub max: f32,
-    /// Exposure: how many query rows could see the token (a real number under a decay).
-    pub seen: f32,
-}
 
 /// Bookkeeping of the whole cache, one entry a cell, as arrays indexed by cell.
 ///
@@ -289,28 +267,34 @@ impl Ledger {
     /// The token in a cell.
     pub fn get(&self, cell: Cell) -> Option<Entry> {
         let i = cell as usize;
-        (*self.pos.get(i)? != EMPTY).then(|| self.entry(i))
-    }
-
-    fn entry(&self, i: usize) -> Entry {
-        Entry {
-            cell: i as Cell,
-            pos: self.pos[i],
-            modality: self.modality[i],
-            state: self.state[i],
-            turn: self.turns[i],
-            image: (self.image[i] != NO_IMAGE).then_some(self.image[i]),
-            sum: self.sum[i],
-            max: self.max[i],
-            seen: self.seen[i],
+        if i < self.pos.len() {
+            self.entries_of(i..i + 1).next()
+        } else {
+            None
         }
     }
 
     /// All occupied cells, ascending by cell (not by position).
-    pub fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
-        (0..self.pos.len())
-            .filter(|&i| self.pos[i] != EMPTY)
-            .map(|i| self.entry(i))
+    #[inline]
+    pub fn entries(&self) -> Entries<'_> {
+        self.entries_of(0..self.pos.len())
+    }
+
+    #[inline]
+    fn entries_of(&self, cells: Range<usize>) -> Entries<'_> {
+        // Slices of one length spare a check of every array at every cell.
+        let n = cells.end;
+        Entries {
+            pos: &self.pos[..n],
+            modality: &self.modality[..n],
+            state: &self.state[..n],
+            turns: &self.turns[..n],
+            image: &self.image[..n],
+            sum: &self.sum[..n],
+            max: &self.max[..n],
+            seen: &self.seen[..n],
+            cells,
+        }
     }
 
     /// Cells that the arrays reach over: one more than the highest cell used so far.

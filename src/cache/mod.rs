@@ -4,11 +4,13 @@
 //! layer, and removing it removes the token from every layer (the paper's index broadcasting).
 
 mod counts;
+mod entry;
 mod ledger;
 pub mod ranges;
 
 pub use counts::{Counts, PerModality};
-pub use ledger::{Entry, Ledger};
+pub use entry::{Entries, Entry};
+pub use ledger::Ledger;
 
 /// A token's position in its sequence (llama.cpp's `llama_pos`).
 pub type Pos = i32;

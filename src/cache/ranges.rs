@@ -30,7 +30,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn ranges(mut positions: Vec<Pos>) -> Vec<Range<Pos>> {
-        let mut out = vec![7..9];
+        let mut out = vec![7..9, 20..30];
         coalesce(&mut positions, &mut out);
         out
     }
@@ -38,9 +38,9 @@ mod tests {
     #[test]
     fn neighbours_become_one_range() {
         assert_eq!(ranges(vec![]), vec![]);
-        assert_eq!(ranges(vec![5]), vec![5..6]);
+        assert_eq!(ranges(vec![5, 7]), vec![5..6, 7..8]);
         assert_eq!(ranges(vec![9, 3, 4, 8, 1]), vec![1..2, 3..5, 8..10]);
-        assert_eq!(ranges(vec![2, 2, 3, 3]), vec![2..4]);
+        assert_eq!(ranges(vec![2, 2, 3, 3, 9]), vec![2..4, 9..10]);
         assert_eq!(
             ranges(vec![Pos::MAX - 1, 0]),
             vec![0..1, Pos::MAX - 1..Pos::MAX]

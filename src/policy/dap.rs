@@ -108,7 +108,7 @@ impl Dap {
 /// Evicts all but the best `keep`; something is always kept.
 fn keep_best(group: &mut [Visual], keep: Amount, plan: &mut Plan) {
     let leave = group.len().saturating_sub(keep.of(group.len()).max(1));
-    group.sort_unstable_by(|a, b| a.token.order(&b.token));
+    group.sort_unstable_by_key(|v| v.token);
     plan.evict.extend(
         group
             .iter()

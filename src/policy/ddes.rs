@@ -20,6 +20,8 @@
 //!   there is room, text first.
 //! - Scores per query row (`Norm::PerQuery`), a decay, sinks and a recent window.
 
+use std::collections::BinaryHeap;
+
 use super::scores::{Candidate, Guard, Norm};
 use super::{Amount, Limits, Plan, PolicyOptions};
 use crate::cache::{Cell, Ledger, Modality, State};
@@ -27,11 +29,14 @@ use crate::cache::{Cell, Ledger, Modality, State};
 /// In the order in which they leave.
 const CLASSES: [Modality; 2] = [Modality::Vision, Modality::Text];
 
+fn class_of(modality: Modality) -> usize {
+    usize::from(modality == Modality::Text)
+}
+
 /// One modality's part of a step. Buffers are reused.
-#[derive(Default)]
 struct Class {
-    /// The lowest unprotected live token.
-    lowest: Option<Candidate>,
+    /// The lowest unprotected live token, if any is `open`.
+    lowest: Candidate,
     /// How many live tokens are unprotected.
     open: usize,
     /// The recycle bin's tokens, best first once sorted.
@@ -63,7 +68,15 @@ pub(super) struct Ddes {
 impl Ddes {
     /// `options` are valid for `limits`.
     pub fn new(options: &PolicyOptions, budget: Amount, limits: Limits) -> Self {
-        let most = limits.n_cells - options.bin_size;
+        let Limits { n_cells, .. } = limits;
+        let most = n_cells - options.bin_size;
+        // As much as any step can need, so that none takes memory.
+        let class = || Class {
+            binned: Vec::with_capacity(options.bin_size),
+            ascending: Vec::with_capacity(n_cells),
+            lowest: Candidate::LAST,
+            open: 0,
+        };
         Ddes {
             norm: options.norm,
             guard: Guard {
@@ -77,8 +90,8 @@ impl Ddes {
             bin_size: options.bin_size,
             restore: options.restore,
             factor: 1.0 + options.hysteresis as f32,
-            classes: Default::default(),
-            bin: Vec::new(),
+            classes: [class(), class()],
+            bin: Vec::with_capacity(n_cells),
         }
     }
 
@@ -90,12 +103,6 @@ impl Ddes {
             _ => 0,
         };
         self.cells = self.budget.of(prompt).clamp(self.least, self.most);
-        // Any step may need this much; later steps then allocate nothing.
-        for class in &mut self.classes {
-            class.ascending.reserve(cache.span());
-            class.binned.reserve(self.bin_size);
-        }
-        self.bin.reserve(2 * self.bin_size);
     }
 
     /// Plans one step. `skip` marks cells that leave for another reason and do not count.
@@ -109,10 +116,10 @@ impl Ddes {
         let vision_leaves = over.min(vision.open);
         let leave = [vision_leaves, (over - vision_leaves).min(text.open)];
 
+        self.rank(leave, cache, &skip);
         self.bin.clear();
         // Text first, for the sake of the room; who leaves is settled above.
         for class in [1, 0] {
-            self.rank(class, leave[class], cache, &skip);
             self.exchange(class, leave[class], &mut room, plan);
         }
         self.settle(plan);
@@ -121,81 +128,104 @@ impl Ddes {
     /// One pass over the cache: who is lowest, who is binned. Gives the number of live cells.
     fn scan(&mut self, cache: &Ledger, skip: impl Fn(Cell) -> bool) -> usize {
         let open = self.guard.open(cache);
-        for class in &mut self.classes {
-            class.lowest = None;
-            class.open = 0;
-            class.binned.clear();
-        }
-        let mut live = 0;
-        for entry in cache.entries().filter(|e| !skip(e.cell)) {
-            let class = &mut self.classes[usize::from(entry.modality == Modality::Text)];
-            let score = self.norm.score(&entry);
+        // Plain variables: the compiler keeps them in registers, which arrays by class are not.
+        let (mut low_vision, mut low_text) = (Candidate::LAST, Candidate::LAST);
+        let (mut open_vision, mut open_text, mut live) = (0, 0, 0);
+        let norm = self.norm;
+        let [vision, text] = &mut self.classes;
+        vision.binned.clear();
+        text.binned.clear();
+        for entry in cache.entries() {
+            if skip(entry.cell) {
+                continue;
+            }
             let token = Candidate {
-                score,
+                score: norm.score(&entry),
                 pos: entry.pos,
                 cell: entry.cell,
             };
-            match entry.state {
-                State::Binned => class.binned.push(token),
-                State::Live => {
-                    live += 1;
-                    if open.contains(&entry.pos) {
-                        class.open += 1;
-                        if class
-                            .lowest
-                            .is_none_or(|lowest| token.order(&lowest).is_lt())
-                        {
-                            class.lowest = Some(token);
-                        }
+            if entry.state == State::Binned {
+                match entry.modality {
+                    Modality::Vision => vision.binned.push(token),
+                    Modality::Text => text.binned.push(token),
+                }
+                continue;
+            }
+            live += 1;
+            if !open.contains(&entry.pos) {
+                continue;
+            }
+            match entry.modality {
+                Modality::Vision => {
+                    open_vision += 1;
+                    if token < low_vision {
+                        low_vision = token;
+                    }
+                }
+                Modality::Text => {
+                    open_text += 1;
+                    if token < low_text {
+                        low_text = token;
                     }
                 }
             }
         }
+        (vision.lowest, vision.open) = (low_vision, open_vision);
+        (text.lowest, text.open) = (low_text, open_text);
         live
     }
 
     /// Fills `ascending` with as many of the lowest live tokens as the step can need, and sorts
-    /// `binned`. Mostly that is one token, which the scan has found already.
-    fn rank(&mut self, class: usize, leave: usize, cache: &Ledger, skip: impl Fn(Cell) -> bool) {
-        let modality = CLASSES[class];
-        let Class {
-            lowest,
-            open,
-            binned,
-            ascending,
-        } = &mut self.classes[class];
-        ascending.clear();
-        if self.restore {
-            binned.sort_unstable_by(|a, b| b.order(a));
+    /// `binned`. Mostly that is one token, which the scan has found already; otherwise a second
+    /// pass keeps the lowest in two heaps.
+    fn rank(&mut self, leave: [usize; 2], cache: &Ledger, skip: impl Fn(Cell) -> bool) {
+        let mut needed = [0; 2];
+        for (i, class) in self.classes.iter_mut().enumerate() {
+            class.ascending.clear();
+            let mut back = 0;
+            if self.restore {
+                class.binned.sort_unstable_by(|a, b| b.cmp(a));
+                let threshold = class.lowest.score * self.factor;
+                back = class
+                    .binned
+                    .partition_point(|token| token.score > threshold);
+            }
+            needed[i] = (leave[i] + back).min(class.open);
+            class
+                .ascending
+                .extend((needed[i] == 1).then_some(class.lowest));
         }
-        let Some(lowest) = *lowest else { return };
-        let threshold = lowest.score * self.factor;
-        let back = match self.restore {
-            true => binned.partition_point(|token| token.score > threshold),
-            false => 0,
-        };
-        let needed = (leave + back).min(*open);
-        if needed <= 1 {
-            ascending.extend((needed == 1).then_some(lowest));
+        if needed.iter().all(|&needed| needed <= 1) {
             return;
         }
-        let positions = self.guard.open(cache);
-        ascending.extend(
-            cache
-                .entries()
-                .filter(|e| e.modality == modality && e.state == State::Live)
-                .filter(|e| positions.contains(&e.pos) && !skip(e.cell))
-                .map(|e| Candidate {
-                    score: self.norm.score(&e),
+        let (open, norm) = (self.guard.open(cache), self.norm);
+        // Converting between the two keeps the memory.
+        let mut heaps = self.classes.each_mut().map(|class| {
+            class.ascending.clear();
+            BinaryHeap::from(std::mem::take(&mut class.ascending))
+        });
+        cache
+            .entries()
+            .filter(|e| e.state == State::Live && open.contains(&e.pos) && !skip(e.cell))
+            .for_each(|e| {
+                let class = class_of(e.modality);
+                let heap = &mut heaps[class];
+                let token = Candidate {
+                    score: norm.score(&e),
                     pos: e.pos,
                     cell: e.cell,
-                }),
-        );
-        if needed < ascending.len() {
-            ascending.select_nth_unstable_by(needed, Candidate::order);
-            ascending.truncate(needed);
+                };
+                if heap.len() < needed[class] {
+                    heap.push(token);
+                } else if let Some(mut highest) = heap.peek_mut()
+                    && token < *highest
+                {
+                    *highest = token;
+                }
+            });
+        for (class, heap) in self.classes.iter_mut().zip(heaps) {
+            class.ascending = heap.into_sorted_vec();
         }
-        ascending.sort_unstable_by(Candidate::order);
     }
 
     /// Decides who of a class leaves, who comes back and who is in the bin afterwards.
@@ -231,7 +261,7 @@ impl Ddes {
         if 0 < flushed && flushed < self.bin.len() {
             let is_text = |modality| modality == Modality::Text;
             self.bin.sort_unstable_by(|(m, a, _), (n, b, _)| {
-                is_text(*m).cmp(&is_text(*n)).then(a.order(b))
+                is_text(*m).cmp(&is_text(*n)).then(a.cmp(b))
             });
         }
         let (gone, kept) = self.bin.split_at(flushed);

@@ -28,8 +28,9 @@ impl Norm {
     }
 }
 
-/// A token that may leave or come back.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// A token that may leave or come back. The order is that in which tokens leave: lowest score
+/// first, of equal scores the older token first. Scores are never NaN: the ledger refuses it.
+#[derive(Clone, Copy, Debug)]
 pub struct Candidate {
     pub score: f32,
     pub pos: Pos,
@@ -37,13 +38,45 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// Lowest score first; of equal scores the older token goes first.
-    pub fn order(&self, other: &Candidate) -> Ordering {
-        self.score
-            .total_cmp(&other.score)
-            .then(self.pos.cmp(&other.pos))
+    /// Leaves after every token there is.
+    pub const LAST: Candidate = Candidate {
+        score: f32::INFINITY,
+        pos: Pos::MAX,
+        cell: Cell::MAX,
+    };
+}
+
+impl Ord for Candidate {
+    #[inline]
+    fn cmp(&self, other: &Candidate) -> Ordering {
+        let by_score = self
+            .score
+            .partial_cmp(&other.score)
+            .unwrap_or(Ordering::Equal);
+        by_score.then(self.pos.cmp(&other.pos))
     }
 }
+
+impl PartialOrd for Candidate {
+    #[inline]
+    fn partial_cmp(&self, other: &Candidate) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+
+    /// Spelled out because a scan of the cache asks little else, once a cell.
+    #[inline]
+    fn lt(&self, other: &Candidate) -> bool {
+        self.score < other.score || (self.score == other.score && self.pos < other.pos)
+    }
+}
+
+impl PartialEq for Candidate {
+    fn eq(&self, other: &Candidate) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Candidate {}
 
 /// The tokens that never leave: the attention sinks, the most recent ones, the newest.
 #[derive(Clone, Copy, Debug)]

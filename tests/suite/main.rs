@@ -3,9 +3,12 @@
 mod allocations;
 mod bin;
 mod controller;
+mod ddes;
 mod house;
 mod image;
+mod masked;
 mod model;
 mod npz;
 mod parity;
+mod random;
 mod references;

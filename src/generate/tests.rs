@@ -1,0 +1,394 @@
+use std::cell::Cell as Slot;
+
+use super::*;
+use crate::engine::scripted::{Call, Scripted};
+use crate::policy::{self, Amount, DapOptions, DapRule, Limits, PolicyOptions, Scope};
+
+fn session(engine: Scripted, policy: &str, options: &PolicyOptions) -> Session<Scripted> {
+    let n_cells = engine.n_cells();
+    let policy = policy::create(
+        policy,
+        options,
+        Limits {
+            n_layer: 2,
+            n_cells,
+        },
+    )
+    .unwrap();
+    Session::new(engine, Controller::new(policy, n_cells))
+}
+
+fn tokens(n: usize) -> Segment {
+    Segment::Tokens(vec![1; n])
+}
+
+fn picture(n: usize) -> Segment {
+    Segment::Image {
+        embeddings: vec![0.0; 3 * n],
+        n,
+        image: 0,
+        axes: None,
+    }
+}
+
+/// One turn; the clock advances by a second at each look.
+fn turn(
+    session: &mut Session<Scripted>,
+    prompt: &[Segment],
+    n_predict: Option<usize>,
+    cancelled: &dyn Fn() -> bool,
+) -> (Result<Generated>, Vec<String>) {
+    let seconds = Slot::new(0);
+    let now = || {
+        seconds.set(seconds.get() + 1);
+        Duration::from_secs(seconds.get())
+    };
+    let mut parts = Vec::new();
+    let mut on_text = |text: &str| parts.push(text.to_owned());
+    let hooks = Hooks {
+        on_text: &mut on_text,
+        cancelled,
+        now: &now,
+    };
+    (session.generate(prompt, n_predict, hooks), parts)
+}
+
+/// The prompt's batches: position, rows, embeddings or not, query rows, logits.
+fn batches(session: &Session<Scripted>) -> Vec<(Pos, usize, bool, Vec<u32>, bool)> {
+    let batches = session
+        .engine
+        .calls
+        .iter()
+        .filter_map(|call| match call.clone() {
+            Call::Decode {
+                pos,
+                n,
+                embeddings,
+                queries,
+                logits,
+            } => Some((pos, n, embeddings, queries, logits)),
+            _ => None,
+        });
+    batches.collect()
+}
+
+#[test]
+fn a_prompt_is_cut_and_queried() {
+    let prompt = [tokens(3), picture(5), tokens(0), tokens(2)];
+    let cuts = |policy, options: &PolicyOptions| {
+        let mut session = session(Scripted::new(32, 2), policy, options);
+        turn(&mut session, &prompt, Some(0), &|| false).0.unwrap();
+        batches(&session)
+    };
+    let cells = [
+        (0, 2, false),
+        (2, 1, false),
+        (3, 2, true),
+        (5, 2, true),
+        (7, 1, true),
+    ];
+    let full = cuts("full", &PolicyOptions::default());
+    assert_eq!(
+        full[..5],
+        cells.map(|(pos, n, image)| (pos, n, image, vec![], false))
+    );
+    assert_eq!(full[5..], [(8, 2, false, vec![], true)]);
+    let last = cuts("hae", &PolicyOptions::default());
+    assert!(last[..5].iter().all(|batch| batch.3.is_empty()));
+    assert_eq!(last[5], (8, 2, false, vec![1], true));
+    let all: Vec<_> = cuts("hae", &PolicyOptions::paper())
+        .into_iter()
+        .map(|b| b.3)
+        .collect();
+    assert_eq!(
+        all,
+        [vec![0, 1], vec![0], vec![], vec![], vec![], vec![0, 1]]
+    );
+}
+
+#[test]
+fn decoding_is_observed_only_for_those_who_decide_in_it() {
+    let observed = |options: &PolicyOptions| {
+        let mut session = session(Scripted::new(64, 8), "hae", options);
+        turn(&mut session, &[tokens(4)], Some(3), &|| false)
+            .0
+            .unwrap();
+        batches(&session)[1..]
+            .iter()
+            .map(|batch| batch.3.len())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(observed(&PolicyOptions::default()), [0, 0]);
+    let kv_budget = Some(Amount::Cells(30));
+    assert_eq!(
+        observed(&PolicyOptions {
+            kv_budget,
+            ..PolicyOptions::default()
+        }),
+        [1, 1]
+    );
+}
+
+#[test]
+fn an_answer_ends_at_eog_or_at_its_length() {
+    let engine = || Scripted::new(32, 8).with_says(|pos| if pos == 5 { 0 } else { 7 });
+    let mut session = session(engine(), "full", &PolicyOptions::default());
+    let (result, parts) = turn(&mut session, &[tokens(3)], None, &|| false);
+    let generated = result.unwrap();
+    assert_eq!(
+        (generated.text.as_str(), generated.finish),
+        (" 7 7 7", Finish::Eog)
+    );
+    assert_eq!((generated.tokens, generated.pending), (vec![7, 7, 7], None));
+    assert_eq!((parts.len(), generated.prompt.text), (3, 3));
+    // One look at the clock at the start, after the prefill, at the first token, at the end.
+    let seconds = Duration::from_secs;
+    let timings = generated.timings;
+    assert_eq!(
+        (timings.prefill, timings.first_token),
+        (seconds(1), Some(seconds(2)))
+    );
+    assert_eq!((timings.decode, timings.steps), (seconds(1), 3));
+    assert_eq!(timings.per_token(), Some(seconds(1) / 3));
+
+    session.controller.clear();
+    session.engine.clear();
+    let generated = turn(&mut session, &[tokens(3)], Some(2), &|| false)
+        .0
+        .unwrap();
+    assert_eq!(
+        (generated.finish, generated.tokens.len()),
+        (Finish::Length, 2)
+    );
+    assert_eq!(generated.pending, Some(7));
+    // The pending token begins the next turn, at the position after the one before it.
+    let next = [Segment::Tokens(vec![7, 9])];
+    let generated = turn(&mut session, &next, Some(0), &|| false).0.unwrap();
+    assert_eq!(batches(&session).last().map(|batch| batch.0), Some(4));
+    assert_eq!(
+        (generated.finish, generated.timings.first_token),
+        (Finish::Length, None)
+    );
+    assert_eq!(generated.timings.per_token(), None);
+}
+
+#[test]
+fn a_full_context_keeps_the_text() {
+    let mut session = session(Scripted::new(6, 8), "full", &PolicyOptions::default());
+    let generated = turn(&mut session, &[tokens(4)], None, &|| false).0.unwrap();
+    assert_eq!(
+        (generated.text.as_str(), generated.finish),
+        (" 1 1 1", Finish::Context)
+    );
+    assert_eq!((generated.pending, generated.timings.steps), (Some(1), 2));
+    assert_eq!(session.controller.report().cells.live.text, 6);
+}
+
+#[test]
+fn cancelling() {
+    let mut session = session(Scripted::new(64, 2), "full", &PolicyOptions::default());
+    let looks = Slot::new(0);
+    let at = |n| {
+        looks.set(0);
+        let looks = &looks;
+        move || {
+            looks.set(looks.get() + 1);
+            looks.get() > n
+        }
+    };
+    // Two batches and two tokens.
+    let generated = turn(&mut session, &[tokens(4)], None, &at(4)).0.unwrap();
+    assert_eq!(
+        (generated.text.as_str(), generated.finish),
+        (" 1 1", Finish::Cancelled)
+    );
+    assert_eq!(generated.pending, None);
+    // The chat goes on, and in the middle of a prompt too.
+    let generated = turn(&mut session, &[tokens(4)], None, &at(1)).0.unwrap();
+    assert_eq!(
+        (generated.tokens.len(), generated.finish),
+        (0, Finish::Cancelled)
+    );
+    assert_eq!(session.controller.next_pos(), 8);
+    let generated = turn(&mut session, &[tokens(4)], Some(1), &|| false)
+        .0
+        .unwrap();
+    assert_eq!(generated.finish, Finish::Length);
+}
+
+#[test]
+fn characters_come_whole() {
+    let pieces: [&[u8]; 3] = [b"\xe2\x82", b"\xac", b"\xe2"];
+    let engine = Scripted::new(32, 8)
+        .with_pieces(7, &pieces)
+        .with_says(|pos| pos % 3 + 7);
+    let mut session = session(engine, "full", &PolicyOptions::default());
+    let (result, parts) = turn(&mut session, &[tokens(1)], Some(3), &|| false);
+    assert_eq!(result.unwrap().text, "\u{20ac}\u{fffd}");
+    assert_eq!(parts, ["\u{20ac}", "\u{fffd}"]);
+}
+
+#[test]
+fn prompts_that_cannot_be() {
+    let mut session = session(Scripted::new(8, 4), "hae", &PolicyOptions::default());
+    let mut refused = |prompt: &[Segment]| {
+        let error = turn(&mut session, prompt, None, &|| false).0.unwrap_err();
+        assert_eq!(
+            (session.controller.next_pos(), session.engine.calls.len()),
+            (0, 0)
+        );
+        error.to_string()
+    };
+    assert_eq!(
+        refused(&[tokens(4), picture(5)]),
+        "prompt needs 9 cells but the context holds 8: give a larger -c"
+    );
+    assert!(refused(&[]).contains("is empty"));
+    assert!(refused(&[tokens(0), picture(0)]).contains("is empty"));
+    let misshapen = |values, n| Segment::Image {
+        embeddings: vec![0.0; values],
+        n,
+        image: 4,
+        axes: None,
+    };
+    assert_eq!(
+        refused(&[misshapen(5, 2)]),
+        "prompt: picture 4 has 5 values for 2 rows"
+    );
+    assert!(refused(&[tokens(1), misshapen(5, 0)]).contains("5 values for 0 rows"));
+    assert!(refused(&[tokens(1), misshapen(0, 2)]).contains("0 values for 2 rows"));
+}
+
+#[test]
+fn positions_pass_the_number_of_cells() {
+    let options = PolicyOptions {
+        kv_budget: Some(Amount::Cells(12)),
+        bin_size: 4,
+        sinks: 2,
+        recent: 3,
+        ..PolicyOptions::default()
+    };
+    let mut session = session(Scripted::new(16, 8), "hae", &options);
+    let generated = turn(&mut session, &[tokens(10)], Some(200), &|| false)
+        .0
+        .unwrap();
+    assert_eq!(
+        (generated.finish, generated.tokens.len()),
+        (Finish::Length, 200)
+    );
+    assert_eq!(session.controller.next_pos(), 209);
+    let report = session.controller.report();
+    assert_eq!((report.cells.peak, report.evicted_after_prefill), (16, 0));
+    assert_eq!(report.flushes * 4, report.evicted_in_decoding);
+    assert_eq!(report.cells.cells() + report.evicted_in_decoding, 209);
+}
+
+#[test]
+fn a_picture_is_pruned_after_the_prompt() {
+    let dap = DapOptions {
+        rule: DapRule::Tau(1.0),
+        alpha: None,
+        scope: Scope::Turn,
+    };
+    let options = PolicyOptions {
+        dap: Some(dap),
+        recent: 1,
+        ..PolicyOptions::default()
+    };
+    // Only position 5 of the picture matters.
+    let attention = |_, key| if key == 5 { 8.0 } else { 1.0 };
+    let engine = Scripted::new(16, 8).with_attention(attention);
+    let mut session = session(engine, "hae", &options);
+    let prompt = [tokens(1), picture(7), tokens(2)];
+    let generated = turn(&mut session, &prompt, Some(2), &|| false).0.unwrap();
+    assert_eq!(generated.prompt, PerModality { text: 3, vision: 7 });
+    // Positions 1 to 3 are sinks.
+    let removals = session.engine.calls.iter().filter_map(|call| match call {
+        Call::Remove(ranges) => Some(ranges.clone()),
+        _ => None,
+    });
+    assert_eq!(removals.collect::<Vec<_>>(), [vec![4..5, 6..8]]);
+    assert_eq!(
+        batches(&session).last().map(|batch| batch.0),
+        Some(10),
+        "positions stay"
+    );
+}
+
+#[test]
+fn an_engine_that_shows_no_attention_is_found_out() {
+    struct Blind(Scripted);
+    impl Engine for Blind {
+        fn decode(
+            &mut self,
+            batch: Batch<'_>,
+            cells: &mut Vec<Cell>,
+            seen: &mut Observation,
+        ) -> Result<()> {
+            self.0.decode(
+                Batch {
+                    queries: &[],
+                    ..batch
+                },
+                cells,
+                seen,
+            )
+        }
+        fn logits(&self) -> Result<&[f32]> {
+            self.0.logits()
+        }
+        fn sample(&mut self) -> Result<Token> {
+            self.0.sample()
+        }
+        fn is_eog(&self, token: Token) -> bool {
+            self.0.is_eog(token)
+        }
+        fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
+            self.0.piece(token, out)
+        }
+        fn remove(&mut self, ranges: &[std::ops::Range<Pos>]) -> Result<()> {
+            self.0.remove(ranges)
+        }
+        fn n_cells(&self) -> usize {
+            self.0.n_cells()
+        }
+        fn n_batch(&self) -> usize {
+            self.0.n_batch()
+        }
+        fn kv_bytes(&self) -> crate::engine::KvBytes {
+            self.0.kv_bytes()
+        }
+    }
+    let scripted = session(Scripted::new(8, 8), "hae", &PolicyOptions::default());
+    let mut blind = Session::new(Blind(scripted.engine), scripted.controller);
+    let error = blind.prefill(&[tokens(2)], &|| false).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "broken contract: attention of 0 rows, expected 1"
+    );
+}
+
+/// A 2x2 picture of a model with two axes: four cells, two positions.
+fn square(rows: usize, n_pos: Pos) -> Segment {
+    let rows = (0..rows as Pos).map(|i| [0, i / 2, i % 2, 0]).collect();
+    Segment::Image {
+        embeddings: vec![0.0; 12],
+        n: 4,
+        image: 0,
+        axes: Some(Axes { rows, n_pos }),
+    }
+}
+
+#[test]
+fn rows_of_a_picture_may_share_positions() {
+    let mut session = session(64, "full", &PolicyOptions::default());
+    let prompt = [tokens(3), square(4, 2), tokens(2)];
+    assert!(session.prefill(&prompt, &|| false).unwrap());
+    assert_eq!(session.controller.next_pos(), 3 + 2 + 2);
+    assert_eq!(session.controller.ledger().counts().cells(), 3 + 4 + 2);
+
+    for bad in [square(3, 2), square(4, 0), square(4, 5)] {
+        let error = session.prefill(&[bad], &|| false).unwrap_err().to_string();
+        assert!(error.contains("for 4 rows"), "{error}");
+    }
+}
