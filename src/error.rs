@@ -9,10 +9,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     #[error("{path}: {source}", path = path.display())]
-    Io {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Io { path: PathBuf, source: std::io::Error },
     /// A file that is not what it should be. `reason` says what was found and what was expected.
     #[error("{path}: {reason}", path = path.display())]
     File { path: PathBuf, reason: String },
@@ -20,9 +17,7 @@ pub enum Error {
     Option { name: &'static str, reason: String },
     #[error("prompt needs {needed} cells but the context holds {n_ctx}: give a larger -c")]
     PromptTooLong { needed: usize, n_ctx: usize },
-    #[error(
-        "the context is full at {n_ctx} cells: give a larger -c, a smaller -n, or --kv-policy hae with a --kv-budget"
-    )]
+    #[error("the context is full at {n_ctx} cells: give a larger -c, a smaller -n, or --kv-policy hae with a --kv-budget")]
     ContextFull { n_ctx: usize },
     #[error("attention score of position {pos} is {value}, expected a finite number")]
     NanScore { pos: i32, value: f32 },
@@ -35,32 +30,20 @@ pub enum Error {
     #[error("llama.cpp: {call} failed: {reason}")]
     Llama { call: &'static str, reason: String },
     #[error("kv policy {policy} cannot serve this model: {reason}")]
-    Unsupported {
-        policy: &'static str,
-        reason: String,
-    },
+    Unsupported { policy: &'static str, reason: String },
 }
 
 impl Error {
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Error::Io {
-            path: path.into(),
-            source,
-        }
+        Error::Io { path: path.into(), source }
     }
 
     pub fn file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
-        Error::File {
-            path: path.into(),
-            reason: reason.into(),
-        }
+        Error::File { path: path.into(), reason: reason.into() }
     }
 
     pub fn option(name: &'static str, reason: impl Into<String>) -> Self {
-        Error::Option {
-            name,
-            reason: reason.into(),
-        }
+        Error::Option { name, reason: reason.into() }
     }
 
     pub fn cell(cell: u32, reason: impl Into<String>) -> Self {
@@ -75,9 +58,6 @@ impl Error {
     }
 
     pub fn llama(call: &'static str, reason: impl Into<String>) -> Self {
-        Error::Llama {
-            call,
-            reason: reason.into(),
-        }
+        Error::Llama { call, reason: reason.into() }
     }
 }

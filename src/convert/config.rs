@@ -3,10 +3,10 @@
 //! The published Phi-3.5-vision-instruct names its tower ("openai/clip-vit-large-patch14-336")
 //! instead of describing it; what `img_processor` leaves out is therefore that tower's.
 
+mod raw;
+
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
-
-use serde::Deserialize;
 
 use super::json;
 use crate::error::{Error, Result};
@@ -67,95 +67,6 @@ pub struct VisionConfig {
     pub image_std: [f32; 3],
 }
 
-#[derive(Deserialize)]
-struct RawConfig {
-    model_type: String,
-    hidden_size: u32,
-    num_hidden_layers: u32,
-    num_attention_heads: u32,
-    num_key_value_heads: Option<u32>,
-    intermediate_size: u32,
-    vocab_size: u32,
-    hidden_act: Option<String>,
-    rms_norm_eps: f64,
-    rope_theta: f64,
-    partial_rotary_factor: Option<f64>,
-    original_max_position_embeddings: u32,
-    max_position_embeddings: u32,
-    rope_scaling: Option<RawRope>,
-    sliding_window: Option<u64>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    bos_token_id: Option<u32>,
-    eos_token_id: Option<u32>,
-    pad_token_id: Option<u32>,
-    #[serde(rename = "_name_or_path")]
-    name_or_path: Option<String>,
-    img_processor: RawTower,
-    embd_layer: RawProjection,
-}
-
-#[derive(Deserialize)]
-struct RawRope {
-    rope_type: Option<String>,
-    r#type: Option<String>,
-    short_factor: Vec<f64>,
-    long_factor: Vec<f64>,
-}
-
-#[derive(Deserialize)]
-#[serde(default)]
-struct RawTower {
-    name: String,
-    image_dim_out: Option<u32>,
-    num_img_tokens: Option<u32>,
-    hidden_size: u32,
-    num_hidden_layers: u32,
-    num_attention_heads: u32,
-    intermediate_size: u32,
-    image_size: u32,
-    patch_size: u32,
-    layer_idx: i64,
-    hidden_act: String,
-    layer_norm_eps: f64,
-    type_feature: String,
-}
-
-impl Default for RawTower {
-    fn default() -> Self {
-        Self {
-            name: "clip_vision_model".into(),
-            image_dim_out: None,
-            num_img_tokens: None,
-            hidden_size: 1024,
-            num_hidden_layers: 24,
-            num_attention_heads: 16,
-            intermediate_size: 4096,
-            image_size: 336,
-            patch_size: 14,
-            layer_idx: -2,
-            hidden_act: "quick_gelu".into(),
-            layer_norm_eps: 1e-5,
-            type_feature: "patch".into(),
-        }
-    }
-}
-
-#[derive(Deserialize)]
-struct RawProjection {
-    projection_cls: String,
-    use_hd_transform: bool,
-    with_learnable_separator: bool,
-    hd_transform_order: String,
-}
-
-#[derive(Deserialize)]
-struct RawPreprocessor {
-    image_mean: Vec<f64>,
-    image_std: Vec<f64>,
-    num_crops: u32,
-}
-
 /// Reads and checks both files of `dir`.
 ///
 /// # Errors
@@ -164,7 +75,7 @@ pub fn read(dir: &Path) -> Result<(TextConfig, VisionConfig)> {
     let file = Fields {
         path: dir.join("config.json"),
     };
-    let raw: RawConfig = json::read(&file.path)?;
+    let raw: raw::Config = json::read(&file.path)?;
     let text = file.text(&raw)?;
     let preprocessor = Fields {
         path: dir.join("preprocessor_config.json"),
@@ -179,7 +90,7 @@ struct Fields {
 }
 
 impl Fields {
-    fn text(&self, raw: &RawConfig) -> Result<TextConfig> {
+    fn text(&self, raw: &raw::Config) -> Result<TextConfig> {
         self.equal("model_type", &raw.model_type, "phi3_v")?;
         self.equal(
             "hidden_act",
@@ -225,7 +136,7 @@ impl Fields {
         }
         let partial = raw.partial_rotary_factor.unwrap_or(1.0);
         let n_rot = (partial * f64::from(head_dim)) as u32;
-        if !(partial > 0.0 && partial <= 1.0) || n_rot == 0 || n_rot % 2 != 0 {
+        if !(partial > 0.0 && partial <= 1.0) || n_rot == 0 || !n_rot.is_multiple_of(2) {
             return Err(self.wrong(format!(
                 "partial_rotary_factor {partial} of heads of {head_dim} leaves no even number of dimensions"
             )));
@@ -259,7 +170,7 @@ impl Fields {
         })
     }
 
-    fn longrope(&self, raw: &RawConfig, rope: &RawRope, n_rot: u32) -> Result<Longrope> {
+    fn longrope(&self, raw: &raw::Config, rope: &raw::Rope, n_rot: u32) -> Result<Longrope> {
         let kind = rope
             .rope_type
             .as_deref()
@@ -297,9 +208,9 @@ impl Fields {
 
     fn vision(
         &self,
-        raw: &RawConfig,
+        raw: &raw::Config,
         pre_file: &Fields,
-        pre: &RawPreprocessor,
+        pre: &raw::Preprocessor,
     ) -> Result<VisionConfig> {
         let tower = &raw.img_processor;
         self.equal("img_processor.name", &tower.name, "clip_vision_model")?;
@@ -337,7 +248,7 @@ impl Fields {
             tower.num_attention_heads,
         )?;
         // Patches are merged two by two, so a crop has an even number of them on a side.
-        if tower.image_size % (2 * tower.patch_size) != 0 {
+        if !tower.image_size.is_multiple_of(2 * tower.patch_size) {
             return Err(self.wrong(format!(
                 "img_processor.image_size is {}, expected a multiple of twice the patch size {}",
                 tower.image_size, tower.patch_size
@@ -397,7 +308,7 @@ impl Fields {
 
     fn heads(&self, size_name: &str, size: u32, heads_name: &str, heads: u32) -> Result<u32> {
         self.within(size_name, size, 1..=MAX_SIZE)?;
-        if heads == 0 || size % heads != 0 {
+        if heads == 0 || !size.is_multiple_of(heads) {
             return Err(self.wrong(format!(
                 "{heads_name} is {heads}, expected a divisor of {size_name} ({size})"
             )));

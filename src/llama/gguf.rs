@@ -87,11 +87,7 @@ impl TensorType {
 /// Quantizes rows of `row_len` values to Q8_0 with ggml's own quantizer, appending to `out`.
 pub fn quantize_q8_0(values: &[f32], row_len: usize, out: &mut Vec<u8>) -> Result<()> {
     let kind = TensorType::Q8_0;
-    let rows = if row_len == 0 {
-        0
-    } else {
-        values.len() / row_len
-    };
+    let rows = values.len().checked_div(row_len).unwrap_or(0);
     let bytes = kind.tensor_bytes(&[row_len as u64, rows as u64]);
     let (Some(bytes), true) = (bytes, rows * row_len == values.len()) else {
         return Err(Error::llama(

@@ -21,81 +21,74 @@ use crate::outfile::OutFile;
 pub struct QuantType {
     pub name: &'static str,
     ftype: sys::llama_ftype,
-    pub needs_imatrix: bool,
+    class: Class,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    /// Tensors stay as they are.
+    Copy,
     /// One type for all matrices, decided without looking at the model's layers.
-    uniform: bool,
+    Uniform,
+    /// Types by layer and role.
+    Mix,
+    /// Refused by llama.cpp without an importance matrix.
+    Imatrix,
 }
 
-const fn mix(name: &'static str, ftype: sys::llama_ftype) -> QuantType {
-    QuantType {
-        name,
-        ftype,
-        needs_imatrix: false,
-        uniform: false,
-    }
-}
-
-const fn uniform(name: &'static str, ftype: sys::llama_ftype) -> QuantType {
-    QuantType {
-        name,
-        ftype,
-        needs_imatrix: false,
-        uniform: true,
-    }
-}
-
-const fn imatrix(name: &'static str, ftype: sys::llama_ftype) -> QuantType {
-    QuantType {
-        name,
-        ftype,
-        needs_imatrix: true,
-        uniform: false,
-    }
+const fn new(name: &'static str, ftype: sys::llama_ftype, class: Class) -> QuantType {
+    QuantType { name, ftype, class }
 }
 
 /// Every name that llama.cpp's tool takes. `Q3_K`, `Q4_K` and `Q5_K` mean the M mixes there, too.
 pub const TYPES: &[QuantType] = &[
-    uniform("F32", sys::LLAMA_FTYPE_ALL_F32),
-    uniform("F16", sys::LLAMA_FTYPE_MOSTLY_F16),
-    uniform("BF16", sys::LLAMA_FTYPE_MOSTLY_BF16),
-    uniform("Q8_0", sys::LLAMA_FTYPE_MOSTLY_Q8_0),
-    mix("Q6_K", sys::LLAMA_FTYPE_MOSTLY_Q6_K),
-    mix("Q5_K_M", sys::LLAMA_FTYPE_MOSTLY_Q5_K_M),
-    mix("Q5_K", sys::LLAMA_FTYPE_MOSTLY_Q5_K_M),
-    mix("Q5_K_S", sys::LLAMA_FTYPE_MOSTLY_Q5_K_S),
-    mix("Q5_1", sys::LLAMA_FTYPE_MOSTLY_Q5_1),
-    mix("Q5_0", sys::LLAMA_FTYPE_MOSTLY_Q5_0),
-    mix("Q4_K_M", sys::LLAMA_FTYPE_MOSTLY_Q4_K_M),
-    mix("Q4_K", sys::LLAMA_FTYPE_MOSTLY_Q4_K_M),
-    mix("Q4_K_S", sys::LLAMA_FTYPE_MOSTLY_Q4_K_S),
-    mix("Q4_1", sys::LLAMA_FTYPE_MOSTLY_Q4_1),
-    mix("Q4_0", sys::LLAMA_FTYPE_MOSTLY_Q4_0),
-    mix("IQ4_NL", sys::LLAMA_FTYPE_MOSTLY_IQ4_NL),
-    mix("IQ4_XS", sys::LLAMA_FTYPE_MOSTLY_IQ4_XS),
-    mix("MXFP4_MOE", sys::LLAMA_FTYPE_MOSTLY_MXFP4_MOE),
-    mix("Q3_K_L", sys::LLAMA_FTYPE_MOSTLY_Q3_K_L),
-    mix("Q3_K_M", sys::LLAMA_FTYPE_MOSTLY_Q3_K_M),
-    mix("Q3_K", sys::LLAMA_FTYPE_MOSTLY_Q3_K_M),
-    mix("Q3_K_S", sys::LLAMA_FTYPE_MOSTLY_Q3_K_S),
-    mix("IQ3_M", sys::LLAMA_FTYPE_MOSTLY_IQ3_M),
-    mix("IQ3_S", sys::LLAMA_FTYPE_MOSTLY_IQ3_S),
-    imatrix("IQ3_XS", sys::LLAMA_FTYPE_MOSTLY_IQ3_XS),
-    imatrix("IQ3_XXS", sys::LLAMA_FTYPE_MOSTLY_IQ3_XXS),
-    mix("Q2_K", sys::LLAMA_FTYPE_MOSTLY_Q2_K),
-    imatrix("Q2_K_S", sys::LLAMA_FTYPE_MOSTLY_Q2_K_S),
-    imatrix("IQ2_M", sys::LLAMA_FTYPE_MOSTLY_IQ2_M),
-    imatrix("IQ2_S", sys::LLAMA_FTYPE_MOSTLY_IQ2_S),
-    imatrix("IQ2_XS", sys::LLAMA_FTYPE_MOSTLY_IQ2_XS),
-    imatrix("IQ2_XXS", sys::LLAMA_FTYPE_MOSTLY_IQ2_XXS),
-    mix("TQ2_0", sys::LLAMA_FTYPE_MOSTLY_TQ2_0),
-    mix("Q2_0", sys::LLAMA_FTYPE_MOSTLY_Q2_0),
-    mix("TQ1_0", sys::LLAMA_FTYPE_MOSTLY_TQ1_0),
-    imatrix("IQ1_M", sys::LLAMA_FTYPE_MOSTLY_IQ1_M),
-    imatrix("IQ1_S", sys::LLAMA_FTYPE_MOSTLY_IQ1_S),
-    mix("Q1_0", sys::LLAMA_FTYPE_MOSTLY_Q1_0),
+    new("F32", sys::LLAMA_FTYPE_ALL_F32, Class::Uniform),
+    new("F16", sys::LLAMA_FTYPE_MOSTLY_F16, Class::Uniform),
+    new("BF16", sys::LLAMA_FTYPE_MOSTLY_BF16, Class::Uniform),
+    new("Q8_0", sys::LLAMA_FTYPE_MOSTLY_Q8_0, Class::Uniform),
+    new("Q6_K", sys::LLAMA_FTYPE_MOSTLY_Q6_K, Class::Mix),
+    new("Q5_K_M", sys::LLAMA_FTYPE_MOSTLY_Q5_K_M, Class::Mix),
+    new("Q5_K", sys::LLAMA_FTYPE_MOSTLY_Q5_K_M, Class::Mix),
+    new("Q5_K_S", sys::LLAMA_FTYPE_MOSTLY_Q5_K_S, Class::Mix),
+    new("Q5_1", sys::LLAMA_FTYPE_MOSTLY_Q5_1, Class::Mix),
+    new("Q5_0", sys::LLAMA_FTYPE_MOSTLY_Q5_0, Class::Mix),
+    new("Q4_K_M", sys::LLAMA_FTYPE_MOSTLY_Q4_K_M, Class::Mix),
+    new("Q4_K", sys::LLAMA_FTYPE_MOSTLY_Q4_K_M, Class::Mix),
+    new("Q4_K_S", sys::LLAMA_FTYPE_MOSTLY_Q4_K_S, Class::Mix),
+    new("Q4_1", sys::LLAMA_FTYPE_MOSTLY_Q4_1, Class::Mix),
+    new("Q4_0", sys::LLAMA_FTYPE_MOSTLY_Q4_0, Class::Mix),
+    new("IQ4_NL", sys::LLAMA_FTYPE_MOSTLY_IQ4_NL, Class::Mix),
+    new("IQ4_XS", sys::LLAMA_FTYPE_MOSTLY_IQ4_XS, Class::Mix),
+    new("MXFP4_MOE", sys::LLAMA_FTYPE_MOSTLY_MXFP4_MOE, Class::Mix),
+    new("Q3_K_L", sys::LLAMA_FTYPE_MOSTLY_Q3_K_L, Class::Mix),
+    new("Q3_K_M", sys::LLAMA_FTYPE_MOSTLY_Q3_K_M, Class::Mix),
+    new("Q3_K", sys::LLAMA_FTYPE_MOSTLY_Q3_K_M, Class::Mix),
+    new("Q3_K_S", sys::LLAMA_FTYPE_MOSTLY_Q3_K_S, Class::Mix),
+    new("IQ3_M", sys::LLAMA_FTYPE_MOSTLY_IQ3_M, Class::Mix),
+    new("IQ3_S", sys::LLAMA_FTYPE_MOSTLY_IQ3_S, Class::Mix),
+    new("IQ3_XS", sys::LLAMA_FTYPE_MOSTLY_IQ3_XS, Class::Imatrix),
+    new("IQ3_XXS", sys::LLAMA_FTYPE_MOSTLY_IQ3_XXS, Class::Imatrix),
+    new("Q2_K", sys::LLAMA_FTYPE_MOSTLY_Q2_K, Class::Mix),
+    new("Q2_K_S", sys::LLAMA_FTYPE_MOSTLY_Q2_K_S, Class::Imatrix),
+    new("IQ2_M", sys::LLAMA_FTYPE_MOSTLY_IQ2_M, Class::Imatrix),
+    new("IQ2_S", sys::LLAMA_FTYPE_MOSTLY_IQ2_S, Class::Imatrix),
+    new("IQ2_XS", sys::LLAMA_FTYPE_MOSTLY_IQ2_XS, Class::Imatrix),
+    new("IQ2_XXS", sys::LLAMA_FTYPE_MOSTLY_IQ2_XXS, Class::Imatrix),
+    new("TQ2_0", sys::LLAMA_FTYPE_MOSTLY_TQ2_0, Class::Mix),
+    new("Q2_0", sys::LLAMA_FTYPE_MOSTLY_Q2_0, Class::Mix),
+    new("TQ1_0", sys::LLAMA_FTYPE_MOSTLY_TQ1_0, Class::Mix),
+    new("IQ1_M", sys::LLAMA_FTYPE_MOSTLY_IQ1_M, Class::Imatrix),
+    new("IQ1_S", sys::LLAMA_FTYPE_MOSTLY_IQ1_S, Class::Imatrix),
+    new("Q1_0", sys::LLAMA_FTYPE_MOSTLY_Q1_0, Class::Mix),
+    new("COPY", sys::LLAMA_FTYPE_ALL_F32, Class::Copy),
 ];
 
 impl QuantType {
+    /// Whether llama.cpp refuses the type without an importance matrix.
+    pub fn needs_imatrix(self) -> bool {
+        self.class == Class::Imatrix
+    }
+
     /// The type of this name, in any case.
     ///
     /// # Errors
@@ -103,7 +96,7 @@ impl QuantType {
     pub fn parse(name: &str) -> Result<Self> {
         let found = TYPES.iter().find(|t| t.name.eq_ignore_ascii_case(name));
         match found {
-            Some(t) if t.needs_imatrix => Err(Error::option(
+            Some(t) if t.needs_imatrix() => Err(Error::option(
                 "TYPE",
                 format!(
                     "{} needs an importance matrix, which hae does not take: choose Q2_K or wider",
@@ -114,7 +107,7 @@ impl QuantType {
             None => {
                 let names: Vec<&str> = TYPES
                     .iter()
-                    .filter(|t| !t.needs_imatrix)
+                    .filter(|t| !t.needs_imatrix())
                     .map(|t| t.name)
                     .collect();
                 Err(Error::option(
@@ -168,6 +161,7 @@ pub fn quantize(
     // SAFETY: takes nothing and returns plain data.
     let mut params = unsafe { sys::llama_model_quantize_default_params() };
     params.ftype = kind.ftype;
+    params.only_copy = kind.class == Class::Copy;
     params.nthread = i32::try_from(threads).unwrap_or(i32::MAX);
     let captured = log::capture(progress, || {
         // SAFETY: both paths are C strings and `params` a live struct, all outliving the call. The
@@ -214,7 +208,8 @@ fn check(gguf: &Gguf, kind: QuantType) -> Result<()> {
     if let Some(n @ 2..) = optional("split.count")? {
         return wrong(format!("is one of {n} parts: merge them first"));
     }
-    if let Some(t) = tensors.iter().find(|t| t.kind.block_len() > 1) {
+    let quantized = tensors.iter().find(|t| t.kind.block_len() > 1);
+    if let Some(t) = quantized.filter(|_| kind.class != Class::Copy) {
         return wrong(format!(
             "is quantized already ({} is {}): expected F32, F16 or BF16",
             t.name,
@@ -224,7 +219,7 @@ fn check(gguf: &Gguf, kind: QuantType) -> Result<()> {
     if arch == "clip" {
         // The mixes ask for the number of heads and layers, which llama.cpp does not load for
         // such a file.
-        if kind.uniform {
+        if matches!(kind.class, Class::Uniform | Class::Copy) {
             return Ok(());
         }
         return wrong(format!(

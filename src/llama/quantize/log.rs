@@ -83,13 +83,13 @@ unsafe extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _:
     let Some(state) = state.as_mut() else { return };
     if level == sys::GGML_LOG_LEVEL_ERROR && !line.is_empty() {
         state.last_error = Some(line.split_whitespace().collect::<Vec<_>>().join(" "));
-    } else if let Some((number, _)) = line.strip_prefix('[').and_then(|rest| rest.split_once('/')) {
-        if let Ok(number) = number.trim().parse::<u32>() {
-            state
-                .progress
-                .done
-                .store(number.saturating_sub(1), Ordering::Relaxed);
-        }
+    } else if let Some((number, _)) = line.strip_prefix('[').and_then(|rest| rest.split_once('/'))
+        && let Ok(number) = number.trim().parse::<u32>()
+    {
+        state
+            .progress
+            .done
+            .store(number.saturating_sub(1), Ordering::Relaxed);
     }
 }
 
