@@ -326,9 +326,10 @@ impl<E: Engine> Session<E> {
             Place::Next => self
                 .controller
                 .inserted(&self.cells, pos, modality, image)?,
-            Place::Shared { base, first, n_pos } => self
-                .controller
-                .inserted_shared(&self.cells, base, first, n_pos, image)?,
+            Place::Shared { base, first, n_pos } => {
+                self.controller
+                    .inserted_shared(&self.cells, base, first, n_pos, image)?
+            }
         }
         self.controller.observed(&self.seen)
     }

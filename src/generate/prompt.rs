@@ -52,19 +52,35 @@ impl Segment {
     /// Positions that the segment takes.
     pub fn positions(&self) -> usize {
         match self {
-            Segment::Image { axes: Some(axes), .. } => usize::try_from(axes.n_pos).unwrap_or(0),
+            Segment::Image {
+                axes: Some(axes), ..
+            } => usize::try_from(axes.n_pos).unwrap_or(0),
             _ => self.len(),
         }
     }
 
     /// Where rows from `first` on stand, and their absolute positions on all axes if they have
     /// several; `base` is the position of the segment's first row.
-    pub(super) fn place(&self, base: Pos, first: usize, end: usize) -> (Place, Option<Vec<[Pos; 4]>>) {
+    pub(super) fn place(
+        &self,
+        base: Pos,
+        first: usize,
+        end: usize,
+    ) -> (Place, Option<Vec<[Pos; 4]>>) {
         match self {
-            Segment::Image { axes: Some(axes), .. } => {
+            Segment::Image {
+                axes: Some(axes), ..
+            } => {
                 let absolute = |row: &[Pos; 4]| row.map(|pos| pos.saturating_add(base));
                 let rows = axes.rows[first..end].iter().map(absolute).collect();
-                (Place::Shared { base, first, n_pos: axes.n_pos }, Some(rows))
+                (
+                    Place::Shared {
+                        base,
+                        first,
+                        n_pos: axes.n_pos,
+                    },
+                    Some(rows),
+                )
             }
             _ => (Place::Next, None),
         }

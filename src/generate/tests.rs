@@ -381,7 +381,7 @@ fn square(rows: usize, n_pos: Pos) -> Segment {
 
 #[test]
 fn rows_of_a_picture_may_share_positions() {
-    let mut session = session(Scripted::new(64), "full", &PolicyOptions::default());
+    let mut session = session(Scripted::new(64, 16), "full", &PolicyOptions::default());
     let prompt = [tokens(3), square(4, 2), tokens(2)];
     assert!(session.prefill(&prompt, &|| false).unwrap());
     assert_eq!(session.controller.next_pos(), 3 + 2 + 2);

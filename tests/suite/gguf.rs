@@ -25,7 +25,7 @@ fn sample() -> Vec<u8> {
     data.finish().unwrap()
 }
 
-fn open(bytes: &[u8]) -> hae::error::Result<Gguf> {
+fn open(bytes: &[u8]) -> hae::Result<Gguf> {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("x.gguf");
     std::fs::write(&path, bytes).unwrap();

@@ -74,12 +74,9 @@ fn last_logits_are_pytorchs() {
     for golden in goldens() {
         let mut engine = engine(&model, exact(1024));
         let segments = golden.segments(&model, &mut vision);
-        prefill(
-            &mut engine,
-            &segments,
-            &mut Observation::default(),
-            |_| false,
-        );
+        prefill(&mut engine, &segments, &mut Observation::default(), |_| {
+            false
+        });
         let name = golden.row["logits"].as_str().unwrap();
         let expected = &read(&format!("tiny-phi3v/{name}"))["logits"];
         let error = max_abs_diff(engine.logits().unwrap(), &expected.data);

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use hae::Result;
 use hae::convert::OutType;
-use hae::error::Result;
 use hae::llama::gguf::{Gguf, TensorType, Writer};
 use hae::llama::quantize::{Progress, QuantType, Sizes, TYPES, quantize};
 use tempfile::TempDir;
