@@ -1,6 +1,8 @@
 //! Values of a text model's metadata that llama.cpp asserts on instead of refusing them
 //! (`load_hparams` in llama-model.cpp, llama-hparams.cpp; `ggml_compute_forward_rms_norm`).
 
+use std::collections::HashSet;
+
 use super::gguf::{Gguf, Value};
 use crate::error::{Error, Result};
 
@@ -83,5 +85,28 @@ pub(super) fn check(gguf: &Gguf, arch: &str) -> Result<()> {
             "{arch}.expert_group_count is {groups} ({groups_used} used) with {experts} experts"
         ));
     }
+    if arch == "phi3" {
+        check_phi3(gguf, blocks)?;
+    }
     Ok(())
+}
+
+/// llama.cpp takes all of these for optional with this architecture, and reads through a null
+/// pointer, or without rope factors, where they are missing (models/phi3.cpp).
+fn check_phi3(gguf: &Gguf, blocks: u64) -> Result<()> {
+    let tensors = gguf.tensors();
+    let names: HashSet<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
+    let missing = |name: &str| Err(Error::file(gguf.path(), format!("tensor {name} is missing")));
+    for block in 0..blocks {
+        let has = |part: &str| names.contains(format!("blk.{block}.{part}.weight").as_str());
+        if !has("attn_qkv") && !["attn_q", "attn_k", "attn_v"].iter().all(|part| has(part)) {
+            return missing(&format!("blk.{block}.attn_qkv.weight"));
+        }
+    }
+    let factors = ["rope_factors_long.weight", "rope_factors_short.weight"];
+    match factors.map(|name| names.contains(name)) {
+        [false, true] => missing(factors[0]),
+        [true, false] => missing(factors[1]),
+        _ => Ok(()),
+    }
 }

@@ -1,5 +1,8 @@
 //! Runs the built program.
 
+use std::ffi::OsStr;
+use std::process::Output;
+
 use assert_cmd::Command;
 
 /// The program, in an environment that no user setting reaches.
@@ -14,14 +17,25 @@ pub fn hae() -> Command {
 
 /// Runs it with arguments that have to fail as misuse or bad input: exit code 2, nothing on
 /// stdout, and one line on stderr, which is returned.
-#[allow(dead_code)]
-pub fn refusal(args: &[&str]) -> String {
-    let output = hae().args(args).output().unwrap();
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "", "{args:?}");
-    assert_eq!(stderr.trim_end().lines().count(), 1, "{args:?}: {stderr}");
+pub fn refusal<A: AsRef<OsStr>>(args: &[A]) -> String {
+    refusal_of(&hae().args(args).output().unwrap())
+}
+
+/// The checks of [`refusal`] on what a run left.
+pub fn refusal_of(output: &Output) -> String {
+    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(output.stdout.is_empty(), "{output:?}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(!stderr.contains("a bug in hae"), "{stderr}");
     stderr.trim_end().to_owned()
+}
+
+/// Runs it with arguments that have to work, and gives stdout.
+pub fn answer<A: AsRef<OsStr>>(args: &[A]) -> String {
+    let output = hae().args(args).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
 }
 
 #[test]

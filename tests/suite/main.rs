@@ -2,10 +2,13 @@
 
 mod allocations;
 mod bin;
+mod chat;
+mod cli;
 mod controller;
 mod convert;
 mod convert_errors;
 mod convert_metadata;
+mod damaged;
 mod ddes;
 mod fixture;
 mod gguf;
@@ -15,7 +18,11 @@ mod masked;
 mod model;
 mod npz;
 mod parity;
+mod others;
 mod quantize;
 mod random;
 mod references;
+mod remake;
+mod runtime;
+mod transcript;
 mod stock;
