@@ -19,3 +19,4 @@ mod quantize;
 mod random;
 mod references;
 mod stock;
+mod understanding;

@@ -1,0 +1,114 @@
+//! The evaluation questions, answered by the quantized files.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use hae::controller::Controller;
+use hae::conversation::segment;
+use hae::engine::Engine;
+use hae::generate::{Hooks, Segment, Session};
+use hae::image;
+use hae::llama::{CacheType, FlashAttention, Piece};
+use hae::policy::{self, Limits, Observe, PolicyOptions};
+use hae::prompt;
+use serde_json::Value;
+
+use crate::model::{engine, exact, load, load_vision, repository};
+
+/// Share of the questions of `tests/eval` that a text model answers word for word.
+fn accuracy(text: &str, policy: &str, options: &PolicyOptions) -> f64 {
+    let model = load(&repository(text));
+    let mut vision = load_vision(&repository("models/mmproj-tiny-phi3v-F16.gguf"), &model);
+    let limits = Limits {
+        n_layer: model.n_layer(),
+        n_cells: 1024,
+    };
+    let created = policy::create(policy, options, limits).unwrap();
+    let mut context = exact(1024);
+    context.type_k = CacheType::F16;
+    context.type_v = CacheType::F16;
+    context.n_threads = 2;
+    context.n_threads_batch = 2;
+    context.flash_attention = FlashAttention::Auto;
+    if let Observe::Layers { layers, .. } = created.observe() {
+        context.score_layers = layers;
+    }
+    let engine = engine(&model, context);
+    let controller = Controller::new(created, engine.n_cells());
+    let mut session = Session::new(engine, controller);
+
+    let questions = std::fs::read_to_string(repository("tests/eval/understanding.jsonl")).unwrap();
+    let mut encoded: HashMap<String, Segment> = HashMap::new();
+    let (mut right, mut asked) = (0, 0);
+    for line in questions.lines() {
+        let row: Value = serde_json::from_str(line).unwrap();
+        let names: Vec<&str> = row["images"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|n| n.as_str().unwrap())
+            .collect();
+        let pictures: Vec<_> = names
+            .iter()
+            .map(|name| {
+                image::load(
+                    &repository(&format!("tests/eval/{name}")),
+                    &image::Limits::default(),
+                )
+                .unwrap()
+            })
+            .collect();
+        let (text, order) =
+            prompt::place_pictures(row["prompt"].as_str().unwrap(), pictures.len(), true).unwrap();
+        let ordered: Vec<_> = order.iter().map(|&i| &pictures[i]).collect();
+        let pieces = prompt::tokenize(&model, Some(&vision), &text, &ordered, true).unwrap();
+        let mut shown = order.iter().map(|&i| names[i]).zip(0..);
+        let segments: Vec<Segment> = pieces
+            .into_iter()
+            .map(|piece| match piece {
+                Piece::Text(tokens) => Segment::Tokens(tokens),
+                Piece::Image(tokens) => {
+                    let (name, number) = shown.next().unwrap();
+                    // Questions share pictures; a picture's embeddings depend on nothing else.
+                    let known = encoded
+                        .entry(format!("{number} {name}"))
+                        .or_insert_with(|| segment(vision.encode(&tokens).unwrap(), number));
+                    known.clone()
+                }
+            })
+            .collect();
+        session.engine.clear();
+        session.controller.clear();
+        let hooks = Hooks {
+            on_text: &mut |_| {},
+            cancelled: &|| false,
+            now: &|| Duration::ZERO,
+        };
+        let answer = session.generate(&segments, Some(140), hooks).unwrap();
+        right += usize::from(answer.text.trim() == row["answer"].as_str().unwrap());
+        asked += 1;
+    }
+    assert_eq!(asked, 300);
+    right as f64 / asked as f64
+}
+
+fn pytorch() -> f64 {
+    let scores = std::fs::read_to_string(repository("tests/eval/scores.json")).unwrap();
+    let scores: Value = serde_json::from_str(&scores).unwrap();
+    scores["understanding"]["accuracy"].as_f64().unwrap()
+}
+
+#[test]
+fn quantized_models_understand_as_pytorch_does() {
+    for (text, points) in [
+        ("models/tiny-phi3v-Q8_0.gguf", 1.0),
+        ("models/tiny-phi3v-Q4_K_M.gguf", 3.0),
+    ] {
+        let ours = accuracy(text, "full", &PolicyOptions::default());
+        let difference = 100.0 * (ours - pytorch());
+        assert!(
+            difference.abs() <= points,
+            "{text}: {ours}, {difference:+.1} points"
+        );
+    }
+}
