@@ -115,6 +115,29 @@ impl Controller {
         Ok(())
     }
 
+    /// Writes down one batch of a picture whose rows share `n_pos` positions from `base` on
+    /// (M-RoPE): row `first + i` of the picture lies in `cells[i]`. Which row counts as which
+    /// position does not matter, since no policy may remove single ones of them; the last
+    /// position must be reached.
+    ///
+    /// # Errors
+    /// As [`Ledger::insert`].
+    pub fn inserted_shared(
+        &mut self,
+        cells: &[Cell],
+        base: Pos,
+        first: usize,
+        n_pos: Pos,
+        image: Option<u32>,
+    ) -> Result<()> {
+        for (i, &cell) in cells.iter().enumerate() {
+            let row = Pos::try_from(first + i).unwrap_or(Pos::MAX);
+            let pos = base.saturating_add(row.min(n_pos - 1));
+            self.ledger.insert_shared(cell, pos, image)?;
+        }
+        Ok(())
+    }
+
     /// Adds the attention that was seen in the batch whose cells were just inserted.
     ///
     /// # Errors

@@ -15,8 +15,13 @@ pub type Token = i32;
 #[derive(Clone, Copy, Debug)]
 pub enum Input<'a> {
     Tokens(&'a [Token]),
-    /// Row-major `[n, n_embd]` projected visual embeddings.
-    Embeddings { data: &'a [f32], n: usize },
+    /// Row-major `[n, n_embd]` projected visual embeddings. `mrope` holds the absolute
+    /// `[t, y, x, 0]` positions of each row for models whose pictures have two axes.
+    Embeddings {
+        data: &'a [f32],
+        n: usize,
+        mrope: Option<&'a [[Pos; 4]]>,
+    },
 }
 
 impl Input<'_> {
@@ -82,7 +87,12 @@ pub trait Engine {
     ///
     /// # Errors
     /// [`crate::Error::ContextFull`] when no cells are left; the cache is then unchanged.
-    fn decode(&mut self, batch: Batch<'_>, cells: &mut Vec<Cell>, seen: &mut Observation) -> Result<()>;
+    fn decode(
+        &mut self,
+        batch: Batch<'_>,
+        cells: &mut Vec<Cell>,
+        seen: &mut Observation,
+    ) -> Result<()>;
 
     /// Logits of the last row of the last batch that asked for them: `[n_vocab]`.
     fn logits(&self) -> Result<&[f32]>;

@@ -8,8 +8,12 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    #[error("{path}: {source}", path = path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    #[error("{path}: {cause}", path = path.display())]
+    Io {
+        path: PathBuf,
+        /// Part of the message, so not a source: a chain would print it twice.
+        cause: std::io::Error,
+    },
     /// A file that is not what it should be. `reason` says what was found and what was expected.
     #[error("{path}: {reason}", path = path.display())]
     File { path: PathBuf, reason: String },
@@ -17,7 +21,9 @@ pub enum Error {
     Option { name: &'static str, reason: String },
     #[error("prompt needs {needed} cells but the context holds {n_ctx}: give a larger -c")]
     PromptTooLong { needed: usize, n_ctx: usize },
-    #[error("the context is full at {n_ctx} cells: give a larger -c, a smaller -n, or --kv-policy hae with a --kv-budget")]
+    #[error(
+        "the context is full at {n_ctx} cells: give a larger -c, a smaller -n, or --kv-policy hae with a --kv-budget"
+    )]
     ContextFull { n_ctx: usize },
     #[error("attention score of position {pos} is {value}, expected a finite number")]
     NanScore { pos: i32, value: f32 },
@@ -30,24 +36,39 @@ pub enum Error {
     #[error("llama.cpp: {call} failed: {reason}")]
     Llama { call: &'static str, reason: String },
     #[error("kv policy {policy} cannot serve this model: {reason}")]
-    Unsupported { policy: &'static str, reason: String },
+    Unsupported {
+        policy: &'static str,
+        reason: String,
+    },
 }
 
 impl Error {
-    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Error::Io { path: path.into(), source }
+    pub fn io(path: impl Into<PathBuf>, cause: std::io::Error) -> Self {
+        Error::Io {
+            path: path.into(),
+            cause,
+        }
     }
 
     pub fn file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
-        Error::File { path: path.into(), reason: reason.into() }
+        Error::File {
+            path: path.into(),
+            reason: reason.into(),
+        }
     }
 
     pub fn option(name: &'static str, reason: impl Into<String>) -> Self {
-        Error::Option { name, reason: reason.into() }
+        Error::Option {
+            name,
+            reason: reason.into(),
+        }
     }
 
     pub fn cell(cell: u32, reason: impl Into<String>) -> Self {
-        Error::Cell { cell, reason: reason.into() }
+        Error::Cell {
+            cell,
+            reason: reason.into(),
+        }
     }
 
     pub fn contract(what: impl Into<String>) -> Self {
@@ -55,6 +76,9 @@ impl Error {
     }
 
     pub fn llama(call: &'static str, reason: impl Into<String>) -> Self {
-        Error::Llama { call, reason: reason.into() }
+        Error::Llama {
+            call,
+            reason: reason.into(),
+        }
     }
 }

@@ -14,10 +14,10 @@ use crate::controller::Controller;
 use crate::engine::{Batch, Engine, Input, Observation, Token};
 use crate::error::{Error, Result};
 use crate::policy::{Observe, Queries};
-use prompt::count;
+use prompt::{Place, count};
 use utf8::Utf8Stream;
 
-pub use prompt::Segment;
+pub use prompt::{Axes, Segment};
 
 /// Why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -77,6 +77,14 @@ impl Timings {
     }
 }
 
+/// One batch before it is positioned.
+struct Rows<'a> {
+    input: Input<'a>,
+    modality: Modality,
+    image: Option<u32>,
+    place: Place,
+}
+
 /// A conversation: the model, its cache's controller, and the buffers between them.
 pub struct Session<E> {
     pub engine: E,
@@ -113,6 +121,7 @@ impl<E: Engine> Session<E> {
         let last = prompt.iter().rposition(|segment| !segment.is_empty());
         for (s, segment) in prompt.iter().enumerate() {
             let mut start = 0;
+            let base = self.controller.next_pos();
             while start < segment.len() {
                 if cancelled() {
                     return Ok(false);
@@ -120,8 +129,14 @@ impl<E: Engine> Session<E> {
                 let end = segment.len().min(start + n_batch);
                 let is_last = Some(s) == last && end == segment.len();
                 self.select_queries(segment.modality(), end - start, is_last);
-                let input = segment.rows(start, end);
-                self.run(input, segment.modality(), segment.image(), is_last)?;
+                let (place, mrope) = segment.place(base, start, end);
+                let rows = Rows {
+                    input: segment.rows(start, end, mrope.as_deref()),
+                    modality: segment.modality(),
+                    image: segment.image(),
+                    place,
+                };
+                self.run(rows, is_last)?;
                 start = end;
             }
         }
@@ -138,7 +153,13 @@ impl<E: Engine> Session<E> {
         if self.controller.observes_decoding() {
             self.queries.push(0);
         }
-        self.run(Input::Tokens(&[token]), Modality::Text, None, true)?;
+        let rows = Rows {
+            input: Input::Tokens(&[token]),
+            modality: Modality::Text,
+            image: None,
+            place: Place::Next,
+        };
+        self.run(rows, true)?;
         self.engine_remove(Controller::after_step)
     }
 
@@ -269,15 +290,18 @@ impl<E: Engine> Session<E> {
     }
 
     /// One batch through the engine and into the ledger.
-    fn run(
-        &mut self,
-        input: Input<'_>,
-        modality: Modality,
-        image: Option<u32>,
-        logits: bool,
-    ) -> Result<()> {
+    fn run(&mut self, rows: Rows<'_>, logits: bool) -> Result<()> {
+        let Rows {
+            input,
+            modality,
+            image,
+            place,
+        } = rows;
         self.check_positions(input.len())?;
-        let pos = self.controller.next_pos();
+        let pos = match place {
+            Place::Next => self.controller.next_pos(),
+            Place::Shared { base, .. } => base,
+        };
         let batch = Batch {
             input,
             pos,
@@ -298,8 +322,15 @@ impl<E: Engine> Session<E> {
                 "attention of {seen} rows, expected {wanted}"
             )));
         }
-        self.controller
-            .inserted(&self.cells, pos, modality, image)?;
+        match place {
+            Place::Next => self
+                .controller
+                .inserted(&self.cells, pos, modality, image)?,
+            Place::Shared { base, first, n_pos } => {
+                self.controller
+                    .inserted_shared(&self.cells, base, first, n_pos, image)?
+            }
+        }
         self.controller.observed(&self.seen)
     }
 

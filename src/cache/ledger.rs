@@ -64,6 +64,28 @@ impl Ledger {
         modality: Modality,
         image: Option<u32>,
     ) -> Result<()> {
+        let oldest_allowed = self.newest.map_or(0, |(newest, _)| newest + 1);
+        self.place(cell, pos, oldest_allowed, modality, image)
+    }
+
+    /// As [`Ledger::insert`], for a row of a picture whose rows share positions (M-RoPE): `pos`
+    /// may also be the newest one.
+    ///
+    /// # Errors
+    /// As [`Ledger::insert`].
+    pub fn insert_shared(&mut self, cell: Cell, pos: Pos, image: Option<u32>) -> Result<()> {
+        let oldest_allowed = self.newest.map_or(0, |(newest, _)| newest);
+        self.place(cell, pos, oldest_allowed, Modality::Vision, image)
+    }
+
+    fn place(
+        &mut self,
+        cell: Cell,
+        pos: Pos,
+        oldest_allowed: Pos,
+        modality: Modality,
+        image: Option<u32>,
+    ) -> Result<()> {
         let i = cell as usize;
         if i >= self.n_cells {
             let n = self.n_cells;
@@ -73,7 +95,6 @@ impl Ledger {
             ));
         }
         // Pos::MAX has no end for a half-open range.
-        let oldest_allowed = self.newest.map_or(0, |(newest, _)| newest + 1);
         if pos < oldest_allowed || pos == Pos::MAX {
             return Err(Error::cell(
                 cell,

@@ -1,6 +1,6 @@
 //! What a turn begins with: tokens and pictures in order.
 
-use crate::cache::{Modality, PerModality};
+use crate::cache::{Modality, PerModality, Pos};
 use crate::engine::{Input, Token};
 use crate::error::{Error, Result};
 
@@ -8,16 +8,36 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq)]
 pub enum Segment {
     Tokens(Vec<Token>),
-    /// Row-major `[n, n_embd]` projected embeddings of picture number `image`.
+    /// Row-major `[n, n_embd]` projected embeddings of picture number `image`. `axes` is there
+    /// for models whose pictures have two axes (M-RoPE).
     Image {
         embeddings: Vec<f32>,
         n: usize,
         image: u32,
+        axes: Option<Axes>,
     },
 }
 
+/// Positions of a picture's rows where they do not follow one another (M-RoPE).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Axes {
+    /// `[t, y, x, 0]` of each row, relative to the picture's first position: `[n]`.
+    pub rows: Vec<[Pos; 4]>,
+    /// Positions that the picture takes in the sequence, 1 to `n`.
+    pub n_pos: Pos,
+}
+
+/// Where the rows of a batch stand in the sequence.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Place {
+    /// One position a row, after the newest.
+    Next,
+    /// Rows from `first` on of a picture whose rows share `n_pos` positions from `base` on.
+    Shared { base: Pos, first: usize, n_pos: Pos },
+}
+
 impl Segment {
-    /// Positions that the segment takes.
+    /// Rows that the segment takes, each of them a cell.
     pub fn len(&self) -> usize {
         match self {
             Segment::Tokens(tokens) => tokens.len(),
@@ -27,6 +47,43 @@ impl Segment {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Positions that the segment takes.
+    pub fn positions(&self) -> usize {
+        match self {
+            Segment::Image {
+                axes: Some(axes), ..
+            } => usize::try_from(axes.n_pos).unwrap_or(0),
+            _ => self.len(),
+        }
+    }
+
+    /// Where rows from `first` on stand, and their absolute positions on all axes if they have
+    /// several; `base` is the position of the segment's first row.
+    pub(super) fn place(
+        &self,
+        base: Pos,
+        first: usize,
+        end: usize,
+    ) -> (Place, Option<Vec<[Pos; 4]>>) {
+        match self {
+            Segment::Image {
+                axes: Some(axes), ..
+            } => {
+                let absolute = |row: &[Pos; 4]| row.map(|pos| pos.saturating_add(base));
+                let rows = axes.rows[first..end].iter().map(absolute).collect();
+                (
+                    Place::Shared {
+                        base,
+                        first,
+                        n_pos: axes.n_pos,
+                    },
+                    Some(rows),
+                )
+            }
+            _ => (Place::Next, None),
+        }
     }
 
     pub(super) fn modality(&self) -> Modality {
@@ -44,7 +101,12 @@ impl Segment {
     }
 
     /// Rows `start..end`, for a segment that was checked.
-    pub(super) fn rows(&self, start: usize, end: usize) -> Input<'_> {
+    pub(super) fn rows<'a>(
+        &'a self,
+        start: usize,
+        end: usize,
+        mrope: Option<&'a [[Pos; 4]]>,
+    ) -> Input<'a> {
         match self {
             Segment::Tokens(tokens) => Input::Tokens(&tokens[start..end]),
             Segment::Image { embeddings, n, .. } => {
@@ -52,6 +114,7 @@ impl Segment {
                 Input::Embeddings {
                     data: &embeddings[start * width..end * width],
                     n: end - start,
+                    mrope,
                 }
             }
         }
@@ -63,7 +126,18 @@ impl Segment {
                 embeddings,
                 n,
                 image,
+                axes,
             } => {
+                if let Some(Axes { rows, n_pos }) = axes {
+                    let fits = usize::try_from(*n_pos).is_ok_and(|p| (1..=*n).contains(&p));
+                    if rows.len() != *n || !fits {
+                        let rows = rows.len();
+                        let reason = format!(
+                            "picture {image} has {rows} places on {n_pos} positions for {n} rows"
+                        );
+                        return Err(Error::option("prompt", reason));
+                    }
+                }
                 if *n == 0 && embeddings.is_empty() {
                     return Ok(());
                 }

@@ -27,6 +27,7 @@ fn picture(n: usize) -> Segment {
         embeddings: vec![0.0; 3 * n],
         n,
         image: 0,
+        axes: None,
     }
 }
 
@@ -266,6 +267,7 @@ fn prompts_that_cannot_be() {
         embeddings: vec![0.0; values],
         n,
         image: 4,
+        axes: None,
     };
     assert_eq!(
         refused(&[misshapen(5, 2)]),
@@ -382,4 +384,29 @@ fn an_engine_that_shows_no_attention_is_found_out() {
         error.to_string(),
         "broken contract: attention of 0 rows, expected 1"
     );
+}
+
+/// A 2x2 picture of a model with two axes: four cells, two positions.
+fn square(rows: usize, n_pos: Pos) -> Segment {
+    let rows = (0..rows as Pos).map(|i| [0, i / 2, i % 2, 0]).collect();
+    Segment::Image {
+        embeddings: vec![0.0; 12],
+        n: 4,
+        image: 0,
+        axes: Some(Axes { rows, n_pos }),
+    }
+}
+
+#[test]
+fn rows_of_a_picture_may_share_positions() {
+    let mut session = session(Scripted::new(64, 16), "full", &PolicyOptions::default());
+    let prompt = [tokens(3), square(4, 2), tokens(2)];
+    assert!(session.prefill(&prompt, &|| false).unwrap());
+    assert_eq!(session.controller.next_pos(), 3 + 2 + 2);
+    assert_eq!(session.controller.ledger().counts().cells(), 3 + 4 + 2);
+
+    for bad in [square(3, 2), square(4, 0), square(4, 5)] {
+        let error = session.prefill(&[bad], &|| false).unwrap_err().to_string();
+        assert!(error.contains("for 4 rows"), "{error}");
+    }
 }

@@ -1,7 +1,20 @@
-//! The one integration binary: every test but those beside the code.
+//! All integration tests in one program: each test binary would link llama.cpp once more.
 
 mod allocations;
+mod bin;
 mod controller;
+mod convert;
+mod convert_errors;
+mod convert_metadata;
 mod ddes;
+mod fixture;
+mod gguf;
+mod house;
+mod image;
+mod masked;
+mod model;
+mod npz;
+mod parity;
+mod quantize;
 mod random;
 mod references;

@@ -93,6 +93,7 @@ pub fn prompt(segments: &[(bool, usize)], first_image: u32) -> Vec<Segment> {
                 embeddings: vec![0.5; 2 * n],
                 n,
                 image,
+                axes: None,
             },
             false => Segment::Tokens(vec![3; n]),
         });

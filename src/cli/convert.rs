@@ -1,0 +1,71 @@
+//! `hae convert`
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use hae::convert::{self, Options, OutType};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+
+/// Convert a Phi-3.5-vision directory from Hugging Face into a text and a vision GGUF
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// Directory with config.json, safetensors and tokenizer files
+    pub model_dir: PathBuf,
+    /// Text model to write
+    #[arg(short, long, value_name = "GGUF")]
+    pub output: PathBuf,
+    /// Vision file to write
+    #[arg(long, value_name = "GGUF")]
+    pub mmproj: PathBuf,
+    /// Type of the matrices; with q8_0 the vision file gets f16
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    pub outtype: Type,
+    /// The model's name in both files; must hold "phi-3" or "phi3"
+    #[arg(long)]
+    pub name: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Type {
+    F32,
+    F16,
+    Bf16,
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+pub fn run(args: &ConvertArgs) -> anyhow::Result<()> {
+    let options = Options {
+        model_dir: args.model_dir.clone(),
+        text_out: args.output.clone(),
+        mmproj_out: args.mmproj.clone(),
+        outtype: match args.outtype {
+            Type::F32 => OutType::F32,
+            Type::F16 => OutType::F16,
+            Type::Bf16 => OutType::Bf16,
+            Type::Q8_0 => OutType::Q8_0,
+        },
+        name: args.name.clone(),
+    };
+    let style = ProgressStyle::with_template("converting {bar:32} {bytes}/{total_bytes} {eta}")?;
+    let bar = ProgressBar::no_length().with_style(style);
+    let summary = convert::convert(&options, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    let summary = summary?;
+    for note in &summary.notes {
+        eprintln!("note: {note}");
+    }
+    let [text, mmproj] = [&summary.text, &summary.mmproj].map(|w| {
+        format!(
+            "{} ({} tensors, {})",
+            w.path.display(),
+            w.n_tensors,
+            HumanBytes(w.bytes)
+        )
+    });
+    eprintln!("{}: {text} and {mmproj}", summary.name);
+    Ok(())
+}

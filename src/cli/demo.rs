@@ -1,0 +1,153 @@
+//! `hae demo`: the same question twice, with llama.cpp's KV cache as it is and with HAE.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use anyhow::Result;
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{Attribute, Cell, ContentArrangement, Table};
+
+use super::load::{Files, Setup, Template};
+use super::options::{ContextArgs, ModelArgs, PolicyArgs};
+use super::run::{answer, picture};
+use hae::conversation::{Answer, Turn};
+use hae::embedded;
+use hae::image::{self, Picture};
+use hae::llama::SamplerOptions;
+use hae::policy::PolicyOptions;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Picture to ask about [default: one inside this program]
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+    /// The question
+    #[arg(
+        short,
+        long,
+        default_value = "List every object row by row.",
+        value_name = "TEXT"
+    )]
+    prompt: String,
+    /// Tokens to generate at most
+    #[arg(short, long, default_value_t = 256, value_name = "N")]
+    n_predict: u32,
+    #[command(flatten)]
+    context: ContextArgs,
+    #[command(flatten)]
+    policy: PolicyArgs,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let hae_options = args.policy.options()?;
+    let picture = match &args.image {
+        Some(path) => picture(path)?,
+        None => image::decode(
+            Path::new("demo.png"),
+            embedded::PICTURE,
+            &image::Limits::default(),
+        )?,
+    };
+    let files = Files::find(&args.model)?;
+    let stock = ask(args, &files, &picture, ("full", &PolicyOptions::default()))?;
+    let hae = ask(args, &files, &picture, ("hae", &hae_options))?;
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "{} on a {}x{} picture: {}",
+        files.names().0,
+        picture.width,
+        picture.height,
+        args.prompt
+    )?;
+    Ok(writeln!(out, "{}", table(&stock, &hae))?)
+}
+
+/// One greedy answer in a context of its own.
+fn ask(
+    args: &Args,
+    files: &Files,
+    picture: &Picture,
+    policy: (&str, &PolicyOptions),
+) -> Result<Answer> {
+    let setup = Setup {
+        files,
+        model: &args.model,
+        context: &args.context,
+        policy,
+        sampler: SamplerOptions::GREEDY,
+        template: Template::Model,
+        system_prompt: None,
+        prompt: Some(&args.prompt),
+        pictures: std::slice::from_ref(picture),
+        n_predict: Some(args.n_predict as usize),
+    };
+    setup.run(|conversation, _| {
+        let turn = Turn {
+            text: args.prompt.clone(),
+            pictures: vec![picture.clone()],
+            n_predict: setup.n_predict,
+        };
+        answer(conversation, &turn, &AtomicBool::new(false), false)
+    })
+}
+
+/// Two columns and what the second saves.
+fn table(stock: &Answer, hae: &Answer) -> Table {
+    let mut table = Table::new();
+    table
+        .load_preset(UTF8_FULL_CONDENSED)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(
+            ["", "llama.cpp (full)", "HAE", "HAE / full"]
+                .map(|t| Cell::new(t).add_attribute(Attribute::Bold)),
+        );
+    table.add_row([
+        "answer",
+        stock.text.trim(),
+        hae.text.trim(),
+        if stock.text == hae.text {
+            "same"
+        } else {
+            "differs"
+        },
+    ]);
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let mut row = |name: &str, unit: &str, of: &dyn Fn(&Answer) -> f64| {
+        let (a, b) = (of(stock), of(hae));
+        let show = |x: f64| {
+            if unit.is_empty() {
+                format!("{x:.0}")
+            } else {
+                format!("{x:.2} {unit}")
+            }
+        };
+        let ratio = if a > 0.0 {
+            format!("{:.2}", b / a)
+        } else {
+            String::new()
+        };
+        table.add_row([name.to_owned(), show(a), show(b), ratio]);
+    };
+    row("visual tokens in the prompt", "", &|x| {
+        x.tokens.prompt.vision as f64
+    });
+    row("KV cells at the end", "", &|x| x.kv.cells.cells() as f64);
+    row("KV cells at most", "", &|x| x.kv.cells.peak as f64);
+    row("KV bytes in use at the end", "MiB", &|x| {
+        mib(x.kv.bytes_in_use)
+    });
+    row("KV bytes allocated", "MiB", &|x| mib(x.kv.bytes_allocated));
+    row("vision encode", "ms", &|x| x.timings.vision_encode_ms);
+    row("prefill", "ms", &|x| x.timings.prefill_ms);
+    row("time to first token (TTFT)", "ms", &|x| {
+        x.timings.ttft_ms.unwrap_or(0.0)
+    });
+    row("time per token (TPOT)", "ms", &|x| {
+        x.timings.tpot_ms.unwrap_or(0.0)
+    });
+    table
+}

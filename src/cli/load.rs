@@ -1,0 +1,280 @@
+//! From flags to a conversation: checks first, then files, then the context.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::options::{ContextArgs, ModelArgs, RopeArg};
+use hae::Error;
+use hae::controller::Controller;
+use hae::conversation::Conversation;
+use hae::embedded::Embedded;
+use hae::engine::Engine;
+use hae::image::Picture;
+use hae::llama::{
+    ContextOptions, LlamaEngine, Model, ModelOptions, Piece, RopeFactors, SamplerOptions, Vision,
+    VisionOptions,
+};
+use hae::policy::{self, Limits, Observe, PolicyOptions};
+use hae::prompt::{Transcript, place_pictures, tokenize};
+
+/// The two files of a model.
+#[derive(Debug)]
+pub struct Files {
+    pub model: PathBuf,
+    pub mmproj: Option<PathBuf>,
+    /// Holds the embedded model's files while they are in use.
+    embedded: Option<Embedded>,
+}
+
+impl Files {
+    pub fn find(args: &ModelArgs) -> Result<Self> {
+        match &args.model {
+            Some(model) => Ok(Files {
+                model: model.clone(),
+                mmproj: args.mmproj.clone(),
+                embedded: None,
+            }),
+            None if args.mmproj.is_some() => {
+                Err(Error::option("--mmproj", "belongs to a text model, give one with -m").into())
+            }
+            None => {
+                let embedded = Embedded::unpack()?;
+                Ok(Files {
+                    model: embedded.model().to_owned(),
+                    mmproj: Some(embedded.mmproj().to_owned()),
+                    embedded: Some(embedded),
+                })
+            }
+        }
+    }
+
+    /// The names to show.
+    pub fn names(&self) -> (String, Option<String>) {
+        match self.embedded {
+            Some(_) => (
+                "embedded tiny-phi3v-Q8_0.gguf".into(),
+                Some("embedded mmproj-tiny-phi3v-F16.gguf".into()),
+            ),
+            None => (
+                self.model.display().to_string(),
+                self.mmproj.as_ref().map(|p| p.display().to_string()),
+            ),
+        }
+    }
+}
+
+/// Everything that a conversation is made from.
+#[derive(Debug)]
+pub struct Setup<'a> {
+    pub files: &'a Files,
+    pub model: &'a ModelArgs,
+    pub context: &'a ContextArgs,
+    /// Name and parameters of the eviction policy.
+    pub policy: (&'a str, &'a PolicyOptions),
+    pub sampler: SamplerOptions,
+    pub template: Template<'a>,
+    pub system_prompt: Option<&'a str>,
+    /// The first prompt, when it is known: how far a run reaches decides its rope factors.
+    pub prompt: Option<&'a str>,
+    pub pictures: &'a [Picture],
+    pub n_predict: Option<usize>,
+}
+
+/// Which chat template to use.
+#[derive(Clone, Copy, Debug)]
+pub enum Template<'a> {
+    /// The one in the model's file.
+    Model,
+    Named(&'a str),
+    /// None: prompts go in as they are.
+    Raw,
+}
+
+/// What a conversation was made with.
+#[derive(Clone, Debug)]
+pub struct Made {
+    pub context: ContextOptions,
+    /// `short`, `long`, or `none` for models without two sets.
+    pub rope_factors: &'static str,
+    pub load: Duration,
+}
+
+impl Setup<'_> {
+    /// Loads the model, makes the context and hands the conversation to `f`.
+    pub fn run<R>(&self, f: impl FnOnce(&mut Conversation<'_>, &Made) -> Result<R>) -> Result<R> {
+        let start = Instant::now();
+        let n_threads = self.context.n_threads()?;
+        let mut model = self.load_model(RopeFactors::Context)?;
+        let mut vision = self.load_vision(n_threads, &model)?;
+        let context = self.context_options(&model, vision.as_ref())?;
+        let template = match self.template {
+            Template::Model => model.chat_template(),
+            Template::Named(name) => Some(name.to_owned()),
+            Template::Raw => None,
+        };
+        let transcript = Transcript::new(template, self.system_prompt.map(str::to_owned));
+
+        let (rope, max_positions) =
+            self.rope_factors(&model, vision.as_ref(), context.n_ctx, &transcript)?;
+        let implied = model.long_rope_from().map(|from| {
+            if context.n_ctx > from {
+                RopeFactors::Long
+            } else {
+                RopeFactors::Short
+            }
+        });
+        // The factors are fixed when a model is loaded, and the prompt can only be counted with
+        // its vocabulary: where the context's size implies the wrong ones, it is loaded again.
+        if rope != RopeFactors::Context && implied.is_some_and(|implied| implied != rope) {
+            drop(vision);
+            model = self.load_model(rope)?;
+            vision = self.load_vision(n_threads, &model)?;
+        }
+        let rope_factors = match (rope, implied) {
+            (_, None) => "none",
+            (RopeFactors::Long, _) | (RopeFactors::Context, Some(RopeFactors::Long)) => "long",
+            _ => "short",
+        };
+        let engine = LlamaEngine::new(&model, context.clone(), &self.sampler)?;
+        let limits = Limits {
+            n_layer: model.n_layer(),
+            n_cells: engine.n_cells(),
+        };
+        let controller = Controller::new(
+            policy::create(self.policy.0, self.policy.1, limits)?,
+            engine.n_cells(),
+        );
+        let mut conversation =
+            Conversation::new(engine, vision, controller, transcript, max_positions);
+        f(
+            &mut conversation,
+            &Made {
+                context,
+                rope_factors,
+                load: start.elapsed(),
+            },
+        )
+    }
+
+    fn load_model(&self, rope_factors: RopeFactors) -> Result<Model> {
+        let bar = spinner("loading the model");
+        let options = ModelOptions {
+            n_gpu_layers: self.model.gpu_layers,
+            rope_factors,
+        };
+        let model = Model::load(&self.files.model, &options);
+        bar.finish_and_clear();
+        Ok(model?)
+    }
+
+    fn load_vision<'m>(&self, n_threads: i32, model: &'m Model) -> Result<Option<Vision<'m>>> {
+        let Some(path) = &self.files.mmproj else {
+            return Ok(None);
+        };
+        let options = VisionOptions {
+            use_gpu: self.model.gpu_layers != Some(0),
+            n_threads,
+        };
+        Ok(Some(Vision::load(path, model, &options)?))
+    }
+
+    /// The context's options with what the policy and the vision model need.
+    fn context_options(
+        &self,
+        model: &Model,
+        vision: Option<&Vision<'_>>,
+    ) -> Result<ContextOptions> {
+        let mut context = self.context.options(model.n_ctx_train())?;
+        context.non_causal_images = vision.is_some_and(Vision::non_causal);
+        let limits = Limits {
+            n_layer: model.n_layer(),
+            n_cells: context.n_ctx as usize,
+        };
+        let policy = policy::create(self.policy.0, self.policy.1, limits)?;
+        if let Observe::Layers { layers, .. } = policy.observe() {
+            if let Some(reason) = model.eviction_obstacle() {
+                return Err(Error::Unsupported {
+                    policy: policy.name(),
+                    reason: reason.into(),
+                }
+                .into());
+            }
+            context.score_layers = layers;
+        }
+        Ok(context)
+    }
+
+    /// The factors for the positions that the run can reach, and up to where they hold.
+    fn rope_factors(
+        &self,
+        model: &Model,
+        vision: Option<&Vision<'_>>,
+        n_ctx: u32,
+        transcript: &Transcript,
+    ) -> Result<(RopeFactors, Option<usize>)> {
+        let Some(from) = model.long_rope_from() else {
+            return Ok((RopeFactors::Context, None));
+        };
+        let from = from as usize;
+        let positions = match (self.model.rope_factors, self.prompt, self.n_predict) {
+            (RopeArg::Short, ..) => 0,
+            (RopeArg::Long, ..) => usize::MAX,
+            (RopeArg::Context, ..) => return Ok((RopeFactors::Context, None)),
+            (RopeArg::Auto, Some(text), Some(n)) => self
+                .first_prompt(model, vision, text, transcript)?
+                .saturating_add(n),
+            // A chat, or an answer without an end: as far as the cache reaches.
+            (RopeArg::Auto, ..) => n_ctx as usize,
+        };
+        Ok(if positions > from {
+            (RopeFactors::Long, None)
+        } else {
+            (RopeFactors::Short, Some(from))
+        })
+    }
+
+    /// Positions of the first prompt.
+    fn first_prompt(
+        &self,
+        model: &Model,
+        vision: Option<&Vision<'_>>,
+        text: &str,
+        transcript: &Transcript,
+    ) -> Result<usize> {
+        let line = vision.is_some_and(Vision::bos_per_text);
+        let (content, order) = place_pictures(text, self.pictures.len(), line)?;
+        let pictures: Vec<&Picture> = order.iter().map(|&i| &self.pictures[i]).collect();
+        let text = transcript.clone().ask(model, content)?;
+        Ok(tokenize(model, vision, &text, &pictures, true)?
+            .iter()
+            .map(Piece::len)
+            .sum())
+    }
+}
+
+/// A sign of life on stderr, when that is a terminal.
+pub fn spinner(what: &'static str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{spinner} {msg} {elapsed}")
+        .unwrap_or_else(|_| ProgressStyle::default_spinner());
+    let bar = ProgressBar::new_spinner()
+        .with_style(style)
+        .with_message(what);
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
+}
+
+/// A clock that never runs backwards.
+pub fn clock() -> impl Fn() -> Duration {
+    let start = Instant::now();
+    move || start.elapsed()
+}
+
+/// A seed for those who gave none.
+pub fn clock_seed() -> u32 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |t| t.subsec_nanos() ^ t.as_secs() as u32)
+}

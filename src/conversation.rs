@@ -1,0 +1,277 @@
+//! A conversation with a model: pictures and text in, an answer and what it cost out.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::cache::{Counts, PerModality};
+use crate::controller::Controller;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::generate::{Axes, Finish, Hooks, Segment, Session};
+use crate::image::Picture;
+use crate::llama::{ImageEmbeddings, LlamaEngine, Piece, Vision};
+use crate::prompt::{Transcript, place_pictures, tokenize};
+
+/// One user turn.
+#[derive(Debug, Default)]
+pub struct Turn {
+    pub text: String,
+    pub pictures: Vec<Picture>,
+    /// Tokens to generate at most; `None`: until the model ends or the context is full.
+    pub n_predict: Option<usize>,
+}
+
+/// An answer with its costs, as reports show it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Answer {
+    pub text: String,
+    pub finish: Finish,
+    pub tokens: TokenCounts,
+    pub kv: KvReport,
+    pub timings: TimingReport,
+    pub policy: PolicyReport,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct TokenCounts {
+    /// Of this turn's prompt.
+    pub prompt: PerModality,
+    /// Visual tokens of each picture of this turn.
+    pub images: Vec<usize>,
+    pub generated: usize,
+}
+
+/// The KV cache after the answer.
+#[derive(Clone, Debug, Serialize)]
+pub struct KvReport {
+    pub cells: Counts,
+    /// Cells that the cache can hold.
+    pub n_cells: usize,
+    /// Bytes that the cells in use take.
+    pub bytes_in_use: u64,
+    /// Bytes that the most cells ever in use took.
+    pub bytes_peak: u64,
+    /// Bytes of the buffers behind the cache, whatever is in use.
+    pub bytes_allocated: u64,
+}
+
+/// Milliseconds.
+#[derive(Clone, Debug, Serialize)]
+pub struct TimingReport {
+    pub vision_encode_ms: f64,
+    /// Scoring before the prefill; 0 where tokens are scored during it.
+    pub probe_ms: f64,
+    pub prefill_ms: f64,
+    /// From the question to the first token, encoding included.
+    pub ttft_ms: Option<f64>,
+    /// Mean time of a token after the first.
+    pub tpot_ms: Option<f64>,
+    pub decode_ms: f64,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct PolicyReport {
+    pub name: &'static str,
+    pub params: serde_json::Value,
+    pub evicted_after_prefill: usize,
+    pub evicted_in_decoding: usize,
+    /// Decoding steps that emptied the recycle bin.
+    pub flushes: usize,
+}
+
+/// A model, its cache and what was said.
+pub struct Conversation<'m> {
+    session: Session<LlamaEngine<'m>>,
+    vision: Option<Vision<'m>>,
+    transcript: Transcript,
+    /// Last token of the last answer, when it has not gone through the model yet.
+    pending: Option<i32>,
+    images: u32,
+    /// Positions that the chosen rope factors reach, when they end before the cache does.
+    max_positions: Option<usize>,
+}
+
+impl std::fmt::Debug for Conversation<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Conversation")
+            .field("transcript", &self.transcript)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'m> Conversation<'m> {
+    pub fn new(
+        engine: LlamaEngine<'m>,
+        vision: Option<Vision<'m>>,
+        controller: Controller,
+        transcript: Transcript,
+        max_positions: Option<usize>,
+    ) -> Self {
+        Conversation {
+            session: Session::new(engine, controller),
+            vision,
+            transcript,
+            pending: None,
+            images: 0,
+            max_positions,
+        }
+    }
+
+    /// Forgets everything that was said and shown.
+    pub fn clear(&mut self) {
+        self.session.engine.clear();
+        self.session.controller.clear();
+        self.transcript.clear();
+        self.pending = None;
+        self.images = 0;
+    }
+
+    /// The state of the cache.
+    pub fn kv(&self) -> KvReport {
+        let cells = self.session.controller.ledger().counts();
+        let bytes = self.session.engine.kv_bytes();
+        KvReport {
+            cells,
+            n_cells: self.session.engine.n_cells(),
+            bytes_in_use: bytes.per_cell * cells.cells() as u64,
+            bytes_peak: bytes.per_cell * cells.peak as u64,
+            bytes_allocated: bytes.allocated,
+        }
+    }
+
+    /// One turn.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`] and [`Error::Option`] leave the conversation as it was before
+    /// the turn; other errors leave it unusable until [`Conversation::clear`].
+    pub fn ask(&mut self, turn: &Turn, hooks: Hooks<'_>) -> Result<Answer> {
+        let model = self.session.engine.model();
+        let start = (hooks.now)();
+        let before = self.transcript.clone();
+        let line = self.vision.as_ref().is_some_and(Vision::bos_per_text);
+        let (content, order) = place_pictures(&turn.text, turn.pictures.len(), line)?;
+        let pictures: Vec<&Picture> = order.iter().map(|&i| &turn.pictures[i]).collect();
+        let text = self.transcript.ask(model, content)?;
+        let undo = |conversation: &mut Self, e: Error| {
+            conversation.transcript = before.clone();
+            e
+        };
+        let pieces = tokenize(
+            model,
+            self.vision.as_ref(),
+            &text,
+            &pictures,
+            before.is_new(),
+        )
+        .map_err(|e| undo(self, e))?;
+        self.check_fit(&pieces).map_err(|e| undo(self, e))?;
+
+        let (segments, images) = self.encode(pieces).map_err(|e| undo(self, e))?;
+        let encoded = (hooks.now)();
+        let n_predict = self.limit(turn.n_predict, &segments);
+        let generated = self
+            .session
+            .generate(&segments, n_predict, hooks)
+            .map_err(|e| undo(self, e))?;
+        self.transcript.answered(&generated.text);
+        self.pending = generated.pending;
+
+        let ms = |d: Duration| d.as_secs_f64() * 1e3;
+        let encode = encoded.saturating_sub(start);
+        let report = self.session.controller.report();
+        Ok(Answer {
+            finish: generated.finish,
+            tokens: TokenCounts {
+                prompt: generated.prompt,
+                images,
+                generated: generated.tokens.len(),
+            },
+            kv: self.kv(),
+            timings: TimingReport {
+                vision_encode_ms: ms(encode),
+                probe_ms: 0.0,
+                prefill_ms: ms(generated.timings.prefill),
+                ttft_ms: generated.timings.first_token.map(|t| ms(t + encode)),
+                tpot_ms: generated.timings.per_token().map(ms),
+                decode_ms: ms(generated.timings.decode),
+            },
+            policy: PolicyReport {
+                name: report.policy,
+                params: report.params,
+                evicted_after_prefill: report.evicted_after_prefill,
+                evicted_in_decoding: report.evicted_in_decoding,
+                flushes: report.flushes,
+            },
+            text: generated.text,
+        })
+    }
+
+    /// Checks the size of a prompt before its pictures are encoded.
+    fn check_fit(&self, pieces: &[Piece]) -> Result<()> {
+        let rows: usize = pieces.iter().map(Piece::len).sum();
+        let n_ctx = self.session.engine.n_cells();
+        let needed = self.session.controller.ledger().counts().cells()
+            + rows
+            + usize::from(self.pending.is_some());
+        if needed > n_ctx {
+            Err(Error::PromptTooLong { needed, n_ctx })
+        } else {
+            Ok(())
+        }
+    }
+
+    fn encode(&mut self, pieces: Vec<Piece>) -> Result<(Vec<Segment>, Vec<usize>)> {
+        let mut segments: Vec<Segment> = self
+            .pending
+            .take()
+            .map(|t| Segment::Tokens(vec![t]))
+            .into_iter()
+            .collect();
+        let mut images = Vec::new();
+        for piece in pieces {
+            match piece {
+                Piece::Text(tokens) => segments.push(Segment::Tokens(tokens)),
+                Piece::Image(image) => {
+                    let Some(vision) = &mut self.vision else {
+                        return Err(Error::option(
+                            "--image",
+                            "pictures need a vision file, give one with --mmproj",
+                        ));
+                    };
+                    images.push(image.n);
+                    segments.push(segment(vision.encode(&image)?, self.images));
+                    self.images += 1;
+                }
+            }
+        }
+        Ok((segments, images))
+    }
+
+    /// Keeps a generation within the positions that the rope factors were chosen for.
+    fn limit(&self, n_predict: Option<usize>, segments: &[Segment]) -> Option<usize> {
+        let taken = self.session.controller.next_pos() as usize
+            + segments.iter().map(Segment::positions).sum::<usize>();
+        let left = self.max_positions.map(|max| max.saturating_sub(taken));
+        match (n_predict, left) {
+            (Some(n), Some(left)) => Some(n.min(left)),
+            (n, left) => n.or(left),
+        }
+    }
+}
+
+/// An encoded picture as the loops take it.
+pub fn segment(encoded: ImageEmbeddings, image: u32) -> Segment {
+    let ImageEmbeddings {
+        data,
+        n,
+        n_pos,
+        mrope,
+    } = encoded;
+    Segment::Image {
+        embeddings: data,
+        n,
+        image,
+        axes: mrope.map(|rows| Axes { rows, n_pos }),
+    }
+}

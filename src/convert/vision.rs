@@ -1,0 +1,149 @@
+//! The vision file (mmproj): CLIP tower, projection and separators, with the keys and names of
+//! llama.cpp's clip.cpp, projector type `phi3v`.
+//!
+//! Features are an inner hidden state of the tower, so the layers behind it and the last norm are
+//! not written. Neither `clip.use_gelu` nor `clip.use_silu` is set, which means quick_gelu there.
+
+use super::OutType;
+use super::checkpoint::Checkpoint;
+use super::config::{TextConfig, VisionConfig};
+use super::tensors::{Planned, Role};
+use crate::error::Result;
+use crate::llama::gguf::Writer;
+
+const ROOT: &str = "model.vision_embed_tokens";
+/// Patches of a crop are merged 2x2 before the projection.
+const MERGE: u32 = 2;
+
+/// All tensors, checked against the checkpoint.
+///
+/// # Errors
+/// [`crate::error::Error::File`] for the first that is missing or has another shape.
+pub fn tensors(
+    checkpoint: &Checkpoint,
+    config: &VisionConfig,
+    text: &TextConfig,
+    outtype: OutType,
+) -> Result<Vec<Planned>> {
+    let (d, ff, out) = (config.n_embd, config.n_ff, text.n_embd);
+    let merged = d * MERGE * MERGE;
+    let side = config.image_size / config.patch_size;
+    let tower = format!("{ROOT}.img_processor.vision_model");
+    let stored = |from: &str, shape: &[u32], name: &str, role| {
+        Planned::stored(checkpoint, from, shape, name, role, outtype)
+    };
+    let pair = |all: &mut Vec<Planned>, from: &str, shape: &[u32], name: &str| -> Result<()> {
+        let role = if shape.len() == 1 {
+            Role::Vector
+        } else {
+            Role::Matrix
+        };
+        all.push(stored(
+            &format!("{from}.weight"),
+            shape,
+            &format!("{name}.weight"),
+            role,
+        )?);
+        all.push(stored(
+            &format!("{from}.bias"),
+            &shape[..1],
+            &format!("{name}.bias"),
+            Role::Vector,
+        )?);
+        Ok(())
+    };
+
+    let patch = &[d, 3, config.patch_size, config.patch_size];
+    let mut all = vec![
+        stored(
+            &format!("{tower}.embeddings.class_embedding"),
+            &[d],
+            "v.class_embd",
+            Role::Vector,
+        )?,
+        stored(
+            &format!("{tower}.embeddings.patch_embedding.weight"),
+            patch,
+            "v.patch_embd.weight",
+            Role::Kernel,
+        )?,
+        stored(
+            &format!("{tower}.embeddings.position_embedding.weight"),
+            &[side * side + 1, d],
+            "v.position_embd.weight",
+            Role::Positions,
+        )?,
+    ];
+    // The name is spelt so in CLIP's implementation.
+    pair(&mut all, &format!("{tower}.pre_layrnorm"), &[d], "v.pre_ln")?;
+    for il in 0..config.n_layer {
+        for (from, shape, name) in [
+            ("self_attn.q_proj", &[d, d][..], "attn_q"),
+            ("self_attn.k_proj", &[d, d], "attn_k"),
+            ("self_attn.v_proj", &[d, d], "attn_v"),
+            ("self_attn.out_proj", &[d, d], "attn_out"),
+            ("layer_norm1", &[d], "ln1"),
+            ("layer_norm2", &[d], "ln2"),
+            ("mlp.fc1", &[ff, d], "ffn_up"),
+            ("mlp.fc2", &[d, ff], "ffn_down"),
+        ] {
+            pair(
+                &mut all,
+                &format!("{tower}.encoder.layers.{il}.{from}"),
+                shape,
+                &format!("v.blk.{il}.{name}"),
+            )?;
+        }
+    }
+    pair(
+        &mut all,
+        &format!("{ROOT}.img_projection.0"),
+        &[out, merged],
+        "mm.0",
+    )?;
+    pair(
+        &mut all,
+        &format!("{ROOT}.img_projection.2"),
+        &[out, out],
+        "mm.2",
+    )?;
+    let newline = stored(
+        &format!("{ROOT}.sub_GN"),
+        &[1, 1, 1, merged],
+        "v.image_newline",
+        Role::Vector,
+    )?;
+    let separator = stored(
+        &format!("{ROOT}.glb_GN"),
+        &[1, 1, merged],
+        "v.view_seperator",
+        Role::Vector,
+    )?;
+    all.extend([newline.flattened(), separator.flattened()]);
+    Ok(all)
+}
+
+/// Writes everything but the tensors.
+///
+/// # Errors
+/// From [`Writer`].
+pub fn metadata(writer: &mut Writer, config: &VisionConfig, text: &TextConfig) -> Result<()> {
+    writer.set_bool("clip.has_vision_encoder", true)?;
+    writer.set_text("clip.projector_type", "phi3v")?;
+    for (key, value) in [
+        ("image_size", config.image_size),
+        ("patch_size", config.patch_size),
+        ("embedding_length", config.n_embd),
+        ("feed_forward_length", config.n_ff),
+        ("block_count", config.n_layer),
+        ("attention.head_count", config.n_head),
+        ("projection_dim", text.n_embd),
+        ("preproc_max_tiles", config.num_crops),
+        ("spatial_merge_size", MERGE),
+    ] {
+        writer.set_u32(&format!("clip.vision.{key}"), value)?;
+    }
+    writer.set_f32("clip.vision.attention.layer_norm_epsilon", config.norm_eps)?;
+    writer.set_f32_array("clip.vision.image_mean", &config.image_mean)?;
+    writer.set_f32_array("clip.vision.image_std", &config.image_std)
+}

@@ -1,0 +1,166 @@
+//! From the bytes of a file to RGB.
+
+use std::io::Cursor;
+use std::path::Path;
+
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
+
+use super::{Limits, Picture};
+use crate::error::{Error, Result};
+
+const FORMATS: [ImageFormat; 5] = [
+    ImageFormat::Png,
+    ImageFormat::Jpeg,
+    ImageFormat::WebP,
+    ImageFormat::Gif,
+    ImageFormat::Bmp,
+];
+
+/// Decodes a picture that is in memory; `path` is what messages name.
+///
+/// # Errors
+/// [`Error::File`] when the bytes are none of the formats, break a limit, or are broken.
+pub fn decode(path: &Path, bytes: &[u8], limits: &Limits) -> Result<Picture> {
+    decode_bytes(bytes, limits).map_err(|reason| Error::file(path, reason))
+}
+
+/// As [`decode`]; the error is the reason alone.
+fn decode_bytes(bytes: &[u8], limits: &Limits) -> Result<Picture, String> {
+    if bytes.is_empty() {
+        return Err("is empty, expected a picture".into());
+    }
+    let format = image::guess_format(bytes)
+        .ok()
+        .filter(|f| FORMATS.contains(f));
+    let format =
+        format.ok_or("is no picture that can be read, expected PNG, JPEG, WebP, GIF or BMP")?;
+    // These two decoders would fill what is missing with something.
+    let whole = match format {
+        ImageFormat::Jpeg => jpeg_ends(bytes),
+        ImageFormat::WebP => webp_is_whole(bytes),
+        _ => true,
+    };
+    if !whole {
+        return Err(format!("broken {}: the file is cut off", name(format)));
+    }
+    let broken = |e: ImageError| describe(format, &e, limits);
+
+    let mut memory = image::Limits::no_limits();
+    memory.max_alloc = Some(limits.memory);
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    reader.limits(memory.clone());
+    let mut decoder = reader.into_decoder().map_err(broken)?;
+    let (width, height) = decoder.dimensions();
+    check_size(width, height, limits)?;
+    memory.reserve(decoder.total_bytes()).map_err(broken)?;
+    decoder.set_limits(memory).map_err(broken)?;
+
+    // A broken EXIF block is no reason to refuse the pixels.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
+    image.apply_orientation(orientation);
+    let (width, height) = (image.width(), image.height());
+    Ok(Picture {
+        width,
+        height,
+        rgb: on_white(image),
+    })
+}
+
+fn check_size(width: u32, height: u32, limits: &Limits) -> Result<(), String> {
+    let (short, long) = (width.min(height), width.max(height));
+    let found = format!("is {width}x{height} pixels");
+    if short < limits.min_side {
+        return Err(format!(
+            "{found}, expected sides of at least {}",
+            limits.min_side
+        ));
+    }
+    if long > limits.max_side {
+        return Err(format!(
+            "{found}, expected sides of at most {}",
+            limits.max_side
+        ));
+    }
+    if u64::from(width) * u64::from(height) > limits.pixels {
+        return Err(format!(
+            "{found}, expected at most {} pixels in all",
+            limits.pixels
+        ));
+    }
+    if u64::from(long) > u64::from(short) * u64::from(limits.aspect) {
+        return Err(format!(
+            "{found}, expected an aspect ratio of at most {}:1",
+            limits.aspect
+        ));
+    }
+    Ok(())
+}
+
+fn name(format: ImageFormat) -> &'static str {
+    match format {
+        ImageFormat::Png => "PNG",
+        ImageFormat::Jpeg => "JPEG",
+        ImageFormat::WebP => "WebP",
+        ImageFormat::Gif => "GIF",
+        _ => "BMP",
+    }
+}
+
+fn describe(format: ImageFormat, error: &ImageError, limits: &Limits) -> String {
+    let format = name(format);
+    if matches!(error, ImageError::Limits(_)) {
+        return format!("{format} needs more than {} bytes to decode", limits.memory);
+    }
+    // Messages of decoders may run over several lines.
+    let text = error.to_string();
+    let text: Vec<&str> = text.split_whitespace().collect();
+    format!("broken {format}: {}", text.join(" "))
+}
+
+/// 8-bit RGB, transparency laid on white. Grey, palettes and 16 bits a channel included.
+fn on_white(image: DynamicImage) -> Vec<u8> {
+    if !image.color().has_alpha() {
+        return image.into_rgb8().into_raw();
+    }
+    let rgba = image.into_rgba8().into_raw();
+    let mut rgb = Vec::with_capacity(rgba.len() / 4 * 3);
+    for pixel in rgba.chunks_exact(4) {
+        let alpha = u32::from(pixel[3]);
+        rgb.extend(pixel[..3].iter().map(|&c| {
+            // At most 255, because the weights add up to 255.
+            ((u32::from(c) * alpha + 255 * (255 - alpha) + 127) / 255) as u8
+        }));
+    }
+    rgb
+}
+
+/// Whether a JPEG has an end marker behind its first scan. Segments before the scan are skipped
+/// by their lengths, because an embedded thumbnail has an end marker of its own; within a scan
+/// the byte 0xff is never followed by 0xd9 unless it is the marker.
+fn jpeg_ends(bytes: &[u8]) -> bool {
+    const START_OF_SCAN: u8 = 0xda;
+    let mut at = 2;
+    while let [0xff, marker, rest @ ..] = bytes.get(at..).unwrap_or_default() {
+        match (marker, rest) {
+            // Fill bytes, and markers without a segment.
+            (0xff, _) => at += 1,
+            (0x01 | 0xd0..=0xd7, _) => at += 2,
+            (&START_OF_SCAN, _) => return rest.windows(2).any(|w| w == [0xff, 0xd9]),
+            (_, [high, low, ..]) => at += 2 + usize::from(u16::from_be_bytes([*high, *low])),
+            _ => return false,
+        }
+    }
+    // Stray bytes between segments: leave the verdict to the decoder.
+    at < bytes.len()
+}
+
+/// Whether a WebP has as many bytes as its RIFF header says, behind that header's eight.
+fn webp_is_whole(bytes: &[u8]) -> bool {
+    let Some(size) = bytes.get(4..8) else {
+        return false;
+    };
+    let size = u32::from_le_bytes([size[0], size[1], size[2], size[3]]);
+    bytes.len() as u64 >= u64::from(size) + 8
+}

@@ -1,0 +1,64 @@
+//! llama.cpp behind the crate's own types: the only home of its bindings and of `unsafe`.
+//!
+//! [`Model`] loads a GGUF, [`Vision`] turns pictures into embeddings through mtmd, and
+//! [`LlamaEngine`] implements [`crate::engine::Engine`] on a context whose evaluation callback
+//! ([`observer`]) reads which cell each token went to and, when asked, how much attention each
+//! cell had.
+
+pub mod chat;
+mod context;
+pub mod gguf;
+pub mod log;
+mod model;
+mod observer;
+pub mod quantize;
+mod sampler;
+mod vision;
+
+pub use context::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
+pub use model::{Model, ModelOptions, RopeFactors};
+pub use sampler::SamplerOptions;
+pub use vision::{ImageEmbeddings, ImageTokens, Piece, Vision, VisionOptions};
+
+use std::sync::OnceLock;
+
+use llama_cpp_2::llama_backend::LlamaBackend;
+
+use crate::error::{Error, Result};
+
+/// llama.cpp's process-wide state, set up once and never torn down: models may live in statics.
+fn backend() -> Result<&'static LlamaBackend> {
+    static BACKEND: OnceLock<std::result::Result<LlamaBackend, String>> = OnceLock::new();
+    BACKEND
+        .get_or_init(|| {
+            log::install();
+            LlamaBackend::init().map_err(|e| e.to_string())
+        })
+        .as_ref()
+        .map_err(|e| Error::llama("llama_backend_init", e.clone()))
+}
+
+/// ggml's version number.
+pub fn ggml_version() -> String {
+    // SAFETY: returns a static C string.
+    unsafe { static_str(llama_cpp_sys_2::ggml_version()) }
+}
+
+/// The processor features that llama.cpp was built for and found.
+pub fn system_info() -> String {
+    // SAFETY: returns a C string that lives until the next call, copied at once.
+    unsafe { static_str(llama_cpp_sys_2::llama_print_system_info()) }
+}
+
+/// # Safety
+/// `text` is null or a C string that lives during the call.
+unsafe fn static_str(text: *const std::ffi::c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: the caller's promise.
+    unsafe { std::ffi::CStr::from_ptr(text) }
+        .to_string_lossy()
+        .trim()
+        .to_owned()
+}

@@ -1,0 +1,213 @@
+//! A loaded text model.
+
+use std::path::{Path, PathBuf};
+
+use llama_cpp_2::model::params::LlamaModelParams;
+use llama_cpp_2::model::{LlamaModel, RopeType};
+use llama_cpp_sys_2 as sys;
+
+use super::gguf::{Gguf, c_path};
+use super::{backend, log};
+use crate::engine::Token;
+use crate::error::{Error, Result};
+
+/// Which of longrope's two factor sets to use. llama.cpp follows the size of the cache, which a
+/// cache that evicts does not share with the positions; the choice belongs to the positions that
+/// a run will reach (Phi-3's own rule: long from position `original_context_length` on).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RopeFactors {
+    /// llama.cpp's own rule: by the size of the context.
+    #[default]
+    Context,
+    Short,
+    Long,
+}
+
+/// How to load a model.
+#[derive(Clone, Debug, Default)]
+pub struct ModelOptions {
+    /// Layers to keep on the GPU (`-ngl`); `None` lets llama.cpp decide.
+    pub n_gpu_layers: Option<u32>,
+    pub rope_factors: RopeFactors,
+}
+
+/// A GGUF text model, shared by the contexts made from it.
+pub struct Model {
+    pub(super) inner: LlamaModel,
+    path: PathBuf,
+    arch: String,
+    /// Positions that the short rope factors were trained for, when the model has two sets.
+    long_rope_from: Option<u32>,
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model")
+            .field("path", &self.path)
+            .field("arch", &self.arch)
+            .finish()
+    }
+}
+
+/// One `llama_model_kv_override` of integer type.
+fn int_override(key: &str, value: i64) -> Result<sys::llama_model_kv_override> {
+    let mut raw = sys::llama_model_kv_override {
+        tag: sys::LLAMA_KV_OVERRIDE_TYPE_INT,
+        key: [0; 128],
+        __bindgen_anon_1: sys::llama_model_kv_override__bindgen_ty_1 { val_i64: value },
+    };
+    // The last byte stays 0: the C side reads a NUL-terminated string.
+    if key.len() >= raw.key.len() {
+        return Err(Error::llama(
+            "llama_model_kv_override",
+            format!("key {key} is longer than 127 bytes"),
+        ));
+    }
+    for (to, from) in raw.key.iter_mut().zip(key.bytes()) {
+        *to = from as std::ffi::c_char;
+    }
+    Ok(raw)
+}
+
+impl Model {
+    /// Loads a text model.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the file is not a GGUF text model that llama.cpp can load.
+    pub fn load(path: &Path, options: &ModelOptions) -> Result<Self> {
+        let meta = Gguf::open(path)?;
+        let arch = meta.text("general.architecture")?;
+        if arch == "clip" {
+            return Err(Error::file(
+                path,
+                "is a vision file (architecture clip), expected a text model: pass it as --mmproj",
+            ));
+        }
+        let orig_key = format!("{arch}.rope.scaling.original_context_length");
+        let two_sets = meta
+            .tensors()
+            .iter()
+            .any(|t| t.name.ends_with("rope_factors_long.weight"));
+        let long_rope_from = two_sets
+            .then(|| meta.unsigned(&orig_key).ok())
+            .flatten()
+            .and_then(|n| u32::try_from(n).ok());
+
+        let overrides = match (options.rope_factors, long_rope_from) {
+            (RopeFactors::Context, _) | (_, None) => Vec::new(),
+            // llama.cpp takes the long set when the context is larger than this value.
+            (RopeFactors::Long, Some(_)) => vec![int_override(&orig_key, 1)?, end_of_overrides()],
+            (RopeFactors::Short, Some(_)) => vec![
+                int_override(&orig_key, i64::from(i32::MAX))?,
+                end_of_overrides(),
+            ],
+        };
+        let mut params = LlamaModelParams::default();
+        if let Some(n) = options.n_gpu_layers {
+            params = params.with_n_gpu_layers(n);
+        }
+        if !overrides.is_empty() {
+            params.as_raw_mut().kv_overrides = overrides.as_ptr();
+        }
+        let backend = backend()?;
+        c_path(path)?;
+        log::forget();
+        let inner = LlamaModel::load_from_file(backend, path, &params).map_err(|e| {
+            Error::file(
+                path,
+                format!("cannot be loaded: {}", log::take_reason(&e.to_string())),
+            )
+        })?;
+        drop(overrides);
+        Ok(Model {
+            inner,
+            path: path.to_owned(),
+            arch,
+            long_rope_from,
+        })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `general.architecture`.
+    pub fn arch(&self) -> &str {
+        &self.arch
+    }
+
+    /// Positions after which a longrope model needs its long factors; `None` for other models.
+    pub fn long_rope_from(&self) -> Option<u32> {
+        self.long_rope_from
+    }
+
+    /// Transformer layers.
+    pub fn n_layer(&self) -> u32 {
+        self.inner.n_layer()
+    }
+
+    /// Context length that the model was trained for.
+    pub fn n_ctx_train(&self) -> u32 {
+        self.inner.n_ctx_train()
+    }
+
+    /// Width of an embedding row that the decoder takes.
+    pub fn n_embd(&self) -> usize {
+        // SAFETY: the pointer is valid while `self.inner` lives.
+        let n = unsafe { sys::llama_model_n_embd_inp(self.inner.as_ptr()) };
+        usize::try_from(n).unwrap_or(0)
+    }
+
+    pub fn n_vocab(&self) -> usize {
+        usize::try_from(self.inner.n_vocab()).unwrap_or(0)
+    }
+
+    /// Why sequence-level eviction of single tokens cannot serve this model, if it cannot.
+    pub fn eviction_obstacle(&self) -> Option<&'static str> {
+        // SAFETY: the pointer is valid while `self.inner` lives.
+        let n_swa = unsafe { sys::llama_model_n_swa(self.inner.as_ptr()) };
+        if self.inner.is_recurrent() || self.inner.is_hybrid() {
+            Some("its memory is recurrent, single tokens cannot be removed from it")
+        } else if n_swa > 0 {
+            Some("it uses sliding-window attention, whose cells differ between layers")
+        } else if matches!(
+            self.inner.rope_type(),
+            Some(RopeType::MRope | RopeType::IMRope | RopeType::Vision)
+        ) {
+            Some(
+                "all tokens of a picture share one position (M-RoPE), single ones cannot be removed",
+            )
+        } else {
+            None
+        }
+    }
+
+    /// Token ids of a text. `special` parses special tokens, `add_bos` adds what the model wants
+    /// at the start of a text.
+    pub fn tokenize(&self, text: &str, add_bos: bool, special: bool) -> Vec<Token> {
+        self.inner
+            .vocab()
+            .tokenize(text.as_bytes(), add_bos, special)
+            .into_iter()
+            .map(|t| t.0)
+            .collect()
+    }
+
+    /// The chat template in the file.
+    pub fn chat_template(&self) -> Option<String> {
+        self.inner
+            .chat_template(None)
+            .ok()
+            .and_then(|t| t.to_string().ok())
+    }
+}
+
+/// llama.cpp reads overrides up to one with an empty key.
+fn end_of_overrides() -> sys::llama_model_kv_override {
+    sys::llama_model_kv_override {
+        tag: sys::LLAMA_KV_OVERRIDE_TYPE_INT,
+        key: [0; 128],
+        __bindgen_anon_1: sys::llama_model_kv_override__bindgen_ty_1 { val_i64: 0 },
+    }
+}

@@ -1,0 +1,54 @@
+//! llama.cpp's sampler chain, in the order that llama.cpp's own programs build it.
+
+use llama_cpp_2::sampling::LlamaSampler;
+
+/// Sampling flags, with llama.cpp's defaults.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct SamplerOptions {
+    pub seed: u32,
+    /// 0 or less: greedy.
+    pub temp: f32,
+    pub top_k: i32,
+    pub top_p: f32,
+    pub min_p: f32,
+    pub repeat_penalty: f32,
+    /// Tokens that the repeat penalty looks back on.
+    pub repeat_last_n: i32,
+}
+
+impl SamplerOptions {
+    /// Always the likeliest token.
+    pub const GREEDY: SamplerOptions = SamplerOptions {
+        seed: 0,
+        temp: 0.0,
+        top_k: 40,
+        top_p: 0.95,
+        min_p: 0.05,
+        repeat_penalty: 1.0,
+        repeat_last_n: 64,
+    };
+
+    pub(super) fn chain(&self, n_vocab: usize) -> LlamaSampler {
+        let n_vocab = i32::try_from(n_vocab).unwrap_or(i32::MAX);
+        let mut chain = Vec::new();
+        if self.repeat_penalty != 1.0 {
+            chain.push(LlamaSampler::penalties(
+                n_vocab,
+                self.repeat_last_n,
+                self.repeat_penalty,
+                0.0,
+                0.0,
+            ));
+        }
+        if self.temp <= 0.0 {
+            chain.push(LlamaSampler::greedy());
+        } else {
+            chain.push(LlamaSampler::top_k(self.top_k));
+            chain.push(LlamaSampler::top_p(self.top_p, 1));
+            chain.push(LlamaSampler::min_p(self.min_p, 1));
+            chain.push(LlamaSampler::temp(self.temp));
+            chain.push(LlamaSampler::dist(self.seed));
+        }
+        LlamaSampler::chain(chain, true)
+    }
+}

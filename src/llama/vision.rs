@@ -1,0 +1,347 @@
+//! Pictures to embeddings, through mtmd: whatever vision model mtmd knows.
+
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+
+use llama_cpp_sys_2 as sys;
+
+use super::gguf::{Gguf, c_path};
+use super::{Model, log};
+use crate::cache::Pos;
+use crate::engine::Token;
+use crate::error::{Error, Result};
+use crate::image::Picture;
+
+/// How to load a vision file.
+#[derive(Clone, Copy, Debug)]
+pub struct VisionOptions {
+    pub use_gpu: bool,
+    pub n_threads: i32,
+}
+
+/// A part of a prompt as the model takes it.
+#[derive(Debug)]
+pub enum Piece {
+    Text(Vec<Token>),
+    Image(ImageTokens),
+}
+
+impl Piece {
+    /// Rows that the piece takes in a batch.
+    pub fn len(&self) -> usize {
+        match self {
+            Piece::Text(tokens) => tokens.len(),
+            Piece::Image(image) => image.n,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A picture that was cut up and normalised, not yet encoded.
+#[derive(Debug)]
+pub struct ImageTokens {
+    /// Owned: freed on drop.
+    chunk: NonNull<sys::mtmd_input_chunk>,
+    /// Visual tokens.
+    pub n: usize,
+    /// Positions that the picture takes in the sequence (less than `n` with M-RoPE).
+    pub n_pos: Pos,
+}
+
+impl Drop for ImageTokens {
+    fn drop(&mut self) {
+        // SAFETY: made by mtmd_input_chunk_copy, freed once.
+        unsafe { sys::mtmd_input_chunk_free(self.chunk.as_ptr()) }
+    }
+}
+
+/// A picture as the decoder takes it.
+#[derive(Clone, Debug)]
+pub struct ImageEmbeddings {
+    /// Row-major `[n, n_embd]`.
+    pub data: Vec<f32>,
+    pub n: usize,
+    pub n_pos: Pos,
+    /// `[t, y, x, 0]` of each row, relative to the picture's first position; only with M-RoPE.
+    pub mrope: Option<Vec<[Pos; 4]>>,
+}
+
+/// A loaded vision file (`--mmproj`).
+pub struct Vision<'m> {
+    ctx: NonNull<sys::mtmd_context>,
+    model: &'m Model,
+    path: PathBuf,
+    projector: String,
+}
+
+impl Drop for Vision<'_> {
+    fn drop(&mut self) {
+        // SAFETY: made by mtmd_init_from_file, freed once.
+        unsafe { sys::mtmd_free(self.ctx.as_ptr()) }
+    }
+}
+
+/// Owned by the caller of `mtmd_bitmap_init`.
+struct Bitmap(NonNull<sys::mtmd_bitmap>);
+
+impl Drop for Bitmap {
+    fn drop(&mut self) {
+        // SAFETY: made by mtmd_bitmap_init, freed once.
+        unsafe { sys::mtmd_bitmap_free(self.0.as_ptr()) }
+    }
+}
+
+/// Owned by the caller of `mtmd_input_chunks_init`.
+struct Chunks(NonNull<sys::mtmd_input_chunks>);
+
+impl Drop for Chunks {
+    fn drop(&mut self) {
+        // SAFETY: made by mtmd_input_chunks_init, freed once.
+        unsafe { sys::mtmd_input_chunks_free(self.0.as_ptr()) }
+    }
+}
+
+impl<'m> Vision<'m> {
+    /// Stands for a picture in a prompt's text.
+    pub const MARKER: &'static str = "<__media__>";
+
+    /// Loads a vision file for `model`.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the file is not a vision file, or not one for this model.
+    pub fn load(path: &Path, model: &'m Model, options: &VisionOptions) -> Result<Self> {
+        let meta = Gguf::open(path)?;
+        let arch = meta.text("general.architecture")?;
+        if arch != "clip" {
+            return Err(Error::file(
+                path,
+                format!(
+                    "is a text model (architecture {arch}), expected a vision file: pass it as -m"
+                ),
+            ));
+        }
+        let projector = meta
+            .text("clip.projector_type")
+            .or_else(|_| meta.text("clip.vision.projector_type"))?;
+        let c_path = c_path(path)?;
+        let marker = CString::new(Self::MARKER)
+            .map_err(|e| Error::llama("mtmd_init_from_file", e.to_string()))?;
+        log::forget();
+        // SAFETY: both strings outlive the call, which copies them; the model outlives `Self`.
+        let ctx = unsafe {
+            let mut params = sys::mtmd_context_params_default();
+            params.use_gpu = options.use_gpu;
+            params.n_threads = options.n_threads;
+            params.print_timings = false;
+            params.warmup = false;
+            params.media_marker = marker.as_ptr();
+            sys::mtmd_init_from_file(c_path.as_ptr(), model.inner.as_ptr(), params)
+        };
+        let ctx = NonNull::new(ctx).ok_or_else(|| {
+            Error::file(
+                path,
+                format!("cannot be loaded: {}", log::take_reason("unknown reason")),
+            )
+        })?;
+        let vision = Vision {
+            ctx,
+            model,
+            path: path.to_owned(),
+            projector,
+        };
+        // SAFETY: the context is alive.
+        if !unsafe { sys::mtmd_support_vision(vision.ctx.as_ptr()) } {
+            return Err(Error::file(path, "holds no vision encoder"));
+        }
+        Ok(vision)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The projector's name in mtmd (`phi3v`, `mlp`, `gemma3`, ...).
+    pub fn projector(&self) -> &str {
+        &self.projector
+    }
+
+    /// Whether every text between pictures starts with its own BOS (Phi-3.5-vision's processor).
+    pub fn bos_per_text(&self) -> bool {
+        self.projector == "phi3v"
+    }
+
+    /// Whether a picture's tokens attend to all of the picture.
+    pub fn non_causal(&self) -> bool {
+        // SAFETY: the context is alive; null means "an image chunk".
+        unsafe { sys::mtmd_decode_use_non_causal(self.ctx.as_ptr(), std::ptr::null()) }
+    }
+
+    /// Tokens of a text in which each [`Self::MARKER`] stands for the next picture.
+    ///
+    /// # Errors
+    /// [`Error::Option`] when markers and pictures differ in number, [`Error::Llama`] when a
+    /// picture cannot be cut up.
+    pub fn tokenize(&self, text: &str, pictures: &[&Picture], add_bos: bool) -> Result<Vec<Piece>> {
+        let markers = text.matches(Self::MARKER).count();
+        if markers != pictures.len() {
+            return Err(Error::option(
+                "--image",
+                format!(
+                    "{} pictures for {markers} places in the prompt",
+                    pictures.len()
+                ),
+            ));
+        }
+        if text.contains('\0') {
+            return Err(Error::option("-p", "the prompt contains a NUL byte"));
+        }
+        let bitmaps = pictures
+            .iter()
+            .map(|p| bitmap(p))
+            .collect::<Result<Vec<_>>>()?;
+        let raw: Vec<*const sys::mtmd_bitmap> =
+            bitmaps.iter().map(|b| b.0.as_ptr().cast_const()).collect();
+        // SAFETY: takes nothing.
+        let chunks = Chunks(
+            NonNull::new(unsafe { sys::mtmd_input_chunks_init() })
+                .ok_or_else(|| Error::llama("mtmd_input_chunks_init", "out of memory"))?,
+        );
+        let input = sys::mtmd_input_text {
+            text: text.as_ptr().cast(),
+            text_len: text.len(),
+            add_special: add_bos,
+            parse_special: true,
+        };
+        log::forget();
+        // SAFETY: all pointers are valid for the call; the text is given with its length.
+        let status = unsafe {
+            sys::mtmd_tokenize(
+                self.ctx.as_ptr(),
+                chunks.0.as_ptr(),
+                &raw const input,
+                raw.as_ptr().cast_mut(),
+                raw.len(),
+            )
+        };
+        if status != 0 {
+            return Err(Error::llama(
+                "mtmd_tokenize",
+                log::take_reason(&format!("status {status}")),
+            ));
+        }
+        // SAFETY: the chunks are alive.
+        let n = unsafe { sys::mtmd_input_chunks_size(chunks.0.as_ptr()) };
+        (0..n).map(|i| self.piece(&chunks, i)).collect()
+    }
+
+    fn piece(&self, chunks: &Chunks, i: usize) -> Result<Piece> {
+        // SAFETY: i is below the number of chunks; the chunk lives as long as `chunks`, the text
+        // tokens as long as the chunk.
+        unsafe {
+            let chunk = sys::mtmd_input_chunks_get(chunks.0.as_ptr(), i);
+            match sys::mtmd_input_chunk_get_type(chunk) {
+                sys::MTMD_INPUT_CHUNK_TYPE_TEXT => {
+                    let mut n = 0;
+                    let tokens = sys::mtmd_input_chunk_get_tokens_text(chunk, &raw mut n);
+                    let tokens = if n == 0 {
+                        &[]
+                    } else {
+                        std::slice::from_raw_parts(tokens, n)
+                    };
+                    Ok(Piece::Text(tokens.to_vec()))
+                }
+                sys::MTMD_INPUT_CHUNK_TYPE_IMAGE => {
+                    let copy = NonNull::new(sys::mtmd_input_chunk_copy(chunk))
+                        .ok_or_else(|| Error::llama("mtmd_input_chunk_copy", "out of memory"))?;
+                    Ok(Piece::Image(ImageTokens {
+                        chunk: copy,
+                        n: sys::mtmd_input_chunk_get_n_tokens(chunk),
+                        n_pos: sys::mtmd_input_chunk_get_n_pos(chunk),
+                    }))
+                }
+                other => Err(Error::llama(
+                    "mtmd_tokenize",
+                    format!("chunk type {other}, expected text or image"),
+                )),
+            }
+        }
+    }
+
+    /// Runs the vision tower and the projector on one picture.
+    ///
+    /// # Errors
+    /// [`Error::Llama`] when the encoder fails.
+    pub fn encode(&mut self, image: &ImageTokens) -> Result<ImageEmbeddings> {
+        log::forget();
+        // SAFETY: context and chunk are alive.
+        let status = unsafe { sys::mtmd_encode_chunk(self.ctx.as_ptr(), image.chunk.as_ptr()) };
+        if status != 0 {
+            return Err(Error::llama(
+                "mtmd_encode_chunk",
+                log::take_reason(&format!("status {status}")),
+            ));
+        }
+        let len = image.n * self.model.n_embd();
+        // SAFETY: after a successful encode the output holds n_tokens * n_embd floats, until the
+        // next encode; they are copied at once.
+        let data = unsafe {
+            let data = sys::mtmd_get_output_embd(self.ctx.as_ptr());
+            if data.is_null() {
+                return Err(Error::llama("mtmd_get_output_embd", "no embeddings"));
+            }
+            std::slice::from_raw_parts(data, len).to_vec()
+        };
+        Ok(ImageEmbeddings {
+            data,
+            n: image.n,
+            n_pos: image.n_pos,
+            mrope: self.mrope(image),
+        })
+    }
+
+    fn mrope(&self, image: &ImageTokens) -> Option<Vec<[Pos; 4]>> {
+        // SAFETY: the context is alive.
+        if !unsafe { sys::mtmd_decode_use_mrope(self.ctx.as_ptr()) } {
+            return None;
+        }
+        // SAFETY: the chunk is alive and an image; i is below its number of tokens.
+        unsafe {
+            let tokens = sys::mtmd_input_chunk_get_tokens_image(image.chunk.as_ptr());
+            Some(
+                (0..image.n)
+                    .map(|i| {
+                        let p = sys::mtmd_image_tokens_get_decoder_pos(tokens, 0, i);
+                        [p.t as Pos, p.y as Pos, p.x as Pos, p.z as Pos]
+                    })
+                    .collect(),
+            )
+        }
+    }
+}
+
+fn bitmap(picture: &Picture) -> Result<Bitmap> {
+    let expected = (picture.width as usize)
+        .checked_mul(picture.height as usize)
+        .and_then(|n| n.checked_mul(3));
+    if expected != Some(picture.rgb.len()) {
+        return Err(Error::llama(
+            "mtmd_bitmap_init",
+            format!(
+                "{} bytes for {}x{} pixels",
+                picture.rgb.len(),
+                picture.width,
+                picture.height
+            ),
+        ));
+    }
+    // SAFETY: the data holds width * height * 3 bytes, which the call copies.
+    NonNull::new(unsafe {
+        sys::mtmd_bitmap_init(picture.width, picture.height, picture.rgb.as_ptr())
+    })
+    .map(Bitmap)
+    .ok_or_else(|| Error::llama("mtmd_bitmap_init", "out of memory"))
+}

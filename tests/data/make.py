@@ -1,0 +1,36 @@
+"""Writes the pictures that the tests cannot write themselves, because the `image` crate has no
+encoder for them. Needs Pillow. The colours are what tests/suite/image.rs expects."""
+
+import io
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+out = Path(sys.argv[1])
+left, right = (200, 40, 40), (40, 40, 200)
+
+
+def halves(mode="RGB"):
+    picture = Image.new("RGB", (32, 16), left)
+    picture.paste(right, (16, 0, 32, 16))
+    return picture.convert(mode)
+
+
+halves().save(out / "lossy.webp", quality=90, method=6)
+halves().save(
+    out / "animated.webp",
+    save_all=True,
+    append_images=[Image.new("RGB", (32, 16), (0, 255, 0))],
+    duration=100,
+    lossless=True,
+)
+halves().save(out / "progressive.jpg", quality=95, progressive=True)
+halves("CMYK").save(out / "cmyk.jpg", quality=95)
+
+# Orientation 6: the camera was turned, so viewers show the picture turned clockwise.
+exif = Image.Exif()
+exif[0x0112] = 6
+exif_bytes = io.BytesIO()
+halves().save(exif_bytes, "JPEG", quality=95, exif=exif)
+(out / "turned.jpg").write_bytes(exif_bytes.getvalue())

@@ -1,0 +1,177 @@
+//! The tiny checkpoint, copies of it to damage, and llama.cpp's own tokenizer to ask.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use hae::Error;
+use hae::convert::{self, Options, OutType, Summary};
+use llama_cpp_2::llama_backend::LlamaBackend;
+use llama_cpp_2::model::LlamaModel;
+use llama_cpp_2::model::params::LlamaModelParams;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::Value;
+use tempfile::TempDir;
+
+pub fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+pub fn checkpoint() -> PathBuf {
+    root().join("models/tiny-phi3v")
+}
+
+pub fn golden() -> Value {
+    json(&root().join("tests/golden/tiny-phi3v/index.json"))
+}
+
+pub fn json(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// A copy of the tiny checkpoint that a test may change.
+pub struct Copy(pub TempDir);
+
+impl Copy {
+    pub fn new() -> Self {
+        let dir = TempDir::new().unwrap();
+        for entry in std::fs::read_dir(checkpoint()).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+        }
+        Self(dir)
+    }
+
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.0.path().join(file)
+    }
+
+    pub fn write(&self, file: &str, bytes: impl AsRef<[u8]>) {
+        std::fs::write(self.path(file), bytes).unwrap();
+    }
+
+    pub fn remove(&self, file: &str) {
+        std::fs::remove_file(self.path(file)).unwrap();
+    }
+
+    pub fn edit(&self, file: &str, change: impl FnOnce(&mut Value)) {
+        let mut value = json(&self.path(file));
+        change(&mut value);
+        self.write(file, serde_json::to_vec(&value).unwrap());
+    }
+
+    pub fn edit_tensors(&self, change: impl FnOnce(&mut Tensors)) {
+        let mut tensors = read_tensors(&self.path("model.safetensors"));
+        change(&mut tensors);
+        self.write("model.safetensors", serialize(&tensors));
+    }
+}
+
+/// Type, shape and little-endian bytes by name.
+pub type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+pub fn read_tensors(path: &Path) -> Tensors {
+    let bytes = std::fs::read(path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    tensors
+        .iter()
+        .map(|(name, t)| {
+            (
+                name.to_owned(),
+                (t.dtype(), t.shape().to_vec(), t.data().to_vec()),
+            )
+        })
+        .collect()
+}
+
+pub fn serialize(tensors: &Tensors) -> Vec<u8> {
+    let views = tensors.iter().map(|(name, (dtype, shape, data))| {
+        (name, TensorView::new(*dtype, shape.clone(), data).unwrap())
+    });
+    safetensors::serialize(views, None).unwrap()
+}
+
+/// Where [`convert`] puts its two files.
+pub struct Converted {
+    pub dir: TempDir,
+    pub summary: Summary,
+}
+
+impl Converted {
+    pub fn text(&self) -> PathBuf {
+        self.dir.path().join("text.gguf")
+    }
+
+    pub fn mmproj(&self) -> PathBuf {
+        self.dir.path().join("mmproj.gguf")
+    }
+}
+
+pub fn options(model_dir: &Path, out: &Path, outtype: OutType) -> Options {
+    Options {
+        model_dir: model_dir.to_owned(),
+        text_out: out.join("text.gguf"),
+        mmproj_out: out.join("mmproj.gguf"),
+        outtype,
+        name: None,
+    }
+}
+
+pub fn convert(model_dir: &Path, outtype: OutType) -> Converted {
+    let dir = TempDir::new().unwrap();
+    let summary =
+        convert::convert(&options(model_dir, dir.path(), outtype), &mut |_, _| ()).unwrap();
+    Converted { dir, summary }
+}
+
+/// The message of a conversion that must fail, after checking that it is one line and that nothing
+/// was left behind.
+pub fn convert_fails(model_dir: &Path, outtype: OutType) -> String {
+    let dir = TempDir::new().unwrap();
+    fails_with(&options(model_dir, dir.path(), outtype), dir.path())
+}
+
+pub fn fails_with(options: &Options, out: &Path) -> String {
+    let error: Error = convert::convert(options, &mut |_, _| ()).expect_err("conversion succeeded");
+    let message = error.to_string();
+    assert!(!message.contains('\n'), "more than one line: {message}");
+    let left: Vec<_> = std::fs::read_dir(out)
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    assert!(left.is_empty(), "left behind: {left:?} ({message})");
+    message
+}
+
+/// llama.cpp's backend, which may be initialised once in a process.
+fn backend() -> &'static LlamaBackend {
+    static BACKEND: std::sync::OnceLock<LlamaBackend> = std::sync::OnceLock::new();
+    BACKEND.get_or_init(|| {
+        let mut backend = LlamaBackend::init().unwrap();
+        backend.void_logs();
+        backend
+    })
+}
+
+pub fn load(path: &Path) -> LlamaModel {
+    let params = LlamaModelParams::default().with_n_gpu_layers(0);
+    LlamaModel::load_from_file(backend(), path, &params).unwrap()
+}
+
+/// The ids of a prompt as the processor makes them: every piece of text between pictures begins
+/// with its own `<s>`.
+pub fn tokenize_pieces(model: &LlamaModel, prompt: &str) -> Vec<i32> {
+    let mut ids = Vec::new();
+    let mut rest = prompt;
+    loop {
+        let (piece, next) = match rest.split_once("<|image_") {
+            Some((piece, tail)) => (piece, tail.split_once("|>").map(|(_, after)| after)),
+            None => (rest, None),
+        };
+        let piece = model.vocab().tokenize(piece.as_bytes(), true, true);
+        ids.extend(piece.iter().map(|t| t.0));
+        match next {
+            Some(after) => rest = after,
+            None => return ids,
+        }
+    }
+}

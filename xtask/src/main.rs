@@ -1,0 +1,76 @@
+//! The chores of the repository: `cargo xtask setup | vendor | demo | test`.
+//!
+//! This is a workspace of its own, because the root manifest points into `vendor/`: until
+//! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
+
+mod layout;
+mod libclang;
+mod patch;
+mod pin;
+mod setup;
+mod steps;
+mod vendor;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The chores of this repository", version = None)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check for the build tools and install what is missing
+    Setup,
+    /// Lay out vendor/: the pinned crates plus patches/
+    Vendor {
+        /// Change nothing; exit with 1 and list the files if vendor/ is anything else
+        #[arg(long, conflicts_with = "unpatched")]
+        check: bool,
+        /// Lay out the pinned crates without patches in DIR and leave vendor/ alone
+        #[arg(long, value_name = "DIR")]
+        unpatched: Option<PathBuf>,
+    },
+    /// Set up, build and run the demo: llama.cpp as it is beside HAE
+    Demo {
+        /// Handed to `hae demo` as they are
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Set up and run every check and test
+    Test,
+}
+
+fn main() -> ExitCode {
+    let root = root();
+    let done = match Args::parse().command {
+        Command::Setup => setup::run().map(|()| 0),
+        Command::Vendor { check: true, .. } => vendor::check(root),
+        Command::Vendor {
+            unpatched: Some(dir),
+            ..
+        } => vendor::unpatched(root, &dir).map(|()| 0),
+        Command::Vendor { .. } => vendor::run(root).map(|()| 0),
+        Command::Demo { args } => steps::demo(root, &args),
+        Command::Test => steps::test(root),
+    };
+    match done {
+        Ok(code) => ExitCode::from(code),
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The repository's root: this crate lies one folder below it.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("xtask/ lies in the repository")
+}

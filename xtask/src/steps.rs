@@ -1,0 +1,129 @@
+//! `cargo xtask demo` and `cargo xtask test`: set up, then run plain cargo commands, which are
+//! printed so that each can be repeated by itself.
+
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{pin, setup, vendor};
+
+/// Builds the program and runs its demo; the exit code is the demo's.
+///
+/// # Errors
+/// When the set-up fails or cargo cannot be run.
+pub fn demo(root: &Path, args: &[String]) -> Result<u8> {
+    set_up(root)?;
+    let build = cargo(root, &["build", "--release", "--bin", "hae"])?;
+    ensure!(build.success(), "the build failed");
+    let mut run = vec!["run", "--quiet", "--release", "--bin", "hae", "--", "demo"];
+    run.extend(args.iter().map(String::as_str));
+    let status = cargo(root, &run)?;
+    Ok(status
+        .code()
+        .and_then(|c| u8::try_from(c).ok())
+        .unwrap_or(1))
+}
+
+const XTASK: &str = "xtask/Cargo.toml";
+
+/// Only the release profile is used: each profile would build its own llama.cpp.
+const CHECKS: [&[&str]; 6] = [
+    &["fmt", "--check"],
+    &["fmt", "--check", "--manifest-path", XTASK],
+    &[
+        "clippy",
+        "--release",
+        "--all-targets",
+        "--locked",
+        "--",
+        "-D",
+        "warnings",
+    ],
+    &[
+        "clippy",
+        "--release",
+        "--all-targets",
+        "--locked",
+        "--manifest-path",
+        XTASK,
+        "--",
+        "-D",
+        "warnings",
+    ],
+    &["test", "--release", "--locked", "--manifest-path", XTASK],
+    &["test", "--release", "--locked", "--no-fail-fast"],
+];
+
+/// Runs every check and test, all of them even if one fails. 0: all passed; 1: some failed.
+///
+/// # Errors
+/// When the set-up fails or cargo cannot be run.
+pub fn test(root: &Path) -> Result<u8> {
+    set_up(root)?;
+    components(root)?;
+    let mut failed = Vec::new();
+    eprintln!("$ cargo xtask vendor --check");
+    if vendor::check(root)? != 0 {
+        failed.push("xtask vendor --check".to_owned());
+    }
+    for check in CHECKS {
+        if !cargo(root, check)?.success() {
+            failed.push(check.join(" "));
+        }
+    }
+    if failed.is_empty() {
+        eprintln!("all {} steps passed", CHECKS.len() + 1);
+        return Ok(0);
+    }
+    for step in &failed {
+        eprintln!("failed: cargo {step}");
+    }
+    Ok(1)
+}
+
+fn set_up(root: &Path) -> Result<()> {
+    setup::run()?;
+    vendor::run(root)
+}
+
+/// Adds rustfmt and clippy, which rustup's minimal profile leaves out.
+fn components(root: &Path) -> Result<()> {
+    for (command, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+        let mut probe = Command::new(pin::cargo());
+        if probe
+            .args([command, "--version"])
+            .output()
+            .is_ok_and(|o| o.status.success())
+        {
+            continue;
+        }
+        eprintln!("$ rustup component add {component}");
+        let added = Command::new("rustup")
+            .args(["component", "add", component])
+            .current_dir(root)
+            .status();
+        ensure!(
+            added.is_ok_and(|s| s.success()),
+            "missing: {component}; install it with the Rust toolchain"
+        );
+    }
+    Ok(())
+}
+
+fn cargo(root: &Path, args: &[&str]) -> Result<ExitStatus> {
+    eprintln!("$ cargo {}", args.join(" "));
+    let mut command = Command::new(pin::cargo());
+    command.args(args).current_dir(root);
+    // Cargo describes this program to itself through its environment; the commands below must
+    // see what a plain shell would show them.
+    for (name, _) in std::env::vars_os() {
+        let ours = |n: &str| n.starts_with("CARGO_PKG_") || n.starts_with("CARGO_MANIFEST_");
+        if name.to_str().is_some_and(ours) {
+            command.env_remove(name);
+        }
+    }
+    command
+        .status()
+        .with_context(|| format!("cannot run cargo {}", args.join(" ")))
+}
