@@ -149,7 +149,18 @@ impl Engine for Scripted {
                 "a batch of {n} rows, expected 1 to {most}"
             )));
         }
-        if let Some(newest) = self.newest().filter(|newest| newest + 1 != batch.pos) {
+        let places: Vec<Pos> = match batch.input {
+            // As llama.cpp counts a picture with several axes: by the furthest of them.
+            Input::Embeddings {
+                mrope: Some(rows), ..
+            } => rows
+                .iter()
+                .map(|row| row.iter().copied().fold(0, Pos::max))
+                .collect(),
+            _ => (batch.pos..).take(n).collect(),
+        };
+        let expected = |newest: &Pos| newest + 1 != places.iter().copied().fold(Pos::MAX, Pos::min);
+        if let Some(newest) = self.newest().filter(expected) {
             let pos = batch.pos;
             return Err(Error::contract(format!(
                 "a batch at {pos} after position {newest}"
@@ -168,7 +179,7 @@ impl Engine for Scripted {
                 n_ctx: self.cells.len(),
             });
         }
-        for (&cell, pos) in cells.iter().zip(batch.pos..) {
+        for (&cell, pos) in cells.iter().zip(places) {
             self.cells[cell as usize] = Some(pos);
         }
         if !batch.queries.is_empty() {

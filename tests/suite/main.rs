@@ -18,3 +18,4 @@ mod parity;
 mod quantize;
 mod random;
 mod references;
+mod stock;

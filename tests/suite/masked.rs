@@ -1,9 +1,12 @@
 //! The eviction oracle of tests/golden/masked: what the logits have to be when positions are
 //! evicted, computed by numpy with the positions masked.
 
+use hae::cache::ranges::coalesce;
+use hae::engine::{Batch, Engine, Input, Observation};
 use serde::Deserialize;
 
-use super::npz::{self, Array};
+use crate::model::{converted, engine, exact, goldens, load, load_vision, prefill};
+use crate::npz::{self, Array};
 
 #[derive(Debug, Deserialize)]
 pub struct Scenario {
@@ -112,4 +115,70 @@ fn the_oracle_is_whole_and_agrees_with_the_golden_answers() {
             }
         }
     }
+}
+
+/// Removing positions through the engine equals masking them in numpy: F32 cache, 1e-3.
+#[test]
+fn eviction_equals_masked_attention() {
+    let (text, vision) = converted("f32");
+    let model = load(text);
+    let mut vision = load_vision(vision, &model);
+    let goldens = goldens();
+    let mut compared = 0;
+    for (s, expected) in scenarios().into_iter().filter(|(s, _)| s.holes.is_empty()) {
+        let golden = goldens.iter().find(|g| g.id() == s.prompt).unwrap();
+        let segments = golden.segments(&model, &mut vision);
+        let mut options = exact(1024);
+        if s.attention {
+            options.score_layers = vec![0, 3];
+        }
+        let mut engine = engine(&model, options);
+        let mut seen = Observation::default();
+        let start = prefill(&mut engine, &segments, &mut seen, |_| false);
+        // Cells fill in order, and holes are taken again lowest first.
+        let mut pos_of_cell: Vec<Option<i32>> = (0..start).map(Some).collect();
+        for (step, (&id, pos)) in s.ids.iter().zip(start..).enumerate() {
+            for eviction in s.evictions.iter().filter(|e| e.step == step) {
+                let (mut positions, mut ranges) = (eviction.positions.clone(), Vec::new());
+                coalesce(&mut positions, &mut ranges);
+                assert!(ranges.len() <= eviction.positions.len());
+                engine.remove(&ranges).unwrap();
+                for cell in &mut pos_of_cell {
+                    if cell.is_some_and(|pos| eviction.positions.contains(&pos)) {
+                        *cell = None;
+                    }
+                }
+            }
+            let mut cells = Vec::new();
+            let batch = Batch {
+                input: Input::Tokens(&[id]),
+                pos,
+                queries: &[0],
+                logits: true,
+            };
+            engine.decode(batch, &mut cells, &mut seen).unwrap();
+            let cell = cells[0] as usize;
+            pos_of_cell.resize(pos_of_cell.len().max(cell + 1), None);
+            assert_eq!(pos_of_cell[cell], None, "{}: cell {cell} is taken", s.name);
+            pos_of_cell[cell] = Some(pos);
+
+            let error = npz::max_abs_diff(engine.logits().unwrap(), expected.logits.row(step));
+            assert!(error < 1e-3, "{} step {step}: {error}", s.name);
+            if let Some(attention) = &expected.attention {
+                let n = attention.shape[2];
+                let row = attention.row(step);
+                let mut ours = vec![0.0; n];
+                for (cell, pos) in pos_of_cell.iter().enumerate() {
+                    if let Some(pos) = pos {
+                        ours[*pos as usize] = seen.sum[cell];
+                    }
+                }
+                let mean: Vec<f32> = (0..n).map(|p| (row[p] + row[3 * n + p]) / 2.0).collect();
+                let error = npz::max_abs_diff(&ours, &mean);
+                assert!(error < 1e-4, "{} step {step}: {error}", s.name);
+            }
+        }
+        compared += 1;
+    }
+    assert_eq!(compared, 21);
 }
