@@ -192,6 +192,12 @@ impl Controller {
         Ok(&self.ranges)
     }
 
+    /// Takes back every token from position `from` on and gives the number of cells still in use.
+    pub fn rewind(&mut self, from: Pos) -> usize {
+        self.ledger.rewind(from);
+        self.ledger.counts().cells()
+    }
+
     /// Forgets everything: the cache was emptied.
     pub fn clear(&mut self) {
         self.ledger.clear();

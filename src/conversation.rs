@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::cache::{Counts, PerModality};
+use crate::cache::{Counts, PerModality, Pos};
 use crate::controller::Controller;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -92,6 +92,13 @@ pub struct Conversation<'m> {
     max_positions: Option<usize>,
 }
 
+/// What a turn that fails puts back.
+struct Before {
+    transcript: Transcript,
+    pending: Option<i32>,
+    images: u32,
+}
+
 impl std::fmt::Debug for Conversation<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Conversation")
@@ -127,6 +134,16 @@ impl<'m> Conversation<'m> {
         self.images = 0;
     }
 
+    /// The position that the next token takes, whatever was evicted.
+    pub fn next_pos(&self) -> Pos {
+        self.session.controller.next_pos()
+    }
+
+    /// Whether it can be shown pictures.
+    pub fn has_vision(&self) -> bool {
+        self.vision.is_some()
+    }
+
     /// The state of the cache.
     pub fn kv(&self) -> KvReport {
         let cells = self.session.controller.ledger().counts();
@@ -142,38 +159,53 @@ impl<'m> Conversation<'m> {
 
     /// One turn.
     ///
+    /// An answer that was cancelled before the whole prompt was in takes the question back: the
+    /// conversation is as it was before the turn.
+    ///
     /// # Errors
     /// [`Error::PromptTooLong`] and [`Error::Option`] leave the conversation as it was before
     /// the turn; other errors leave it unusable until [`Conversation::clear`].
     pub fn ask(&mut self, turn: &Turn, hooks: Hooks<'_>) -> Result<Answer> {
+        let before = Before {
+            transcript: self.transcript.clone(),
+            pending: self.pending,
+            images: self.images,
+        };
+        let from = self.session.controller.next_pos();
+        let answer = self.answer(turn, hooks);
+        let taken_back = answer.as_ref().is_ok_and(|answer| {
+            answer.finish == Finish::Cancelled && self.session.controller.next_pos() == from
+        });
+        if taken_back || answer.is_err() {
+            self.transcript = before.transcript;
+            self.pending = before.pending;
+            self.images = before.images;
+        }
+        answer
+    }
+
+    fn answer(&mut self, turn: &Turn, hooks: Hooks<'_>) -> Result<Answer> {
         let model = self.session.engine.model();
         let start = (hooks.now)();
-        let before = self.transcript.clone();
+        let is_new = self.transcript.is_new();
         let line = self.vision.as_ref().is_some_and(Vision::bos_per_text);
         let (content, order) = place_pictures(&turn.text, turn.pictures.len(), line)?;
         let pictures: Vec<&Picture> = order.iter().map(|&i| &turn.pictures[i]).collect();
         let text = self.transcript.ask(model, content)?;
-        let undo = |conversation: &mut Self, e: Error| {
-            conversation.transcript = before.clone();
-            e
-        };
-        let pieces = tokenize(
-            model,
-            self.vision.as_ref(),
-            &text,
-            &pictures,
-            before.is_new(),
-        )
-        .map_err(|e| undo(self, e))?;
-        self.check_fit(&pieces).map_err(|e| undo(self, e))?;
+        let pieces = tokenize(model, self.vision.as_ref(), &text, &pictures, is_new)?;
+        self.check_fit(&pieces)?;
 
-        let (segments, images) = self.encode(pieces).map_err(|e| undo(self, e))?;
+        let (segments, images) = self.encode(pieces)?;
         let encoded = (hooks.now)();
-        let n_predict = self.limit(turn.n_predict, &segments);
-        let generated = self
-            .session
-            .generate(&segments, n_predict, hooks)
-            .map_err(|e| undo(self, e))?;
+        let left = self.positions_left(&segments);
+        let n_predict = match (turn.n_predict, left) {
+            (Some(n), Some(left)) => Some(n.min(left)),
+            (n, left) => n.or(left),
+        };
+        let mut generated = self.session.generate(&segments, n_predict, hooks)?;
+        if generated.finish == Finish::Length && n_predict != turn.n_predict {
+            generated.finish = Finish::Positions;
+        }
         self.transcript.answered(&generated.text);
         self.pending = generated.pending;
 
@@ -209,6 +241,29 @@ impl<'m> Conversation<'m> {
 
     /// Checks the size of a prompt before its pictures are encoded.
     fn check_fit(&self, pieces: &[Piece]) -> Result<()> {
+        // One decode call has to hold a picture whose tokens attend to all of it.
+        let n_ubatch = self.session.engine.n_ubatch();
+        let non_causal = self.vision.as_ref().is_some_and(Vision::non_causal);
+        for piece in pieces {
+            if let (true, Piece::Image(image)) = (non_causal, piece)
+                && image.n > n_ubatch
+            {
+                let reason = format!(
+                    "{n_ubatch} rows, but a picture takes {} at once with this model: give at least as many with -b and -ub",
+                    image.n
+                );
+                return Err(Error::option("-ub", reason));
+            }
+        }
+        let positions = self.session.controller.next_pos() as usize
+            + usize::from(self.pending.is_some())
+            + pieces.iter().map(Piece::positions).sum::<usize>();
+        if let Some(max) = self.max_positions.filter(|&max| positions > max) {
+            let reason = format!(
+                "the short factors reach {max} positions, the prompt ends at {positions}: give long, or a larger -c"
+            );
+            return Err(Error::option("--rope-factors", reason));
+        }
         let rows: usize = pieces.iter().map(Piece::len).sum();
         let n_ctx = self.session.engine.n_cells();
         let needed = self.session.controller.ledger().counts().cells()
@@ -248,15 +303,11 @@ impl<'m> Conversation<'m> {
         Ok((segments, images))
     }
 
-    /// Keeps a generation within the positions that the rope factors were chosen for.
-    fn limit(&self, n_predict: Option<usize>, segments: &[Segment]) -> Option<usize> {
+    /// Tokens after this prompt that the chosen rope factors reach, if they end anywhere.
+    fn positions_left(&self, segments: &[Segment]) -> Option<usize> {
         let taken = self.session.controller.next_pos() as usize
             + segments.iter().map(Segment::positions).sum::<usize>();
-        let left = self.max_positions.map(|max| max.saturating_sub(taken));
-        match (n_predict, left) {
-            (Some(n), Some(left)) => Some(n.min(left)),
-            (n, left) => n.or(left),
-        }
+        self.max_positions.map(|max| max.saturating_sub(taken))
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result};
+use crate::tempfiles::Listed;
 
 const MODEL: &[u8] = include_bytes!("../models/tiny-phi3v-Q8_0.gguf");
 const MMPROJ: &[u8] = include_bytes!("../models/mmproj-tiny-phi3v-F16.gguf");
@@ -17,15 +18,19 @@ pub const PICTURE: &[u8] = include_bytes!("../models/demo.png");
 pub struct Embedded {
     model: NamedTempFile,
     mmproj: NamedTempFile,
+    _listed: [Listed; 2],
 }
 
 impl Embedded {
     /// # Errors
     /// [`Error::Io`] when the temporary folder cannot take the 9 MB.
     pub fn unpack() -> Result<Self> {
+        let model = write("tiny-phi3v-", MODEL)?;
+        let mmproj = write("mmproj-tiny-phi3v-", MMPROJ)?;
         Ok(Embedded {
-            model: write("tiny-phi3v-", MODEL)?,
-            mmproj: write("mmproj-tiny-phi3v-", MMPROJ)?,
+            _listed: [&model, &mmproj].map(|file| Listed::new(file.path())),
+            model,
+            mmproj,
         })
     }
 

@@ -109,6 +109,10 @@ pub trait Engine {
     /// Removes the positions from the sequence, in every layer. Ranges are sorted and disjoint.
     fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()>;
 
+    /// Takes back everything from position `from` on; `left` cells stay in use. Unlike
+    /// [`Engine::remove`] this may take the newest position: the next batch starts at `from`.
+    fn rewind(&mut self, from: Pos, left: usize) -> Result<()>;
+
     /// Cells that the cache can hold.
     fn n_cells(&self) -> usize;
 

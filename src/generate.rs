@@ -29,6 +29,8 @@ pub enum Finish {
     Length,
     /// No cell is left for another token.
     Context,
+    /// No position is left that the model's rope factors reach.
+    Positions,
     Cancelled,
 }
 
@@ -108,15 +110,33 @@ impl<E: Engine> Session<E> {
     }
 
     /// Takes a prompt in after what the cache holds, and lets the policy act. False: cancelled
-    /// on the way; what went in stays in, and the policy did not act.
+    /// on the way; what had gone in was taken out again, and the policy did not act.
     ///
     /// # Errors
     /// [`Error::PromptTooLong`] when it does not fit beside what the cache holds: even a policy
     /// that evicts judges a prompt only when all of it is in. [`Error::Option`] for an empty
-    /// prompt or a misshapen picture. The cache is unchanged in both cases.
+    /// prompt or a misshapen picture. The cache is unchanged in both cases, and after the
+    /// engine's own errors if the engine can take tokens back.
     pub fn prefill(&mut self, prompt: &[Segment], cancelled: &dyn Fn() -> bool) -> Result<bool> {
         self.check(prompt)?;
         self.controller.begin_turn();
+        let from = self.controller.next_pos();
+        let complete = self.feed(prompt, cancelled);
+        if !matches!(complete, Ok(true)) {
+            let left = self.controller.rewind(from);
+            let rewound = self.engine.rewind(from, left);
+            // The error of the prompt says more than one that follows from it.
+            if complete.is_ok() {
+                rewound?;
+            }
+            return complete;
+        }
+        self.engine_remove(Controller::after_prefill)?;
+        Ok(true)
+    }
+
+    /// The prompt's batches, one after the other; false: cancelled.
+    fn feed(&mut self, prompt: &[Segment], cancelled: &dyn Fn() -> bool) -> Result<bool> {
         let n_batch = self.engine.n_batch().max(1);
         let last = prompt.iter().rposition(|segment| !segment.is_empty());
         for (s, segment) in prompt.iter().enumerate() {
@@ -140,7 +160,6 @@ impl<E: Engine> Session<E> {
                 start = end;
             }
         }
-        self.engine_remove(Controller::after_prefill)?;
         Ok(true)
     }
 

@@ -25,5 +25,6 @@ pub mod llama;
 pub mod outfile;
 pub mod policy;
 pub mod prompt;
+pub mod tempfiles;
 
 pub use error::{Error, Result};

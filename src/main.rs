@@ -6,11 +6,11 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use cli::{convert, demo, options, quantize, run};
+use cli::{Done, convert, demo, interrupt, options, quantize, run};
 
 /// Run vision-language GGUFs with a KV cache that stays small.
 #[derive(Debug, Parser)]
-#[command(name = "hae", version, about, propagate_version = true)]
+#[command(name = "hae", version, about, args_override_self = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -22,27 +22,40 @@ enum Command {
     Run(Box<run::Args>),
     /// Make GGUFs from a Phi-3.5-vision directory in Hugging Face layout
     Convert(convert::ConvertArgs),
-    /// Quantize a text GGUF
+    /// Quantize a GGUF with llama.cpp
     Quantize(quantize::QuantizeArgs),
     /// Describe a picture twice, with llama.cpp's KV cache and with HAE, and compare
     Demo(Box<demo::Args>),
 }
 
 /// Parses the command line and runs it. Exit codes: 0 done, 1 a threshold was missed, 2 usage or
-/// run-time error; a closed pipe is 0, as for any filter.
+/// run-time error, 130 ended by Ctrl-C; a closed pipe is 0, as for any filter.
 fn main() -> ExitCode {
-    let result = match Cli::parse_from(options::llama_spelling(std::env::args_os())).command {
-        Command::Run(args) => run::run(&args),
-        Command::Convert(args) => convert::run(&args),
-        Command::Quantize(args) => quantize::run(&args),
-        Command::Demo(args) => demo::run(&args),
+    std::panic::set_hook(Box::new(|bug| cli::warn(&format!("a bug in hae: {bug}"))));
+    hae::llama::on_abort(|message| {
+        cli::warn(&format!("llama.cpp: {message}"));
+        hae::tempfiles::remove_all();
+        2
+    });
+    let cli = Cli::parse_from(options::llama_spelling(std::env::args_os()));
+    let command = || {
+        interrupt::install()?;
+        match cli.command {
+            Command::Run(args) => run::run(&args),
+            Command::Convert(args) => convert::run(&args),
+            Command::Quantize(args) => quantize::run(&args),
+            Command::Demo(args) => demo::run(&args),
+        }
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) if cli::is_broken_pipe(&e) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("hae: {e:#}");
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(command)) {
+        Ok(Ok(Done::Whole)) => ExitCode::SUCCESS,
+        Ok(Ok(Done::Interrupted)) => ExitCode::from(cli::INTERRUPTED),
+        Ok(Err(e)) if cli::is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Ok(Err(e)) => {
+            cli::warn(&format!("{e:#}"));
             ExitCode::from(2)
         }
+        // The hook has reported it.
+        Err(_) => ExitCode::from(2),
     }
 }

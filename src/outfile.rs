@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use crate::error::{Error, Result};
+use crate::tempfiles::Listed;
 
 #[derive(Debug)]
 pub struct OutFile {
     temp: NamedTempFile,
     target: PathBuf,
+    listed: Listed,
 }
 
 impl OutFile {
@@ -44,6 +46,7 @@ impl OutFile {
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let temp = builder.tempfile_in(dir).map_err(|e| Error::io(target, e))?;
         Ok(Self {
+            listed: Listed::new(temp.path()),
             temp,
             target: target.to_owned(),
         })
@@ -67,10 +70,14 @@ impl OutFile {
     /// # Errors
     /// [`Error::Io`]; the temporary file is gone then.
     pub fn commit(self) -> Result<()> {
-        let target = self.target;
-        self.temp
-            .persist(&target)
+        let Self {
+            temp,
+            target,
+            listed,
+        } = self;
+        temp.persist(&target)
             .map_err(|e| Error::io(&target, e.error))?;
+        drop(listed);
         Ok(())
     }
 }

@@ -12,8 +12,9 @@ pub struct Transcript {
     /// Name or text of the chat template; `None`: prompts go in as they are.
     template: Option<String>,
     messages: Vec<Message>,
-    /// Formatted text up to the end of the last answer: what the cache holds.
+    /// Formatted text up to where the last answer starts, and the answer: what the cache holds.
     fed: String,
+    answer: String,
 }
 
 impl Transcript {
@@ -29,6 +30,7 @@ impl Transcript {
             template,
             messages,
             fed: String::new(),
+            answer: String::new(),
         }
     }
 
@@ -36,6 +38,7 @@ impl Transcript {
     pub fn clear(&mut self) {
         self.messages.retain(|m| m.role == "system");
         self.fed.clear();
+        self.answer.clear();
     }
 
     /// Whether the cache holds nothing of this conversation yet.
@@ -64,7 +67,18 @@ impl Transcript {
                 return Err(e);
             }
         };
-        let Some(new) = full.strip_prefix(self.fed.as_str()).map(str::to_owned) else {
+        // Some templates trim what was said; the cache holds it as it was.
+        let said = [
+            self.answer.as_str(),
+            self.answer.trim(),
+            self.answer.trim_start(),
+            self.answer.trim_end(),
+        ];
+        let new = full.strip_prefix(self.fed.as_str()).and_then(|rest| {
+            let new = said.iter().find_map(|said| rest.strip_prefix(said))?;
+            Some(new.to_owned())
+        });
+        let Some(new) = new else {
             self.messages.pop();
             return Err(Error::option(
                 "--chat-template",
@@ -72,13 +86,16 @@ impl Transcript {
             ));
         };
         self.fed = full;
+        self.answer.clear();
         Ok(new)
     }
 
     /// Adds the answer that the model gave.
     pub fn answered(&mut self, text: &str) {
-        self.fed.push_str(text);
-        if self.template.is_some() {
+        if self.template.is_none() {
+            self.fed.push_str(text);
+        } else {
+            self.answer = text.to_owned();
             self.messages.push(Message {
                 role: "assistant",
                 content: text.to_owned(),

@@ -236,6 +236,33 @@ impl Ledger {
         Ok(pos)
     }
 
+    /// Takes back every token from position `from` on, as if it had never been there. The peak
+    /// stays, and so does what those tokens paid to earlier ones.
+    pub fn rewind(&mut self, from: Pos) {
+        self.newest = None;
+        for i in 0..self.pos.len() {
+            let pos = self.pos[i];
+            if pos == EMPTY {
+                continue;
+            }
+            if pos < from {
+                if self.newest.is_none_or(|(newest, _)| pos >= newest) {
+                    self.newest = Some((pos, i as Cell));
+                }
+                continue;
+            }
+            match self.state[i] {
+                State::Live => *self.counts.live.of_mut(self.modality[i]) -= 1,
+                State::Binned => *self.counts.binned.of_mut(self.modality[i]) -= 1,
+            }
+            self.pos[i] = EMPTY;
+            (self.sum[i], self.max[i], self.seen[i]) = (0.0, 0.0, 0.0);
+        }
+        if self.newest.is_none() {
+            self.first = None;
+        }
+    }
+
     fn expect(&self, cell: Cell, state: Option<State>) -> Result<usize> {
         let i = cell as usize;
         if self.pos.get(i).is_none_or(|&pos| pos == EMPTY) {

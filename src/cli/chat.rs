@@ -1,44 +1,60 @@
 //! `hae run` without a prompt: a chat with history and pictures.
 
+use std::io::{ErrorKind, IsTerminal};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
-use rustyline::DefaultEditor;
+use rustyline::config::{Behavior, Config};
 use rustyline::error::ReadlineError;
+use rustyline::history::DefaultHistory;
+use rustyline::{DefaultEditor, Editor};
 
-use super::run::{answer, picture};
-use super::warn;
+use super::run::{answer, picture, warn_about_end};
+use super::{interrupt, note, warn};
+use hae::Error;
 use hae::conversation::{Answer, Conversation, KvReport, Turn};
 use hae::generate::Finish;
 use hae::image::Picture;
 
-const HELP: &str = "\
-/image PATH  show a picture with the next question
-/clear       forget the conversation
-/stats       what the last answer and the KV cache cost
-/quit        leave (so does Ctrl-D); Ctrl-C stops an answer";
+const HELP: [&str; 5] = [
+    "/image PATH  show a picture with the next question",
+    "/clear       forget the conversation",
+    "/stats       what the last answer and the KV cache cost",
+    "/help        these lines",
+    "/quit        leave (so does Ctrl-D); Ctrl-C stops an answer",
+];
+
+struct Chat<'c, 'm> {
+    conversation: &'c mut Conversation<'m>,
+    /// Pictures for the next question.
+    pictures: Vec<Picture>,
+    n_predict: Option<usize>,
+    last: Option<Answer>,
+}
 
 /// Reads questions until the end of input. A mistake in one of them does not end the chat.
 pub fn chat(
     conversation: &mut Conversation<'_>,
     pictures: Vec<Picture>,
     n_predict: Option<usize>,
-    cancel: &AtomicBool,
 ) -> Result<()> {
-    let mut editor = DefaultEditor::new()?;
-    let mut turn = Turn {
-        text: String::new(),
+    let mut editor = editor()?;
+    let mut chat = Chat {
+        conversation,
         pictures,
         n_predict,
+        last: None,
     };
-    let mut last: Option<Answer> = None;
-    eprintln!("{HELP}");
+    help();
     loop {
-        let line = match editor.readline("> ") {
+        let line = match interrupt::at_prompt(|| editor.readline("> ")) {
             Ok(line) => line,
             Err(ReadlineError::Interrupted) => continue,
             Err(ReadlineError::Eof) => return Ok(()),
+            Err(ReadlineError::Io(e)) if e.kind() == ErrorKind::InvalidData => {
+                warn("that line is not UTF-8, expected text");
+                continue;
+            }
             Err(e) => return Err(e.into()),
         };
         let line = line.trim();
@@ -49,44 +65,103 @@ pub fn chat(
         let (command, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         match command {
             "/quit" | "/exit" => return Ok(()),
-            "/help" => eprintln!("{HELP}"),
-            "/clear" => {
-                conversation.clear();
-                turn.pictures.clear();
-                last = None;
-            }
-            "/stats" => stats(last.as_ref(), &conversation.kv()),
-            "/image" if rest.trim().is_empty() => warn("/image: expected the path of a picture"),
-            "/image" => match picture(Path::new(rest.trim())) {
-                Ok(picture) => turn.pictures.push(picture),
-                Err(e) => warn(&format!("{e:#}")),
-            },
+            "/help" => help(),
+            "/clear" => chat.clear(),
+            "/stats" => stats(chat.last.as_ref(), &chat.conversation.kv()),
+            "/image" => chat.image(rest.trim()),
             _ if command.starts_with('/') => {
-                warn(&format!("{command}: unknown command, /help lists them"))
+                warn(&format!("{command}: unknown command, /help lists them"));
             }
-            _ => {
-                turn.text = line.to_owned();
-                cancel.store(false, Ordering::SeqCst);
-                match answer(conversation, &turn, cancel, true) {
-                    Ok(answer) => {
-                        if answer.finish == Finish::Context {
-                            warn("the context is full: /clear starts again");
-                        }
-                        turn.pictures.clear();
-                        last = Some(answer);
-                    }
-                    Err(e) if super::is_broken_pipe(&e) => return Err(e),
-                    Err(e) => warn(&format!("{e:#}")),
-                }
-            }
+            _ => chat.ask(line)?,
         }
     }
 }
 
+/// The terminal when we are typed at, even if the answers go to a file; otherwise plain lines.
+fn editor() -> Result<DefaultEditor> {
+    let behavior = match std::io::stdin().is_terminal() && !std::io::stdout().is_terminal() {
+        true => Behavior::PreferTerm,
+        false => Behavior::Stdio,
+    };
+    let config = Config::builder().behavior(behavior).build();
+    Ok(Editor::<(), DefaultHistory>::with_config(config)?)
+}
+
+fn help() {
+    HELP.iter().for_each(|line| note(line));
+}
+
+impl Chat<'_, '_> {
+    fn clear(&mut self) {
+        self.conversation.clear();
+        self.pictures.clear();
+        self.last = None;
+    }
+
+    fn image(&mut self, path: &str) {
+        // Terminals quote the name of a file that is dropped on them.
+        let path = ['\'', '"']
+            .iter()
+            .find_map(|&quote| path.strip_prefix(quote)?.strip_suffix(quote))
+            .unwrap_or(path);
+        if path.is_empty() {
+            return warn("/image: expected the path of a picture");
+        }
+        if !self.conversation.has_vision() {
+            return warn("/image: pictures need a vision file, start with --mmproj");
+        }
+        match picture(Path::new(path)) {
+            Ok(picture) => self.pictures.push(picture),
+            Err(e) => warn(&format!("{e:#}")),
+        }
+    }
+
+    /// # Errors
+    /// Only when stdout cannot be written to.
+    fn ask(&mut self, text: &str) -> Result<()> {
+        let turn = Turn {
+            text: text.to_owned(),
+            pictures: std::mem::take(&mut self.pictures),
+            n_predict: self.n_predict,
+        };
+        let before = self.conversation.next_pos();
+        match answer(self.conversation, &turn, true) {
+            Ok(answer) if answer.finish == Finish::Cancelled => {
+                if self.conversation.next_pos() == before {
+                    warn("the question was taken back, it had not been read to its end");
+                    self.pictures = turn.pictures;
+                }
+                self.last = Some(answer);
+            }
+            Ok(answer) => {
+                if answer.finish == Finish::Context {
+                    warn("the context is full: /clear starts again");
+                } else {
+                    warn_about_end(&answer);
+                }
+                self.last = Some(answer);
+            }
+            Err(e) => match e.downcast_ref::<Error>() {
+                None => return Err(e),
+                // These leave the conversation as it was.
+                Some(Error::PromptTooLong { .. }) => {
+                    warn(&format!("{e:#}; /clear starts again"));
+                }
+                Some(Error::Option { .. }) => warn(&format!("{e:#}")),
+                Some(_) => {
+                    self.clear();
+                    warn(&format!("{e:#}; the conversation starts again"));
+                }
+            },
+        }
+        Ok(())
+    }
+}
+
 fn stats(last: Option<&Answer>, kv: &KvReport) {
-    let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let cells = kv.cells;
-    eprintln!(
+    note(&format!(
         "cells: {} live ({} text, {} vision), {} in the bin, {} evicted, {} restored, {} at most, {} in all",
         cells.live.total(),
         cells.live.text,
@@ -96,26 +171,29 @@ fn stats(last: Option<&Answer>, kv: &KvReport) {
         cells.restored.total(),
         cells.peak,
         kv.n_cells,
-    );
-    eprintln!(
+    ));
+    note(&format!(
         "KV: {:.2} MiB in use, {:.2} MiB at most, {:.2} MiB allocated",
         mib(kv.bytes_in_use),
         mib(kv.bytes_peak),
         mib(kv.bytes_allocated)
-    );
-    if let Some(Answer {
-        timings: t, tokens, ..
+    ));
+    let Some(Answer {
+        timings, tokens, ..
     }) = last
-    {
-        eprintln!(
-            "last answer: {} prompt tokens ({} vision), {} generated; encode {:.0} ms, prefill {:.0} ms, first token after {:.0} ms, {:.1} ms a token",
-            tokens.prompt.total(),
-            tokens.prompt.vision,
-            tokens.generated,
-            t.vision_encode_ms,
-            t.prefill_ms,
-            t.ttft_ms.unwrap_or(0.0),
-            t.tpot_ms.unwrap_or(0.0),
-        );
-    }
+    else {
+        return;
+    };
+    let ms = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{x:.1} ms"));
+    note(&format!(
+        "last answer: {} prompt tokens ({} text, {} vision), {} generated; encode {:.0} ms, prefill {:.0} ms, first token after {}, {} a token",
+        tokens.prompt.total(),
+        tokens.prompt.text,
+        tokens.prompt.vision,
+        tokens.generated,
+        timings.vision_encode_ms,
+        timings.prefill_ms,
+        ms(timings.ttft_ms),
+        ms(timings.tpot_ms),
+    ));
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::{Done, note};
 use clap::{Args, ValueEnum};
 use hae::convert::{self, Options, OutType};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
@@ -34,7 +35,7 @@ pub enum Type {
     Q8_0,
 }
 
-pub fn run(args: &ConvertArgs) -> anyhow::Result<()> {
+pub fn run(args: &ConvertArgs) -> anyhow::Result<Done> {
     let options = Options {
         model_dir: args.model_dir.clone(),
         text_out: args.output.clone(),
@@ -55,8 +56,8 @@ pub fn run(args: &ConvertArgs) -> anyhow::Result<()> {
     });
     bar.finish_and_clear();
     let summary = summary?;
-    for note in &summary.notes {
-        eprintln!("note: {note}");
+    for text in &summary.notes {
+        note(&format!("note: {text}"));
     }
     let [text, mmproj] = [&summary.text, &summary.mmproj].map(|w| {
         format!(
@@ -66,6 +67,6 @@ pub fn run(args: &ConvertArgs) -> anyhow::Result<()> {
             HumanBytes(w.bytes)
         )
     });
-    eprintln!("{}: {text} and {mmproj}", summary.name);
-    Ok(())
+    note(&format!("{}: {text} and {mmproj}", summary.name));
+    Ok(Done::Whole)
 }

@@ -1,18 +1,19 @@
 //! `hae demo`: the same question twice, with llama.cpp's KV cache as it is and with HAE.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Attribute, Cell, ContentArrangement, Table};
 
+use super::Done;
 use super::load::{Files, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs};
 use super::run::{answer, picture};
 use hae::conversation::{Answer, Turn};
 use hae::embedded;
+use hae::generate::Finish;
 use hae::image::{self, Picture};
 use hae::llama::SamplerOptions;
 use hae::policy::PolicyOptions;
@@ -41,7 +42,7 @@ pub struct Args {
     policy: PolicyArgs,
 }
 
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args) -> Result<Done> {
     let hae_options = args.policy.options()?;
     let picture = match &args.image {
         Some(path) => picture(path)?,
@@ -54,6 +55,9 @@ pub fn run(args: &Args) -> Result<()> {
     let files = Files::find(&args.model)?;
     let stock = ask(args, &files, &picture, ("full", &PolicyOptions::default()))?;
     let hae = ask(args, &files, &picture, ("hae", &hae_options))?;
+    if [&stock, &hae].iter().any(|x| x.finish == Finish::Cancelled) {
+        return Ok(Done::Interrupted);
+    }
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
@@ -63,7 +67,12 @@ pub fn run(args: &Args) -> Result<()> {
         picture.height,
         args.prompt
     )?;
-    Ok(writeln!(out, "{}", table(&stock, &hae))?)
+    let mut table = table(&stock, &hae);
+    if !out.is_terminal() {
+        table.set_width(100);
+    }
+    writeln!(out, "{table}")?;
+    Ok(Done::Whole)
 }
 
 /// One greedy answer in a context of its own.
@@ -91,7 +100,7 @@ fn ask(
             pictures: vec![picture.clone()],
             n_predict: setup.n_predict,
         };
-        answer(conversation, &turn, &AtomicBool::new(false), false)
+        answer(conversation, &turn, false)
     })
 }
 

@@ -13,6 +13,7 @@ use hae::conversation::Conversation;
 use hae::embedded::Embedded;
 use hae::engine::Engine;
 use hae::image::Picture;
+use hae::llama::chat::{self, Message};
 use hae::llama::{
     ContextOptions, LlamaEngine, Model, ModelOptions, Piece, RopeFactors, SamplerOptions, Vision,
     VisionOptions,
@@ -115,6 +116,7 @@ impl Setup<'_> {
             Template::Named(name) => Some(name.to_owned()),
             Template::Raw => None,
         };
+        self.check_template(&model, template.as_deref())?;
         let transcript = Transcript::new(template, self.system_prompt.map(str::to_owned));
 
         let (rope, max_positions) =
@@ -157,6 +159,32 @@ impl Setup<'_> {
                 load: start.elapsed(),
             },
         )
+    }
+
+    /// A template that cannot be used is better refused now than at the first question.
+    fn check_template(&self, model: &Model, template: Option<&str>) -> Result<()> {
+        let Some(template) = template else {
+            return match self.system_prompt {
+                Some(_) => Err(Error::option(
+                    "-sys",
+                    "the model has no chat template to put it into, name one with --chat-template",
+                )
+                .into()),
+                None => Ok(()),
+            };
+        };
+        let probe = Message {
+            role: "user",
+            content: "?".into(),
+        };
+        match chat::apply(model, template, &[probe], true) {
+            Err(_) if matches!(self.template, Template::Model) => Err(Error::file(
+                model.path(),
+                "llama.cpp does not know its chat template, expected --chat-template with a name such as phi3 or chatml, or --no-conversation",
+            )
+            .into()),
+            result => Ok(result.map(|_| ())?),
+        }
     }
 
     fn load_model(&self, rope_factors: RopeFactors) -> Result<Model> {
@@ -276,5 +304,5 @@ pub fn clock() -> impl Fn() -> Duration {
 pub fn clock_seed() -> u32 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
-        .map_or(0, |t| t.subsec_nanos() ^ t.as_secs() as u32)
+        .map_or(0, |t| (t.subsec_nanos() ^ t.as_secs() as u32) >> 1)
 }

@@ -3,11 +3,25 @@
 mod chat;
 pub mod convert;
 pub mod demo;
+pub mod interrupt;
 mod load;
 pub mod options;
 mod output;
 pub mod quantize;
 pub mod run;
+
+use std::io::Write;
+
+/// The status of a program that Ctrl-C ended, as shells count.
+pub const INTERRUPTED: u8 = 130;
+
+/// How a command ended that did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Done {
+    Whole,
+    /// Ctrl-C ended it early; what there was is out.
+    Interrupted,
+}
 
 /// Whether the reader of our output went away, which for a filter is no failure.
 pub fn is_broken_pipe(e: &anyhow::Error) -> bool {
@@ -16,7 +30,17 @@ pub fn is_broken_pipe(e: &anyhow::Error) -> bool {
         .any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
+/// One line on stderr, whatever a file's name or a file itself put into it. Nobody is left to
+/// tell when stderr is closed.
+pub fn note(text: &str) {
+    let line: String = text
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// A warning or a mistake that does not end the program.
-fn warn(text: &str) {
-    eprintln!("hae: {text}");
+pub fn warn(text: &str) {
+    note(&format!("hae: {text}"));
 }

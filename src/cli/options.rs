@@ -51,15 +51,30 @@ pub struct ModelArgs {
     #[arg(short, long, value_name = "FILE")]
     pub model: Option<PathBuf>,
     /// -mm: vision file (GGUF) that belongs to the model
-    #[arg(long, visible_alias = "mm", value_name = "FILE")]
+    #[arg(long, alias = "mm", value_name = "FILE")]
     pub mmproj: Option<PathBuf>,
-    /// -ngl: layers to keep on the GPU [default: llama.cpp's choice]
-    #[arg(long, visible_alias = "ngl", value_name = "N")]
-    pub gpu_layers: Option<u32>,
+    /// -ngl: layers to keep on the GPU: a number, `all`, or `auto` for llama.cpp's choice
+    #[arg(long, alias = "ngl", default_value = "auto", value_parser = gpu_layers, value_name = "N")]
+    pub gpu_layers: GpuLayers,
     /// Which longrope factors to use: `auto` follows the positions that the run can reach,
     /// `context` the size of the cache (as llama.cpp does)
     #[arg(long, value_enum, default_value_t = RopeArg::Auto, value_name = "RULE")]
     pub rope_factors: RopeArg,
+}
+
+/// `None`: as many as llama.cpp chooses.
+pub type GpuLayers = Option<u32>;
+
+/// llama.cpp's own spellings: -1 is `auto`, -2 is `all`.
+fn gpu_layers(text: &str) -> Result<GpuLayers, String> {
+    match text {
+        "auto" | "-1" => Ok(None),
+        "all" | "-2" => Ok(Some(i32::MAX as u32)),
+        _ => match text.parse() {
+            Ok(n) if n <= i32::MAX as u32 => Ok(Some(n)),
+            _ => Err("expected a number of layers, all or auto".into()),
+        },
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -81,29 +96,30 @@ enum FlashArg {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Context")]
 pub struct ContextArgs {
-    /// Cells of the KV cache; 0: the context length that the model was trained for
+    /// Cells of the KV cache, which llama.cpp rounds up to a multiple of 256; 0: the context
+    /// length that the model was trained for
     #[arg(short = 'c', long, default_value_t = 4096, value_name = "N")]
     pub ctx_size: u32,
     /// Rows of one decode call
     #[arg(short = 'b', long, default_value_t = 2048, value_name = "N")]
     batch_size: u32,
     /// -ub: rows computed at once
-    #[arg(long, visible_alias = "ub", default_value_t = 512, value_name = "N")]
+    #[arg(long, alias = "ub", default_value_t = 512, value_name = "N")]
     ubatch_size: u32,
     /// Threads while generating [default: physical cores]
     #[arg(short, long, value_name = "N")]
-    pub threads: Option<u16>,
+    threads: Option<i64>,
     /// -tb: threads while reading the prompt [default: as --threads]
-    #[arg(long, visible_alias = "tb", value_name = "N")]
-    threads_batch: Option<u16>,
+    #[arg(long, alias = "tb", value_name = "N")]
+    threads_batch: Option<i64>,
     /// -fa: flash attention. Policies that read attention scores switch it off
-    #[arg(long, visible_alias = "fa", value_enum, num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_name = "WHEN")]
+    #[arg(long, alias = "fa", value_enum, num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_name = "WHEN")]
     flash_attn: FlashArg,
     /// -ctk: type of the K cache: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1
-    #[arg(long, visible_alias = "ctk", default_value = "f16", value_parser = cache_type, value_name = "TYPE")]
+    #[arg(long, alias = "ctk", default_value = "f16", value_parser = cache_type, value_name = "TYPE")]
     cache_type_k: CacheType,
     /// -ctv: type of the V cache; quantized types need flash attention
-    #[arg(long, visible_alias = "ctv", default_value = "f16", value_parser = cache_type, value_name = "TYPE")]
+    #[arg(long, alias = "ctv", default_value = "f16", value_parser = cache_type, value_name = "TYPE")]
     cache_type_v: CacheType,
 }
 
@@ -123,12 +139,12 @@ fn cache_type(text: &str) -> Result<CacheType, String> {
 }
 
 impl ContextArgs {
-    /// llama.cpp's type for threads is an `int`; more than a `u16` is a typing error.
+    /// Threads while generating.
     pub fn n_threads(&self) -> Result<i32> {
         match self.threads {
-            Some(0) => Err(Error::option("-t", "0 threads, expected at least 1").into()),
-            Some(n) => Ok(i32::from(n)),
-            None => Ok(i32::try_from(num_cpus::get_physical().max(1)).unwrap_or(1)),
+            Some(n) => threads("-t", n),
+            // llama.cpp's way with -1.
+            None => Ok(i32::try_from(num_cpus::get_physical().clamp(1, 512)).unwrap_or(1)),
         }
     }
 
@@ -138,11 +154,9 @@ impl ContextArgs {
         if self.batch_size == 0 || self.ubatch_size == 0 {
             return Err(Error::option("-b, -ub", "0 rows, expected at least 1").into());
         }
-        if self.threads_batch == Some(0) {
-            return Err(Error::option("-tb", "0 threads, expected at least 1").into());
-        }
-        // Beyond this the positions of a full cache would not fit llama.cpp's type.
-        const MOST: u32 = 1 << 30;
+        // Some cells more than any model was trained for; llama.cpp's and our own bookkeeping of
+        // so many takes gigabytes before the cache itself does.
+        const MOST: u32 = 1 << 24;
         let n_ctx = if self.ctx_size == 0 {
             n_ctx_train
         } else {
@@ -159,7 +173,10 @@ impl ContextArgs {
             n_batch: self.batch_size.min(n_ctx),
             n_ubatch: self.ubatch_size.min(n_ctx),
             n_threads,
-            n_threads_batch: self.threads_batch.map_or(n_threads, i32::from),
+            n_threads_batch: match self.threads_batch {
+                Some(n) => threads("-tb", n)?,
+                None => n_threads,
+            },
             flash_attention: match self.flash_attn {
                 FlashArg::On => FlashAttention::On,
                 FlashArg::Off => FlashAttention::Off,
@@ -173,13 +190,21 @@ impl ContextArgs {
     }
 }
 
+/// ggml ends the process on more threads than it has room for (`GGML_MAX_N_THREADS`).
+fn threads(flag: &'static str, n: i64) -> Result<i32> {
+    match i32::try_from(n) {
+        Ok(n @ 1..=512) => Ok(n),
+        _ => Err(Error::option(flag, format!("{n} threads, expected 1 to 512")).into()),
+    }
+}
+
 /// How to choose the next token.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplerArgs {
-    /// Seed of the sampler [default: from the clock]
-    #[arg(short, long, value_name = "N")]
-    seed: Option<u32>,
+    /// Seed of the sampler; -1: from the clock
+    #[arg(short, long, default_value_t = -1, value_name = "N")]
+    seed: i64,
     /// Temperature; 0 takes the likeliest token
     #[arg(long, default_value_t = 0.8, value_name = "T")]
     temp: f32,
@@ -195,7 +220,7 @@ pub struct SamplerArgs {
     /// Divide the odds of recent tokens by this; 1: off
     #[arg(long, default_value_t = 1.0, value_name = "X")]
     repeat_penalty: f32,
-    /// Tokens that the penalty looks back on
+    /// Tokens that the penalty looks back on; -1: as many as the context holds
     #[arg(long, default_value_t = 64, value_name = "N")]
     repeat_last_n: i32,
 }
@@ -210,6 +235,20 @@ impl SamplerArgs {
                 format!("{x}, expected a number of at least {least}"),
             )),
         };
+        // The largest u32 is llama.cpp's own -1: its sampler would draw a seed that nobody learns.
+        let seed = match u32::try_from(self.seed) {
+            Ok(u32::MAX) => clock,
+            Ok(seed) => seed,
+            Err(_) if self.seed == -1 => clock,
+            Err(_) => {
+                let reason = format!("{}, expected -1 to {}", self.seed, u32::MAX);
+                return Err(Error::option("-s", reason).into());
+            }
+        };
+        if self.repeat_last_n < -1 {
+            let reason = format!("{}, expected -1 or more", self.repeat_last_n);
+            return Err(Error::option("--repeat-last-n", reason).into());
+        }
         if !(self.repeat_penalty.is_finite() && self.repeat_penalty > 0.0) {
             return Err(Error::option(
                 "--repeat-penalty",
@@ -218,7 +257,7 @@ impl SamplerArgs {
             .into());
         }
         Ok(SamplerOptions {
-            seed: self.seed.unwrap_or(clock),
+            seed,
             temp: finite("--temp", self.temp, 0.0)?,
             top_k: self.top_k,
             top_p: finite("--top-p", self.top_p, 0.0)?,
@@ -245,14 +284,16 @@ enum QueriesArg {
     Last,
 }
 
-/// The parameters of `--kv-policy hae`.
+/// The parameters of `--kv-policy hae`. The defaults that the help names are those of
+/// [`PolicyOptions::default`], which a test compares.
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "HAE")]
+#[command(next_help_heading = "KV cache policy")]
 pub struct PolicyArgs {
-    /// Where the other values start from: `default`, or `paper` (arXiv 2602.02197)
+    /// Where the values below start from: `default`, or `paper` (arXiv 2602.02197)
     #[arg(long, value_name = "NAME")]
     kv_preset: Option<String>,
     /// Keep this many visual tokens (64), or this share of them (0.4), by attention
+    /// [default: 0.4]
     #[arg(long, value_name = "N|SHARE")]
     dap_keep: Option<Amount>,
     /// Drop visual tokens below TAU times the mean attention
@@ -268,30 +309,33 @@ pub struct PolicyArgs {
     #[arg(long, conflicts_with_all = ["dap_keep", "dap_tau", "dap_r", "dap_alpha"])]
     no_dap: bool,
     /// Layers whose attention scores the tokens: `all`, or a list such as 0 or 4,8-11
+    /// [default: all]
     #[arg(long, value_name = "LIST")]
     score_layers: Option<Layers>,
-    /// Which tokens of the prompt judge the picture
+    /// Which tokens of the prompt judge the picture [default: last]
     #[arg(long, value_enum, value_name = "WHICH")]
     score_queries: Option<QueriesArg>,
-    /// How attention adds up over time
+    /// How attention adds up over time [default: query]
     #[arg(long, value_enum, value_name = "HOW")]
     score_norm: Option<NormArg>,
-    /// Multiply scores by this at every step; 1: never forget
+    /// Multiply scores by this at every step; 1: never forget [default: 1]
     #[arg(long, value_name = "X")]
     score_decay: Option<f64>,
     /// Live cells while decoding (512), or a share of the prompt's cells (0.5)
+    /// [default: no limit]
     #[arg(long, value_name = "N|SHARE")]
     kv_budget: Option<Amount>,
-    /// Cells of the recycle bin, on top of the budget
+    /// Cells of the recycle bin, on top of the budget [default: 32]
     #[arg(long, value_name = "N")]
     bin_size: Option<usize>,
-    /// First positions that never leave
+    /// First positions that never leave [default: 4]
     #[arg(long, value_name = "N")]
     sinks: Option<usize>,
-    /// Last positions that never leave
+    /// Last positions that never leave [default: 16]
     #[arg(long, value_name = "N")]
     recent: Option<usize>,
     /// By which share a binned token must pass the lowest live one to come back
+    /// [default: 0.1]
     #[arg(long, value_name = "X")]
     hysteresis: Option<f64>,
     /// Never take a token back out of the bin
@@ -345,5 +389,68 @@ impl PolicyArgs {
             None => {}
         }
         Ok(options)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, Command};
+
+    use super::*;
+
+    fn spelled(args: &[&str]) -> Vec<String> {
+        llama_spelling(args.iter().map(|&arg| arg.into()))
+            .into_iter()
+            .map(|arg| arg.into_string().unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn one_dash_options_become_long_ones() {
+        assert_eq!(
+            spelled(&["run", "-ngl", "9", "-ctk=f32", "-p", "-fa", "--", "-fa"]),
+            [
+                "run",
+                "--gpu-layers",
+                "9",
+                "--cache-type-k=f32",
+                "-p",
+                "--flash-attn",
+                "--",
+                "-fa"
+            ]
+        );
+    }
+
+    #[test]
+    fn the_help_names_the_defaults() {
+        let mut command = PolicyArgs::augment_args(Command::new("x").term_width(100));
+        let help = command.render_long_help().to_string();
+        let PolicyOptions {
+            layers,
+            queries,
+            norm,
+            decay,
+            dap,
+            kv_budget,
+            bin_size,
+            sinks,
+            recent,
+            hysteresis,
+            restore,
+        } = PolicyOptions::default();
+        assert_eq!(layers, Layers::All);
+        assert_eq!((queries, norm), (Queries::Last, Norm::PerQuery));
+        assert!(kv_budget.is_none() && restore);
+        let DapRule::Keep(Amount::Share(keep)) = dap.unwrap().rule else {
+            panic!("{dap:?}")
+        };
+        let values = [decay, keep, hysteresis].map(|x| x.to_string());
+        let counts = [bin_size, sinks, recent].map(|x| x.to_string());
+        let named = ["all", "last", "query", "no limit"].map(str::to_owned);
+        for value in values.iter().chain(&counts).chain(&named) {
+            let default = format!("[default: {value}]");
+            assert!(help.contains(&default), "{default} is not in:\n{help}");
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::{Done, note};
 use clap::Args;
 use hae::llama::quantize::{self, Progress, QuantType};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
@@ -20,11 +21,11 @@ pub struct QuantizeArgs {
     #[arg(value_name = "TYPE", value_parser = QuantType::parse)]
     pub kind: QuantType,
     /// Threads; 0 means all
-    #[arg(short, long, default_value_t = 0)]
+    #[arg(short, long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(..=512))]
     pub threads: u32,
 }
 
-pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
+pub fn run(args: &QuantizeArgs) -> anyhow::Result<Done> {
     let progress = Arc::new(Progress::default());
     let style = ProgressStyle::with_template("quantizing {bar:32} {pos}/{len} tensors {elapsed}")?;
     let bar = ProgressBar::no_length().with_style(style);
@@ -47,13 +48,13 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
     });
     bar.finish_and_clear();
     let sizes = sizes.map_err(|_| anyhow::anyhow!("quantizing panicked"))??;
-    eprintln!(
+    note(&format!(
         "{}: {}, {} ({:.1} % of {})",
         args.output.display(),
         args.kind.name,
         HumanBytes(sizes.output),
         100.0 * sizes.output as f64 / sizes.input as f64,
         args.input.display(),
-    );
-    Ok(())
+    ));
+    Ok(Done::Whole)
 }

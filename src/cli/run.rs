@@ -1,9 +1,8 @@
 //! `hae run`: one prompt, or a chat.
 
+use std::cell::RefCell;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -11,7 +10,7 @@ use clap::ValueEnum;
 use super::load::{self, Files, Made, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs};
 use super::output::{ContextReport, FileReport, Report};
-use super::{chat, warn};
+use super::{Done, chat, interrupt, warn};
 use hae::Error;
 use hae::build::build;
 use hae::conversation::{Answer, Conversation, Turn};
@@ -21,9 +20,8 @@ use hae::llama::{self, ContextOptions, FlashAttention};
 use hae::policy::PolicyOptions;
 
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Prompt", allow_negative_numbers = true)]
 pub struct Args {
-    #[command(flatten)]
-    model: ModelArgs,
     /// Picture to ask about; repeat for several. The prompt may say where they go with
     /// <|image_1|>, <|image_2|>, ...; otherwise they go in front
     #[arg(long, value_name = "FILE")]
@@ -31,36 +29,43 @@ pub struct Args {
     /// The prompt; without one, a chat
     #[arg(short, long, value_name = "TEXT", conflicts_with = "file")]
     prompt: Option<String>,
-    /// Read the prompt from a file
+    /// Read the prompt from a file, without the newline at its end
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// Tokens to generate at most; -1: until the model ends or the context is full
-    #[arg(short, long, default_value_t = -1, allow_negative_numbers = true, value_name = "N")]
+    #[arg(short, long, default_value_t = -1, value_name = "N")]
     n_predict: i64,
     /// -sys: system prompt
-    #[arg(long, visible_alias = "sys", value_name = "TEXT")]
+    #[arg(long, alias = "sys", value_name = "TEXT")]
     system_prompt: Option<String>,
     /// Name or text of a chat template that llama.cpp knows [default: the model's own]
     #[arg(long, value_name = "TEMPLATE")]
     chat_template: Option<String>,
     /// -no-cnv: use no chat template, the prompt goes in as it is
-    #[arg(long, visible_alias = "no-cnv", conflicts_with_all = ["chat_template", "system_prompt"])]
+    #[arg(long, alias = "no-cnv", conflicts_with_all = ["chat_template", "system_prompt"])]
     no_conversation: bool,
+    #[command(flatten)]
+    model: ModelArgs,
     #[command(flatten)]
     context: ContextArgs,
     #[command(flatten)]
     sampler: SamplerArgs,
     /// `full` keeps everything, as llama.cpp does; `hae` prunes visual tokens after the prompt
     /// (DAP) and, with --kv-budget, evicts through a recycle bin while decoding (DDES)
-    #[arg(long, default_value = "full", value_name = "NAME")]
+    #[arg(
+        long,
+        default_value = "full",
+        value_name = "NAME",
+        help_heading = "KV cache policy"
+    )]
     kv_policy: String,
     #[command(flatten)]
     policy: PolicyArgs,
     /// What stdout carries: the answer, or one JSON object at the end
-    #[arg(short, long, value_enum, default_value_t = Format::Text, value_name = "FORMAT")]
+    #[arg(short, long, value_enum, default_value_t = Format::Text, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
     /// Show llama.cpp's log on stderr
-    #[arg(short, long)]
+    #[arg(short, long, help_heading = "Output")]
     verbose: bool,
 }
 
@@ -70,9 +75,11 @@ enum Format {
     Json,
 }
 
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args) -> Result<Done> {
     if args.verbose {
-        llama::log::show(|line| eprint!("{line}"));
+        llama::log::show(|line| {
+            let _ = write!(std::io::stderr(), "{line}");
+        });
     }
     let policy_options = args.policy.options()?;
     if args.kv_policy == "full" && policy_options != PolicyOptions::default() {
@@ -99,7 +106,6 @@ pub fn run(args: &Args) -> Result<()> {
         .map(|path| picture(path))
         .collect::<Result<Vec<_>>>()?;
     let files = Files::find(&args.model)?;
-    let cancel = cancel_flag()?;
     let setup = Setup {
         files: &files,
         model: &args.model,
@@ -119,28 +125,24 @@ pub fn run(args: &Args) -> Result<()> {
     setup.run(|conversation, made| {
         warn_about_flash_attention(&made.context);
         let Some(text) = &prompt else {
-            return chat::chat(conversation, pictures.clone(), n_predict, &cancel);
+            chat::chat(conversation, pictures.clone(), n_predict)?;
+            return Ok(Done::Whole);
         };
-        let turn = Turn { text: text.clone(), pictures: pictures.clone(), n_predict };
-        let answer = answer(conversation, &turn, &cancel, args.output == Format::Text)?;
-        if answer.finish == Finish::Context {
-            warn("the context is full, the answer is cut short: give a larger -c, or a --kv-budget with --kv-policy hae");
+        let turn = Turn {
+            text: text.clone(),
+            pictures: pictures.clone(),
+            n_predict,
+        };
+        let answer = answer(conversation, &turn, args.output == Format::Text)?;
+        warn_about_end(&answer);
+        if args.output == Format::Json {
+            print_json(&answer, &setup, made)?;
         }
-        if args.output == Format::Json { print_json(&answer, &setup, made) } else { Ok(()) }
+        Ok(match answer.finish {
+            Finish::Cancelled => Done::Interrupted,
+            _ => Done::Whole,
+        })
     })
-}
-
-/// Set by Ctrl-C; the second one does not wait for the answer to notice.
-fn cancel_flag() -> Result<Arc<AtomicBool>> {
-    let cancel = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&cancel);
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-    })
-    .context("cannot listen for Ctrl-C")?;
-    Ok(cancel)
 }
 
 fn print_json(answer: &Answer, setup: &Setup<'_>, made: &Made) -> Result<()> {
@@ -161,20 +163,33 @@ fn print_json(answer: &Answer, setup: &Setup<'_>, made: &Made) -> Result<()> {
         build: build(),
     };
     let mut out = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, &report).map_err(std::io::Error::from)?;
-    Ok(writeln!(out)?)
+    let text = serde_json::to_string_pretty(&report)?;
+    writeln!(out, "{text}").context("stdout")
 }
 
 fn prompt(args: &Args) -> Result<Option<String>> {
-    let text = match (&args.prompt, &args.file) {
-        (Some(text), _) => Some(text.clone()),
-        (None, Some(path)) => Some(std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?),
-        (None, None) => None,
+    let Some(path) = &args.file else {
+        return match args.prompt.as_deref() {
+            Some("") => Err(Error::option("-p", "is empty, expected a prompt").into()),
+            text => Ok(text.map(str::to_owned)),
+        };
     };
-    if text.as_ref().is_some_and(String::is_empty) {
-        return Err(Error::option("-p", "the prompt is empty").into());
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    let mut text = String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        Error::file(path, format!("is not UTF-8 at byte {at}, expected text"))
+    })?;
+    if let Some(at) = text.find('\0') {
+        return Err(Error::file(path, format!("byte {at} is NUL, expected text")).into());
     }
-    Ok(text)
+    // Editors end a file with a newline that is not part of the question.
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    if text.is_empty() {
+        return Err(Error::file(path, "is empty, expected a prompt").into());
+    }
+    Ok(Some(text))
 }
 
 pub fn picture(path: &Path) -> Result<Picture> {
@@ -188,44 +203,48 @@ fn warn_about_flash_attention(context: &ContextOptions) {
 }
 
 /// One turn with its text streamed to stdout.
-pub fn answer(
-    conversation: &mut Conversation<'_>,
-    turn: &Turn,
-    cancel: &AtomicBool,
-    stream: bool,
-) -> Result<Answer> {
+pub fn answer(conversation: &mut Conversation<'_>, turn: &Turn, stream: bool) -> Result<Answer> {
     let now = load::clock();
     let bar = load::spinner("reading the prompt");
     let mut out = std::io::stdout().lock();
-    let mut failure = None;
-    let answer = {
-        let cancelled = || cancel.load(Ordering::SeqCst);
-        let mut on_text = |text: &str| {
-            bar.finish_and_clear();
-            if stream && failure.is_none() {
-                // The loop has no use for a broken pipe; stop it and report.
-                if let Err(e) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-                    failure = Some(e);
-                    cancel.store(true, Ordering::SeqCst);
-                }
-            }
-        };
-        conversation.ask(
-            turn,
-            Hooks {
-                on_text: &mut on_text,
-                cancelled: &cancelled,
-                now: &now,
-            },
-        )
+    // Why the text could not be written; the answer has no use then and ends.
+    let failure: RefCell<Option<std::io::Error>> = RefCell::new(None);
+    let cancelled = || interrupt::cancelled() || failure.borrow().is_some();
+    let mut on_text = |text: &str| {
+        bar.finish_and_clear();
+        if stream && failure.borrow().is_none() {
+            *failure.borrow_mut() = out
+                .write_all(text.as_bytes())
+                .and_then(|()| out.flush())
+                .err();
+        }
     };
+    let hooks = Hooks {
+        on_text: &mut on_text,
+        cancelled: &cancelled,
+        now: &now,
+    };
+    let answer = interrupt::answering(|| conversation.ask(turn, hooks));
     bar.finish_and_clear();
-    if let Some(e) = failure {
-        return Err(e.into());
+    if let Some(e) = failure.into_inner() {
+        return Err(e).context("stdout");
     }
     let answer = answer?;
     if stream {
-        writeln!(out)?;
+        writeln!(out).context("stdout")?;
     }
     Ok(answer)
+}
+
+/// Says on stderr why an answer is shorter than the model wanted it.
+pub fn warn_about_end(answer: &Answer) {
+    match answer.finish {
+        Finish::Context => warn(
+            "the context is full, the answer is cut short: give a larger -c, or a --kv-budget with --kv-policy hae",
+        ),
+        Finish::Positions => warn(
+            "the short rope factors reach no further, the answer is cut short: give --rope-factors long",
+        ),
+        Finish::Eog | Finish::Length | Finish::Cancelled => {}
+    }
 }

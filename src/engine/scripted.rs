@@ -27,6 +27,7 @@ pub enum Call {
     },
     Sample(Token),
     Remove(Vec<Range<Pos>>),
+    Rewind(Pos),
 }
 
 /// How much the token at position `query` attends to the one at `key`, before normalisation.
@@ -250,6 +251,18 @@ impl Engine for Scripted {
             }
         }
         self.calls.push(Call::Remove(ranges.to_vec()));
+        Ok(())
+    }
+
+    fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {
+        for cell in &mut self.cells {
+            *cell = cell.filter(|&pos| pos < from);
+        }
+        let held = self.cells.iter().flatten().count();
+        if held != left {
+            return Err(Error::contract(format!("{held} cells left, not {left}")));
+        }
+        self.calls.push(Call::Rewind(from));
         Ok(())
     }
 

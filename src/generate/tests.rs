@@ -221,13 +221,16 @@ fn cancelling() {
         (" 1 1", Finish::Cancelled)
     );
     assert_eq!(generated.pending, None);
-    // The chat goes on, and in the middle of a prompt too.
+    // In the middle of a prompt, all of it is taken back.
     let generated = turn(&mut session, &[tokens(4)], None, &at(1)).0.unwrap();
     assert_eq!(
         (generated.tokens.len(), generated.finish),
         (0, Finish::Cancelled)
     );
-    assert_eq!(session.controller.next_pos(), 8);
+    assert_eq!(session.controller.next_pos(), 6);
+    assert_eq!(session.controller.ledger().counts().cells(), 6);
+    assert_eq!(session.engine.calls.last(), Some(&Call::Rewind(6)));
+    // The chat goes on.
     let generated = turn(&mut session, &[tokens(4)], Some(1), &|| false)
         .0
         .unwrap();
@@ -366,6 +369,9 @@ fn an_engine_that_shows_no_attention_is_found_out() {
         }
         fn remove(&mut self, ranges: &[std::ops::Range<Pos>]) -> Result<()> {
             self.0.remove(ranges)
+        }
+        fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {
+            self.0.rewind(from, left)
         }
         fn n_cells(&self) -> usize {
             self.0.n_cells()

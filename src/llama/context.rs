@@ -193,7 +193,7 @@ impl<'m> LlamaEngine<'m> {
         })?;
         let n_ctx = ctx.n_ctx() as usize;
         Ok(LlamaEngine {
-            sampler: sampler.chain(model.n_vocab()),
+            sampler: sampler.chain(model.n_vocab(), n_ctx),
             counted: model.eviction_obstacle().map(|_| 0),
             ctx,
             observer,
@@ -216,6 +216,11 @@ impl<'m> LlamaEngine<'m> {
         if let Some(n) = &mut self.counted {
             *n = 0;
         }
+    }
+
+    /// Rows that are computed at once: a picture whose tokens attend to all of it needs as many.
+    pub fn n_ubatch(&self) -> usize {
+        self.options.n_ubatch.min(self.options.n_batch) as usize
     }
 
     fn set_causal(&mut self, causal: bool) {
@@ -314,12 +319,13 @@ impl Engine for LlamaEngine<'_> {
         let raw = self.batch(&batch, &mut seq)?;
         let non_causal =
             self.options.non_causal_images && matches!(batch.input, Input::Embeddings { .. });
-        if non_causal && batch.input.len() > self.options.n_ubatch as usize {
-            return Err(Error::option(
-                "-ub",
+        if non_causal && batch.input.len() > self.n_ubatch() {
+            return Err(Error::llama(
+                "llama_decode",
                 format!(
-                    "this model's pictures attend to all of themselves: expected at least {}",
-                    batch.input.len()
+                    "a picture of {} tokens that attend to all of it, in batches of {}",
+                    batch.input.len(),
+                    self.n_ubatch()
                 ),
             ));
         }
@@ -425,6 +431,25 @@ impl Engine for LlamaEngine<'_> {
                     format!("positions {range:?} cannot be removed"),
                 ));
             }
+        }
+        Ok(())
+    }
+
+    fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {
+        let from = from.max(0);
+        // SAFETY: the context is alive; an end of -1 means "to the end".
+        let done = unsafe {
+            let memory = sys::llama_get_memory(self.ctx.as_mut_ptr());
+            sys::llama_memory_seq_rm(memory, SEQ, from, -1)
+        };
+        if !done {
+            return Err(Error::llama(
+                "llama_memory_seq_rm",
+                format!("positions from {from} on cannot be taken back"),
+            ));
+        }
+        if let Some(next) = &mut self.counted {
+            *next = Cell::try_from(left).unwrap_or(*next);
         }
         Ok(())
     }

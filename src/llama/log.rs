@@ -8,10 +8,8 @@ use llama_cpp_sys_2 as sys;
 
 static VERBOSE: AtomicBool = AtomicBool::new(false);
 
-/// Error lines since the last [`take_reason`], the oldest first. Bounded: a broken file may log
-/// one line a tensor.
-static ERRORS: Mutex<Vec<String>> = Mutex::new(Vec::new());
-const KEPT: usize = 16;
+/// The first error line since [`forget`].
+static ERROR: Mutex<Option<String>> = Mutex::new(None);
 
 /// Where verbose lines go. The library itself never prints: the caller hands in a sink.
 static SINK: Mutex<Option<fn(&str)>> = Mutex::new(None);
@@ -33,19 +31,35 @@ pub(super) fn install() {
     }
 }
 
-/// Forgets the error lines so far: what a later failure logs is then its own.
+/// Forgets what was logged so far: what a later failure logs is then its own.
 pub(super) fn forget() {
-    ERRORS.lock().unwrap_or_else(|e| e.into_inner()).clear();
+    *ERROR.lock().unwrap_or_else(|e| e.into_inner()) = None;
 }
 
-/// The error lines since [`forget`], joined into one line; `otherwise` when there are none.
+/// Why the call since [`forget`] failed: the first error line, which comes from where it happened
+/// (those after it say who had to give up in turn); `otherwise` when there is none.
 pub(super) fn take_reason(otherwise: &str) -> String {
-    let lines = std::mem::take(&mut *ERRORS.lock().unwrap_or_else(|e| e.into_inner()));
-    if lines.is_empty() {
-        otherwise.to_owned()
-    } else {
-        lines.join("; ")
+    let line = ERROR.lock().unwrap_or_else(|e| e.into_inner()).take();
+    line.map_or(otherwise.to_owned(), |line| bare(&line).to_owned())
+}
+
+/// A line without what llama.cpp puts before the reason: functions, and that a model of this path
+/// could not be loaded, which our own message says.
+fn bare(line: &str) -> &str {
+    let mut rest = line;
+    while let Some((head, tail)) = rest.split_once(": ") {
+        let name = head.trim_end_matches("()");
+        let function = name == "operator"
+            || name.contains('_') && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        let repeated = head == "error"
+            || head.starts_with("error loading model")
+            || head.starts_with("failed to load model '");
+        if tail.trim().is_empty() || !(function || repeated) {
+            break;
+        }
+        rest = tail;
     }
+    rest
 }
 
 extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {
@@ -58,10 +72,10 @@ extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _: *mut c
         // excluded above.
         let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
         if level == sys::GGML_LOG_LEVEL_ERROR {
-            let mut errors = ERRORS.lock().unwrap_or_else(|e| e.into_inner());
             let line = text.trim();
-            if !line.is_empty() && errors.len() < KEPT {
-                errors.push(line.to_owned());
+            if !line.is_empty() {
+                let mut error = ERROR.lock().unwrap_or_else(|e| e.into_inner());
+                error.get_or_insert_with(|| line.replace('\n', " "));
             }
         }
         if VERBOSE.load(Ordering::Relaxed) {
@@ -71,4 +85,28 @@ extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _: *mut c
             }
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bare;
+
+    #[test]
+    fn reasons_are_bare() {
+        for (line, expected) in [
+            (
+                "llama_model_load: error loading model: error loading model vocabulary: unknown tokenizer: 'abc'",
+                "unknown tokenizer: 'abc'",
+            ),
+            (
+                "clip_init: failed to load model 'a: b.gguf': operator(): unable to find tensor v.x",
+                "unable to find tensor v.x",
+            ),
+            ("init: expected 3: got 4", "init: expected 3: got 4"),
+            ("a_b: ", "a_b: "),
+            ("", ""),
+        ] {
+            assert_eq!(bare(line), expected, "{line}");
+        }
+    }
 }

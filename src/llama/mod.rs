@@ -5,9 +5,11 @@
 //! ([`observer`]) reads which cell each token went to and, when asked, how much attention each
 //! cell had.
 
+mod abort;
 pub mod chat;
 mod context;
 pub mod gguf;
+mod hparams;
 pub mod log;
 mod model;
 mod observer;
@@ -15,6 +17,7 @@ pub mod quantize;
 mod sampler;
 mod vision;
 
+pub use abort::on_abort;
 pub use context::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 pub use model::{Model, ModelOptions, RopeFactors};
 pub use sampler::SamplerOptions;

@@ -7,7 +7,7 @@ use llama_cpp_2::model::{LlamaModel, RopeType};
 use llama_cpp_sys_2 as sys;
 
 use super::gguf::{Gguf, c_path};
-use super::{backend, log};
+use super::{backend, hparams, log};
 use crate::engine::Token;
 use crate::error::{Error, Result};
 
@@ -84,6 +84,7 @@ impl Model {
                 "is a vision file (architecture clip), expected a text model: pass it as --mmproj",
             ));
         }
+        hparams::check(&meta, &arch)?;
         let orig_key = format!("{arch}.rope.scaling.original_context_length");
         let two_sets = meta
             .tensors()
@@ -149,7 +150,9 @@ impl Model {
 
     /// Context length that the model was trained for.
     pub fn n_ctx_train(&self) -> u32 {
-        self.inner.n_ctx_train()
+        // SAFETY: the pointer is valid while `self.inner` lives.
+        let n = unsafe { sys::llama_model_n_ctx_train(self.inner.as_ptr()) };
+        u32::try_from(n).unwrap_or(0)
     }
 
     /// Width of an embedding row that the decoder takes.

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use llama_cpp_sys_2 as sys;
 
-use super::gguf::{Gguf, Value, c_path};
+use super::gguf::{Gguf, c_path};
+use super::hparams;
 use crate::error::{Error, Result};
 use crate::outfile::OutFile;
 
@@ -192,8 +193,7 @@ pub fn quantize(
     Ok(sizes)
 }
 
-/// Refuses what `llama_model_quantize` would abort on (assertions in `load_hparams`,
-/// llama-model.cpp, and in llama-hparams.cpp), and what it would not do anyway.
+/// Refuses what `llama_model_quantize` would abort on, and what it would not do anyway.
 fn check(gguf: &Gguf, kind: QuantType) -> Result<()> {
     let wrong = |reason: String| Err(Error::file(gguf.path(), reason));
     let arch = gguf.text("general.architecture")?;
@@ -227,51 +227,5 @@ fn check(gguf: &Gguf, kind: QuantType) -> Result<()> {
             kind.name
         ));
     }
-    let key = |name: &str| format!("{arch}.{name}");
-    let blocks = gguf.unsigned(&key("block_count"))?;
-    if !(1..=512).contains(&blocks) {
-        return wrong(format!("{arch}.block_count is {blocks}, expected 1 to 512"));
-    }
-    let nextn = optional(&key("nextn_predict_layers"))?.unwrap_or(0);
-    if nextn >= blocks {
-        return wrong(format!(
-            "{arch}.nextn_predict_layers is {nextn}, expected less than {blocks} blocks"
-        ));
-    }
-    if let Some(found) = gguf.get(&key("rope.scaling.type")) {
-        let known = ["none", "linear", "yarn", "longrope"].map(|s| Value::Text(s.into()));
-        if !known.contains(&found) {
-            return wrong(format!(
-                "{arch}.rope.scaling.type is {found:?}, expected none, linear, yarn or longrope"
-            ));
-        }
-    }
-    let experts = optional(&key("expert_count"))?.unwrap_or(0);
-    let used = match gguf.get(&key("expert_used_count")) {
-        Some(Value::Array(each)) => each
-            .iter()
-            .filter_map(|v| match v {
-                Value::Unsigned(n) => Some(*n),
-                Value::Signed(n) => Some(*n as u64),
-                _ => None,
-            })
-            .max()
-            .unwrap_or(0),
-        _ => optional(&key("expert_used_count"))?.unwrap_or(0),
-    };
-    if experts > 1024 || used > experts || (experts > 0) != (used > 0) {
-        return wrong(format!(
-            "{arch}.expert_count is {experts} and expert_used_count {used}, expected at most 1024 and no more used"
-        ));
-    }
-    let groups = optional(&key("expert_group_count"))?.unwrap_or(0);
-    let groups_used = optional(&key("expert_group_used_count"))?.unwrap_or(0);
-    let grouped =
-        groups > 1 && (experts % groups != 0 || groups_used == 0 || groups_used >= groups);
-    if grouped || (groups > 0 && groups >= experts) {
-        return wrong(format!(
-            "{arch}.expert_group_count is {groups} ({groups_used} used) with {experts} experts"
-        ));
-    }
-    Ok(())
+    hparams::check(gguf, &arch)
 }

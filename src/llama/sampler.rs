@@ -12,7 +12,7 @@ pub struct SamplerOptions {
     pub top_p: f32,
     pub min_p: f32,
     pub repeat_penalty: f32,
-    /// Tokens that the repeat penalty looks back on.
+    /// Tokens that the repeat penalty looks back on; -1: as many as the context holds.
     pub repeat_last_n: i32,
 }
 
@@ -28,13 +28,19 @@ impl SamplerOptions {
         repeat_last_n: 64,
     };
 
-    pub(super) fn chain(&self, n_vocab: usize) -> LlamaSampler {
+    /// `n_ctx` bounds the tokens that are looked back on: llama.cpp allocates for all of them.
+    pub(super) fn chain(&self, n_vocab: usize, n_ctx: usize) -> LlamaSampler {
         let n_vocab = i32::try_from(n_vocab).unwrap_or(i32::MAX);
+        let n_ctx = i32::try_from(n_ctx).unwrap_or(i32::MAX);
         let mut chain = Vec::new();
         if self.repeat_penalty != 1.0 {
             chain.push(LlamaSampler::penalties(
                 n_vocab,
-                self.repeat_last_n,
+                if self.repeat_last_n < 0 {
+                    n_ctx
+                } else {
+                    self.repeat_last_n.min(n_ctx)
+                },
                 self.repeat_penalty,
                 0.0,
                 0.0,

@@ -36,6 +36,14 @@ impl Piece {
         }
     }
 
+    /// Positions that the piece takes in the sequence.
+    pub fn positions(&self) -> usize {
+        match self {
+            Piece::Text(tokens) => tokens.len(),
+            Piece::Image(image) => usize::try_from(image.n_pos).unwrap_or(0),
+        }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -124,9 +132,12 @@ impl<'m> Vision<'m> {
                 ),
             ));
         }
-        let projector = meta
-            .text("clip.projector_type")
-            .or_else(|_| meta.text("clip.vision.projector_type"))?;
+        // Files from before there were several have no such key: mtmd takes them for LLaVA's.
+        let key = ["clip.projector_type", "clip.vision.projector_type"];
+        let projector = match key.into_iter().find(|key| meta.get(key).is_some()) {
+            Some(key) => meta.text(key)?,
+            None => "mlp".into(),
+        };
         let c_path = c_path(path)?;
         let marker = CString::new(Self::MARKER)
             .map_err(|e| Error::llama("mtmd_init_from_file", e.to_string()))?;

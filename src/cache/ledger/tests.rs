@@ -206,3 +206,25 @@ fn scores_that_are_no_numbers() {
         .unwrap();
     assert_eq!(ledger.get(1).map(|e| e.sum), Some(0.0));
 }
+
+#[test]
+fn rewinding_takes_back_the_end() {
+    let mut ledger = three();
+    let before = ledger.clone();
+    ledger.insert(3, 3, Modality::Vision, Some(0)).unwrap();
+    ledger.insert(5, 4, Modality::Text, None).unwrap();
+    ledger.bin(3).unwrap();
+    ledger.rewind(3);
+    let counts = |ledger: &Ledger| (ledger.counts().live, ledger.counts().binned);
+    assert_eq!(counts(&ledger), counts(&before));
+    assert_eq!(ledger.counts().evicted, PerModality::default());
+    assert_eq!((ledger.newest(), ledger.first()), (Some(2), Some(0)));
+    assert!(ledger.entries().eq(before.entries()));
+    // The position is free again, and the newest of the rest must stay.
+    ledger.insert(5, 3, Modality::Text, None).unwrap();
+    ledger.rewind(3);
+    assert!(message(ledger.remove(1)).contains("newest position 2"));
+    ledger.rewind(0);
+    assert_eq!((ledger.newest(), ledger.first()), (None, None));
+    assert_eq!(ledger.counts().cells(), 0);
+}
