@@ -27,8 +27,6 @@ fn accuracy(text: &str, policy: &str, options: &PolicyOptions) -> f64 {
     let mut context = exact(1024);
     context.type_k = CacheType::F16;
     context.type_v = CacheType::F16;
-    context.n_threads = 2;
-    context.n_threads_batch = 2;
     context.flash_attention = FlashAttention::Auto;
     if let Observe::Layers { layers, .. } = created.observe() {
         context.score_layers = layers;
@@ -98,17 +96,31 @@ fn pytorch() -> f64 {
     scores["understanding"]["accuracy"].as_f64().unwrap()
 }
 
+/// Points that a text model's accuracy differs from PyTorch's. `--nocapture` shows it.
+fn points(text: &str, policy: &str) -> f64 {
+    let ours = accuracy(text, policy, &PolicyOptions::default());
+    let points = 100.0 * (ours - pytorch());
+    println!(
+        "{text}, {policy}: {:.1} %, {points:+.1} points",
+        100.0 * ours
+    );
+    points
+}
+
 #[test]
-fn quantized_models_understand_as_pytorch_does() {
-    for (text, points) in [
-        ("models/tiny-phi3v-Q8_0.gguf", 1.0),
-        ("models/tiny-phi3v-Q4_K_M.gguf", 3.0),
-    ] {
-        let ours = accuracy(text, "full", &PolicyOptions::default());
-        let difference = 100.0 * (ours - pytorch());
-        assert!(
-            difference.abs() <= points,
-            "{text}: {ours}, {difference:+.1} points"
-        );
-    }
+fn q8_0_understands_as_pytorch_does() {
+    assert!(points("models/tiny-phi3v-Q8_0.gguf", "full").abs() <= 1.0);
+}
+
+#[test]
+fn q4_k_m_understands_as_pytorch_does() {
+    assert!(points("models/tiny-phi3v-Q4_K_M.gguf", "full").abs() <= 3.0);
+}
+
+/// With the defaults 60 % of the visual tokens are gone before the first token of the answer.
+/// Keeping 40 % of them at random would cost more than this (90.4 against 95.4 % in a first look
+/// with PyTorch on other questions, with the tokens gone before the first layer even).
+#[test]
+fn hae_understands_nearly_as_well() {
+    assert!(points("models/tiny-phi3v-Q8_0.gguf", "hae") >= -5.0);
 }
