@@ -18,5 +18,6 @@ mod parity;
 mod quantize;
 mod random;
 mod references;
+mod rope;
 mod stock;
 mod understanding;
