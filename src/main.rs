@@ -25,7 +25,7 @@ enum Command {
     /// Quantize a GGUF with llama.cpp
     Quantize(quantize::QuantizeArgs),
     /// Describe a picture twice, with llama.cpp's KV cache and with HAE, and compare
-    Demo(demo::Args),
+    Demo(Box<demo::Args>),
 }
 
 /// Parses the command line and runs it. Exit codes: 0 done, 1 a threshold was missed, 2 usage or

@@ -29,13 +29,16 @@ pub struct Args {
     #[arg(
         short,
         long,
-        default_value = "List every object row by row.",
+        default_value = "Where is the red circle?",
         value_name = "TEXT"
     )]
     prompt: String,
     /// Tokens to generate at most
     #[arg(short, long, default_value_t = 256, value_name = "N")]
     n_predict: u32,
+    /// Times that each side answers, by turns; the table shows medians
+    #[arg(short, long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
+    repetitions: u32,
     #[command(flatten)]
     context: ContextArgs,
     #[command(flatten)]
@@ -53,10 +56,23 @@ pub fn run(args: &Args) -> Result<Done> {
         )?,
     };
     let files = Files::find(&args.model)?;
-    let stock = ask(args, &files, &picture, ("full", &PolicyOptions::default()))?;
-    let hae = ask(args, &files, &picture, ("hae", &hae_options))?;
-    if [&stock, &hae].iter().any(|x| x.finish == Finish::Cancelled) {
-        return Ok(Done::Interrupted);
+    let (mut stock, mut hae) = (Vec::new(), Vec::new());
+    // By turns, so that a machine that gets busier does not favour one side.
+    for _ in 0..args.repetitions {
+        stock.push(ask(
+            args,
+            &files,
+            &picture,
+            ("full", &PolicyOptions::default()),
+        )?);
+        hae.push(ask(args, &files, &picture, ("hae", &hae_options))?);
+        if stock
+            .iter()
+            .chain(&hae)
+            .any(|x| x.finish == Finish::Cancelled)
+        {
+            return Ok(Done::Interrupted);
+        }
     }
     let mut out = std::io::stdout().lock();
     writeln!(
@@ -104,8 +120,15 @@ fn ask(
     })
 }
 
-/// Two columns and what the second saves.
-fn table(stock: &Answer, hae: &Answer) -> Table {
+/// The middle value; of an even number the lower one.
+fn median(of: &dyn Fn(&Answer) -> f64, answers: &[Answer]) -> f64 {
+    let mut values: Vec<f64> = answers.iter().map(of).collect();
+    values.sort_by(f64::total_cmp);
+    values.get((values.len() - 1) / 2).copied().unwrap_or(0.0)
+}
+
+/// Two columns and what the second saves. Neither side is empty.
+fn table(stock: &[Answer], hae: &[Answer]) -> Table {
     let mut table = Table::new();
     table
         .load_preset(UTF8_FULL_CONDENSED)
@@ -116,9 +139,9 @@ fn table(stock: &Answer, hae: &Answer) -> Table {
         );
     table.add_row([
         "answer",
-        stock.text.trim(),
-        hae.text.trim(),
-        if stock.text == hae.text {
+        stock[0].text.trim(),
+        hae[0].text.trim(),
+        if stock[0].text == hae[0].text {
             "same"
         } else {
             "differs"
@@ -126,7 +149,7 @@ fn table(stock: &Answer, hae: &Answer) -> Table {
     ]);
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let mut row = |name: &str, unit: &str, of: &dyn Fn(&Answer) -> f64| {
-        let (a, b) = (of(stock), of(hae));
+        let (a, b) = (median(of, stock), median(of, hae));
         let show = |x: f64| {
             if unit.is_empty() {
                 format!("{x:.0}")

@@ -129,6 +129,24 @@ fn decoding_is_observed_only_for_those_who_decide_in_it() {
     );
 }
 
+/// A decay counts decoding steps: how a prompt was cut must not show in its scores.
+#[test]
+fn a_prompt_is_not_decayed() {
+    let scores = |n_batch| {
+        let options = PolicyOptions {
+            decay: 0.5,
+            ..PolicyOptions::paper()
+        };
+        let mut session = session(Scripted::new(64, n_batch), "hae", &options);
+        let prompt = [tokens(5), picture(3), tokens(9)];
+        session.prefill(&prompt, &|| false).unwrap();
+        let entries = session.controller.ledger().entries();
+        entries.map(|e| (e.pos, e.seen)).collect::<Vec<_>>()
+    };
+    assert_eq!(scores(1)[..2], [(0, 14.0), (1, 13.0)]);
+    assert_eq!(scores(1), scores(64));
+}
+
 #[test]
 fn an_answer_ends_at_eog_or_at_its_length() {
     let engine = || Scripted::new(32, 8).with_says(|pos| if pos == 5 { 0 } else { 7 });

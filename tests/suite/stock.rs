@@ -35,10 +35,12 @@ fn by_hand(golden: &crate::model::Golden, flash: bool, sampler: Vec<LlamaSampler
     let model =
         LlamaModel::load_from_file(&backend, repository(TEXT), &LlamaModelParams::default())
             .unwrap();
-    let mut params = MtmdContextParams::default();
-    params.use_gpu = false;
-    params.n_threads = 1;
-    params.print_timings = false;
+    let params = MtmdContextParams {
+        use_gpu: false,
+        n_threads: 1,
+        print_timings: false,
+        ..MtmdContextParams::default()
+    };
     let vision = repository(VISION);
     let mut vision =
         MtmdContext::init_from_file(vision.to_str().unwrap(), &model, &params).unwrap();
@@ -70,14 +72,14 @@ fn by_hand(golden: &crate::model::Golden, flash: bool, sampler: Vec<LlamaSampler
     let chunks = vision
         .tokenize(text, &bitmaps.iter().collect::<Vec<_>>())
         .unwrap();
-    let mut pos = chunks
+    let start = chunks
         .eval_chunks(&mut vision, &mut context, 0, 0, 1024, true)
         .unwrap();
 
     let mut sampler = LlamaSampler::chain(sampler, true);
     let mut trace = Trace::new();
     let mut batch = llama_cpp_2::llama_batch::LlamaBatch::new(1, 1);
-    for _ in 0..STEPS {
+    for pos in (start..).take(STEPS) {
         let logits = bits(context.get_logits_ith(-1));
         let token = sampler.sample(&context, -1);
         trace.push((token.0, logits));
@@ -87,7 +89,6 @@ fn by_hand(golden: &crate::model::Golden, flash: bool, sampler: Vec<LlamaSampler
         batch.clear();
         batch.add(LlamaToken(token.0), pos, &[0], true).unwrap();
         context.decode(&mut batch).unwrap();
-        pos += 1;
     }
     trace
 }
