@@ -67,18 +67,11 @@ impl Transcript {
                 return Err(e);
             }
         };
-        // Some templates trim what was said; the cache holds it as it was.
-        let said = [
-            self.answer.as_str(),
-            self.answer.trim(),
-            self.answer.trim_start(),
-            self.answer.trim_end(),
-        ];
-        let new = full.strip_prefix(self.fed.as_str()).and_then(|rest| {
-            let new = said.iter().find_map(|said| rest.strip_prefix(said))?;
-            Some(new.to_owned())
-        });
-        let Some(new) = new else {
+        let Some(new) = full
+            .strip_prefix(self.fed.as_str())
+            .and_then(|rest| after_answer(rest, &self.answer))
+            .map(str::to_owned)
+        else {
             self.messages.pop();
             return Err(Error::option(
                 "--chat-template",
@@ -102,6 +95,14 @@ impl Transcript {
             });
         }
     }
+}
+
+/// What follows the answer in a formatted conversation. The cache holds the answer as it was said;
+/// some templates put a space before it or trim it when they repeat it.
+fn after_answer<'a>(rest: &'a str, answer: &str) -> Option<&'a str> {
+    rest.strip_prefix(answer)
+        .or_else(|| rest.trim_start().strip_prefix(answer.trim_start()))
+        .or_else(|| rest.trim_start().strip_prefix(answer.trim()))
 }
 
 /// The text of a turn with [`Vision::MARKER`] where each picture goes, and the pictures' order.
@@ -178,7 +179,10 @@ pub fn tokenize(
         Some(vision) if !first && vision.bos_per_text() && !pictures.is_empty() => {
             let (head, _) = text.split_once(Vision::MARKER).unwrap_or((text, ""));
             let mut pieces = vec![Piece::Text(model.tokenize(head, false, true))];
-            pieces.extend(vision.tokenize(&text[head.len()..], pictures, true)?);
+            let rest = vision.tokenize(&text[head.len()..], pictures, true)?;
+            // It begins with the picture: the empty text before that has its own BOS, too.
+            let empty = usize::from(matches!(rest.first(), Some(Piece::Text(_))));
+            pieces.extend(rest.into_iter().skip(empty));
             Ok(pieces)
         }
         Some(vision) if !pictures.is_empty() => vision.tokenize(text, pictures, first),

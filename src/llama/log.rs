@@ -59,7 +59,7 @@ fn bare(line: &str) -> &str {
         }
         rest = tail;
     }
-    rest
+    rest.trim_end_matches(':')
 }
 
 extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {

@@ -132,12 +132,9 @@ impl<'m> Vision<'m> {
                 ),
             ));
         }
-        // Files from before there were several have no such key: mtmd takes them for LLaVA's.
-        let key = ["clip.projector_type", "clip.vision.projector_type"];
-        let projector = match key.into_iter().find(|key| meta.get(key).is_some()) {
-            Some(key) => meta.text(key)?,
-            None => "mlp".into(),
-        };
+        let projector = meta
+            .text("clip.projector_type")
+            .or_else(|e| meta.text("clip.vision.projector_type").map_err(|_| e))?;
         let c_path = c_path(path)?;
         let marker = CString::new(Self::MARKER)
             .map_err(|e| Error::llama("mtmd_init_from_file", e.to_string()))?;

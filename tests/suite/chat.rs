@@ -1,1 +1,307 @@
+//! `hae run` without a prompt: a chat through a pipe and at a terminal, and what signals do.
+#![cfg(unix)]
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::bin::{answer, hae};
+use crate::model::repository;
+
+const STORY: &str = "Tell a long story with Eva, Ruby, Zoe and Max.";
+const WHERE: &str = "Where is the red circle?";
+
+fn picture() -> String {
+    repository("models/demo.png").to_str().unwrap().to_owned()
+}
+
+fn command(args: &[&str]) -> Command {
+    let hae = hae();
+    let mut command = Command::new(hae.get_program());
+    command.arg("run").args(["--temp", "0"]).args(args);
+    command
+}
+
+/// A chat whose lines come through a pipe, all at once: its answers and what it said beside them.
+fn chat(args: &[&str], lines: &[&str]) -> (Vec<String>, String) {
+    let mut bytes = lines.join("\n").into_bytes();
+    bytes.push(b'\n');
+    chat_bytes(args, &bytes)
+}
+
+fn chat_bytes(args: &[&str], bytes: &[u8]) -> (Vec<String>, String) {
+    let mut child = command(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    (
+        text.lines().map(str::to_owned).collect(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+fn one_shot(args: &[&str]) -> String {
+    let args: Vec<&str> = ["run", "--temp", "0"].iter().chain(args).copied().collect();
+    answer(&args).trim_end_matches('\n').to_owned()
+}
+
+/// The lines of `/stats` that hold `what`.
+fn stats<'a>(stderr: &'a str, what: &str) -> Vec<&'a str> {
+    stderr.lines().filter(|line| line.starts_with(what)).collect()
+}
+
+#[test]
+fn a_second_turn_goes_on_from_the_cache() {
+    let picture = picture();
+    let (answers, stderr) = chat(
+        &["--image", &picture],
+        &[WHERE, "/stats", "How many stars are there?", "/stats", "/quit", "never read"],
+    );
+    assert_eq!(answers.len(), 2, "{answers:?}");
+    assert_eq!(answers[0], one_shot(&["--image", &picture, "-p", WHERE]));
+    // The picture was shown in the first turn; only the new text goes in.
+    let [first, second] = stats(&stderr, "last answer: ")[..] else {
+        panic!("{stderr}")
+    };
+    assert!(first.contains("(13 text, 199 vision)"), "{first}");
+    assert!(second.contains("(11 text, 0 vision)"), "{second}");
+    let [first, second] = stats(&stderr, "cells: ")[..] else {
+        panic!("{stderr}")
+    };
+    assert!(first.contains("199 vision)") && second.contains("199 vision)"), "{stderr}");
+
+    // What is remembered counts: the same question without the picture has another answer.
+    let (blind, _) = chat(&[], &["Hello", WHERE]);
+    let (seeing, _) = chat(&["--image", &picture], &["Hello", WHERE]);
+    assert_ne!(blind[1], seeing[1]);
+}
+
+#[test]
+fn clear_forgets() {
+    let picture = picture();
+    let image = format!("/image {picture}");
+    let (answers, stderr) = chat(
+        &[],
+        &["Hello", "/clear", "/stats", &image, WHERE, "/clear", &image, WHERE],
+    );
+    let fresh = one_shot(&["--image", &picture, "-p", WHERE]);
+    assert_eq!(answers[1..], [fresh.clone(), fresh]);
+    assert!(stats(&stderr, "cells: ")[0].contains("cells: 0 live"), "{stderr}");
+    assert!(stats(&stderr, "last answer: ").is_empty(), "{stderr}");
+}
+
+#[test]
+fn pictures_with_odd_names() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("a picture of it.png");
+    std::fs::copy(picture(), &path).unwrap();
+    let path = path.to_str().unwrap();
+    let fresh = one_shot(&["--image", &picture(), "-p", WHERE]);
+    for line in [format!("/image {path}"), format!("/image  '{path}' "), format!("/image \"{path}\"")] {
+        assert_eq!(chat(&[], &[&line, WHERE]).0, [fresh.clone()], "{line}");
+    }
+}
+
+#[test]
+fn mistakes_do_not_end_a_chat() {
+    let long = "what ".repeat(600);
+    let (answers, stderr) = chat(
+        &["-c", "256"],
+        &[
+            "/image /no/where.png",
+            "/image",
+            "/bogus",
+            "/help",
+            "",
+            "<|image_1|>?",
+            &long,
+            "Hello",
+        ],
+    );
+    assert_eq!(answers, [one_shot(&["-p", "Hello"])]);
+    for part in [
+        "hae: /no/where.png: No such file",
+        "hae: /image: expected the path of a picture",
+        "hae: /bogus: unknown command",
+        "but 0 pictures were given",
+        "but the context holds 256",
+    ] {
+        assert!(stderr.contains(part), "{part} is not in {stderr}");
+    }
+    assert!(stderr.matches("/clear ").count() >= 2, "help twice: {stderr}");
+
+    let (answers, stderr) = chat_bytes(&[], b"caf\xe9\nHello\n");
+    assert_eq!(answers, [one_shot(&["-p", "Hello"])]);
+    assert!(stderr.contains("is not UTF-8"), "{stderr}");
+
+    let model = repository("models/tiny-phi3v-Q8_0.gguf");
+    let image = format!("/image {}", picture());
+    let (answers, stderr) = chat(&["-m", model.to_str().unwrap()], &[&image, "Hello"]);
+    assert_eq!(answers.len(), 1);
+    assert!(stderr.contains("start with --mmproj"), "{stderr}");
+}
+
+/// A running program and its pipes.
+struct Running {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: ChildStdout,
+}
+
+impl Running {
+    fn start(args: &[&str]) -> Self {
+        let mut child = command(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Running {
+            stdin: child.stdin.take(),
+            stdout: child.stdout.take().unwrap(),
+            child,
+        }
+    }
+
+    fn line(&mut self, line: &str) {
+        writeln!(self.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// Waits for the start of an answer.
+    fn first_bytes(&mut self) -> Vec<u8> {
+        let mut bytes = [0; 4];
+        self.stdout.read_exact(&mut bytes).unwrap();
+        bytes.to_vec()
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        let status = Command::new("kill").args(["-s", name, &pid]).status();
+        assert!(status.unwrap().success());
+    }
+
+    fn end(mut self) -> (String, Output) {
+        drop(self.stdin.take());
+        let mut text = Vec::new();
+        self.stdout.read_to_end(&mut text).unwrap();
+        (
+            String::from_utf8(text).unwrap(),
+            self.child.wait_with_output().unwrap(),
+        )
+    }
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_text_so_far() {
+    let picture = picture();
+    let args = ["--image", &picture, "-p", STORY, "-t", "1"];
+    let mut run = Running::start(&args);
+    let mut text = String::from_utf8(run.first_bytes()).unwrap();
+    run.signal("INT");
+    let (rest, output) = run.end();
+    text.push_str(&rest);
+    assert_eq!(output.status.code(), Some(130), "{output:?}");
+    let whole = one_shot(&args);
+    let part = text.trim_end_matches('\n');
+    assert!(whole.starts_with(part) && part.len() < whole.len(), "{part}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
+
+#[test]
+fn an_interrupted_answer_keeps_the_chat() {
+    let picture = picture();
+    let mut run = Running::start(&["--image", &picture, "-t", "1"]);
+    run.line(STORY);
+    run.first_bytes();
+    run.signal("INT");
+    run.line("/stats");
+    run.line(WHERE);
+    run.line("/stats");
+    let (text, output) = run.end();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let [story, place] = text.lines().collect::<Vec<_>>()[..] else {
+        panic!("{text}")
+    };
+    assert!(!story.contains("The end."), "{story}");
+    assert!(!place.is_empty());
+    // The second question went on behind what there was of the story.
+    let second = stats(&stderr, "last answer: ")[1];
+    assert!(second.contains("(12 text, 0 vision)"), "{second}");
+}
+
+#[test]
+fn signals_at_the_prompt() {
+    for signals in [&["INT", "INT", "INT"][..], &[]] {
+        let mut run = Running::start(&[]);
+        let mut help = BufReader::new(run.child.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.starts_with("/quit") {
+            line.clear();
+            assert!(help.read_line(&mut line).unwrap() > 0, "the help ends with /quit");
+        }
+        // The line was the last before the prompt.
+        std::thread::sleep(Duration::from_millis(300));
+        for signal in signals {
+            run.signal(signal);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        run.line("Hello");
+        let (text, output) = run.end();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        assert_eq!(text.trim_end_matches('\n'), one_shot(&["-p", "Hello"]));
+    }
+}
+
+#[test]
+fn a_request_to_end_leaves_no_temporary_files() {
+    let temp = TempDir::new().unwrap();
+    let left = || std::fs::read_dir(temp.path()).unwrap().count();
+    let picture = picture();
+    for (signal, code) in [("TERM", 143), ("HUP", 129)] {
+        let mut child = command(&["--image", &picture, "-p", STORY, "-t", "1"])
+            .env("TMPDIR", temp.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut byte = [0];
+        child.stdout.as_mut().unwrap().read_exact(&mut byte).unwrap();
+        assert_eq!(left(), 2, "the embedded model is in use");
+        let pid = child.id().to_string();
+        Command::new("kill").args(["-s", signal, &pid]).status().unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+        assert_eq!(left(), 0);
+    }
+}
+
+/// At a terminal: Ctrl-C is a key there, until an answer is written.
+#[test]
+fn a_chat_at_a_terminal() {
+    let picture = picture();
+    let mut command = command(&["--image", &picture, "-t", "1"]);
+    command.env("TERM", "xterm");
+    let mut chat = rexpect::session::spawn_command(command, Some(120_000)).unwrap();
+    chat.exp_string("> ").unwrap();
+    chat.send_line(STORY).unwrap();
+    chat.exp_string("friends in a picture").unwrap();
+    chat.send_control('c').unwrap();
+    let rest = chat.exp_string("> ").unwrap();
+    assert!(!rest.contains("The end."), "{rest}");
+    chat.send_control('c').unwrap();
+    chat.exp_string("> ").unwrap();
+    chat.send_control('c').unwrap();
+    chat.exp_string("> ").unwrap();
+    chat.send_line(WHERE).unwrap();
+    chat.exp_regex("(?i)row|column|nothing|\\d").unwrap();
+    chat.exp_string("> ").unwrap();
+    chat.send_line("/quit").unwrap();
+    chat.exp_eof().unwrap();
+}

@@ -212,7 +212,7 @@ fn values_of_a_text_model_that_cannot_be() {
         let expected = format!("phi3.block_count is {blocks}, expected 1 to 512");
         refuses("phi3.block_count", number(blocks), &expected);
     }
-    refuses("phi3.block_count", number(7), "tensor 'blk.6");
+    refuses("phi3.block_count", number(7), "tensor blk.6");
     refuses("phi3.block_count", number(5), "wrong number of tensors");
     refuses(
         "phi3.context_length",
