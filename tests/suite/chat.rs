@@ -55,7 +55,10 @@ fn one_shot(args: &[&str]) -> String {
 
 /// The lines of `/stats` that hold `what`.
 fn stats<'a>(stderr: &'a str, what: &str) -> Vec<&'a str> {
-    stderr.lines().filter(|line| line.starts_with(what)).collect()
+    stderr
+        .lines()
+        .filter(|line| line.starts_with(what))
+        .collect()
 }
 
 #[test]
@@ -63,7 +66,14 @@ fn a_second_turn_goes_on_from_the_cache() {
     let picture = picture();
     let (answers, stderr) = chat(
         &["--image", &picture],
-        &[WHERE, "/stats", "How many stars are there?", "/stats", "/quit", "never read"],
+        &[
+            WHERE,
+            "/stats",
+            "How many stars are there?",
+            "/stats",
+            "/quit",
+            "never read",
+        ],
     );
     assert_eq!(answers.len(), 2, "{answers:?}");
     assert_eq!(answers[0], one_shot(&["--image", &picture, "-p", WHERE]));
@@ -76,7 +86,10 @@ fn a_second_turn_goes_on_from_the_cache() {
     let [first, second] = stats(&stderr, "cells: ")[..] else {
         panic!("{stderr}")
     };
-    assert!(first.contains("199 vision)") && second.contains("199 vision)"), "{stderr}");
+    assert!(
+        first.contains("199 vision)") && second.contains("199 vision)"),
+        "{stderr}"
+    );
 
     // What is remembered counts: the same question without the picture has another answer.
     let (blind, _) = chat(&[], &["Hello", WHERE]);
@@ -90,11 +103,16 @@ fn clear_forgets() {
     let image = format!("/image {picture}");
     let (answers, stderr) = chat(
         &[],
-        &["Hello", "/clear", "/stats", &image, WHERE, "/clear", &image, WHERE],
+        &[
+            "Hello", "/clear", "/stats", &image, WHERE, "/clear", &image, WHERE,
+        ],
     );
     let fresh = one_shot(&["--image", &picture, "-p", WHERE]);
     assert_eq!(answers[1..], [fresh.clone(), fresh]);
-    assert!(stats(&stderr, "cells: ")[0].contains("cells: 0 live"), "{stderr}");
+    assert!(
+        stats(&stderr, "cells: ")[0].contains("cells: 0 live"),
+        "{stderr}"
+    );
     assert!(stats(&stderr, "last answer: ").is_empty(), "{stderr}");
 }
 
@@ -105,7 +123,11 @@ fn pictures_with_odd_names() {
     std::fs::copy(picture(), &path).unwrap();
     let path = path.to_str().unwrap();
     let fresh = one_shot(&["--image", &picture(), "-p", WHERE]);
-    for line in [format!("/image {path}"), format!("/image  '{path}' "), format!("/image \"{path}\"")] {
+    for line in [
+        format!("/image {path}"),
+        format!("/image  '{path}' "),
+        format!("/image \"{path}\""),
+    ] {
         assert_eq!(chat(&[], &[&line, WHERE]).0, [fresh.clone()], "{line}");
     }
 }
@@ -136,7 +158,10 @@ fn mistakes_do_not_end_a_chat() {
     ] {
         assert!(stderr.contains(part), "{part} is not in {stderr}");
     }
-    assert!(stderr.matches("/clear ").count() >= 2, "help twice: {stderr}");
+    assert!(
+        stderr.matches("/clear ").count() >= 2,
+        "help twice: {stderr}"
+    );
 
     let (answers, stderr) = chat_bytes(&[], b"caf\xe9\nHello\n");
     assert_eq!(answers, [one_shot(&["-p", "Hello"])]);
@@ -211,7 +236,10 @@ fn an_interrupted_run_ends_with_the_text_so_far() {
     assert_eq!(output.status.code(), Some(130), "{output:?}");
     let whole = one_shot(&args);
     let part = text.trim_end_matches('\n');
-    assert!(whole.starts_with(part) && part.len() < whole.len(), "{part}");
+    assert!(
+        whole.starts_with(part) && part.len() < whole.len(),
+        "{part}"
+    );
     assert!(output.stderr.is_empty(), "{output:?}");
 }
 
@@ -246,7 +274,10 @@ fn signals_at_the_prompt() {
         let mut line = String::new();
         while !line.starts_with("/quit") {
             line.clear();
-            assert!(help.read_line(&mut line).unwrap() > 0, "the help ends with /quit");
+            assert!(
+                help.read_line(&mut line).unwrap() > 0,
+                "the help ends with /quit"
+            );
         }
         // The line was the last before the prompt.
         std::thread::sleep(Duration::from_millis(300));
@@ -273,10 +304,18 @@ fn a_request_to_end_leaves_no_temporary_files() {
             .spawn()
             .unwrap();
         let mut byte = [0];
-        child.stdout.as_mut().unwrap().read_exact(&mut byte).unwrap();
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut byte)
+            .unwrap();
         assert_eq!(left(), 2, "the embedded model is in use");
         let pid = child.id().to_string();
-        Command::new("kill").args(["-s", signal, &pid]).status().unwrap();
+        Command::new("kill")
+            .args(["-s", signal, &pid])
+            .status()
+            .unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(code));
         assert_eq!(left(), 0);
     }
