@@ -96,7 +96,12 @@ pub(super) fn check(gguf: &Gguf, arch: &str) -> Result<()> {
 fn check_phi3(gguf: &Gguf, blocks: u64) -> Result<()> {
     let tensors = gguf.tensors();
     let names: HashSet<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
-    let missing = |name: &str| Err(Error::file(gguf.path(), format!("tensor {name} is missing")));
+    let missing = |name: &str| {
+        Err(Error::file(
+            gguf.path(),
+            format!("tensor {name} is missing"),
+        ))
+    };
     for block in 0..blocks {
         let has = |part: &str| names.contains(format!("blk.{block}.{part}.weight").as_str());
         if !has("attn_qkv") && !["attn_q", "attn_k", "attn_v"].iter().all(|part| has(part)) {

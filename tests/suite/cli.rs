@@ -165,7 +165,10 @@ fn prompts_that_cannot_be() {
             let mut args = vec!["run", "-f", &file];
             args.extend(template);
             let line = refusal(&args);
-            assert!(line.ends_with(expected) || line.contains(expected), "{line}");
+            assert!(
+                line.ends_with(expected) || line.contains(expected),
+                "{line}"
+            );
         }
     }
     let missing = dir.path().join("a\nb");
@@ -237,7 +240,10 @@ fn pictures_that_cannot_be_shown() {
     assert!(shown(&file("void.png")).contains("void.png: "));
     assert!(shown(&file("nowhere.png")).contains("nowhere.png: No such file"));
     let line = shown(dir.path().to_str().unwrap());
-    assert!(line.contains("is a folder, expected a picture file"), "{line}");
+    assert!(
+        line.contains("is a folder, expected a picture file"),
+        "{line}"
+    );
 
     // The name does not matter, the content does.
     let jpeg = dir.path().join("jpeg.png");
@@ -304,7 +310,10 @@ fn conversion_leaves_nothing_behind() {
     let copy = Copy::new();
     copy.edit_tensors(|t| drop(t.remove("model.layers.2.self_attn.qkv_proj.weight")));
     let line = converts(copy.0.path(), out.path());
-    assert!(line.contains("model.layers.2.self_attn.qkv_proj.weight"), "{line}");
+    assert!(
+        line.contains("model.layers.2.self_attn.qkv_proj.weight"),
+        "{line}"
+    );
     let copy = Copy::new();
     copy.edit_tensors(|t| {
         t.get_mut("model.norm.weight").unwrap().1 = vec![2, 128];

@@ -182,8 +182,12 @@ fn sizes_that_lie() {
             &n.to_le_bytes(),
         ));
         assert!(line.contains(expected), "{n}: {line}");
-        let line =
-            Kind::Vision.refuses_bytes(&patched(Kind::Vision, b"mm.0.weight", 12, &n.to_le_bytes()));
+        let line = Kind::Vision.refuses_bytes(&patched(
+            Kind::Vision,
+            b"mm.0.weight",
+            12,
+            &n.to_le_bytes(),
+        ));
         assert!(line.contains(expected), "{n}: {line}");
     }
     // An array of strings that says it is one of 2^60, and a string of 2^60 bytes.

@@ -32,7 +32,11 @@ impl Pair {
     /// `hae run` with a picture; `more` is split at spaces.
     fn args(&self, more: &str) -> Vec<String> {
         let path = |path: &Path| path.to_str().unwrap().to_owned();
-        let mut args = vec!["run".into(), "-m".into(), path(&self.0.path().join("text.gguf"))];
+        let mut args = vec![
+            "run".into(),
+            "-m".into(),
+            path(&self.0.path().join("text.gguf")),
+        ];
         args.extend(["-mm".into(), path(&self.0.path().join("vision.gguf"))]);
         args.extend(["--image".into(), path(&repository("models/demo.png"))]);
         let fixed = "-p What? -n 6 --temp 0 -t 1 -o json";
@@ -56,7 +60,9 @@ fn llava() -> Remake {
     file.set_text("clip.projector_type", "mlp");
     file.drop_key("clip.vision.preproc_max_tiles");
     file.drop_key("clip.vision.spatial_merge_size");
-    file.tensors.retain(|t| t.name.starts_with("v.") && !t.name.contains("newline") && !t.name.contains("seperator"));
+    file.tensors.retain(|t| {
+        t.name.starts_with("v.") && !t.name.contains("newline") && !t.name.contains("seperator")
+    });
     file.tensors.extend([
         Tensor::random("mm.0.weight", &[128, 256]),
         Tensor::random("mm.0.bias", &[256]),
@@ -112,7 +118,8 @@ fn text(arch: &str) -> Remake {
         for part in ["ffn_gate", "ffn_up"] {
             file.tensors.push(Tensor::random(&name(part), &[64, 96]));
         }
-        file.tensors.push(Tensor::random(&name("ffn_down"), &[96, 64]));
+        file.tensors
+            .push(Tensor::random(&name("ffn_down"), &[96, 64]));
         for part in ["attn_norm", "ffn_norm"] {
             file.tensors.push(Tensor::ones(&name(part), 64));
         }
@@ -153,9 +160,17 @@ fn tower(projector: &str, image_size: u32) -> Remake {
             add(&format!("v.blk.{block}.{part}.bias"), &dims[1..]);
         }
     }
-    for name in ["v.blk.0.ln1", "v.blk.0.ln2", "v.blk.1.ln1", "v.blk.1.ln2", "v.post_ln"] {
-        file.tensors.push(Tensor::ones(&format!("{name}.weight"), 64));
-        file.tensors.push(Tensor::random(&format!("{name}.bias"), &[64]));
+    for name in [
+        "v.blk.0.ln1",
+        "v.blk.0.ln2",
+        "v.blk.1.ln1",
+        "v.blk.1.ln2",
+        "v.post_ln",
+    ] {
+        file.tensors
+            .push(Tensor::ones(&format!("{name}.weight"), 64));
+        file.tensors
+            .push(Tensor::random(&format!("{name}.bias"), &[64]));
     }
     file
 }

@@ -39,15 +39,28 @@ fn stdout_carries_the_answer_alone() {
     let output = hae().args(words(QUESTION)).output().unwrap();
     assert!(output.status.success());
     let stdout = String::from_utf8(output.stdout).unwrap();
-    assert!(stdout.contains("column") && stdout.ends_with('\n'), "{stdout}");
+    assert!(
+        stdout.contains("column") && stdout.ends_with('\n'),
+        "{stdout}"
+    );
     assert_eq!(stdout.lines().count(), 1);
-    assert!(output.stderr.is_empty(), "{:?}", String::from_utf8(output.stderr));
-    assert_eq!(json(QUESTION)["text"].as_str().unwrap(), stdout.trim_end_matches('\n'));
+    assert!(
+        output.stderr.is_empty(),
+        "{:?}",
+        String::from_utf8(output.stderr)
+    );
+    assert_eq!(
+        json(QUESTION)["text"].as_str().unwrap(),
+        stdout.trim_end_matches('\n')
+    );
 }
 
 #[test]
 fn verbose_shows_llama_cpps_log_on_stderr() {
-    let output = hae().args(words(&format!("{QUESTION} -v"))).output().unwrap();
+    let output = hae()
+        .args(words(&format!("{QUESTION} -v")))
+        .output()
+        .unwrap();
     assert_eq!(String::from_utf8(output.stdout).unwrap(), run(QUESTION));
     let stderr = String::from_utf8(output.stderr).unwrap();
     for part in ["llama_model_loader", "phi3", "clip"] {
@@ -98,11 +111,20 @@ fn json_says_everything_about_a_run() {
         number(json, &format!("/{what}/text")) + number(json, &format!("/{what}/vision"))
     };
     let cells = total(&full, "kv/cells/live");
-    assert_eq!(cells, total(&full, "tokens/prompt") + number(&full, "/tokens/generated"));
+    assert_eq!(
+        cells,
+        total(&full, "tokens/prompt") + number(&full, "/tokens/generated")
+    );
     assert_eq!(number(&full, "/kv/cells/peak"), cells);
-    assert_eq!(number(&full, "/kv/bytes_in_use"), number(&full, "/kv/bytes_peak"));
+    assert_eq!(
+        number(&full, "/kv/bytes_in_use"),
+        number(&full, "/kv/bytes_peak")
+    );
     let per_cell = number(&full, "/kv/bytes_in_use") / cells;
-    assert_eq!(number(&full, "/kv/bytes_allocated"), per_cell * number(&full, "/kv/n_cells"));
+    assert_eq!(
+        number(&full, "/kv/bytes_allocated"),
+        per_cell * number(&full, "/kv/n_cells")
+    );
     assert_eq!(full["tokens"]["images"], serde_json::json!([199]));
     assert_eq!(full["finish"], "eog");
     assert_eq!(full["policy"]["name"], "full");
@@ -117,9 +139,14 @@ fn json_says_everything_about_a_run() {
         assert!(hash.len() == 64 && sums.contains(hash), "{hash}");
     }
 
-    let hae = json(&format!("{QUESTION} --kv-policy hae --kv-budget 60 --bin-size 8 -s 5"));
+    let hae = json(&format!(
+        "{QUESTION} --kv-policy hae --kv-budget 60 --bin-size 8 -s 5"
+    ));
     assert_eq!(hae["policy"]["name"], "hae");
-    assert_eq!(hae["policy"]["params"]["kv_budget"], serde_json::json!({ "cells": 60 }));
+    assert_eq!(
+        hae["policy"]["params"]["kv_budget"],
+        serde_json::json!({ "cells": 60 })
+    );
     assert_eq!(hae["policy"]["params"]["bin_size"], 8);
     assert_eq!(hae["sampling"]["seed"], 5);
     assert!(total(&hae, "kv/cells/evicted") > 0.0);
@@ -151,8 +178,14 @@ fn a_prompt_from_a_file_and_the_last_of_several_options() {
     let file = dir.path().join("prompt.txt");
     std::fs::write(&file, "Where is the red circle?\n").unwrap();
     let file = file.to_str().unwrap();
-    assert_eq!(run(&format!("--image DEMO --temp 0 -f {file}")), run(QUESTION));
-    assert_eq!(run(&format!("{QUESTION} -n 1 --temp 2 -n 99 --temp 0")), run(QUESTION));
+    assert_eq!(
+        run(&format!("--image DEMO --temp 0 -f {file}")),
+        run(QUESTION)
+    );
+    assert_eq!(
+        run(&format!("{QUESTION} -n 1 --temp 2 -n 99 --temp 0")),
+        run(QUESTION)
+    );
 }
 
 #[test]
@@ -174,18 +207,31 @@ fn llama_cpps_spellings() {
         path("models/tiny-phi3v-Q8_0.gguf"),
         path("models/mmproj-tiny-phi3v-F16.gguf"),
     );
-    assert_eq!(run(&format!("{QUESTION} -m {model} -mm {vision}")), run(QUESTION));
+    assert_eq!(
+        run(&format!("{QUESTION} -m {model} -mm {vision}")),
+        run(QUESTION)
+    );
 }
 
 /// The golden prompt with two pictures: which is which changes the answer.
 #[test]
 fn several_pictures_among_text() {
-    let golden = goldens().into_iter().find(|g| g.pictures.len() == 2).unwrap();
+    let golden = goldens()
+        .into_iter()
+        .find(|g| g.pictures.len() == 2)
+        .unwrap();
     let names = golden.row["images"].as_array().unwrap();
-    let image = |i: usize| path(&format!("tests/golden/tiny-phi3v/{}", names[i].as_str().unwrap()));
+    let image = |i: usize| {
+        path(&format!(
+            "tests/golden/tiny-phi3v/{}",
+            names[i].as_str().unwrap()
+        ))
+    };
     let ask = |prompt: &str, first: usize| {
         let (a, b) = (image(first), image(1 - first));
-        let args = ["run", "--temp", "0", "-o", "json", "--image", &a, "--image", &b, "-p", prompt];
+        let args = [
+            "run", "--temp", "0", "-o", "json", "--image", &a, "--image", &b, "-p", prompt,
+        ];
         let json: Value = serde_json::from_str(&answer(&args)).unwrap();
         assert_eq!(json["tokens"]["images"].as_array().unwrap().len(), 2);
         json
@@ -196,7 +242,10 @@ fn several_pictures_among_text() {
         .and_then(|p| p.strip_suffix("<|end|>\n<|assistant|>\n"))
         .unwrap();
     let json = ask(question, 0);
-    assert_eq!(json["text"].as_str().unwrap().trim(), golden.row["greedy_text"].as_str().unwrap());
+    assert_eq!(
+        json["text"].as_str().unwrap().trim(),
+        golden.row["greedy_text"].as_str().unwrap()
+    );
     // Pictures in the other order, named in the other order: the same prompt.
     let swapped = question
         .replace("<|image_1|>", "<|image_x|>")
@@ -213,7 +262,8 @@ fn several_pictures_among_text() {
 fn without_a_template_the_prompt_goes_in_as_it_is() {
     let raw = "--image DEMO --temp 0 --no-conversation -p";
     let templated = run(QUESTION);
-    let by_hand = format!("{raw} <|user|>\n<|image_1|>\nWhere+is+the+red+circle?<|end|>\n<|assistant|>\n");
+    let by_hand =
+        format!("{raw} <|user|>\n<|image_1|>\nWhere+is+the+red+circle?<|end|>\n<|assistant|>\n");
     let args: Vec<String> = by_hand
         .split(' ')
         .map(|word| match word {
@@ -238,7 +288,8 @@ fn a_text_model_alone_answers_and_refuses_pictures() {
 
 #[test]
 fn a_full_context_ends_the_answer_with_a_warning() {
-    let args = "-c 256 --image DEMO --temp 0 -p Tell+a+long+story+with+Eva,+Ruby,+Zoe+and+Max. -o json";
+    let args =
+        "-c 256 --image DEMO --temp 0 -p Tell+a+long+story+with+Eva,+Ruby,+Zoe+and+Max. -o json";
     let output = hae().args(words(args)).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -246,7 +297,10 @@ fn a_full_context_ends_the_answer_with_a_warning() {
     assert_eq!(json["finish"], "context");
     assert!(!json["text"].as_str().unwrap().is_empty());
     assert_eq!(json["kv"]["cells"]["peak"], 256);
-    assert!(stderr.starts_with("hae: the context is full, the answer is cut short"), "{stderr}");
+    assert!(
+        stderr.starts_with("hae: the context is full, the answer is cut short"),
+        "{stderr}"
+    );
     assert_eq!(stderr.lines().count(), 1);
 }
 
@@ -254,7 +308,9 @@ fn a_full_context_ends_the_answer_with_a_warning() {
 fn a_reader_that_goes_away_is_no_failure() {
     let command = hae();
     let mut child = std::process::Command::new(command.get_program())
-        .args(words("--image DEMO -p List+every+object+row+by+row. --temp 0 -n 400"))
+        .args(words(
+            "--image DEMO -p List+every+object+row+by+row. --temp 0 -n 400",
+        ))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -277,22 +333,47 @@ fn a_table_for_a_file_is_a_hundred_columns_wide() {
     for line in stdout.lines() {
         assert!(line.chars().count() <= 100, "{line}");
     }
-    for row in ["answer", "KV cells", "KV bytes", "TTFT", "TPOT", "llama.cpp (full)", "HAE"] {
+    for row in [
+        "answer",
+        "KV cells",
+        "KV bytes",
+        "TTFT",
+        "TPOT",
+        "llama.cpp (full)",
+        "HAE",
+    ] {
         assert!(stdout.contains(row), "{row} is not in\n{stdout}");
     }
 }
 
 #[test]
 fn help_fits_a_terminal() {
-    for args in [&["--help"][..], &["run", "--help"], &["run", "-h"], &["demo", "--help"], &["convert", "--help"], &["quantize", "--help"]] {
+    for args in [
+        &["--help"][..],
+        &["run", "--help"],
+        &["run", "-h"],
+        &["demo", "--help"],
+        &["convert", "--help"],
+        &["quantize", "--help"],
+    ] {
         let help = answer(args);
         for line in help.lines() {
             assert!(line.chars().count() <= 100, "{args:?}: {line}");
         }
     }
     let help = answer(&["run", "--help"]);
-    let at = |part: &str| help.find(part).unwrap_or_else(|| panic!("{part} is not in\n{help}"));
-    let order = ["\nPrompt:", "\nModel:", "\nContext:", "\nSampling:", "\nKV cache policy:", "\nOutput:"];
+    let at = |part: &str| {
+        help.find(part)
+            .unwrap_or_else(|| panic!("{part} is not in\n{help}"))
+    };
+    let order = [
+        "\nPrompt:",
+        "\nModel:",
+        "\nContext:",
+        "\nSampling:",
+        "\nKV cache policy:",
+        "\nOutput:",
+    ];
     assert!(order.is_sorted_by_key(|part| at(part)), "{help}");
     assert!(at("--kv-policy") > at("\nKV cache policy:"));
 }

@@ -20,7 +20,13 @@ fn ids(pieces: Vec<Piece>) -> Vec<i32> {
 }
 
 /// What goes into the cache over the turns, question by question and answer by answer.
-fn fed(model: &Model, vision: &Vision<'_>, template: &str, system: Option<&str>, turns: &[Turn]) -> Vec<i32> {
+fn fed(
+    model: &Model,
+    vision: &Vision<'_>,
+    template: &str,
+    system: Option<&str>,
+    turns: &[Turn],
+) -> Vec<i32> {
     let pictures = goldens().remove(0).pictures;
     let mut transcript = Transcript::new(Some(template.into()), system.map(Into::into));
     let mut all = Vec::new();
@@ -29,7 +35,9 @@ fn fed(model: &Model, vision: &Vision<'_>, template: &str, system: Option<&str>,
         let (content, order) = place_pictures(question, n, true).unwrap();
         let text = transcript.ask(model, content).unwrap();
         let shown = vec![&pictures[0]; order.len()];
-        all.extend(ids(tokenize(model, Some(vision), &text, &shown, first).unwrap()));
+        all.extend(ids(
+            tokenize(model, Some(vision), &text, &shown, first).unwrap()
+        ));
         // The model's own tokens, and no token that ends the answer.
         all.extend(model.tokenize(answer, false, false));
         transcript.answered(answer);
@@ -38,7 +46,13 @@ fn fed(model: &Model, vision: &Vision<'_>, template: &str, system: Option<&str>,
 }
 
 /// The whole conversation at once, as the model's processor would do it.
-fn at_once(model: &Model, vision: &Vision<'_>, template: &str, system: Option<&str>, turns: &[Turn]) -> Vec<i32> {
+fn at_once(
+    model: &Model,
+    vision: &Vision<'_>,
+    template: &str,
+    system: Option<&str>,
+    turns: &[Turn],
+) -> Vec<i32> {
     let pictures = goldens().remove(0).pictures;
     let mut messages: Vec<Message> = Vec::new();
     let mut add = |role, content: &str| {
@@ -73,11 +87,29 @@ fn turns_continue_as_if_tokenized_at_once() {
     let vision = load_vision(vision, &model);
     let template = model.chat_template().unwrap();
     let conversations: [&[Turn]; 5] = [
-        &[("Where is the red circle?", 1, "row 3, column 4"), ("And the star?", 0, "row 1")],
-        &[("Hello", 0, "Hi."), ("What is this?", 1, "a star"), ("And this?", 1, "a circle")],
-        &[("One\n\ntwo ", 0, "three"), (" four", 0, ""), ("five", 0, "six")],
-        &[("Compare <|image_1|> and <|image_1|>.", 1, "same"), ("Why?", 0, "no")],
-        &[("a", 2, "b"), ("c <|image_2|> d <|image_1|> e", 2, "f"), ("g", 0, "h")],
+        &[
+            ("Where is the red circle?", 1, "row 3, column 4"),
+            ("And the star?", 0, "row 1"),
+        ],
+        &[
+            ("Hello", 0, "Hi."),
+            ("What is this?", 1, "a star"),
+            ("And this?", 1, "a circle"),
+        ],
+        &[
+            ("One\n\ntwo ", 0, "three"),
+            (" four", 0, ""),
+            ("five", 0, "six"),
+        ],
+        &[
+            ("Compare <|image_1|> and <|image_1|>.", 1, "same"),
+            ("Why?", 0, "no"),
+        ],
+        &[
+            ("a", 2, "b"),
+            ("c <|image_2|> d <|image_1|> e", 2, "f"),
+            ("g", 0, "h"),
+        ],
     ];
     for turns in conversations {
         for system in [None, Some("Be short.")] {
