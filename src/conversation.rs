@@ -59,8 +59,9 @@ pub struct KvReport {
 /// Milliseconds.
 #[derive(Clone, Debug, Serialize)]
 pub struct TimingReport {
+    /// Cutting up and encoding the pictures; the prompt's tokenization is in it.
     pub vision_encode_ms: f64,
-    /// Scoring before the prefill; 0 where tokens are scored during it.
+    /// Scoring before the prefill: always 0 in this version, which scores during it.
     pub probe_ms: f64,
     pub prefill_ms: f64,
     /// From the question to the first token, encoding included.
@@ -70,6 +71,7 @@ pub struct TimingReport {
     pub decode_ms: f64,
 }
 
+/// The policy; its counts run over the whole conversation.
 #[derive(Clone, Debug, Serialize)]
 pub struct PolicyReport {
     pub name: &'static str,

@@ -28,7 +28,7 @@ enum Command {
     Demo(Box<demo::Args>),
 }
 
-/// Parses the command line and runs it. Exit codes: 0 done, 1 a threshold was missed, 2 usage or
+/// Parses the command line and runs it. Exit codes: 0 done, 2 usage or
 /// run-time error, 130 ended by Ctrl-C; a closed pipe is 0, as for any filter.
 fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|bug| cli::warn(&format!("a bug in hae: {bug}"))));

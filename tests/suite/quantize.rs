@@ -221,9 +221,13 @@ fn hostile_metadata() {
             |w| w.set_text("general.architecture", "nonsense"),
             "nonsense.block_count is missing",
         ),
-        // From here on it is llama.cpp that refuses.
         (
             |w| w.set_text("phi3.context_length", "long"),
+            "phi3.context_length is Text(\"long\"), expected a non-negative integer",
+        ),
+        // From here on it is llama.cpp that refuses.
+        (
+            |w| w.set_text("phi3.rope.freq_base", "low"),
             "llama_model_quantize failed",
         ),
     ];

@@ -152,6 +152,7 @@ fn the_papers_threshold_as_a_share_of_the_mean() {
         let options = PolicyOptions {
             sinks: 0,
             recent: 0,
+            kv_budget: None,
             ..PolicyOptions::paper()
         };
         let limits = Limits {

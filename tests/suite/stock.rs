@@ -7,7 +7,6 @@ use hae::generate::Session;
 use hae::llama::{CacheType, FlashAttention, LlamaEngine, SamplerOptions};
 use hae::policy::{self, Limits, PolicyOptions};
 use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
-use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::mtmd::{MtmdBitmap, MtmdContext, MtmdContextParams, MtmdInputText};
@@ -29,12 +28,9 @@ fn bits(logits: &[f32]) -> Vec<u32> {
 
 /// llama.cpp's own way: mtmd's evaluation of all chunks, then token by token.
 fn by_hand(golden: &crate::model::Golden, flash: bool, sampler: Vec<LlamaSampler>) -> Trace {
-    // The backend belongs to the process, and `hae` has set it up already. This is the proof
-    // that llama-cpp-2 asks for; dropping it would tear the backend down.
-    let backend = std::mem::ManuallyDrop::new(LlamaBackend {});
-    let model =
-        LlamaModel::load_from_file(&backend, repository(TEXT), &LlamaModelParams::default())
-            .unwrap();
+    let backend = crate::fixture::backend();
+    let model = LlamaModel::load_from_file(backend, repository(TEXT), &LlamaModelParams::default())
+        .unwrap();
     let params = MtmdContextParams {
         use_gpu: false,
         n_threads: 1,
@@ -53,7 +49,7 @@ fn by_hand(golden: &crate::model::Golden, flash: bool, sampler: Vec<LlamaSampler
         .with_type_k(KvCacheType::F16)
         .with_type_v(KvCacheType::F16)
         .with_flash_attention_policy(i32::from(flash));
-    let mut context = model.new_context(&backend, params).unwrap();
+    let mut context = model.new_context(backend, params).unwrap();
 
     let marker = llama_cpp_2::mtmd::mtmd_default_marker();
     let text = (1..=golden.pictures.len()).fold(golden.prompt().to_owned(), |text, k| {
@@ -131,8 +127,6 @@ fn by_us(golden: &crate::model::Golden, flash: bool, sampler: &SamplerOptions) -
 
 #[test]
 fn full_is_llama_cpp_bit_for_bit() {
-    // Sets up llama.cpp's process-wide state.
-    load(&repository(TEXT));
     let sampled = SamplerOptions {
         seed: 7,
         temp: 0.8,
