@@ -51,10 +51,15 @@ fn bare(line: &str) -> &str {
         let name = head.trim_end_matches("()");
         let function = name == "operator"
             || name.contains('_') && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-        let repeated = head == "error"
-            || head.starts_with("error loading model")
-            || head.starts_with("failed to load model '");
-        if tail.trim().is_empty() || !(function || repeated) {
+        let repeated = head == "error" || head.starts_with("error loading model");
+        // The path is quoted and may hold a colon itself.
+        let path = rest.strip_prefix("failed to load model '");
+        let tail = match path.and_then(|path| path.split_once("': ")) {
+            Some((_, tail)) => tail,
+            None if function || repeated => tail,
+            None => break,
+        };
+        if tail.trim().is_empty() {
             break;
         }
         rest = tail;

@@ -7,7 +7,7 @@ use super::context::CacheType;
 use super::{Model, ModelOptions};
 use crate::error::{Error, Result};
 
-/// Refuses a cache in main memory that is larger than all of it.
+/// Refuses a cache in main memory that would leave no room for the rest.
 ///
 /// # Errors
 /// [`Error::Option`] naming `-c`.
@@ -25,17 +25,18 @@ pub(super) fn check(model: &Model, n_ctx: u32, k: CacheType, v: CacheType) -> Re
     }
 }
 
+/// A fifth is left for the weights, the graphs and everybody else.
 fn fits(n_ctx: u32, per_cell: u64, total: u64) -> Result<()> {
-    let needed = per_cell.saturating_mul(n_ctx.into());
-    if needed <= total {
+    let most = total / 5 * 4 / per_cell.max(1);
+    if u64::from(n_ctx) <= most {
         return Ok(());
     }
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     Err(Error::option(
         "-c",
         format!(
-            "{n_ctx} cells take {:.1} GiB, but the machine has {:.1} GiB: expected fewer cells",
-            gib(needed),
+            "{n_ctx} cells take {:.1} of the machine's {:.1} GiB, expected at most {most}",
+            gib(per_cell.saturating_mul(n_ctx.into())),
             gib(total)
         ),
     ))
@@ -74,11 +75,11 @@ mod tests {
 
     #[test]
     fn a_cache_larger_than_the_machine_is_refused() {
-        assert!(fits(1 << 20, 6144, 6 << 30).is_ok());
+        assert!(fits(1 << 20, 6144, 8 << 30).is_ok());
         let error = fits(1 << 24, 6144, 24 << 30).unwrap_err().to_string();
         assert_eq!(
             error,
-            "-c: 16777216 cells take 96.0 GiB, but the machine has 24.0 GiB: expected fewer cells"
+            "-c: 16777216 cells take 96.0 of the machine's 24.0 GiB, expected at most 3355443"
         );
         assert!(fits(u32::MAX, u64::MAX, u64::MAX - 1).is_err());
     }
