@@ -10,7 +10,7 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::{Axes, Finish, Hooks, Segment, Session};
 use crate::image::Picture;
-use crate::llama::{ImageEmbeddings, LlamaEngine, Piece, Vision};
+use crate::llama::{ImageEmbeddings, LlamaEngine, Mrope, Piece, Vision};
 use crate::prompt::{Transcript, place_pictures, tokenize};
 
 /// One user turn.
@@ -195,7 +195,7 @@ impl<'m> Conversation<'m> {
         let pieces = tokenize(model, self.vision.as_ref(), &text, &pictures, is_new)?;
         self.check_fit(&pieces)?;
 
-        let (segments, images) = self.encode(pieces)?;
+        let (segments, images) = self.encode(pieces, hooks.cancelled)?;
         let encoded = (hooks.now)();
         let left = self.positions_left(&segments);
         let n_predict = match (turn.n_predict, left) {
@@ -255,6 +255,14 @@ impl<'m> Conversation<'m> {
                 return Err(Error::option("-ub", reason));
             }
         }
+        let rows: usize = pieces.iter().map(Piece::len).sum();
+        let n_ctx = self.session.engine.n_cells();
+        let needed = self.session.controller.ledger().counts().cells()
+            + rows
+            + usize::from(self.pending.is_some());
+        if needed > n_ctx {
+            return Err(Error::PromptTooLong { needed, n_ctx });
+        }
         let positions = self.session.controller.next_pos() as usize
             + usize::from(self.pending.is_some())
             + pieces.iter().map(Piece::positions).sum::<usize>();
@@ -264,19 +272,16 @@ impl<'m> Conversation<'m> {
             );
             return Err(Error::option("--rope-factors", reason));
         }
-        let rows: usize = pieces.iter().map(Piece::len).sum();
-        let n_ctx = self.session.engine.n_cells();
-        let needed = self.session.controller.ledger().counts().cells()
-            + rows
-            + usize::from(self.pending.is_some());
-        if needed > n_ctx {
-            Err(Error::PromptTooLong { needed, n_ctx })
-        } else {
-            Ok(())
-        }
+        Ok(())
     }
 
-    fn encode(&mut self, pieces: Vec<Piece>) -> Result<(Vec<Segment>, Vec<usize>)> {
+    /// Encodes the pictures. Cancelled on the way, what is there does not matter: the loop asks
+    /// again before it feeds anything.
+    fn encode(
+        &mut self,
+        pieces: Vec<Piece>,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<(Vec<Segment>, Vec<usize>)> {
         let mut segments: Vec<Segment> = self
             .pending
             .take()
@@ -295,6 +300,11 @@ impl<'m> Conversation<'m> {
                         ));
                     };
                     images.push(image.n);
+                    if cancelled() {
+                        // Keeps the prompt from being empty, which would be an error.
+                        segments.push(Segment::Tokens(vec![0]));
+                        break;
+                    }
                     segments.push(segment(vision.encode(&image)?, self.images));
                     self.images += 1;
                 }
@@ -323,6 +333,6 @@ pub fn segment(encoded: ImageEmbeddings, image: u32) -> Segment {
         embeddings: data,
         n,
         image,
-        axes: mrope.map(|rows| Axes { rows, n_pos }),
+        axes: mrope.map(|Mrope { rows, moves }| Axes { rows, moves, n_pos }),
     }
 }

@@ -16,7 +16,7 @@ pub type Token = i32;
 pub enum Input<'a> {
     Tokens(&'a [Token]),
     /// Row-major `[n, n_embd]` projected visual embeddings. `mrope` holds the absolute
-    /// `[t, y, x, 0]` positions of each row for models whose pictures have two axes.
+    /// `[t, y, x, z]` positions of each row for models whose pictures have two axes.
     Embeddings {
         data: &'a [f32],
         n: usize,

@@ -38,7 +38,11 @@ pub fn chat(
     pictures: Vec<Picture>,
     n_predict: Option<usize>,
 ) -> Result<()> {
-    let mut editor = editor()?;
+    if !pictures.is_empty() && !conversation.has_vision() {
+        let reason = "pictures need a vision file, give one with --mmproj";
+        return Err(Error::option("--image", reason).into());
+    }
+    let mut lines = Lines::new()?;
     let mut chat = Chat {
         conversation,
         pictures,
@@ -47,7 +51,7 @@ pub fn chat(
     };
     help();
     loop {
-        let line = match interrupt::at_prompt(|| editor.readline("> ")) {
+        let line = match interrupt::at_prompt(|| lines.next()) {
             Ok(line) => line,
             Err(ReadlineError::Interrupted) => continue,
             Err(ReadlineError::Eof) => return Ok(()),
@@ -61,7 +65,7 @@ pub fn chat(
         if line.is_empty() {
             continue;
         }
-        let _ = editor.add_history_entry(line);
+        lines.remember(line);
         let (command, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         match command {
             "/quit" | "/exit" => return Ok(()),
@@ -77,14 +81,48 @@ pub fn chat(
     }
 }
 
-/// The terminal when we are typed at, even if the answers go to a file; otherwise plain lines.
-fn editor() -> Result<DefaultEditor> {
-    let behavior = match std::io::stdin().is_terminal() && !std::io::stdout().is_terminal() {
-        true => Behavior::PreferTerm,
-        false => Behavior::Stdio,
-    };
-    let config = Config::builder().behavior(behavior).build();
-    Ok(Editor::<(), DefaultHistory>::with_config(config)?)
+/// Where the questions come from.
+enum Lines {
+    /// A terminal, with editing and history.
+    Typed(Box<DefaultEditor>),
+    /// A file or another program: no prompt, which would mix with the answers.
+    Piped,
+}
+
+impl Lines {
+    fn new() -> Result<Self> {
+        if !std::io::stdin().is_terminal() {
+            return Ok(Lines::Piped);
+        }
+        // The prompt belongs to the terminal, even if the answers go to a file.
+        let behavior = match std::io::stdout().is_terminal() {
+            true => Behavior::Stdio,
+            false => Behavior::PreferTerm,
+        };
+        let config = Config::builder().behavior(behavior).build();
+        let editor = Editor::<(), DefaultHistory>::with_config(config)?;
+        Ok(Lines::Typed(Box::new(editor)))
+    }
+
+    fn next(&mut self) -> Result<String, ReadlineError> {
+        match self {
+            Lines::Typed(editor) => editor.readline("> "),
+            Lines::Piped => {
+                let mut line = String::new();
+                match std::io::stdin().read_line(&mut line)? {
+                    0 => Err(ReadlineError::Eof),
+                    _ => Ok(line),
+                }
+            }
+        }
+    }
+
+    fn remember(&mut self, line: &str) {
+        if let Lines::Typed(editor) = self {
+            // A history that cannot grow is no reason to stop.
+            let _ = editor.add_history_entry(line);
+        }
+    }
 }
 
 fn help() {
@@ -145,9 +183,13 @@ impl Chat<'_, '_> {
                 None => return Err(e),
                 // These leave the conversation as it was.
                 Some(Error::PromptTooLong { .. }) => {
+                    self.pictures = turn.pictures;
                     warn(&format!("{e:#}; /clear starts again"));
                 }
-                Some(Error::Option { .. }) => warn(&format!("{e:#}")),
+                Some(Error::Option { .. }) => {
+                    self.pictures = turn.pictures;
+                    warn(&format!("{e:#}"));
+                }
                 Some(_) => {
                     self.clear();
                     warn(&format!("{e:#}; the conversation starts again"));

@@ -120,9 +120,9 @@ impl Setup<'_> {
         let transcript = Transcript::new(template, self.system_prompt.map(str::to_owned));
 
         let (rope, max_positions) =
-            self.rope_factors(&model, vision.as_ref(), context.n_ctx, &transcript)?;
+            self.rope_factors(&model, vision.as_ref(), &context, &transcript)?;
         let implied = model.long_rope_from().map(|from| {
-            if context.n_ctx > from {
+            if padded(context.n_ctx) > from {
                 RopeFactors::Long
             } else {
                 RopeFactors::Short
@@ -131,7 +131,9 @@ impl Setup<'_> {
         // The factors are fixed when a model is loaded, and the prompt can only be counted with
         // its vocabulary: where the context's size implies the wrong ones, it is loaded again.
         if rope != RopeFactors::Context && implied.is_some_and(|implied| implied != rope) {
+            // One model at a time: two would not fit where one does.
             drop(vision);
+            drop(model);
             model = self.load_model(rope)?;
             vision = self.load_vision(n_threads, &model)?;
         }
@@ -240,28 +242,38 @@ impl Setup<'_> {
         &self,
         model: &Model,
         vision: Option<&Vision<'_>>,
-        n_ctx: u32,
+        context: &ContextOptions,
         transcript: &Transcript,
     ) -> Result<(RopeFactors, Option<usize>)> {
         let Some(from) = model.long_rope_from() else {
             return Ok((RopeFactors::Context, None));
         };
         let from = from as usize;
+        let n_ctx = padded(context.n_ctx) as usize;
+        // Without eviction no position lies beyond the cache.
+        let evicts = !context.score_layers.is_empty();
         let positions = match (self.model.rope_factors, self.prompt, self.n_predict) {
             (RopeArg::Short, ..) => 0,
             (RopeArg::Long, ..) => usize::MAX,
             (RopeArg::Context, ..) => return Ok((RopeFactors::Context, None)),
-            (RopeArg::Auto, Some(text), Some(n)) => self
+            (RopeArg::Auto, Some(text), Some(n)) if evicts || n_ctx > from => self
                 .first_prompt(model, vision, text, transcript)?
                 .saturating_add(n),
             // A chat, or an answer without an end: as far as the cache reaches.
-            (RopeArg::Auto, ..) => n_ctx as usize,
+            (RopeArg::Auto, ..) => n_ctx,
         };
-        Ok(if positions > from {
-            (RopeFactors::Long, None)
+        let positions = if evicts {
+            positions
         } else {
-            (RopeFactors::Short, Some(from))
-        })
+            positions.min(n_ctx)
+        };
+        Ok(
+            if self.model.rope_factors == RopeArg::Long || positions > from {
+                (RopeFactors::Long, None)
+            } else {
+                (RopeFactors::Short, Some(from))
+            },
+        )
     }
 
     /// Positions of the first prompt.
@@ -278,9 +290,14 @@ impl Setup<'_> {
         let text = transcript.clone().ask(model, content)?;
         Ok(tokenize(model, vision, &text, &pictures, true)?
             .iter()
-            .map(Piece::len)
+            .map(Piece::positions)
             .sum())
     }
+}
+
+/// The cells that llama.cpp makes of `-c`.
+fn padded(n_ctx: u32) -> u32 {
+    n_ctx.next_multiple_of(256)
 }
 
 /// A sign of life on stderr, when that is a terminal.

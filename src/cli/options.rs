@@ -321,13 +321,16 @@ pub struct PolicyArgs {
     /// Multiply scores by this at every step; 1: never forget [default: 1]
     #[arg(long, value_name = "X")]
     score_decay: Option<f64>,
-    /// Live cells while decoding (512), or a share of the prompt's cells (0.5)
-    /// [default: no limit]
+    /// Live cells while decoding (512), or a share of what the full cache would hold at the end
+    /// of the prompt (0.5) [default: 1.0]
     #[arg(long, value_name = "N|SHARE")]
     kv_budget: Option<Amount>,
     /// Cells of the recycle bin, on top of the budget [default: 32]
     #[arg(long, value_name = "N")]
     bin_size: Option<usize>,
+    /// Evict nothing while decoding
+    #[arg(long, conflicts_with_all = ["kv_budget", "bin_size", "hysteresis", "no_restore"])]
+    no_ddes: bool,
     /// First positions that never leave [default: 4]
     #[arg(long, value_name = "N")]
     sinks: Option<usize>,
@@ -376,7 +379,10 @@ impl PolicyArgs {
         self.sinks.into_iter().for_each(|x| set.sinks = x);
         self.recent.into_iter().for_each(|x| set.recent = x);
         self.hysteresis.into_iter().for_each(|x| set.hysteresis = x);
-        set.kv_budget = self.kv_budget.or(set.kv_budget);
+        set.kv_budget = match self.no_ddes {
+            true => None,
+            false => self.kv_budget.or(set.kv_budget),
+        };
         set.restore &= !self.no_restore;
         match self.score_queries {
             Some(QueriesArg::All) => set.queries = Queries::All,
@@ -441,13 +447,13 @@ mod tests {
         } = PolicyOptions::default();
         assert_eq!(layers, Layers::All);
         assert_eq!((queries, norm), (Queries::Last, Norm::PerQuery));
-        assert!(kv_budget.is_none() && restore);
+        assert!(kv_budget == Some(Amount::Share(1.0)) && restore);
         let DapRule::Keep(Amount::Share(keep)) = dap.unwrap().rule else {
             panic!("{dap:?}")
         };
         let values = [decay, keep, hysteresis].map(|x| x.to_string());
         let counts = [bin_size, sinks, recent].map(|x| x.to_string());
-        let named = ["all", "last", "query", "no limit"].map(str::to_owned);
+        let named = ["all", "last", "query", "1.0"].map(str::to_owned);
         for value in values.iter().chain(&counts).chain(&named) {
             let default = format!("[default: {value}]");
             assert!(help.contains(&default), "{default} is not in:\n{help}");

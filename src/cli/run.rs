@@ -27,7 +27,13 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     image: Vec<PathBuf>,
     /// The prompt; without one, a chat
-    #[arg(short, long, value_name = "TEXT", conflicts_with = "file")]
+    #[arg(
+        short,
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "file"
+    )]
     prompt: Option<String>,
     /// Read the prompt from a file, without the newline at its end
     #[arg(short, long, value_name = "FILE")]

@@ -21,8 +21,10 @@ pub enum Segment {
 /// Positions of a picture's rows where they do not follow one another (M-RoPE).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Axes {
-    /// `[t, y, x, 0]` of each row, relative to the picture's first position: `[n]`.
+    /// `[t, y, x, z]` of each row for a picture at position 0: `[n]`.
     pub rows: Vec<[Pos; 4]>,
+    /// The axes that move with the picture's place in the sequence.
+    pub moves: [bool; 4],
     /// Positions that the picture takes in the sequence, 1 to `n`.
     pub n_pos: Pos,
 }
@@ -71,7 +73,12 @@ impl Segment {
             Segment::Image {
                 axes: Some(axes), ..
             } => {
-                let absolute = |row: &[Pos; 4]| row.map(|pos| pos.saturating_add(base));
+                let absolute = |row: &[Pos; 4]| {
+                    std::array::from_fn(|axis| match axes.moves[axis] {
+                        true => row[axis].saturating_add(base),
+                        false => row[axis],
+                    })
+                };
                 let rows = axes.rows[first..end].iter().map(absolute).collect();
                 (
                     Place::Shared {
@@ -128,7 +135,7 @@ impl Segment {
                 image,
                 axes,
             } => {
-                if let Some(Axes { rows, n_pos }) = axes {
+                if let Some(Axes { rows, n_pos, .. }) = axes {
                     let fits = usize::try_from(*n_pos).is_ok_and(|p| (1..=*n).contains(&p));
                     if rows.len() != *n || !fits {
                         let rows = rows.len();

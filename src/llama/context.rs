@@ -1,8 +1,8 @@
 //! [`LlamaEngine`]: one llama.cpp context, one sequence, as an [`Engine`].
 
-use std::cell::UnsafeCell;
 use std::num::NonZeroU32;
 use std::ops::Range;
+use std::ptr::NonNull;
 
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
@@ -96,7 +96,7 @@ pub struct ContextOptions {
 pub struct LlamaEngine<'m> {
     // Declared first, so dropped before the observer that it points to.
     ctx: LlamaContext<'m>,
-    observer: Box<UnsafeCell<Observer>>,
+    observer: Owned,
     model: &'m Model,
     sampler: LlamaSampler,
     options: ContextOptions,
@@ -106,6 +106,34 @@ pub struct LlamaEngine<'m> {
     /// Whether the last batch asked for logits: reading absent ones would end the process.
     has_logits: bool,
     rows: Rows,
+}
+
+/// The observer that llama.cpp holds a pointer to. It is only ever reached through this one
+/// pointer, so that neither side's access invalidates the other's.
+struct Owned(NonNull<Observer>);
+
+impl Owned {
+    fn new(observer: Observer) -> Self {
+        Owned(NonNull::from(Box::leak(Box::new(observer))))
+    }
+
+    fn get(&self) -> &Observer {
+        // SAFETY: alive until drop; llama.cpp uses it only inside llama_decode, which borrows
+        // the engine mutably.
+        unsafe { self.0.as_ref() }
+    }
+
+    fn get_mut(&mut self) -> &mut Observer {
+        // SAFETY: as above.
+        unsafe { self.0.as_mut() }
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // SAFETY: made by Box::leak in `new`, freed once; the context is gone by now.
+        drop(unsafe { Box::from_raw(self.0.as_ptr()) });
+    }
 }
 
 /// Per-row fields of a `llama_batch`, reused.
@@ -162,7 +190,7 @@ impl<'m> LlamaEngine<'m> {
             return Err(Error::option("-c, -b, -ub", "expected at least 1"));
         }
         memory::check(model, options.n_ctx, options.type_k, options.type_v)?;
-        let observer = Box::new(UnsafeCell::new(Observer::new(options.score_layers.clone())));
+        let observer = Owned::new(Observer::new(options.score_layers.clone()));
         let mut params = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(options.n_ctx))
             .with_n_batch(options.n_batch)
@@ -179,7 +207,7 @@ impl<'m> LlamaEngine<'m> {
             .with_type_v(options.type_v.raw());
         let raw = params.as_raw_mut();
         raw.cb_eval = Some(on_node);
-        raw.cb_eval_user_data = observer.get().cast();
+        raw.cb_eval_user_data = observer.0.as_ptr().cast();
 
         log::forget();
         let ctx = model.inner.new_context(backend()?, params).map_err(|e| {
@@ -333,6 +361,11 @@ impl Engine for LlamaEngine<'_> {
         if non_causal {
             self.set_causal(false);
         }
+        // Such a memory never fills, so llama.cpp would go on for ever.
+        let rows = batch.input.len();
+        if self.counted.is_some_and(|n| n as usize + rows > self.n_ctx) {
+            return Err(Error::ContextFull { n_ctx: self.n_ctx });
+        }
         self.observer.get_mut().begin(batch.queries);
         self.has_logits = false;
         log::forget();
@@ -449,6 +482,19 @@ impl Engine for LlamaEngine<'_> {
                 format!("positions from {from} on cannot be taken back"),
             ));
         }
+        // A window's cells are taken again while a prompt goes in.
+        let n_swa = self.model.n_swa();
+        let oldest_needed = from.saturating_sub(n_swa).max(0);
+        // SAFETY: the context is alive.
+        let oldest = unsafe {
+            sys::llama_memory_seq_pos_min(sys::llama_get_memory(self.ctx.as_mut_ptr()), SEQ)
+        };
+        if n_swa > 0 && from > 0 && oldest > oldest_needed {
+            return Err(Error::llama(
+                "llama_memory_seq_rm",
+                format!("the window before position {from} is gone"),
+            ));
+        }
         if let Some(next) = &mut self.counted {
             *next = Cell::try_from(left).unwrap_or(*next);
         }
@@ -459,13 +505,13 @@ impl Engine for LlamaEngine<'_> {
         self.n_ctx
     }
 
+    /// One micro-batch: llama.cpp would cut a larger batch into the same ones, but could not be
+    /// interrupted between them.
     fn n_batch(&self) -> usize {
-        self.options.n_batch as usize
+        self.n_ubatch()
     }
 
     fn kv_bytes(&self) -> KvBytes {
-        // SAFETY: nothing else reads or writes the observer outside llama_decode, which borrows
-        // `self` mutably.
-        unsafe { &*self.observer.get() }.kv_bytes(self.n_ctx)
+        self.observer.get().kv_bytes(self.n_ctx)
     }
 }

@@ -47,7 +47,15 @@ pub(super) fn take_reason(otherwise: &str) -> String {
 /// could not be loaded, which our own message says.
 fn bare(line: &str) -> &str {
     let mut rest = line;
-    while let Some((head, tail)) = rest.split_once(": ") {
+    loop {
+        // A path may hold what separates the parts.
+        let path_ends = match rest.starts_with("failed to load model '") {
+            true => rest.split_once("': "),
+            false => None,
+        };
+        let Some((head, tail)) = path_ends.or_else(|| rest.split_once(": ")) else {
+            break;
+        };
         let name = head.trim_end_matches("()");
         let function = name == "operator"
             || name.contains('_') && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');

@@ -22,7 +22,7 @@ pub use abort::on_abort;
 pub use context::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 pub use model::{Model, ModelOptions, RopeFactors};
 pub use sampler::SamplerOptions;
-pub use vision::{ImageEmbeddings, ImageTokens, Piece, Vision, VisionOptions};
+pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Piece, Vision, VisionOptions};
 
 use std::sync::OnceLock;
 

@@ -173,10 +173,15 @@ impl Model {
         usize::try_from(self.inner.n_vocab()).unwrap_or(0)
     }
 
+    /// Positions of the attention window; 0: none.
+    pub(super) fn n_swa(&self) -> i32 {
+        // SAFETY: the pointer is valid while `self.inner` lives.
+        unsafe { sys::llama_model_n_swa(self.inner.as_ptr()) }
+    }
+
     /// Why sequence-level eviction of single tokens cannot serve this model, if it cannot.
     pub fn eviction_obstacle(&self) -> Option<&'static str> {
-        // SAFETY: the pointer is valid while `self.inner` lives.
-        let n_swa = unsafe { sys::llama_model_n_swa(self.inner.as_ptr()) };
+        let n_swa = self.n_swa();
         if self.inner.is_recurrent() || self.inner.is_hybrid() {
             Some("its memory is recurrent, single tokens cannot be removed from it")
         } else if n_swa > 0 {

@@ -74,8 +74,17 @@ pub struct ImageEmbeddings {
     pub data: Vec<f32>,
     pub n: usize,
     pub n_pos: Pos,
-    /// `[t, y, x, 0]` of each row, relative to the picture's first position; only with M-RoPE.
-    pub mrope: Option<Vec<[Pos; 4]>>,
+    /// Only with M-RoPE.
+    pub mrope: Option<Mrope>,
+}
+
+/// Positions of a picture at the start of a sequence, on all axes.
+#[derive(Clone, Debug)]
+pub struct Mrope {
+    /// `[t, y, x, z]` of each row: `[n]`.
+    pub rows: Vec<[Pos; 4]>,
+    /// The axes that move with the picture's place in the sequence.
+    pub moves: [bool; 4],
 }
 
 /// A loaded vision file (`--mmproj`).
@@ -311,23 +320,25 @@ impl<'m> Vision<'m> {
         })
     }
 
-    fn mrope(&self, image: &ImageTokens) -> Option<Vec<[Pos; 4]>> {
+    fn mrope(&self, image: &ImageTokens) -> Option<Mrope> {
         // SAFETY: the context is alive.
         if !unsafe { sys::mtmd_decode_use_mrope(self.ctx.as_ptr()) } {
             return None;
         }
-        // SAFETY: the chunk is alive and an image; i is below its number of tokens.
-        unsafe {
-            let tokens = sys::mtmd_input_chunk_get_tokens_image(image.chunk.as_ptr());
-            Some(
-                (0..image.n)
-                    .map(|i| {
-                        let p = sys::mtmd_image_tokens_get_decoder_pos(tokens, 0, i);
-                        [p.t as Pos, p.y as Pos, p.x as Pos, p.z as Pos]
-                    })
-                    .collect(),
-            )
-        }
+        let at = |base, i| {
+            // SAFETY: the chunk is alive and an image; i is below its number of tokens.
+            let p = unsafe {
+                let tokens = sys::mtmd_input_chunk_get_tokens_image(image.chunk.as_ptr());
+                sys::mtmd_image_tokens_get_decoder_pos(tokens, base, i)
+            };
+            [p.t as Pos, p.y as Pos, p.x as Pos, p.z as Pos]
+        };
+        // Some models count an axis from the picture's place in the sequence, others from 0.
+        let (here, further) = (at(0, 0), at(1, 0));
+        Some(Mrope {
+            rows: (0..image.n).map(|i| at(0, i)).collect(),
+            moves: std::array::from_fn(|axis| here[axis] != further[axis]),
+        })
     }
 }
 

@@ -182,7 +182,7 @@ impl Default for PolicyOptions {
                 alpha: None,
                 scope: Scope::Turn,
             }),
-            kv_budget: None,
+            kv_budget: Some(Amount::Share(1.0)),
             bin_size: 32,
             sinks: 4,
             recent: 16,
@@ -195,6 +195,14 @@ impl Default for PolicyOptions {
 impl PolicyOptions {
     /// The names that [`PolicyOptions::preset`] takes.
     pub const PRESETS: [&str; 2] = ["default", "paper"];
+
+    /// Our setting without eviction while decoding.
+    pub fn without_ddes() -> Self {
+        PolicyOptions {
+            kv_budget: None,
+            ..PolicyOptions::default()
+        }
+    }
 
     /// The paper's setting: attention of layer 0, every text token as a query, plain sums, and
     /// its best threshold, r = 0.0015.

@@ -40,7 +40,7 @@ fn decoding_steps_allocate_nothing() {
             restore,
             hysteresis: 0.0,
             decay: 0.9,
-            ..PolicyOptions::default()
+            ..PolicyOptions::without_ddes()
         };
         let policy = create(
             "hae",
