@@ -11,7 +11,7 @@ use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
 use super::observer::{Observer, on_node};
-use super::{Model, SamplerOptions, backend, log};
+use super::{Model, SamplerOptions, backend, log, memory};
 use crate::cache::{Cell, Pos};
 use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
 use crate::error::{Error, Result};
@@ -52,7 +52,7 @@ pub enum CacheType {
 }
 
 impl CacheType {
-    fn raw(self) -> KvCacheType {
+    pub(super) fn raw(self) -> KvCacheType {
         match self {
             CacheType::F32 => KvCacheType::F32,
             CacheType::F16 => KvCacheType::F16,
@@ -189,6 +189,7 @@ impl<'m> LlamaEngine<'m> {
         if options.n_ctx == 0 || options.n_batch == 0 || options.n_ubatch == 0 {
             return Err(Error::option("-c, -b, -ub", "expected at least 1"));
         }
+        memory::check(model, options.n_ctx, options.type_k, options.type_v)?;
         let observer = Owned::new(Observer::new(options.score_layers.clone()));
         let mut params = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(options.n_ctx))

@@ -47,22 +47,19 @@ pub(super) fn take_reason(otherwise: &str) -> String {
 /// could not be loaded, which our own message says.
 fn bare(line: &str) -> &str {
     let mut rest = line;
-    loop {
-        // A path may hold what separates the parts.
-        let path_ends = match rest.starts_with("failed to load model '") {
-            true => rest.split_once("': "),
-            false => None,
-        };
-        let Some((head, tail)) = path_ends.or_else(|| rest.split_once(": ")) else {
-            break;
-        };
+    while let Some((head, tail)) = rest.split_once(": ") {
         let name = head.trim_end_matches("()");
         let function = name == "operator"
             || name.contains('_') && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-        let repeated = head == "error"
-            || head.starts_with("error loading model")
-            || head.starts_with("failed to load model '");
-        if tail.trim().is_empty() || !(function || repeated) {
+        let repeated = head == "error" || head.starts_with("error loading model");
+        // The path is quoted and may hold a colon itself.
+        let path = rest.strip_prefix("failed to load model '");
+        let tail = match path.and_then(|path| path.split_once("': ")) {
+            Some((_, tail)) => tail,
+            None if function || repeated => tail,
+            None => break,
+        };
+        if tail.trim().is_empty() {
             break;
         }
         rest = tail;

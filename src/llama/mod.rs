@@ -11,6 +11,7 @@ mod context;
 pub mod gguf;
 mod hparams;
 pub mod log;
+mod memory;
 mod model;
 mod observer;
 pub mod quantize;

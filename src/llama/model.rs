@@ -36,6 +36,7 @@ pub struct ModelOptions {
 pub struct Model {
     pub(super) inner: LlamaModel,
     path: PathBuf,
+    options: ModelOptions,
     arch: String,
     /// Positions that the short rope factors were trained for, when the model has two sets.
     long_rope_from: Option<u32>,
@@ -124,6 +125,7 @@ impl Model {
         Ok(Model {
             inner,
             path: path.to_owned(),
+            options: options.clone(),
             arch,
             long_rope_from,
         })
@@ -131,6 +133,11 @@ impl Model {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// How it was loaded.
+    pub fn options(&self) -> &ModelOptions {
+        &self.options
     }
 
     /// `general.architecture`.

@@ -144,7 +144,8 @@ fn pictures_with_odd_names() {
         format!("/image  '{path}' "),
         format!("/image \"{path}\""),
     ] {
-        assert_eq!(chat(&[], &[&line, WHERE]).0, [fresh.clone()], "{line}");
+        let (answers, _) = chat(&[], &[&line, WHERE]);
+        assert_eq!(answers, [fresh.as_str()], "{line}");
     }
 }
 

@@ -344,3 +344,26 @@ fn a_vision_file_for_another_width() {
     };
     Kind::Vision.refuses(wider, "256");
 }
+
+/// An assertion that nothing foresaw: the process tells its handler and ends with its status.
+#[test]
+fn an_assertion_of_ggml_ends_the_process_in_order() {
+    const CHILD: &str = "HAE_TEST_ASSERTION";
+    if std::env::var_os(CHILD).is_some() {
+        hae::llama::on_abort(|message| {
+            eprintln!("told: {message}");
+            2
+        });
+        // SAFETY: C strings, and a format without arguments.
+        unsafe { llama_cpp_sys_2::ggml_abort(c"a/b/file.cpp".as_ptr(), 12, c"oh no".as_ptr()) }
+    }
+    let name = "damaged::an_assertion_of_ggml_ends_the_process_in_order";
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(stderr.contains("told: file.cpp:12: oh no"), "{stderr}");
+}

@@ -1,0 +1,86 @@
+//! Whether the machine can hold a cache. llama.cpp asks the system for it and writes zeros, and a
+//! system that promises more than it has then ends the process instead of refusing.
+
+use llama_cpp_sys_2 as sys;
+
+use super::context::CacheType;
+use super::{Model, ModelOptions};
+use crate::error::{Error, Result};
+
+/// Refuses a cache in main memory that would leave no room for the rest.
+///
+/// # Errors
+/// [`Error::Option`] naming `-c`.
+pub(super) fn check(model: &Model, n_ctx: u32, k: CacheType, v: CacheType) -> Result<()> {
+    // SAFETY: takes nothing.
+    let gpu = unsafe { sys::llama_supports_gpu_offload() };
+    let ModelOptions { n_gpu_layers, .. } = model.options();
+    // Layers on a GPU have their cells there; windows and recurrent layers need fewer.
+    if gpu && *n_gpu_layers != Some(0) || model.eviction_obstacle().is_some() {
+        return Ok(());
+    }
+    match total_memory() {
+        Some(total) => fits(n_ctx, bytes_per_cell(model, k, v), total),
+        None => Ok(()),
+    }
+}
+
+/// A fifth is left for the weights, the graphs and everybody else.
+fn fits(n_ctx: u32, per_cell: u64, total: u64) -> Result<()> {
+    let most = total / 5 * 4 / per_cell.max(1);
+    if u64::from(n_ctx) <= most {
+        return Ok(());
+    }
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Err(Error::option(
+        "-c",
+        format!(
+            "{n_ctx} cells take {:.1} of the machine's {:.1} GiB, expected at most {most}",
+            gib(per_cell.saturating_mul(n_ctx.into())),
+            gib(total)
+        ),
+    ))
+}
+
+/// Bytes of one cell over all layers, as if every layer had as many heads as the first.
+fn bytes_per_cell(model: &Model, k: CacheType, v: CacheType) -> u64 {
+    let model_ptr = model.inner.as_ptr();
+    // SAFETY: the pointer is valid while the model lives; both types are known to ggml.
+    unsafe {
+        let heads = i64::from(sys::llama_model_n_head(model_ptr)).max(1);
+        let kv_heads = i64::from(sys::llama_model_n_head_kv(model_ptr)).max(1);
+        let width = i64::from(sys::llama_model_n_embd(model_ptr)).max(1) / heads * kv_heads;
+        let row = |kind: CacheType| sys::ggml_row_size(kind.raw().into(), width) as u64;
+        (row(k) + row(v)).saturating_mul(model.n_layer().into())
+    }
+}
+
+/// All of the machine's main memory, if ggml knows.
+fn total_memory() -> Option<u64> {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: the CPU is always registered once the backend is; both numbers are live variables.
+    unsafe {
+        let cpu = sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU);
+        if cpu.is_null() {
+            return None;
+        }
+        sys::ggml_backend_dev_memory(cpu, &raw mut free, &raw mut total);
+    }
+    (total > 0).then_some(total as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fits;
+
+    #[test]
+    fn a_cache_larger_than_the_machine_is_refused() {
+        assert!(fits(1 << 20, 6144, 8 << 30).is_ok());
+        let error = fits(1 << 24, 6144, 24 << 30).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "-c: 16777216 cells take 96.0 of the machine's 24.0 GiB, expected at most 3355443"
+        );
+        assert!(fits(u32::MAX, u64::MAX, u64::MAX - 1).is_err());
+    }
+}
