@@ -101,7 +101,8 @@ def label(method: str, share: float, before: int, kept: bool) -> str:
 
 
 @torch.no_grad()
-def study(run: Runner, folder: Path, tokens: int, shares: tuple[float, ...], limit: int = 0) -> dict[str, Any]:
+def study(run: Runner, folder: Path, tokens: int, shares: tuple[float, ...], limit: int = 0,
+          only: list[str] | None = None) -> dict[str, Any]:
     rows = [r for r in read(folder / "understanding.jsonl") if r["task"] != "caption"]
     rows = rows[:: -(-len(rows) // limit)] if limit else rows
     hits: dict[str, dict[str, bool]] = defaultdict(dict)  # method -> question -> right
@@ -113,6 +114,7 @@ def study(run: Runner, folder: Path, tokens: int, shares: tuple[float, ...], lim
         ends = torch.stack([separators(r) for r in b.rows]).to(run.dev)
         noise = torch.rand(asked.shape, generator=dice).to(run.dev)
         methods = {"random": noise, "oracle": noise + asked} | scores(run, b)
+        methods = {k: v for k, v in methods.items() if not only or k in only}
         hits["full"] |= dict(zip(names, run.right(b, run.full)))
         for method, score in methods.items():
             if method != "random":
@@ -178,13 +180,15 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=0, help="per batch; 0: 20000 on CUDA, 4000 on CPU")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--limit", type=int, default=0, help="use about so many questions (0: all)")
+    p.add_argument("--methods", default="", help="comma-separated (default: all)")
     p.add_argument("--shares", default=",".join(map(str, SHARES)))
     p.add_argument("--out", type=Path, help="default: FOLDER/pruning.json")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     Attention.flash = False
     shares = tuple(float(s) for s in a.shares.split(","))
-    result = study(Runner(a.checkpoint, a.device), a.folder, a.tokens or (20_000 if a.device == "cuda" else 4_000), shares, a.limit)
+    result = study(Runner(a.checkpoint, a.device), a.folder, a.tokens or (20_000 if a.device == "cuda" else 4_000), shares,
+                   a.limit, [m for m in a.methods.split(",") if m])
     (a.out or a.folder / "pruning.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table(result, shares))
     for m, tasks in result["by_task"].items():
