@@ -18,6 +18,33 @@ enum Phase {
     Decode,
 }
 
+/// Where the rows of a batch come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    pub modality: Modality,
+    /// Which picture, for visual tokens.
+    pub image: Option<u32>,
+    /// The rows belong to a picture whose rows share positions (M-RoPE).
+    pub shared: bool,
+}
+
+impl Origin {
+    pub const TEXT: Origin = Origin {
+        modality: Modality::Text,
+        image: None,
+        shared: false,
+    };
+
+    /// Of picture number `image`, one position a row.
+    pub const fn picture(image: u32) -> Self {
+        Origin {
+            modality: Modality::Vision,
+            image: Some(image),
+            shared: false,
+        }
+    }
+}
+
 /// What the controller did, for reports.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Report {
@@ -98,42 +125,21 @@ impl Controller {
         self.phase = Phase::Prefill;
     }
 
-    /// Writes down one batch: the token at position `pos + i` lies in `cells[i]`.
+    /// Writes down one batch: the token at position `pos[i]` lies in `cells[i]`.
     ///
     /// # Errors
     /// As [`Ledger::insert`].
-    pub fn inserted(
-        &mut self,
-        cells: &[Cell],
-        pos: Pos,
-        modality: Modality,
-        image: Option<u32>,
-    ) -> Result<()> {
-        for (&cell, pos) in cells.iter().zip(pos..) {
-            self.ledger.insert(cell, pos, modality, image)?;
-        }
-        Ok(())
-    }
-
-    /// Writes down one batch of a picture whose rows share `n_pos` positions from `base` on
-    /// (M-RoPE): row `first + i` of the picture lies in `cells[i]`. Which row counts as which
-    /// position does not matter, since no policy may remove single ones of them; the last
-    /// position must be reached.
-    ///
-    /// # Errors
-    /// As [`Ledger::insert`].
-    pub fn inserted_shared(
-        &mut self,
-        cells: &[Cell],
-        base: Pos,
-        first: usize,
-        n_pos: Pos,
-        image: Option<u32>,
-    ) -> Result<()> {
-        for (i, &cell) in cells.iter().enumerate() {
-            let row = Pos::try_from(first + i).unwrap_or(Pos::MAX);
-            let pos = base.saturating_add(row.min(n_pos - 1));
-            self.ledger.insert_shared(cell, pos, image)?;
+    pub fn inserted(&mut self, cells: &[Cell], pos: &[Pos], origin: Origin) -> Result<()> {
+        let Origin {
+            modality,
+            image,
+            shared,
+        } = origin;
+        for (&cell, &pos) in cells.iter().zip(pos) {
+            match shared {
+                true => self.ledger.insert_shared(cell, pos, image)?,
+                false => self.ledger.insert(cell, pos, modality, image)?,
+            }
         }
         Ok(())
     }

@@ -42,8 +42,9 @@ impl Input<'_> {
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
     pub input: Input<'a>,
-    /// Position of the first row; the others follow without holes.
-    pub pos: Pos,
+    /// Position of each row, ascending: `[input.len()]`. A row of a picture with several axes
+    /// has here what it counts as in the sequence.
+    pub pos: &'a [Pos],
     /// Rows of this batch (ascending, < `input.len()`) whose attention is wanted; empty: none.
     pub queries: &'a [u32],
     /// Whether the logits of the last row are wanted.

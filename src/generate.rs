@@ -10,11 +10,11 @@ mod utf8;
 use std::time::Duration;
 
 use crate::cache::{Cell, Modality, PerModality, Pos};
-use crate::controller::Controller;
+use crate::controller::{Controller, Origin};
 use crate::engine::{Batch, Engine, Input, Observation, Token};
 use crate::error::{Error, Result};
 use crate::policy::{Observe, Queries};
-use prompt::{Place, count};
+use prompt::count;
 use utf8::Utf8Stream;
 
 pub use prompt::{Axes, Segment};
@@ -79,12 +79,10 @@ impl Timings {
     }
 }
 
-/// One batch before it is positioned.
+/// One batch; its positions lie in [`Session::pos`].
 struct Rows<'a> {
     input: Input<'a>,
-    modality: Modality,
-    image: Option<u32>,
-    place: Place,
+    origin: Origin,
 }
 
 /// A conversation: the model, its cache's controller, and the buffers between them.
@@ -94,18 +92,19 @@ pub struct Session<E> {
     cells: Vec<Cell>,
     seen: Observation,
     queries: Vec<u32>,
+    pos: Vec<Pos>,
 }
 
 impl<E: Engine> Session<E> {
     /// `engine` is empty and `controller` made for its number of cells.
     pub fn new(engine: E, controller: Controller) -> Self {
-        let (cells, queries) = (Vec::new(), Vec::new());
         Session {
             engine,
             controller,
-            cells,
+            cells: Vec::new(),
             seen: Observation::default(),
-            queries,
+            queries: Vec::new(),
+            pos: Vec::new(),
         }
     }
 
@@ -149,12 +148,11 @@ impl<E: Engine> Session<E> {
                 let end = segment.len().min(start + n_batch);
                 let is_last = Some(s) == last && end == segment.len();
                 self.select_queries(segment.modality(), end - start, is_last);
-                let (place, mrope) = segment.place(base, start, end);
+                segment.place(base, start, end, &mut self.pos);
+                let axes = segment.axes(base, start, end);
                 let rows = Rows {
-                    input: segment.rows(start, end, mrope.as_deref()),
-                    modality: segment.modality(),
-                    image: segment.image(),
-                    place,
+                    input: segment.rows(start, end, axes.as_deref()),
+                    origin: segment.origin(),
                 };
                 self.run(rows, is_last)?;
                 start = end;
@@ -174,10 +172,10 @@ impl<E: Engine> Session<E> {
         }
         let rows = Rows {
             input: Input::Tokens(&[token]),
-            modality: Modality::Text,
-            image: None,
-            place: Place::Next,
+            origin: Origin::TEXT,
         };
+        self.pos.clear();
+        self.pos.push(self.controller.next_pos());
         self.run(rows, true)?;
         self.engine_remove(Controller::after_step)
     }
@@ -310,20 +308,10 @@ impl<E: Engine> Session<E> {
 
     /// One batch through the engine and into the ledger.
     fn run(&mut self, rows: Rows<'_>, logits: bool) -> Result<()> {
-        let Rows {
-            input,
-            modality,
-            image,
-            place,
-        } = rows;
-        self.check_positions(input.len())?;
-        let pos = match place {
-            Place::Next => self.controller.next_pos(),
-            Place::Shared { base, .. } => base,
-        };
+        let Rows { input, origin } = rows;
         let batch = Batch {
             input,
-            pos,
+            pos: &self.pos,
             queries: &self.queries,
             logits,
         };
@@ -341,15 +329,7 @@ impl<E: Engine> Session<E> {
                 "attention of {seen} rows, expected {wanted}"
             )));
         }
-        match place {
-            Place::Next => self
-                .controller
-                .inserted(&self.cells, pos, modality, image)?,
-            Place::Shared { base, first, n_pos } => {
-                self.controller
-                    .inserted_shared(&self.cells, base, first, n_pos, image)?
-            }
-        }
+        self.controller.inserted(&self.cells, &self.pos, origin)?;
         self.controller.observed(&self.seen)
     }
 

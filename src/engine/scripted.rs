@@ -144,6 +144,10 @@ impl Engine for Scripted {
         cells.clear();
         seen.clear();
         let n = batch.input.len();
+        if n != batch.pos.len() {
+            let places = batch.pos.len();
+            return Err(Error::contract(format!("{places} positions for {n} rows")));
+        }
         if n == 0 || n > self.n_batch {
             let most = self.n_batch;
             return Err(Error::contract(format!(
@@ -158,13 +162,13 @@ impl Engine for Scripted {
                 .iter()
                 .map(|row| row.iter().copied().fold(0, Pos::max))
                 .collect(),
-            _ => (batch.pos..).take(n).collect(),
+            _ => batch.pos.to_vec(),
         };
         let expected = |newest: &Pos| newest + 1 != places.iter().copied().fold(Pos::MAX, Pos::min);
         if let Some(newest) = self.newest().filter(expected) {
             let pos = batch.pos;
             return Err(Error::contract(format!(
-                "a batch at {pos} after position {newest}"
+                "a batch at {pos:?} after position {newest}"
             )));
         }
         let ascending = batch.queries.windows(2).all(|pair| pair[0] < pair[1]);
@@ -185,18 +189,18 @@ impl Engine for Scripted {
         }
         if !batch.queries.is_empty() {
             self.attend(
-                batch.queries.iter().map(|&row| batch.pos + row as Pos),
+                batch.queries.iter().map(|&row| batch.pos[row as usize]),
                 seen,
             );
         }
         if batch.logits {
-            let said = (self.says)(batch.pos + n as Pos - 1) as usize % N_VOCAB;
+            let said = (self.says)(batch.pos[n - 1]) as usize % N_VOCAB;
             self.logits = (0..N_VOCAB)
                 .map(|token| if token == said { 1.0 } else { 0.0 })
                 .collect();
         }
         self.calls.push(Call::Decode {
-            pos: batch.pos,
+            pos: batch.pos[0],
             n,
             embeddings: matches!(batch.input, Input::Embeddings { .. }),
             queries: batch.queries.to_vec(),

@@ -1,6 +1,7 @@
 //! What a turn begins with: tokens and pictures in order.
 
 use crate::cache::{Modality, PerModality, Pos};
+use crate::controller::Origin;
 use crate::engine::{Input, Token};
 use crate::error::{Error, Result};
 
@@ -29,15 +30,6 @@ pub struct Axes {
     pub n_pos: Pos,
 }
 
-/// Where the rows of a batch stand in the sequence.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Place {
-    /// One position a row, after the newest.
-    Next,
-    /// Rows from `first` on of a picture whose rows share `n_pos` positions from `base` on.
-    Shared { base: Pos, first: usize, n_pos: Pos },
-}
-
 impl Segment {
     /// Rows that the segment takes, each of them a cell.
     pub fn len(&self) -> usize {
@@ -61,36 +53,32 @@ impl Segment {
         }
     }
 
-    /// Where rows from `first` on stand, and their absolute positions on all axes if they have
-    /// several; `base` is the position of the segment's first row.
-    pub(super) fn place(
-        &self,
-        base: Pos,
-        first: usize,
-        end: usize,
-    ) -> (Place, Option<Vec<[Pos; 4]>>) {
-        match self {
-            Segment::Image {
-                axes: Some(axes), ..
-            } => {
-                let absolute = |row: &[Pos; 4]| {
-                    std::array::from_fn(|axis| match axes.moves[axis] {
-                        true => row[axis].saturating_add(base),
-                        false => row[axis],
-                    })
-                };
-                let rows = axes.rows[first..end].iter().map(absolute).collect();
-                (
-                    Place::Shared {
-                        base,
-                        first,
-                        n_pos: axes.n_pos,
-                    },
-                    Some(rows),
-                )
-            }
-            _ => (Place::Next, None),
-        }
+    /// Writes the positions of rows `first..end` to `out` (cleared first); `base` is that of the
+    /// segment's first row. Rows of a picture with several axes share the segment's positions:
+    /// which row counts as which does not matter, since no policy may remove single ones of
+    /// them, but the last position must be reached.
+    pub(super) fn place(&self, base: Pos, first: usize, end: usize, out: &mut Vec<Pos>) {
+        let last = Pos::try_from(self.positions().saturating_sub(1)).unwrap_or(Pos::MAX);
+        let pos = |row: usize| Pos::try_from(row).unwrap_or(Pos::MAX).min(last);
+        out.clear();
+        out.extend((first..end).map(|row| base.saturating_add(pos(row))));
+    }
+
+    /// The absolute positions of rows `first..end` on all axes, if they have several.
+    pub(super) fn axes(&self, base: Pos, first: usize, end: usize) -> Option<Vec<[Pos; 4]>> {
+        let Segment::Image {
+            axes: Some(axes), ..
+        } = self
+        else {
+            return None;
+        };
+        let absolute = |row: &[Pos; 4]| {
+            std::array::from_fn(|axis| match axes.moves[axis] {
+                true => row[axis].saturating_add(base),
+                false => row[axis],
+            })
+        };
+        Some(axes.rows[first..end].iter().map(absolute).collect())
     }
 
     pub(super) fn modality(&self) -> Modality {
@@ -100,10 +88,13 @@ impl Segment {
         }
     }
 
-    pub(super) fn image(&self) -> Option<u32> {
+    pub(super) fn origin(&self) -> Origin {
         match self {
-            Segment::Tokens(_) => None,
-            Segment::Image { image, .. } => Some(*image),
+            Segment::Tokens(_) => Origin::TEXT,
+            Segment::Image { image, axes, .. } => Origin {
+                shared: axes.is_some(),
+                ..Origin::picture(*image)
+            },
         }
     }
 

@@ -433,6 +433,6 @@ fn rows_of_a_picture_may_share_positions() {
 
 #[test]
 fn only_the_axes_that_move_follow_the_picture() {
-    let (_, rows) = square(4, 2).place(10, 1, 3);
+    let rows = square(4, 2).axes(10, 1, 3);
     assert_eq!(rows.unwrap(), [[10, 10, 11, 0], [10, 11, 10, 0]]);
 }

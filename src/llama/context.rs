@@ -266,11 +266,12 @@ impl<'m> LlamaEngine<'m> {
         let n = batch.input.len();
         let n_tokens = i32::try_from(n)
             .map_err(|_| Error::llama("llama_decode", format!("{n} rows in one batch")))?;
-        let last = batch.pos.checked_add(n_tokens).filter(|_| batch.pos >= 0);
-        if last.is_none() {
+        let ascending = batch.pos.windows(2).all(|pair| pair[0] <= pair[1]);
+        let bounds = (batch.pos.first(), batch.pos.last());
+        if batch.pos.len() != n || !ascending || !in_range(bounds) {
             return Err(Error::llama(
                 "llama_decode",
-                format!("positions from {} on overflow", batch.pos),
+                format!("positions {bounds:?} for {n} rows"),
             ));
         }
         let rows = &mut self.rows;
@@ -288,7 +289,7 @@ impl<'m> LlamaEngine<'m> {
                         format!("token {t} is not in the vocabulary of {n_vocab}"),
                     ));
                 }
-                rows.pos.extend(batch.pos..batch.pos + n_tokens);
+                rows.pos.extend(batch.pos);
                 (tokens.as_ptr().cast_mut(), std::ptr::null_mut())
             }
             Input::Embeddings { data, n, mrope } => {
@@ -300,7 +301,7 @@ impl<'m> LlamaEngine<'m> {
                     ));
                 }
                 match mrope {
-                    None => rows.pos.extend(batch.pos..batch.pos + n_tokens),
+                    None => rows.pos.extend(batch.pos),
                     // llama.cpp wants the four axes one after the other, n values each.
                     Some(mrope) if mrope.len() == n => {
                         for axis in 0..4 {
@@ -335,6 +336,11 @@ impl<'m> LlamaEngine<'m> {
             logits: rows.logits.as_mut_ptr(),
         })
     }
+}
+
+/// Whether positions can be told to llama.cpp: none is negative, and the last has a successor.
+fn in_range(bounds: (Option<&Pos>, Option<&Pos>)) -> bool {
+    matches!(bounds, (Some(&first), Some(&last)) if first >= 0 && last < Pos::MAX)
 }
 
 impl Engine for LlamaEngine<'_> {
@@ -390,7 +396,7 @@ impl Engine for LlamaEngine<'_> {
         self.has_logits = batch.logits;
         observed.map_err(|reason| Error::llama("llama_decode", reason))?;
         seen.queries
-            .extend(batch.queries.iter().map(|&row| batch.pos + row as Pos));
+            .extend(batch.queries.iter().map(|&row| batch.pos[row as usize]));
         if let Some(next) = &mut self.counted {
             cells.clear();
             cells.extend((*next..).take(batch.input.len()));

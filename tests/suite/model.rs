@@ -157,9 +157,10 @@ pub fn prefill(
         };
         let rows = 0..input.len() as u32;
         let queries: Vec<u32> = rows.filter(|&r| observe(pos + r as Pos)).collect();
+        let places: Vec<Pos> = (pos..).take(input.len()).collect();
         let batch = Batch {
             input,
-            pos,
+            pos: &places,
             queries: &queries,
             logits: i + 1 == segments.len(),
         };
