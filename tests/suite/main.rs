@@ -11,6 +11,7 @@ mod convert_metadata;
 mod damaged;
 mod ddes;
 mod fixture;
+mod full_model;
 mod gguf;
 mod house;
 mod image;
