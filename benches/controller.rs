@@ -144,7 +144,7 @@ fn step(group: &mut criterion::BenchmarkGroup<'_, criterion::measurement::WallTi
     let mut rows: Vec<Observation> = (0..16).map(|pos| attention(pos, n)).collect();
     rows[0].queries[0] = controller.next_pos() - 1;
     controller.observed(&rows[0]).expect("finite scores");
-    controller.after_prefill().expect("a plan");
+    controller.after_prefill(false).expect("a plan");
 
     group.bench_function(BenchmarkId::new("step", n), |b| {
         b.iter(|| {

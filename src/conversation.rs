@@ -61,7 +61,7 @@ pub struct KvReport {
 pub struct TimingReport {
     /// Cutting up and encoding the pictures; the prompt's tokenization is in it.
     pub vision_encode_ms: f64,
-    /// Scoring before the prefill: always 0 in this version, which scores during it.
+    /// The trial run of the first layers before the prefill (`--dap-mode early`).
     pub probe_ms: f64,
     pub prefill_ms: f64,
     /// From the question to the first token, encoding included.
@@ -80,6 +80,8 @@ pub struct PolicyReport {
     pub evicted_in_decoding: usize,
     /// Decoding steps that emptied the recycle bin.
     pub flushes: usize,
+    /// Evicted tokens that came back for a later question.
+    pub recalled: usize,
 }
 
 /// A model, its cache and what was said.
@@ -131,6 +133,7 @@ impl<'m> Conversation<'m> {
     pub fn clear(&mut self) {
         self.session.engine.clear();
         self.session.controller.clear();
+        self.session.forget();
         self.transcript.clear();
         self.pending = None;
         self.images = 0;
@@ -224,7 +227,7 @@ impl<'m> Conversation<'m> {
             kv: self.kv(),
             timings: TimingReport {
                 vision_encode_ms: ms(encode),
-                probe_ms: 0.0,
+                probe_ms: ms(generated.timings.probe),
                 prefill_ms: ms(generated.timings.prefill),
                 ttft_ms: generated.timings.first_token.map(|t| ms(t + encode)),
                 tpot_ms: generated.timings.per_token().map(ms),
@@ -236,6 +239,7 @@ impl<'m> Conversation<'m> {
                 evicted_after_prefill: report.evicted_after_prefill,
                 evicted_in_decoding: report.evicted_in_decoding,
                 flushes: report.flushes,
+                recalled: report.recalled,
             },
             text: generated.text,
         })

@@ -36,10 +36,13 @@ pub struct Counts {
     pub live: PerModality,
     /// Cells in the recycle bin: still in the cache and still attended to.
     pub binned: PerModality,
-    /// Tokens removed from the cache for good.
+    /// Tokens that are not in the cache any more, or never went in: pruned before the prefill,
+    /// or removed.
     pub evicted: PerModality,
     /// Times that a token came back from the recycle bin.
     pub restored: PerModality,
+    /// Times that an evicted token was put into the cache again, for a new question.
+    pub recalled: PerModality,
     /// The most cells that were ever taken at once.
     pub peak: usize,
 }

@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 
 /// Bookkeeping of the whole cache, one entry a cell, as arrays indexed by cell.
 ///
-/// Empty cells hold `EMPTY` and zero scores. The arrays reach up to the highest cell used so far.
+/// Empty cells hold `EMPTY` and zero scores. The arrays reach up to the highest cell used since
+/// tokens were last moved together.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     /// `[cells]`
@@ -78,6 +79,81 @@ impl Ledger {
         self.place(cell, pos, oldest_allowed, Modality::Vision, image)
     }
 
+    /// Writes down that an evicted token is back: in the current turn, live, without a score.
+    ///
+    /// # Errors
+    /// When the cell is occupied or beyond the cache, or `pos` is newer than every other.
+    pub fn recall(
+        &mut self,
+        cell: Cell,
+        pos: Pos,
+        modality: Modality,
+        image: Option<u32>,
+    ) -> Result<()> {
+        let Some(newest) = self.newest.filter(|&(newest, _)| pos < newest) else {
+            return Err(Error::cell(
+                cell,
+                format!("got position {pos} back, expected one before the newest"),
+            ));
+        };
+        let first = self.first;
+        self.place(cell, pos, 0, modality, image)?;
+        (self.newest, self.first) = (Some(newest), first.map(|first| first.min(pos)));
+        let evicted = self.counts.evicted.of_mut(modality);
+        *evicted = evicted.saturating_sub(1);
+        *self.counts.recalled.of_mut(modality) += 1;
+        Ok(())
+    }
+
+    /// Counts visual tokens that were pruned before they took a cell; `pos` are their positions.
+    pub fn skipped(&mut self, pos: &[Pos]) {
+        self.counts.evicted.vision += pos.len();
+        self.first = pos.iter().copied().chain(self.first).min();
+    }
+
+    /// Lets the current turn judge every visual token: scores of older turns are forgotten.
+    pub fn reopen_pictures(&mut self) {
+        for i in 0..self.pos.len() {
+            if self.pos[i] != EMPTY && self.modality[i] == Modality::Vision {
+                self.turns[i] = self.turn;
+                (self.sum[i], self.max[i], self.seen[i]) = (0.0, 0.0, 0.0);
+            }
+        }
+    }
+
+    /// Follows tokens that were moved: from a cell, to an empty one below it.
+    ///
+    /// # Errors
+    /// When there is nothing to move, or the target is occupied.
+    pub fn moved(&mut self, moves: &[(Cell, Cell)]) -> Result<()> {
+        for &(from, to) in moves {
+            let i = self.expect(from, None)?;
+            let j = to as usize;
+            if self.pos.get(j).is_none_or(|&pos| pos != EMPTY) {
+                return Err(Error::cell(
+                    to,
+                    format!("is no empty cell to move cell {from} to"),
+                ));
+            }
+            self.pos[j] = std::mem::replace(&mut self.pos[i], EMPTY);
+            self.modality[j] = self.modality[i];
+            self.state[j] = self.state[i];
+            self.turns[j] = self.turns[i];
+            self.image[j] = self.image[i];
+            self.sum[j] = std::mem::take(&mut self.sum[i]);
+            self.max[j] = std::mem::take(&mut self.max[i]);
+            self.seen[j] = std::mem::take(&mut self.seen[i]);
+            if let Some((_, newest)) = &mut self.newest
+                && *newest == from
+            {
+                *newest = to;
+            }
+        }
+        let span = self.pos.iter().rposition(|&pos| pos != EMPTY);
+        self.shrink(span.map_or(0, |last| last + 1));
+        Ok(())
+    }
+
     fn place(
         &mut self,
         cell: Cell,
@@ -131,6 +207,18 @@ impl Ledger {
         self.sum.resize(len, 0.0);
         self.max.resize(len, 0.0);
         self.seen.resize(len, 0.0);
+    }
+
+    /// Empty cells at the end need not be walked over any more.
+    fn shrink(&mut self, len: usize) {
+        self.pos.truncate(len);
+        self.modality.truncate(len);
+        self.state.truncate(len);
+        self.turns.truncate(len);
+        self.image.truncate(len);
+        self.sum.truncate(len);
+        self.max.truncate(len);
+        self.seen.truncate(len);
     }
 
     /// Adds one batch's attention: `sum' = sum * decay + observed`, `seen' = seen * decay + rows`,
@@ -324,7 +412,7 @@ impl Ledger {
         }
     }
 
-    /// Cells that the arrays reach over: one more than the highest cell used so far.
+    /// Cells that the arrays reach over: at least one more than the highest cell in use.
     pub fn span(&self) -> usize {
         self.pos.len()
     }
@@ -355,14 +443,7 @@ impl Ledger {
 
     /// Empties the ledger, counts and turns included.
     pub fn clear(&mut self) {
-        self.pos.clear();
-        self.modality.clear();
-        self.state.clear();
-        self.turns.clear();
-        self.image.clear();
-        self.sum.clear();
-        self.max.clear();
-        self.seen.clear();
+        self.shrink(0);
         self.turn = 0;
         self.first = None;
         self.newest = None;

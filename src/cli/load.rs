@@ -108,9 +108,9 @@ impl Setup<'_> {
     pub fn run<R>(&self, f: impl FnOnce(&mut Conversation<'_>, &Made) -> Result<R>) -> Result<R> {
         let start = Instant::now();
         let n_threads = self.context.n_threads()?;
-        let mut model = self.load_model(RopeFactors::Context)?;
-        let mut vision = self.load_vision(n_threads, &model)?;
-        let context = self.context_options(&model, vision.as_ref())?;
+        let model = self.load_model()?;
+        let vision = self.load_vision(n_threads, &model)?;
+        let mut context = self.context_options(&model, vision.as_ref())?;
         let template = match self.template {
             Template::Model => model.chat_template(),
             Template::Named(name) => Some(name.to_owned()),
@@ -121,26 +121,11 @@ impl Setup<'_> {
 
         let (rope, max_positions) =
             self.rope_factors(&model, vision.as_ref(), &context, &transcript)?;
-        let implied = model.long_rope_from().map(|from| {
-            if padded(context.n_ctx) > from {
-                RopeFactors::Long
-            } else {
-                RopeFactors::Short
-            }
-        });
-        // The factors are fixed when a model is loaded, and the prompt can only be counted with
-        // its vocabulary: where the context's size implies the wrong ones, it is loaded again.
-        if rope != RopeFactors::Context && implied.is_some_and(|implied| implied != rope) {
-            // One model at a time: two would not fit where one does.
-            drop(vision);
-            drop(model);
-            model = self.load_model(rope)?;
-            vision = self.load_vision(n_threads, &model)?;
-        }
-        let rope_factors = match (rope, implied) {
-            (_, None) => "none",
-            (RopeFactors::Long, _) | (RopeFactors::Context, Some(RopeFactors::Long)) => "long",
-            _ => "short",
+        context.rope_factors = rope;
+        let rope_factors = match rope.resolved(&model, context.n_ctx) {
+            RopeFactors::Context => "none",
+            RopeFactors::Long => "long",
+            RopeFactors::Short => "short",
         };
         let engine = LlamaEngine::new(&model, context.clone(), &self.sampler)?;
         let limits = Limits {
@@ -189,11 +174,10 @@ impl Setup<'_> {
         }
     }
 
-    fn load_model(&self, rope_factors: RopeFactors) -> Result<Model> {
+    fn load_model(&self) -> Result<Model> {
         let bar = spinner("loading the model");
         let options = ModelOptions {
             n_gpu_layers: self.model.gpu_layers,
-            rope_factors,
         };
         let model = Model::load(&self.files.model, &options);
         bar.finish_and_clear();

@@ -1,6 +1,6 @@
 //! What a turn begins with: tokens and pictures in order.
 
-use crate::cache::{Modality, PerModality, Pos};
+use crate::cache::{PerModality, Pos};
 use crate::controller::Origin;
 use crate::engine::{Input, Token};
 use crate::error::{Error, Result};
@@ -53,15 +53,12 @@ impl Segment {
         }
     }
 
-    /// Writes the positions of rows `first..end` to `out` (cleared first); `base` is that of the
-    /// segment's first row. Rows of a picture with several axes share the segment's positions:
-    /// which row counts as which does not matter, since no policy may remove single ones of
-    /// them, but the last position must be reached.
-    pub(super) fn place(&self, base: Pos, first: usize, end: usize, out: &mut Vec<Pos>) {
-        let last = Pos::try_from(self.positions().saturating_sub(1)).unwrap_or(Pos::MAX);
-        let pos = |row: usize| Pos::try_from(row).unwrap_or(Pos::MAX).min(last);
-        out.clear();
-        out.extend((first..end).map(|row| base.saturating_add(pos(row))));
+    /// The position of a row; `base` is that of the first. Rows of a picture with several axes
+    /// share the segment's positions: which row counts as which does not matter, since no policy
+    /// may remove single ones of them, but the last position must be reached.
+    pub(super) fn pos(&self, base: Pos, row: usize) -> Pos {
+        let row = row.min(self.positions().saturating_sub(1));
+        base.saturating_add(Pos::try_from(row).unwrap_or(Pos::MAX))
     }
 
     /// The absolute positions of rows `first..end` on all axes, if they have several.
@@ -79,13 +76,6 @@ impl Segment {
             })
         };
         Some(axes.rows[first..end].iter().map(absolute).collect())
-    }
-
-    pub(super) fn modality(&self) -> Modality {
-        match self {
-            Segment::Tokens(_) => Modality::Text,
-            Segment::Image { .. } => Modality::Vision,
-        }
     }
 
     pub(super) fn origin(&self) -> Origin {
@@ -155,7 +145,7 @@ impl Segment {
 pub(super) fn count(prompt: &[Segment]) -> PerModality {
     let mut counts = PerModality::default();
     for segment in prompt {
-        *counts.of_mut(segment.modality()) += segment.len();
+        *counts.of_mut(segment.origin().modality) += segment.len();
     }
     counts
 }

@@ -2,6 +2,7 @@ use std::cell::Cell as Slot;
 
 use super::*;
 use crate::engine::scripted::{Call, Scripted};
+use crate::engine::{Batch, Observation};
 use crate::policy::{self, Amount, DapOptions, DapRule, Limits, PolicyOptions, Scope};
 
 fn session(engine: Scripted, policy: &str, options: &PolicyOptions) -> Session<Scripted> {

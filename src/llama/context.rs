@@ -11,7 +11,7 @@ use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
 use super::observer::{Observer, on_node};
-use super::{Model, SamplerOptions, backend, log, memory};
+use super::{Model, RopeFactors, SamplerOptions, backend, log, memory, trial};
 use crate::cache::{Cell, Pos};
 use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
 use crate::error::{Error, Result};
@@ -90,6 +90,7 @@ pub struct ContextOptions {
     pub score_layers: Vec<u32>,
     /// Pictures attend to all of themselves (a property of the vision model).
     pub non_causal_images: bool,
+    pub rope_factors: RopeFactors,
 }
 
 /// A context on a [`Model`].
@@ -156,6 +157,16 @@ impl<'m> LlamaEngine<'m> {
         options: ContextOptions,
         sampler: &SamplerOptions,
     ) -> Result<Self> {
+        Self::of_layers(model, options, sampler, None)
+    }
+
+    /// As [`LlamaEngine::new`], with this many of the model's first layers.
+    pub(super) fn of_layers(
+        model: &'m Model,
+        options: ContextOptions,
+        sampler: &SamplerOptions,
+        n_layer_first: Option<u32>,
+    ) -> Result<Self> {
         let observing = !options.score_layers.is_empty();
         if let Some(&il) = options
             .score_layers
@@ -189,7 +200,14 @@ impl<'m> LlamaEngine<'m> {
         if options.n_ctx == 0 || options.n_batch == 0 || options.n_ubatch == 0 {
             return Err(Error::option("-c, -b, -ub", "expected at least 1"));
         }
-        memory::check(model, options.n_ctx, options.type_k, options.type_v)?;
+        let n_layer = n_layer_first.unwrap_or(model.n_layer());
+        memory::check(
+            model,
+            n_layer,
+            options.n_ctx,
+            options.type_k,
+            options.type_v,
+        )?;
         let observer = Owned::new(Observer::new(options.score_layers.clone()));
         let mut params = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(options.n_ctx))
@@ -206,6 +224,8 @@ impl<'m> LlamaEngine<'m> {
             .with_type_k(options.type_k.raw())
             .with_type_v(options.type_v.raw());
         let raw = params.as_raw_mut();
+        options.rope_factors.set(model, options.n_ctx, raw)?;
+        trial::set(n_layer_first, raw);
         raw.cb_eval = Some(on_node);
         raw.cb_eval_user_data = observer.0.as_ptr().cast();
 
@@ -505,6 +525,17 @@ impl Engine for LlamaEngine<'_> {
             *next = Cell::try_from(left).unwrap_or(*next);
         }
         Ok(())
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn takes_any_position(&self) -> bool {
+        // Rows of a picture that attend to later ones would see what they came before.
+        self.counted.is_none() && !self.options.non_causal_images
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn trial(&self, n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
+        trial::engine(self.model, &self.options, n_cells)
     }
 
     fn n_cells(&self) -> usize {

@@ -75,7 +75,7 @@ fn decoding_steps_allocate_nothing() {
                 controller.observed(&cells.seen).unwrap();
             }
             let ranges = match prefill {
-                true => controller.after_prefill().unwrap(),
+                true => controller.after_prefill(false).unwrap(),
                 false => controller.after_step().unwrap(),
             };
             for held in &mut cells.held {

@@ -22,6 +22,7 @@ mod others;
 mod parity;
 mod quantize;
 mod random;
+mod recall;
 mod references;
 mod remake;
 mod rope;

@@ -11,7 +11,7 @@ use hae::generate::{Hooks, Segment};
 use hae::image::{self, Picture};
 use hae::llama::{
     CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Piece,
-    SamplerOptions, Vision, VisionOptions,
+    RopeFactors, SamplerOptions, Vision, VisionOptions,
 };
 use hae::prompt;
 use serde_json::Value;
@@ -61,6 +61,7 @@ pub fn exact(n_ctx: u32) -> ContextOptions {
         type_v: CacheType::F32,
         score_layers: Vec::new(),
         non_causal_images: false,
+        rope_factors: RopeFactors::default(),
     }
 }
 
