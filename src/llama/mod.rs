@@ -8,6 +8,7 @@
 mod abort;
 pub mod chat;
 mod context;
+mod devices;
 pub mod gguf;
 mod hparams;
 pub mod log;
@@ -22,6 +23,7 @@ mod vision;
 
 pub use abort::on_abort;
 pub use context::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
+pub use devices::{Device, devices};
 pub use model::{Model, ModelOptions};
 pub use rope::RopeFactors;
 pub use sampler::SamplerOptions;

@@ -3,6 +3,7 @@
 
 use crate::error::Result;
 use crate::llama::gguf::{TensorType, quantize};
+use crate::noise::Noise;
 
 /// Values of a block of the pool: a multiple of every type's own block.
 const BLOCK: usize = 256;
@@ -27,7 +28,7 @@ impl Blocks {
         dims: &[u64],
         out: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
-        let mut random = Random(self.seed);
+        let mut random = Noise::new(self.seed);
         let values: Vec<f32> = (0..BLOCK * POOL)
             .map(|_| random.normal() * self.deviation)
             .collect();
@@ -49,32 +50,6 @@ impl Blocks {
             left -= n as u64;
         }
         Ok(())
-    }
-}
-
-/// `SplitMix64` (Steele, Lea, Flood 2014): the same everywhere, and good enough for noise.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Nearly normal, mean 0 and deviation 1: the sum of four uniform values, without functions
-    /// that differ from one machine's library to another's.
-    fn normal(&mut self) -> f32 {
-        let bits = self.next();
-        let sum: f32 = (0..4).map(|i| f32::from((bits >> (16 * i)) as u16)).sum();
-        // Each has mean 65535 / 2 and variance (65536^2 - 1) / 12.
-        (sum - 2.0 * 65535.0) * (3f32.sqrt() / 65536.0)
     }
 }
 
