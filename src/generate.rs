@@ -127,6 +127,12 @@ impl<E: Engine> Session<E> {
         &self.host_bin
     }
 
+    /// Goes on with what went in earlier; the engine and the controller hold its cache.
+    pub fn resume(&mut self, history: History, saved: Vec<Saved>) {
+        self.history = history;
+        saved.into_iter().for_each(|rows| self.host_bin.push(rows));
+    }
+
     /// Forgets what went in: the engine and the controller were cleared.
     pub fn forget(&mut self) {
         self.history.clear();

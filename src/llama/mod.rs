@@ -17,6 +17,7 @@ mod observer;
 pub mod quantize;
 mod rope;
 mod sampler;
+mod state;
 mod trial;
 mod vision;
 
