@@ -56,6 +56,10 @@ pub struct KvReport {
     pub bytes_peak: u64,
     /// Bytes of the buffers behind the cache, whatever is in use.
     pub bytes_allocated: u64,
+    /// The most that these ever were, trial runs included.
+    pub bytes_allocated_peak: u64,
+    /// Bytes of evicted text that waits in host memory.
+    pub bytes_host: u64,
 }
 
 /// Milliseconds.
@@ -238,6 +242,8 @@ impl<'m> Conversation<'m> {
             bytes_in_use: bytes.per_cell * cells.cells() as u64,
             bytes_peak: bytes.per_cell * cells.peak as u64,
             bytes_allocated: bytes.allocated,
+            bytes_allocated_peak: self.session.peak_bytes().max(bytes.allocated),
+            bytes_host: self.session.host_bin().bytes() as u64,
         }
     }
 

@@ -123,6 +123,11 @@ impl<E: Engine> Session<E> {
         &self.history
     }
 
+    /// The most bytes that were ever allocated for KV at once, trial runs included.
+    pub fn peak_bytes(&self) -> u64 {
+        self.feed.peak_bytes
+    }
+
     pub fn host_bin(&self) -> &HostBin {
         &self.host_bin
     }
@@ -137,6 +142,7 @@ impl<E: Engine> Session<E> {
     pub fn forget(&mut self) {
         self.history.clear();
         self.host_bin.clear();
+        self.feed.peak_bytes = 0;
     }
 
     /// Takes one token in, and lets the policy act.
