@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use crate::cache::{Cell, Counts, Ledger, Modality, Pos, ranges};
+use crate::cache::{Cell, Counts, Ledger, Modality, Pos, SavedLedger, ranges};
 use crate::engine::Observation;
 use crate::error::Result;
 use crate::policy::{DapMode, EvictionPolicy, Observe, Plan};
@@ -295,6 +295,16 @@ impl Controller {
         }
         ranges::coalesce(&mut self.positions, &mut self.ranges);
         Ok(&self.ranges)
+    }
+
+    /// Goes on from a saved ledger, whose tokens lie in these cells now.
+    ///
+    /// # Errors
+    /// As [`Ledger::load`].
+    pub fn load(&mut self, saved: &SavedLedger, cells: &[Cell]) -> Result<()> {
+        self.clear();
+        self.phase = Phase::Decode;
+        self.ledger.load(saved, cells)
     }
 
     /// Takes back every token from position `from` on and gives the number of cells still in use.

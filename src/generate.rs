@@ -123,14 +123,26 @@ impl<E: Engine> Session<E> {
         &self.history
     }
 
+    /// The most bytes that were ever allocated for KV at once, trial runs included.
+    pub fn peak_bytes(&self) -> u64 {
+        self.feed.peak_bytes
+    }
+
     pub fn host_bin(&self) -> &HostBin {
         &self.host_bin
+    }
+
+    /// Goes on with what went in earlier; the engine and the controller hold its cache.
+    pub fn resume(&mut self, history: History, saved: Vec<Saved>) {
+        self.history = history;
+        saved.into_iter().for_each(|rows| self.host_bin.push(rows));
     }
 
     /// Forgets what went in: the engine and the controller were cleared.
     pub fn forget(&mut self) {
         self.history.clear();
         self.host_bin.clear();
+        self.feed.peak_bytes = 0;
     }
 
     /// Takes one token in, and lets the policy act.

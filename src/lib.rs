@@ -27,6 +27,7 @@ pub mod noise;
 pub mod outfile;
 pub mod policy;
 pub mod prompt;
+pub mod saved;
 pub mod tempfiles;
 
 pub use error::{Error, Result};

@@ -3,7 +3,7 @@
 use super::Modality;
 
 /// One number for text and one for visual tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct PerModality {
     pub text: usize,
     pub vision: usize,
@@ -30,7 +30,7 @@ impl PerModality {
 }
 
 /// Cells of the cache now, and what has happened to them since it was last empty.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Counts {
     /// Cells in the cache and not in the recycle bin.
     pub live: PerModality,

@@ -11,7 +11,7 @@ pub(super) const EMPTY: Pos = -1;
 pub(super) const NO_IMAGE: u32 = u32::MAX;
 
 /// One occupied cell.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Entry {
     pub cell: Cell,
     pub pos: Pos,

@@ -109,6 +109,8 @@ fn ask(
         prompt: Some(&args.prompt),
         pictures: std::slice::from_ref(picture),
         n_predict: Some(args.n_predict as usize),
+        session: None,
+        bin_host_mib: 0,
     };
     setup.run(|conversation, _| {
         let turn = Turn {

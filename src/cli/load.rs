@@ -20,6 +20,7 @@ use hae::llama::{
 };
 use hae::policy::{self, Limits, Observe, PolicyOptions};
 use hae::prompt::{Transcript, place_pictures, tokenize};
+use hae::saved::Saved;
 
 /// The two files of a model.
 #[derive(Debug)]
@@ -88,6 +89,10 @@ pub struct Setup<'a> {
     pub prompt: Option<&'a str>,
     pub pictures: &'a [Picture],
     pub n_predict: Option<usize>,
+    /// An earlier conversation to go on with.
+    pub session: Option<&'a Saved>,
+    /// Host memory for evicted text, MiB.
+    pub bin_host_mib: u32,
 }
 
 /// Which chat template to use.
@@ -138,8 +143,18 @@ impl Setup<'_> {
             policy::create(self.policy.0, self.policy.1, limits)?,
             engine.n_cells(),
         );
-        let mut conversation =
-            Conversation::new(engine, vision, controller, transcript, max_positions);
+        let host_bin = usize::try_from(self.bin_host_mib).unwrap_or(0) << 20;
+        let mut conversation = Conversation::new(
+            engine,
+            vision,
+            controller,
+            transcript,
+            max_positions,
+            host_bin,
+        );
+        if let Some(saved) = self.session {
+            conversation.resume(saved.clone())?;
+        }
         f(
             &mut conversation,
             &Made {
@@ -163,7 +178,7 @@ impl Setup<'_> {
             };
         };
         let probe = Message {
-            role: "user",
+            role: "user".into(),
             content: "?".into(),
         };
         match chat::apply(model, template, &[probe], true) {
@@ -221,6 +236,14 @@ impl Setup<'_> {
         };
         let from = from as usize;
         let n_ctx = padded(context.n_ctx) as usize;
+        // Cached keys were rotated once and for all.
+        match (self.model.rope_factors, self.session) {
+            (RopeArg::Auto, Some(saved)) if saved.rope_factors == RopeFactors::Long => {
+                return Ok((RopeFactors::Long, None));
+            }
+            (RopeArg::Auto, Some(_)) => return Ok((RopeFactors::Short, Some(from))),
+            _ => {}
+        }
         // Without eviction no position lies beyond the cache.
         let evicts = !context.score_layers.is_empty();
         let positions = match (self.model.rope_factors, self.prompt, self.n_predict) {

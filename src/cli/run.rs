@@ -18,6 +18,7 @@ use hae::generate::{Finish, Hooks};
 use hae::image::{self, Picture};
 use hae::llama::{ContextOptions, FlashAttention};
 use hae::policy::PolicyOptions;
+use hae::saved::Saved;
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Prompt", allow_negative_numbers = true)]
@@ -41,6 +42,9 @@ pub struct Args {
     /// Tokens to generate at most; -1: until the model ends or the context is full
     #[arg(short, long, default_value_t = -1, value_name = "N")]
     n_predict: i64,
+    /// Keep the conversation in FILE, and go on with it if FILE exists
+    #[arg(long, value_name = "FILE")]
+    session: Option<PathBuf>,
     /// -sys: system prompt
     #[arg(long, alias = "sys", value_name = "TEXT")]
     system_prompt: Option<String>,
@@ -67,6 +71,14 @@ pub struct Args {
     kv_policy: String,
     #[command(flatten)]
     policy: PolicyArgs,
+    /// Keep evicted text in this much host memory, to be put back for the next question
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "N",
+        help_heading = "KV cache policy"
+    )]
+    bin_host_mib: u32,
     /// What stdout carries: the answer, or one JSON object at the end
     #[arg(short, long, value_enum, default_value_t = Format::Text, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
@@ -109,6 +121,10 @@ pub fn run(args: &Args) -> Result<Done> {
         .iter()
         .map(|path| picture(path))
         .collect::<Result<Vec<_>>>()?;
+    let session = match &args.session {
+        Some(path) if path.exists() => Some(Saved::read(path)?),
+        _ => None,
+    };
     let files = Files::find(&args.model)?;
     let setup = Setup {
         files: &files,
@@ -125,11 +141,14 @@ pub fn run(args: &Args) -> Result<Done> {
         prompt: prompt.as_deref(),
         pictures: &pictures,
         n_predict,
+        session: session.as_ref(),
+        bin_host_mib: args.bin_host_mib,
     };
     setup.run(|conversation, made| {
         warn_about_flash_attention(&made.context);
         let Some(text) = &prompt else {
             chat::chat(conversation, pictures.clone(), n_predict)?;
+            keep(conversation, args.session.as_deref())?;
             return Ok(Done::Whole);
         };
         let turn = Turn {
@@ -139,6 +158,7 @@ pub fn run(args: &Args) -> Result<Done> {
         };
         let answer = answer(conversation, &turn, args.output == Format::Text)?;
         warn_about_end(&answer);
+        keep(conversation, args.session.as_deref())?;
         if args.output == Format::Json {
             print_json(&answer, &setup, made)?;
         }
@@ -147,6 +167,14 @@ pub fn run(args: &Args) -> Result<Done> {
             _ => Done::Whole,
         })
     })
+}
+
+/// Writes the session, if there is one to be kept.
+fn keep(conversation: &mut Conversation<'_>, session: Option<&Path>) -> Result<()> {
+    match session {
+        Some(path) if conversation.next_pos() > 0 => Ok(conversation.save(path)?),
+        _ => Ok(()),
+    }
 }
 
 fn print_json(answer: &Answer, setup: &Setup<'_>, made: &Made) -> Result<()> {

@@ -17,6 +17,8 @@ pub(super) struct Feed {
     /// Cell of each row.
     pub cells: Vec<Cell>,
     pub seen: Observation,
+    /// The most bytes that the engine's cache was ever allocated, after a batch.
+    pub peak_bytes: u64,
     tokens: Vec<Token>,
     values: Vec<f32>,
 }
@@ -142,6 +144,7 @@ impl Feed {
             logits,
         };
         engine.decode(batch, &mut self.cells, &mut self.seen)?;
+        self.peak_bytes = self.peak_bytes.max(engine.kv_bytes().allocated);
         let (rows, cells) = (input.len(), self.cells.len());
         if cells != rows {
             return Err(Error::contract(format!(

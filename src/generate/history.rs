@@ -8,7 +8,7 @@ use crate::cache::Pos;
 use crate::engine::Token;
 
 /// A segment and the position of its first row.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Placed<'a> {
     pub base: Pos,
     pub segment: Cow<'a, Segment>,
@@ -23,7 +23,7 @@ impl Placed<'_> {
 }
 
 /// Segments in the order of their positions, without gaps between them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct History {
     pieces: Vec<Placed<'static>>,
 }

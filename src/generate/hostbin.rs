@@ -7,11 +7,12 @@ use crate::engine::Engine;
 use crate::error::Result;
 
 /// Rows of tokens that were evicted at once.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Saved {
     /// `[n]`, in the order of the rows.
     pub pos: Vec<Pos>,
     /// `[n, row bytes]`
+    #[serde(with = "serde_bytes")]
     pub rows: Vec<u8>,
 }
 

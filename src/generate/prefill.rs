@@ -127,6 +127,9 @@ impl<E: Engine> Session<E> {
                 let trial = Trial::run(engine.as_mut(), history, prompt, queries, cancelled)?;
                 drop(engine);
                 let Some(trial) = trial else { return Ok(None) };
+                // Both caches were there at once.
+                let both = self.engine.kv_bytes().allocated + trial.bytes;
+                self.feed.peak_bytes = self.feed.peak_bytes.max(both);
                 let pruned = self.controller.prune(&trial.ledger)?;
                 let recalled = evicted
                     .into_iter()

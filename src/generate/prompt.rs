@@ -6,7 +6,7 @@ use crate::engine::{Input, Token};
 use crate::error::{Error, Result};
 
 /// A piece of a prompt.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum Segment {
     Tokens(Vec<Token>),
     /// Row-major `[n, n_embd]` projected embeddings of picture number `image`. `axes` is there
@@ -20,7 +20,7 @@ pub enum Segment {
 }
 
 /// Positions of a picture's rows where they do not follow one another (M-RoPE).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Axes {
     /// `[t, y, x, z]` of each row for a picture at position 0: `[n]`.
     pub rows: Vec<[Pos; 4]>,

@@ -15,6 +15,8 @@ pub(super) struct Trial {
     pub ledger: Ledger,
     /// Positions of the query rows.
     queries: Vec<Pos>,
+    /// Bytes of the run's own cache.
+    pub bytes: u64,
 }
 
 impl Trial {
@@ -32,6 +34,7 @@ impl Trial {
         let mut trial = Trial {
             ledger: Ledger::new(engine.n_cells()),
             queries: Vec::new(),
+            bytes: 0,
         };
         let mut feed = Feed::default();
         let last = prompt.iter().rposition(|placed| !placed.segment.is_empty());
@@ -60,6 +63,7 @@ impl Trial {
                 return Ok(None);
             }
         }
+        trial.bytes = feed.peak_bytes;
         Ok(Some(trial))
     }
 

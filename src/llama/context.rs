@@ -17,7 +17,7 @@ use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
 use crate::error::{Error, Result};
 
 /// The one sequence of the context.
-const SEQ: sys::llama_seq_id = 0;
+pub(super) const SEQ: sys::llama_seq_id = 0;
 
 /// `-fa`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -254,6 +254,12 @@ impl<'m> LlamaEngine<'m> {
         })
     }
 
+    /// The rope factors that it computes with.
+    pub fn rope_factors(&self) -> RopeFactors {
+        let options = &self.options;
+        options.rope_factors.resolved(self.model, options.n_ctx)
+    }
+
     pub fn model(&self) -> &'m Model {
         self.model
     }
@@ -270,6 +276,22 @@ impl<'m> LlamaEngine<'m> {
     /// Rows that are computed at once: a picture whose tokens attend to all of it needs as many.
     pub fn n_ubatch(&self) -> usize {
         self.options.n_ubatch.min(self.options.n_batch) as usize
+    }
+
+    pub(super) fn raw(&mut self) -> *mut sys::llama_context {
+        self.ctx.as_mut_ptr()
+    }
+
+    /// Sets how many cells are in use, where they are only counted.
+    pub(super) fn count(&mut self, n: Cell) {
+        if let Some(counted) = &mut self.counted {
+            *counted = n;
+        }
+    }
+
+    /// Before `n` more tokens go in.
+    pub(super) fn make_room(&mut self, _n: usize) -> Result<()> {
+        Ok(())
     }
 
     fn set_causal(&mut self, causal: bool) {

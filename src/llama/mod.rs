@@ -18,6 +18,7 @@ mod observer;
 pub mod quantize;
 mod rope;
 mod sampler;
+mod state;
 mod trial;
 mod vision;
 

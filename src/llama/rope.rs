@@ -10,7 +10,7 @@ use crate::error::Result;
 /// Which of longrope's two factor sets to use. llama.cpp follows the size of the cache, which a
 /// cache that evicts does not share with the positions; the choice belongs to the positions that
 /// a run will reach (Phi-3's own rule: long from position `original_context_length` on).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RopeFactors {
     /// llama.cpp's own rule: by the size of the context.

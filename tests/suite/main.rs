@@ -27,6 +27,7 @@ mod references;
 mod remake;
 mod rope;
 mod runtime;
+mod session;
 mod stock;
 mod transcript;
 mod understanding;

@@ -77,6 +77,7 @@ fn accuracy(text: &str, policy: &str, options: &PolicyOptions) -> f64 {
             .collect();
         session.engine.clear();
         session.controller.clear();
+        session.forget();
         let hooks = Hooks {
             on_text: &mut |_| {},
             cancelled: &|| false,
