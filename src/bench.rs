@@ -101,6 +101,8 @@ pub struct Sample {
     pub steps: usize,
     pub cells: Counts,
     pub kv: KvBytes,
+    /// The most bytes that were allocated for KV at once, trial runs included.
+    pub allocated_peak: u64,
     /// `None` where the system does not tell.
     pub peak_rss: Option<u64>,
 }
@@ -159,13 +161,16 @@ pub fn measure<E: Engine>(
         steps: 0,
         cells: Counts::default(),
         kv: KvBytes::default(),
+        allocated_peak: 0,
         peak_rss: None,
     };
     if test.n_prompt > 0 {
         let question = text(test.n_prompt);
         let start = now();
         let mut prompt = pictures()?;
-        sample.encode = now().saturating_sub(start);
+        if test.n_images > 0 {
+            sample.encode = now().saturating_sub(start);
+        }
         prompt.push(question);
         let hooks = Hooks {
             on_text: &mut |_| {},
@@ -197,6 +202,7 @@ pub fn measure<E: Engine>(
     sample.decode = now().saturating_sub(start);
     sample.cells = session.controller.ledger().counts();
     sample.kv = session.engine.kv_bytes();
+    sample.allocated_peak = session.peak_bytes().max(sample.kv.allocated);
     Ok(Some(sample))
 }
 
@@ -240,6 +246,11 @@ impl Work<'_> {
         let mut encode = || pictures.encode(vision.as_deref_mut());
         let sample = measure(&mut session, self.test, &mut tokens, &mut encode, watch)?;
         Ok(sample.map(|sample| Sample {
+            // Embeddings were made before the clock started.
+            encode: match self.pictures {
+                Pictures::Noise { .. } => sample.encode,
+                Pictures::Embeddings { .. } => Duration::ZERO,
+            },
             peak_rss: rss.bytes(),
             ..sample
         }))

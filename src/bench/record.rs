@@ -113,7 +113,7 @@ fn per_second(n: usize, d: Duration) -> Option<f64> {
 pub const METRICS: [Metric; 7] = [
     Metric {
         name: "encode_ms",
-        of: |s| (s.prompt.vision > 0).then(|| ms(s.encode)),
+        of: |s| (!s.encode.is_zero()).then(|| ms(s.encode)),
     },
     Metric {
         name: "probe_ms",
@@ -304,6 +304,7 @@ impl Record {
         all.integer("kv_bytes_in_use", middle(Sample::bytes_in_use));
         all.integer("kv_bytes_peak", middle(Sample::bytes_peak));
         all.integer("kv_bytes_allocated", middle(|s| s.kv.allocated));
+        all.integer("kv_bytes_allocated_peak", middle(|s| s.allocated_peak));
         all.integer("evicted_text", middle(|s| s.cells.evicted.text as u64));
         all.integer("evicted_vision", middle(|s| s.cells.evicted.vision as u64));
         all.integer("peak_rss_bytes", self.peak_rss());

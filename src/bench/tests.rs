@@ -2,7 +2,7 @@ use std::cell::Cell;
 
 use super::*;
 use crate::engine::scripted::{Call, Scripted};
-use crate::policy::Amount;
+use crate::policy::{Amount, DapMode};
 
 /// A clock that moves on by a millisecond each time somebody looks.
 fn ticking() -> impl Fn() -> Duration {
@@ -83,7 +83,9 @@ fn a_test_feeds_what_its_name_says() {
 #[test]
 fn the_parts_of_the_first_tokens_time_add_up() {
     let options = PolicyOptions {
-        dap_mode: crate::policy::DapMode::Early,
+        dap_mode: DapMode::Early,
+        sinks: 0,
+        recent: 3,
         ..PolicyOptions::default()
     };
     let mut session = session("hae", &options, 64);

@@ -5,6 +5,7 @@ mod lists;
 mod print;
 
 use std::io::StdoutLock;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
@@ -28,16 +29,18 @@ const MOST_TOKENS: u32 = 1 << 24;
 
 #[derive(Debug, clap::Args)]
 #[command(
+    allow_negative_numbers = true,
     after_help = "Lists: values separated by commas or flags given several times; numbers also as \
                   spans 512-2048, 512-2048+512, 512-2048*2. Every combination is measured."
 )]
 pub struct Args {
-    /// Text model (GGUF), list [default: the small Phi-3.5-vision model inside this program]
+    /// Text model (GGUF); repeat for several [default: the small Phi-3.5-vision model inside this
+    /// program]
     #[arg(short, long, value_name = "FILE")]
-    model: Vec<String>,
+    model: Vec<PathBuf>,
     /// -mm: vision file, one for all models or one for each
     #[arg(long, alias = "mm", value_name = "FILE")]
-    mmproj: Vec<String>,
+    mmproj: Vec<PathBuf>,
     /// Cache policies, list; they are measured by turns and compared with the first
     #[arg(long, value_name = "NAME", default_value = "full,hae")]
     kv_policy: Vec<String>,
@@ -47,7 +50,7 @@ pub struct Args {
     /// Tokens to generate, list; 0: no such test
     #[arg(short = 'n', long, value_name = "N", default_value = "128")]
     n_gen: Vec<String>,
-    /// A prompt and an answer after it; repeat for several
+    /// -pg: a prompt and an answer after it; repeat for several
     #[arg(long, value_name = "PP,TG")]
     pg: Vec<String>,
     /// Tokens that are in the cache before a test, list
@@ -120,14 +123,14 @@ pub fn run(args: &Args) -> Result<Done> {
         bar: bar(plan.runs())?,
         plan: &plan,
     };
-    if plan.repetitions < 3 {
-        bench.warn("fewer than 3 repetitions do not show how noisy the machine is");
-    }
     let done = interrupt::answering(|| bench.all());
     bench.bar.finish_and_clear();
     // What was measured is worth as much when the rest was not.
     if done.is_ok() || bench.printer.has_rows() {
         bench.printer.end()?;
+    }
+    if done.is_ok() && plan.repetitions < 3 {
+        warn("fewer than 3 repetitions do not show how noisy the machine is");
     }
     done
 }
@@ -150,6 +153,7 @@ struct Bench<'a> {
 /// A case on a loaded model, with a context for each policy.
 struct Ready<'a> {
     case: &'a Case,
+    shape: Shape,
     /// Rows that a picture takes.
     image_tokens: usize,
     contexts: Vec<ContextOptions>,
@@ -210,6 +214,7 @@ impl Bench<'_> {
                 });
                 ready.push(Ready {
                     case,
+                    shape,
                     image_tokens,
                     contexts: contexts.collect::<hae::Result<_>>()?,
                 });
@@ -288,7 +293,7 @@ impl Bench<'_> {
                 build: self.build.clone(),
                 hardware: self.hardware.clone(),
                 subject: subject.clone(),
-                settings: settings(context, model),
+                settings: settings(ready.shape, context, model),
                 test: ready.case.test.clone(),
                 pictures: ready.case.pictures,
                 image_tokens: ready.image_tokens,
@@ -332,13 +337,14 @@ fn context(shape: Shape, cells: usize, n_threads: i32) -> Result<ContextOptions>
     })
 }
 
-fn settings(context: &ContextOptions, model: &Model) -> Settings {
+fn settings(asked: Shape, context: &ContextOptions, model: &Model) -> Settings {
     let rope_factors = load::rope_name(context.rope_factors, model, context.n_ctx);
     let report = ContextReport::new(context, rope_factors);
     Settings {
         n_ctx: report.n_ctx,
-        n_batch: report.n_batch,
-        n_ubatch: report.n_ubatch,
+        // A small context bounds them, which is no setting.
+        n_batch: asked.n_batch,
+        n_ubatch: asked.n_ubatch,
         n_threads: report.n_threads,
         n_gpu_layers: model.options().n_gpu_layers,
         flash_attention: report.flash_attention,

@@ -1,6 +1,7 @@
 //! All integration tests in one program: each test binary would link llama.cpp once more.
 
 mod allocations;
+mod bench;
 mod bin;
 mod chat;
 mod cli;

@@ -1,8 +1,6 @@
 //! From lists to the cases that are measured. Everything that can be wrong with a command line
 //! is found here, before the first model is loaded.
 
-use std::path::PathBuf;
-
 use super::super::load::Files;
 use super::super::options::{GpuLayers, cache_type, default_threads, gpu_layers};
 use super::lists::{numbers, pairs, size, values};
@@ -127,10 +125,8 @@ fn policies(given: &[String]) -> Result<Vec<&'static str>> {
 
 /// Every model with its vision file. All of them have to be GGUFs.
 fn files(args: &Args, cases: &[Case]) -> Result<Vec<Files>> {
-    let path = |text: &str| Ok(PathBuf::from(text));
-    let models = values("-m", &args.model, path)?;
-    let mmprojs = values("--mmproj", &args.mmproj, path)?;
-    for file in models.iter().chain(&mmprojs) {
+    let (models, mmprojs) = (&args.model, &args.mmproj);
+    for file in models.iter().chain(mmprojs) {
         header::check(file)?;
     }
     if models.is_empty() {
@@ -145,9 +141,9 @@ fn files(args: &Args, cases: &[Case]) -> Result<Vec<Files>> {
         let reason = format!("{n} vision files for {m} models, expected one or one for each");
         return Err(Error::option("--mmproj", reason));
     }
-    let pairs = models.into_iter().enumerate().map(|(i, model)| {
+    let pairs = models.iter().enumerate().map(|(i, model)| {
         let mmproj = mmprojs.get(i).or(mmprojs.first()).cloned();
-        Files::of(Some(model), mmproj)
+        Files::of(Some(model.clone()), mmproj)
     });
     pairs.collect()
 }

@@ -46,29 +46,22 @@ pub fn numbers(flag: &'static str, given: &[String], least: u32, most: u32) -> R
             all.push(one(word)?);
             continue;
         };
-        let (last, next): (&str, Box<dyn Fn(u32) -> Option<u32>>) =
-            match (rest.split_once('+'), rest.split_once('*')) {
-                (Some((last, step)), _) => {
-                    let step = step.parse().ok().filter(|&step: &u32| step > 0);
-                    let step = step.ok_or_else(|| bad("expected a step of at least 1".into()))?;
-                    (last, Box::new(move |n| n.checked_add(step)))
-                }
-                (None, Some((last, factor))) => {
-                    let factor = factor.parse().ok().filter(|&factor: &u32| factor > 1);
-                    let factor =
-                        factor.ok_or_else(|| bad("expected a factor of at least 2".into()))?;
-                    (
-                        last,
-                        Box::new(move |n| n.checked_mul(factor).filter(|&next| next > n)),
-                    )
-                }
-                (None, None) => (rest, Box::new(|n| n.checked_add(1))),
-            };
+        let part = |text: &str, least: u32, what: &str| {
+            let n = text.parse().ok().filter(|&n: &u32| n >= least);
+            n.ok_or_else(|| bad(format!("expected a {what} of at least {least}")))
+        };
+        // From n the span goes on to n * factor + step.
+        let (last, factor, step) = match (rest.split_once('+'), rest.split_once('*')) {
+            (Some((last, step)), _) => (last, 1, part(step, 1, "step")?),
+            (None, Some((last, factor))) => (last, part(factor, 2, "factor")?, 0),
+            (None, None) => (rest, 1, 1),
+        };
         let (first, last) = (one(first)?, one(last)?);
         if first > last {
             return Err(bad("runs backwards".into()));
         }
-        let span = std::iter::successors(Some(first), |&n| next(n));
+        let next = |n: &u32| n.checked_mul(factor)?.checked_add(step).filter(|m| m > n);
+        let span = std::iter::successors(Some(first), next);
         all.extend(span.take_while(|&n| n <= last).take(MOST + 1));
         if all.len() > MOST {
             return Err(bad(format!("is longer than {MOST} values")));

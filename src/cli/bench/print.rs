@@ -200,7 +200,7 @@ fn table(records: &[Record]) -> Table {
     };
     add("KV used MiB", true, &mib(Sample::bytes_in_use));
     add("KV peak MiB", true, &mib(Sample::bytes_peak));
-    add("KV alloc MiB", true, &mib(|s| s.kv.allocated));
+    add("KV alloc MiB", true, &mib(|s| s.allocated_peak));
     add("peak RSS MiB", true, &|r| {
         r.peak_rss()
             .map_or_else(String::new, |b| (b >> 20).to_string())
