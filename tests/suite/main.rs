@@ -10,6 +10,7 @@ mod convert_errors;
 mod convert_metadata;
 mod damaged;
 mod ddes;
+mod early;
 mod fixture;
 mod gguf;
 mod house;
