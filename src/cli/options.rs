@@ -318,7 +318,8 @@ pub struct PolicyArgs {
     /// trial run of the layers up to the last scoring layer says (early) [default: exact]
     #[arg(long, value_enum, value_name = "WHEN")]
     dap_mode: Option<DapModeArg>,
-    /// Judge the tokens that separate parts of a picture like any other; they stay otherwise
+    /// With --dap-mode early: judge the tokens that separate parts of a picture like any other;
+    /// they stay otherwise
     #[arg(long, action = ArgAction::SetTrue)]
     prune_separators: bool,
     /// Prune no visual tokens

@@ -16,12 +16,13 @@
 //! - `Scope`: over one picture or over all of the turn.
 //! - Sinks, the recent window and the newest token stay whatever their score; those that are
 //!   visual count as kept.
-//! - So do separators (the row ends of Phi-3.5-vision's crops): they are a tenth of a small
-//!   picture, no question points at them, and without them what is kept loses its place.
+//! - So do, with [`DapMode::Early`], separators (the row ends of Phi-3.5-vision's crops): no
+//!   question points at them, but without them what goes in loses its place. After a whole
+//!   prefill the others know their place already, and separators are judged like them.
 //! - A token that no query could see is not judged: there is no evidence against it.
 
 use super::scores::{Candidate, Guard, Norm};
-use super::{Amount, DapOptions, DapRule, Plan, PolicyOptions, Scope};
+use super::{Amount, DapMode, DapOptions, DapRule, Plan, PolicyOptions, Scope};
 use crate::cache::{Ledger, Modality, State};
 
 struct Visual {
@@ -51,7 +52,7 @@ impl Dap {
                 sinks: options.sinks,
                 recent: options.recent,
             },
-            keep_separators: options.keep_separators,
+            keep_separators: options.keep_separators && options.dap_mode == DapMode::Early,
             visual: Vec::new(),
         }
     }

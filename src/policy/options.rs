@@ -167,7 +167,7 @@ pub struct PolicyOptions {
     /// Pruning of visual tokens. None: off.
     pub dap: Option<DapOptions>,
     pub dap_mode: DapMode,
-    /// Whether DAP leaves the tokens that separate parts of a picture alone.
+    /// Whether [`DapMode::Early`] leaves the tokens that separate parts of a picture alone.
     pub keep_separators: bool,
     /// Live cells while decoding; a share counts the cells that the full cache would hold at
     /// the end of the prompt. None: no eviction while decoding.

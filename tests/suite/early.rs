@@ -40,6 +40,7 @@ fn dap(dap_mode: DapMode, layers: &[u32], queries: Queries, rule: DapRule) -> Po
             scope: Scope::Turn,
         }),
         dap_mode,
+        keep_separators: false,
         ..PolicyOptions::without_ddes()
     }
 }
