@@ -221,6 +221,18 @@ impl Controller {
         Ok(())
     }
 
+    /// Marks visual tokens that separate parts of a picture: `separators[i]` is that of `cells[i]`,
+    /// none where it is empty.
+    ///
+    /// # Errors
+    /// As [`Ledger::mark_separator`].
+    pub fn mark_separators(&mut self, cells: &[Cell], separators: &[bool]) -> Result<()> {
+        for (&cell, _) in cells.iter().zip(separators).filter(|&(_, &is)| is) {
+            self.ledger.mark_separator(cell)?;
+        }
+        Ok(())
+    }
+
     /// Lets this turn's question judge the pictures of earlier turns anew.
     pub fn reopen_pictures(&mut self) {
         self.ledger.reopen_pictures();

@@ -34,6 +34,8 @@ pub struct Ledger {
     turns: Vec<u32>,
     /// `[cells]`
     image: Vec<u32>,
+    /// `[cells]`
+    separator: Vec<bool>,
     /// `[cells]` attention mass
     sum: Vec<f32>,
     /// `[cells]` attention mass
@@ -56,6 +58,7 @@ impl Ledger {
             state: Vec::with_capacity(n_cells),
             turns: Vec::with_capacity(n_cells),
             image: Vec::with_capacity(n_cells),
+            separator: Vec::with_capacity(n_cells),
             sum: Vec::with_capacity(n_cells),
             max: Vec::with_capacity(n_cells),
             seen: Vec::with_capacity(n_cells),
@@ -115,6 +118,16 @@ impl Ledger {
         Ok(())
     }
 
+    /// Marks a visual token that separates parts of a picture.
+    ///
+    /// # Errors
+    /// When the cell is empty.
+    pub fn mark_separator(&mut self, cell: Cell) -> Result<()> {
+        let i = self.expect(cell, None)?;
+        self.separator[i] = true;
+        Ok(())
+    }
+
     /// Counts visual tokens that were pruned before they took a cell; `pos` are their positions.
     pub fn skipped(&mut self, pos: &[Pos]) {
         self.counts.evicted.vision += pos.len();
@@ -150,6 +163,7 @@ impl Ledger {
             self.state[j] = self.state[i];
             self.turns[j] = self.turns[i];
             self.image[j] = self.image[i];
+            self.separator[j] = self.separator[i];
             self.sum[j] = std::mem::take(&mut self.sum[i]);
             self.max[j] = std::mem::take(&mut self.max[i]);
             self.seen[j] = std::mem::take(&mut self.seen[i]);
@@ -201,6 +215,7 @@ impl Ledger {
         self.state[i] = State::Live;
         self.turns[i] = self.turn;
         self.image[i] = image.unwrap_or(NO_IMAGE);
+        self.separator[i] = false;
         self.first.get_or_insert(pos);
         self.newest = Some((pos, cell));
         *self.counts.live.of_mut(modality) += 1;
@@ -214,6 +229,7 @@ impl Ledger {
         self.state.resize(len, State::Live);
         self.turns.resize(len, 0);
         self.image.resize(len, NO_IMAGE);
+        self.separator.resize(len, false);
         self.sum.resize(len, 0.0);
         self.max.resize(len, 0.0);
         self.seen.resize(len, 0.0);
@@ -226,6 +242,7 @@ impl Ledger {
         self.state.truncate(len);
         self.turns.truncate(len);
         self.image.truncate(len);
+        self.separator.truncate(len);
         self.sum.truncate(len);
         self.max.truncate(len);
         self.seen.truncate(len);
@@ -257,6 +274,7 @@ impl Ledger {
             self.place(cell, entry.pos, 0, entry.modality, entry.image)?;
             let i = cell as usize;
             (self.state[i], self.turns[i]) = (entry.state, entry.turn);
+            self.separator[i] = entry.separator;
             (self.sum[i], self.max[i], self.seen[i]) = (entry.sum, entry.max, entry.seen);
         }
         let newest = self.entries().max_by_key(|entry| (entry.pos, entry.cell));
@@ -449,6 +467,7 @@ impl Ledger {
             state: &self.state[..n],
             turns: &self.turns[..n],
             image: &self.image[..n],
+            separator: &self.separator[..n],
             sum: &self.sum[..n],
             max: &self.max[..n],
             seen: &self.seen[..n],

@@ -323,6 +323,10 @@ pub struct PolicyArgs {
     /// trial run of the layers up to the last scoring layer says (early) [default: exact]
     #[arg(long, value_enum, value_name = "WHEN")]
     dap_mode: Option<DapModeArg>,
+    /// With --dap-mode early: judge the tokens that separate parts of a picture like any other;
+    /// they stay otherwise
+    #[arg(long, action = ArgAction::SetTrue)]
+    prune_separators: bool,
     /// Prune no visual tokens
     #[arg(long, conflicts_with_all = ["dap_keep", "dap_tau", "dap_r", "dap_alpha"])]
     no_dap: bool,
@@ -397,6 +401,7 @@ impl PolicyArgs {
             };
         }
         options.recall &= !self.no_recall;
+        options.keep_separators &= !self.prune_separators;
         let set = &mut options;
         self.score_layers
             .clone()
@@ -476,8 +481,12 @@ mod tests {
             restore,
             dap_mode,
             recall,
+            keep_separators,
         } = PolicyOptions::default();
-        assert_eq!((dap_mode, recall), (DapMode::Exact, true));
+        assert_eq!(
+            (dap_mode, recall, keep_separators),
+            (DapMode::Exact, true, true)
+        );
         assert_eq!(layers, Layers::All);
         assert_eq!((queries, norm), (Queries::Last, Norm::PerQuery));
         assert!(kv_budget == Some(Amount::Share(1.0)) && restore);

@@ -17,6 +17,8 @@ pub(super) struct Feed {
     /// Cell of each row.
     pub cells: Vec<Cell>,
     pub seen: Observation,
+    /// Whether each row separates parts of a picture; empty for text.
+    pub separators: Vec<bool>,
     /// The most bytes that the engine's cache was ever allocated, after a batch.
     pub peak_bytes: u64,
     tokens: Vec<Token>,
@@ -52,6 +54,7 @@ impl Feed {
         let rows: Vec<usize> = (0..segment.len())
             .filter(|&row| (part.keep)(segment.pos(part.base, row)))
             .collect();
+        let separators = segment.separators();
         let mut left = rows.len();
         for rows in rows.chunks(n_batch) {
             if cancelled() {
@@ -63,6 +66,11 @@ impl Feed {
             self.pos.clear();
             self.pos
                 .extend(rows.iter().map(|&row| segment.pos(part.base, row)));
+            self.separators.clear();
+            if !separators.is_empty() {
+                self.separators
+                    .extend(rows.iter().map(|&row| separators[row]));
+            }
             self.rows(engine, part, rows, is_last)?;
             sink(self, segment.origin())?;
         }

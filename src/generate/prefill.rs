@@ -232,6 +232,7 @@ impl<E: Engine> Session<E> {
             let controller = &mut self.controller;
             let mut sink = |feed: &Feed, origin: Origin| {
                 controller.inserted(&feed.cells, &feed.pos, origin)?;
+                controller.mark_separators(&feed.cells, &feed.separators)?;
                 controller.observed(&feed.seen)
             };
             if !self
@@ -279,8 +280,10 @@ impl<E: Engine> Session<E> {
                 is_last: false,
             };
             let controller = &mut self.controller;
-            let mut sink =
-                |feed: &Feed, origin: Origin| controller.recalled(&feed.cells, &feed.pos, origin);
+            let mut sink = |feed: &Feed, origin: Origin| {
+                controller.recalled(&feed.cells, &feed.pos, origin)?;
+                controller.mark_separators(&feed.cells, &feed.separators)
+            };
             if !self
                 .feed
                 .part(&mut self.engine, &part, cancelled, &mut sink)?

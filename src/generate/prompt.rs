@@ -1,5 +1,8 @@
 //! What a turn begins with: tokens and pictures in order.
 
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hasher};
+
 use crate::cache::{PerModality, Pos};
 use crate::controller::Origin;
 use crate::engine::{Input, Token};
@@ -76,6 +79,24 @@ impl Segment {
             })
         };
         Some(axes.rows[first..end].iter().map(absolute).collect())
+    }
+
+    /// Which rows' embeddings occur more than once: `[n]`, or nothing for text.
+    pub(super) fn separators(&self) -> Vec<bool> {
+        let Segment::Image { embeddings, n, .. } = self else {
+            return Vec::new();
+        };
+        let width = (embeddings.len() / (*n).max(1)).max(1);
+        let bits = |row: &[f32]| -> u64 {
+            let mut hasher = DefaultHasher::new();
+            row.iter().for_each(|x| hasher.write_u32(x.to_bits()));
+            hasher.finish()
+        };
+        let rows: Vec<u64> = embeddings.chunks(width).map(bits).collect();
+        let mut times = HashMap::new();
+        rows.iter()
+            .for_each(|row| *times.entry(row).or_insert(0) += 1);
+        rows.iter().map(|row| times[row] > 1).collect()
     }
 
     pub(super) fn origin(&self) -> Origin {

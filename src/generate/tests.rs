@@ -25,7 +25,7 @@ fn tokens(n: usize) -> Segment {
 
 fn picture(n: usize) -> Segment {
     Segment::Image {
-        embeddings: vec![0.0; 3 * n],
+        embeddings: (0..3 * n).map(|x| x as f32).collect(),
         n,
         image: 0,
         axes: None,

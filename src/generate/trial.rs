@@ -51,10 +51,12 @@ impl Trial {
                 is_last,
             };
             let mut sink = |feed: &Feed, origin: Origin| {
+                let ledger = &mut trial.ledger;
                 for (&cell, &pos) in feed.cells.iter().zip(&feed.pos) {
-                    trial
-                        .ledger
-                        .insert(cell, pos, origin.modality, origin.image)?;
+                    ledger.insert(cell, pos, origin.modality, origin.image)?;
+                }
+                for (&cell, _) in feed.cells.iter().zip(&feed.separators).filter(|&(_, &s)| s) {
+                    ledger.mark_separator(cell)?;
                 }
                 trial.queries.extend_from_slice(&feed.seen.queries);
                 trial.ledger.observe(&feed.seen, 1.0)

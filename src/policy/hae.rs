@@ -5,7 +5,6 @@ use serde_json::{Value, json};
 
 use super::dap::Dap;
 use super::ddes::Ddes;
-use super::scores::Guard;
 use super::{DapMode, EvictionPolicy, Limits, Observe, Plan, PolicyOptions};
 use crate::cache::Ledger;
 use crate::error::Result;
@@ -28,14 +27,10 @@ impl Hae {
     /// As [`PolicyOptions::validate`].
     pub fn new(options: &PolicyOptions, limits: Limits) -> Result<Self> {
         options.validate(limits)?;
-        let guard = Guard {
-            sinks: options.sinks,
-            recent: options.recent,
-        };
         Ok(Hae {
             options: options.clone(),
             layers: options.layers.resolve(limits.n_layer),
-            dap: options.dap.map(|dap| Dap::new(dap, options.norm, guard)),
+            dap: options.dap.map(|dap| Dap::new(dap, options)),
             ddes: options
                 .kv_budget
                 .map(|budget| Ddes::new(options, budget, limits)),

@@ -167,6 +167,8 @@ pub struct PolicyOptions {
     /// Pruning of visual tokens. None: off.
     pub dap: Option<DapOptions>,
     pub dap_mode: DapMode,
+    /// Whether [`DapMode::Early`] leaves the tokens that separate parts of a picture alone.
+    pub keep_separators: bool,
     /// Live cells while decoding; a share counts the cells that the full cache would hold at
     /// the end of the prompt. None: no eviction while decoding.
     pub kv_budget: Option<Amount>,
@@ -199,6 +201,7 @@ impl Default for PolicyOptions {
                 scope: Scope::Turn,
             }),
             dap_mode: DapMode::Exact,
+            keep_separators: true,
             kv_budget: Some(Amount::Share(1.0)),
             bin_size: 32,
             sinks: 4,
@@ -233,6 +236,7 @@ impl PolicyOptions {
             layers: Layers::List(vec![0]),
             queries: Queries::All,
             norm: Norm::Sum,
+            keep_separators: false,
             dap: Some(DapOptions {
                 rule: DapRule::R(0.0015),
                 alpha: None,

@@ -11,6 +11,7 @@ mod convert_errors;
 mod convert_metadata;
 mod damaged;
 mod ddes;
+mod early;
 mod fixture;
 mod full_model;
 mod gguf;

@@ -91,7 +91,7 @@ pub fn prompt(segments: &[(bool, usize)], first_image: u32) -> Vec<Segment> {
         .zip(first_image..)
         .map(|(&(picture, n), image)| match picture {
             true => Segment::Image {
-                embeddings: vec![0.5; 2 * n],
+                embeddings: (0..2 * n).map(|x| x as f32).collect(),
                 n,
                 image,
                 axes: None,

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use hae::cache::{Modality, Pos};
 use hae::controller::Controller;
 use hae::engine::scripted::{Call, Scripted, hashed};
-use hae::generate::Session;
+use hae::generate::{Segment, Session};
 use hae::policy::{
     Amount, DapMode, DapOptions, DapRule, Limits, PolicyOptions, Queries, Scope, create,
 };
@@ -260,4 +260,48 @@ fn evicted_text_waits_on_the_host() {
     let (_, waiting, recalled) = kept(40);
     assert!((6..=10).contains(&waiting));
     assert_eq!(recalled, waiting);
+}
+
+/// A picture of three rows that end in the same token, as Phi-3.5-vision's crops do.
+#[test]
+fn row_ends_stay_with_what_is_kept() {
+    let picture = |row: usize| [row as f32 * f32::from(u8::from(row % 5 != 4)), 1.0];
+    let prompt = [
+        Segment::Image {
+            embeddings: (1..=15).map(|row| row - 1).flat_map(picture).collect(),
+            n: 15,
+            image: 0,
+            axes: None,
+        },
+        Segment::Tokens(vec![3; 3]),
+    ];
+    // The row ends at 4, 9 and 14; row 0 has the same values, which makes it one of them.
+    let kept = |keep_separators, mode| {
+        let options = PolicyOptions {
+            keep_separators,
+            ..dap(mode, Amount::Cells(7))
+        };
+        let mut session = session(&options, 11, 64, 0);
+        assert!(session.prefill(&prompt, &|| false).unwrap());
+        held(&session, Modality::Vision)
+    };
+    assert_eq!(kept(true, DapMode::Exact), kept(false, DapMode::Early));
+    let with = kept(true, DapMode::Early);
+    assert!(
+        [0, 4, 9, 14].iter().all(|pos| with.contains(pos)),
+        "{with:?}"
+    );
+    assert_eq!((with.len(), kept(false, DapMode::Early).len()), (7, 7));
+    let content = |kept: BTreeSet<Pos>| kept.into_iter().filter(|pos| pos % 5 != 4 && *pos > 0);
+    let best: Vec<Pos> = content(with).collect();
+    let scores = row(11, 17, &(0..18).collect::<Vec<_>>());
+    let lowest = best
+        .iter()
+        .map(|&pos| scores[pos as usize])
+        .fold(1.0, f64::min);
+    let left = (1..15).filter(|pos| pos % 5 != 4 && !best.contains(pos));
+    assert!(
+        left.map(|pos| scores[pos as usize])
+            .all(|score| score < lowest)
+    );
 }
