@@ -29,7 +29,8 @@ fn run(session: &mut Session<Scripted>, test: &Test, images: usize) -> Option<Sa
         cancelled: &|| false,
     };
     let picture = |image| Segment::Image {
-        embeddings: vec![0.0; 8],
+        // Rows alike would be taken for separators.
+        embeddings: (0..8u8).map(f32::from).collect(),
         n: 8,
         image,
         axes: None,
