@@ -231,7 +231,8 @@ pub fn picture(path: &Path) -> Result<Picture> {
 }
 
 fn warn_about_flash_attention(context: &ContextOptions) {
-    if !context.score_layers.is_empty() && context.flash_attention == FlashAttention::On {
+    let off = context.effective_flash_attention() == FlashAttention::Off;
+    if off && context.flash_attention == FlashAttention::On {
         warn("this policy reads attention scores, which switches flash attention off");
     }
 }

@@ -13,8 +13,16 @@ mod ddes;
 mod early;
 mod fixture;
 mod gguf;
+#[cfg(feature = "kv-patches")]
+mod holes;
 mod house;
 mod image;
+#[cfg(feature = "kv-patches")]
+mod kv_cells;
+#[cfg(feature = "kv-patches")]
+mod kv_model;
+#[cfg(feature = "kv-patches")]
+mod kv_streams;
 mod masked;
 mod model;
 mod npz;
@@ -29,5 +37,7 @@ mod rope;
 mod runtime;
 mod session;
 mod stock;
+#[cfg(feature = "kv-patches")]
+mod taps;
 mod transcript;
 mod understanding;
