@@ -25,6 +25,7 @@ pub mod llama;
 pub mod outfile;
 pub mod policy;
 pub mod prompt;
+pub mod saved;
 pub mod tempfiles;
 
 pub use error::{Error, Result};

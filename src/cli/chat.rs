@@ -9,7 +9,7 @@ use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
 use rustyline::{DefaultEditor, Editor};
 
-use super::options::crops;
+use super::crops::crops;
 use super::run::{answer, picture, warn_about_end};
 use super::{interrupt, note, warn};
 use hae::Error;
@@ -223,21 +223,24 @@ fn stats(last: Option<&Answer>, kv: &KvReport) {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let cells = kv.cells;
     note(&format!(
-        "cells: {} live ({} text, {} vision), {} in the bin, {} evicted, {} restored, {} at most, {} in all",
+        "cells: {} live ({} text, {} vision), {} in the bin, {} evicted, {} restored, {} recalled, {} at most, {} in all",
         cells.live.total(),
         cells.live.text,
         cells.live.vision,
         cells.binned.total(),
         cells.evicted.total(),
         cells.restored.total(),
+        cells.recalled.total(),
         cells.peak,
         kv.n_cells,
     ));
     note(&format!(
-        "KV: {:.2} MiB in use, {:.2} MiB at most, {:.2} MiB allocated",
+        "KV: {:.2} MiB in use, {:.2} MiB at most; {:.2} MiB allocated, {:.2} MiB at most; {:.2} MiB on the host",
         mib(kv.bytes_in_use),
         mib(kv.bytes_peak),
-        mib(kv.bytes_allocated)
+        mib(kv.bytes_allocated),
+        mib(kv.bytes_allocated_peak),
+        mib(kv.bytes_host)
     ));
     let Some(Answer {
         timings, tokens, ..

@@ -8,8 +8,9 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Attribute, Cell, ContentArrangement, Table};
 
 use super::Done;
+use super::crops::CropArgs;
 use super::load::{Files, Setup, Template};
-use super::options::{ContextArgs, CropArgs, ModelArgs, PolicyArgs};
+use super::options::{ContextArgs, ModelArgs, PolicyArgs};
 use super::run::{answer, picture};
 use hae::conversation::{Answer, Turn};
 use hae::embedded;
@@ -125,6 +126,8 @@ fn ask(
         pictures: std::slice::from_ref(picture),
         num_crops: picture.num_crops,
         n_predict: Some(args.n_predict as usize),
+        session: None,
+        bin_host_mib: 0,
     };
     setup.run(|conversation, _| {
         let turn = Turn {

@@ -20,6 +20,7 @@ use hae::llama::{
 };
 use hae::policy::{self, Limits, Observe, PolicyOptions};
 use hae::prompt::{Transcript, place_pictures, tokenize};
+use hae::saved::Saved;
 
 /// The two files of a model.
 #[derive(Debug)]
@@ -84,6 +85,10 @@ pub struct Setup<'a> {
     /// Crops of every picture, where that was chosen.
     pub num_crops: Option<u32>,
     pub n_predict: Option<usize>,
+    /// An earlier conversation to go on with.
+    pub session: Option<&'a Saved>,
+    /// Host memory for evicted text, MiB.
+    pub bin_host_mib: u32,
 }
 
 /// Which chat template to use.
@@ -110,10 +115,10 @@ impl Setup<'_> {
     pub fn run<R>(&self, f: impl FnOnce(&mut Conversation<'_>, &Made) -> Result<R>) -> Result<R> {
         let start = Instant::now();
         let n_threads = self.context.n_threads()?;
-        let mut model = self.load_model(RopeFactors::Context)?;
-        let mut vision = self.load_vision(n_threads, &model)?;
+        let model = self.load_model()?;
+        let vision = self.load_vision(n_threads, &model)?;
         self.check_num_crops(vision.as_ref())?;
-        let context = self.context_options(&model, vision.as_ref())?;
+        let mut context = self.context_options(&model, vision.as_ref())?;
         let template = match self.template {
             Template::Model => model.chat_template(),
             Template::Named(name) => Some(name.to_owned()),
@@ -124,26 +129,11 @@ impl Setup<'_> {
 
         let (rope, max_positions) =
             self.rope_factors(&model, vision.as_ref(), &context, &transcript)?;
-        let implied = model.long_rope_from().map(|from| {
-            if padded(context.n_ctx) > from {
-                RopeFactors::Long
-            } else {
-                RopeFactors::Short
-            }
-        });
-        // The factors are fixed when a model is loaded, and the prompt can only be counted with
-        // its vocabulary: where the context's size implies the wrong ones, it is loaded again.
-        if rope != RopeFactors::Context && implied.is_some_and(|implied| implied != rope) {
-            // One model at a time: two would not fit where one does.
-            drop(vision);
-            drop(model);
-            model = self.load_model(rope)?;
-            vision = self.load_vision(n_threads, &model)?;
-        }
-        let rope_factors = match (rope, implied) {
-            (_, None) => "none",
-            (RopeFactors::Long, _) | (RopeFactors::Context, Some(RopeFactors::Long)) => "long",
-            _ => "short",
+        context.rope_factors = rope;
+        let rope_factors = match rope.resolved(&model, context.n_ctx) {
+            RopeFactors::Context => "none",
+            RopeFactors::Long => "long",
+            RopeFactors::Short => "short",
         };
         let engine = LlamaEngine::new(&model, context.clone(), &self.sampler)?;
         let limits = Limits {
@@ -154,8 +144,18 @@ impl Setup<'_> {
             policy::create(self.policy.0, self.policy.1, limits)?,
             engine.n_cells(),
         );
-        let mut conversation =
-            Conversation::new(engine, vision, controller, transcript, max_positions);
+        let host_bin = usize::try_from(self.bin_host_mib).unwrap_or(0) << 20;
+        let mut conversation = Conversation::new(
+            engine,
+            vision,
+            controller,
+            transcript,
+            max_positions,
+            host_bin,
+        );
+        if let Some(saved) = self.session {
+            conversation.resume(saved.clone())?;
+        }
         f(
             &mut conversation,
             &Made {
@@ -179,7 +179,7 @@ impl Setup<'_> {
             };
         };
         let probe = Message {
-            role: "user",
+            role: "user".into(),
             content: "?".into(),
         };
         match chat::apply(model, template, &[probe], true) {
@@ -192,11 +192,10 @@ impl Setup<'_> {
         }
     }
 
-    fn load_model(&self, rope_factors: RopeFactors) -> Result<Model> {
+    fn load_model(&self) -> Result<Model> {
         let bar = spinner("loading the model");
         let options = ModelOptions {
             n_gpu_layers: self.model.gpu_layers,
-            rope_factors,
         };
         let model = Model::load(&self.files.model, &options);
         bar.finish_and_clear();
@@ -265,6 +264,14 @@ impl Setup<'_> {
         };
         let from = from as usize;
         let n_ctx = padded(context.n_ctx) as usize;
+        // Cached keys were rotated once and for all.
+        match (self.model.rope_factors, self.session) {
+            (RopeArg::Auto, Some(saved)) if saved.rope_factors == RopeFactors::Long => {
+                return Ok((RopeFactors::Long, None));
+            }
+            (RopeArg::Auto, Some(_)) => return Ok((RopeFactors::Short, Some(from))),
+            _ => {}
+        }
         // Without eviction no position lies beyond the cache.
         let evicts = !context.score_layers.is_empty();
         let positions = match (self.model.rope_factors, self.prompt, self.n_predict) {

@@ -6,8 +6,10 @@ use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
 use hae::Error;
-use hae::llama::{CacheType, ContextOptions, FlashAttention, SamplerOptions, Vision};
-use hae::policy::{Amount, DapOptions, DapRule, Layers, Norm, PolicyOptions, Queries, Scope};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions};
+use hae::policy::{
+    Amount, DapMode, DapOptions, DapRule, Layers, Norm, PolicyOptions, Queries, Scope,
+};
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
@@ -74,32 +76,6 @@ fn gpu_layers(text: &str) -> Result<GpuLayers, String> {
             Ok(n) if n <= i32::MAX as u32 => Ok(Some(n)),
             _ => Err("expected a number of layers, all or auto".into()),
         },
-    }
-}
-
-/// How pictures are cut up.
-#[derive(Debug, clap::Args)]
-pub struct CropArgs {
-    /// Crops that Phi-3.5-vision may cut a picture into, 1 to 64; more show smaller things and
-    /// take more cells [default: what the vision file says]
-    #[arg(long, value_name = "N")]
-    num_crops: Option<i64>,
-}
-
-impl CropArgs {
-    pub fn num_crops(&self) -> Result<Option<u32>> {
-        self.num_crops.map(|n| crops("--num-crops", n)).transpose()
-    }
-}
-
-/// A number of crops that somebody gave as `name`.
-pub fn crops(name: &'static str, n: i64) -> Result<u32> {
-    match u32::try_from(n) {
-        Ok(n @ 1..=Vision::MAX_CROPS) => Ok(n),
-        _ => {
-            let reason = format!("{n}, expected 1 to {}", Vision::MAX_CROPS);
-            Err(Error::option(name, reason).into())
-        }
     }
 }
 
@@ -212,6 +188,7 @@ impl ContextArgs {
             type_v: self.cache_type_v,
             score_layers: Vec::new(),
             non_causal_images: false,
+            rope_factors: RopeFactors::default(),
         })
     }
 }
@@ -310,6 +287,12 @@ enum QueriesArg {
     Last,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DapModeArg {
+    Exact,
+    Early,
+}
+
 /// The parameters of `--kv-policy hae`. The defaults that the help names are those of
 /// [`PolicyOptions::default`], which a test compares.
 #[derive(Debug, clap::Args)]
@@ -331,7 +314,15 @@ pub struct PolicyArgs {
     /// With --dap-tau or --dap-r: keep a token that any single query gave this much
     #[arg(long, value_name = "A", conflicts_with = "dap_keep")]
     dap_alpha: Option<f64>,
-    /// Prune no visual tokens after the prompt
+    /// When visual tokens are dropped: after the whole prompt went in (exact), or before, as a
+    /// trial run of the layers up to the last scoring layer says (early) [default: exact]
+    #[arg(long, value_enum, value_name = "WHEN")]
+    dap_mode: Option<DapModeArg>,
+    /// With --dap-mode early: judge the tokens that separate parts of a picture like any other;
+    /// they stay otherwise
+    #[arg(long, action = ArgAction::SetTrue)]
+    prune_separators: bool,
+    /// Prune no visual tokens
     #[arg(long, conflicts_with_all = ["dap_keep", "dap_tau", "dap_r", "dap_alpha"])]
     no_dap: bool,
     /// Layers whose attention scores the tokens: `all`, or a list such as 0 or 4,8-11
@@ -370,6 +361,9 @@ pub struct PolicyArgs {
     /// Never take a token back out of the bin
     #[arg(long, action = ArgAction::SetTrue)]
     no_restore: bool,
+    /// Do not let a new question call evicted tokens back
+    #[arg(long, action = ArgAction::SetTrue)]
+    no_recall: bool,
 }
 
 impl PolicyArgs {
@@ -395,6 +389,14 @@ impl PolicyArgs {
         if self.no_dap {
             options.dap = None;
         }
+        if let Some(mode) = self.dap_mode {
+            options.dap_mode = match mode {
+                DapModeArg::Exact => DapMode::Exact,
+                DapModeArg::Early => DapMode::Early,
+            };
+        }
+        options.recall &= !self.no_recall;
+        options.keep_separators &= !self.prune_separators;
         let set = &mut options;
         self.score_layers
             .clone()
@@ -472,7 +474,14 @@ mod tests {
             recent,
             hysteresis,
             restore,
+            dap_mode,
+            recall,
+            keep_separators,
         } = PolicyOptions::default();
+        assert_eq!(
+            (dap_mode, recall, keep_separators),
+            (DapMode::Exact, true, true)
+        );
         assert_eq!(layers, Layers::All);
         assert_eq!((queries, norm), (Queries::Last, Norm::PerQuery));
         assert!(kv_budget == Some(Amount::Share(1.0)) && restore);
@@ -481,7 +490,7 @@ mod tests {
         };
         let values = [decay, keep, hysteresis].map(|x| x.to_string());
         let counts = [bin_size, sinks, recent].map(|x| x.to_string());
-        let named = ["all", "last", "query", "1.0"].map(str::to_owned);
+        let named = ["all", "last", "query", "1.0", "exact"].map(str::to_owned);
         for value in values.iter().chain(&counts).chain(&named) {
             let default = format!("[default: {value}]");
             assert!(help.contains(&default), "{default} is not in:\n{help}");

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
+use super::crops::CropArgs;
 use super::load::{self, Files, Made, Setup, Template};
-use super::options::{ContextArgs, CropArgs, ModelArgs, PolicyArgs, SamplerArgs};
+use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs};
 use super::output::{ContextReport, FileReport, Report};
 use super::{Done, chat, interrupt, warn};
 use hae::Error;
@@ -18,6 +19,7 @@ use hae::generate::{Finish, Hooks};
 use hae::image::{self, Picture};
 use hae::llama::{self, ContextOptions, FlashAttention};
 use hae::policy::PolicyOptions;
+use hae::saved::Saved;
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Prompt", allow_negative_numbers = true)]
@@ -43,6 +45,9 @@ pub struct Args {
     /// Tokens to generate at most; -1: until the model ends or the context is full
     #[arg(short, long, default_value_t = -1, value_name = "N")]
     n_predict: i64,
+    /// Keep the conversation in FILE, and go on with it if FILE exists
+    #[arg(long, value_name = "FILE")]
+    session: Option<PathBuf>,
     /// -sys: system prompt
     #[arg(long, alias = "sys", value_name = "TEXT")]
     system_prompt: Option<String>,
@@ -69,6 +74,14 @@ pub struct Args {
     kv_policy: String,
     #[command(flatten)]
     policy: PolicyArgs,
+    /// Keep evicted text in this much host memory, to be put back for the next question
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "N",
+        help_heading = "KV cache policy"
+    )]
+    bin_host_mib: u32,
     /// What stdout carries: the answer, or one JSON object at the end
     #[arg(short, long, value_enum, default_value_t = Format::Text, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
@@ -114,6 +127,10 @@ pub fn run(args: &Args) -> Result<Done> {
         .iter()
         .map(|path| picture(path, num_crops))
         .collect::<Result<Vec<_>>>()?;
+    let session = match &args.session {
+        Some(path) if path.exists() => Some(Saved::read(path)?),
+        _ => None,
+    };
     let files = Files::find(&args.model)?;
     let setup = Setup {
         files: &files,
@@ -131,11 +148,14 @@ pub fn run(args: &Args) -> Result<Done> {
         pictures: &pictures,
         num_crops,
         n_predict,
+        session: session.as_ref(),
+        bin_host_mib: args.bin_host_mib,
     };
     setup.run(|conversation, made| {
         warn_about_flash_attention(&made.context);
         let Some(text) = &prompt else {
             chat::chat(conversation, pictures.clone(), num_crops, n_predict)?;
+            keep(conversation, args.session.as_deref())?;
             return Ok(Done::Whole);
         };
         let turn = Turn {
@@ -145,6 +165,7 @@ pub fn run(args: &Args) -> Result<Done> {
         };
         let answer = answer(conversation, &turn, args.output == Format::Text)?;
         warn_about_end(&answer);
+        keep(conversation, args.session.as_deref())?;
         if args.output == Format::Json {
             print_json(&answer, &setup, made)?;
         }
@@ -153,6 +174,14 @@ pub fn run(args: &Args) -> Result<Done> {
             _ => Done::Whole,
         })
     })
+}
+
+/// Writes the session, if there is one to be kept.
+fn keep(conversation: &mut Conversation<'_>, session: Option<&Path>) -> Result<()> {
+    match session {
+        Some(path) if conversation.next_pos() > 0 => Ok(conversation.save(path)?),
+        _ => Ok(()),
+    }
 }
 
 fn print_json(answer: &Answer, setup: &Setup<'_>, made: &Made) -> Result<()> {

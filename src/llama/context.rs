@@ -11,13 +11,13 @@ use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
 use super::observer::{Observer, on_node};
-use super::{Model, SamplerOptions, backend, log, memory};
+use super::{Model, RopeFactors, SamplerOptions, backend, log, memory, trial};
 use crate::cache::{Cell, Pos};
 use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
 use crate::error::{Error, Result};
 
 /// The one sequence of the context.
-const SEQ: sys::llama_seq_id = 0;
+pub(super) const SEQ: sys::llama_seq_id = 0;
 
 /// `-fa`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -90,6 +90,7 @@ pub struct ContextOptions {
     pub score_layers: Vec<u32>,
     /// Pictures attend to all of themselves (a property of the vision model).
     pub non_causal_images: bool,
+    pub rope_factors: RopeFactors,
 }
 
 /// A context on a [`Model`].
@@ -156,6 +157,16 @@ impl<'m> LlamaEngine<'m> {
         options: ContextOptions,
         sampler: &SamplerOptions,
     ) -> Result<Self> {
+        Self::of_layers(model, options, sampler, None)
+    }
+
+    /// As [`LlamaEngine::new`], with this many of the model's first layers.
+    pub(super) fn of_layers(
+        model: &'m Model,
+        options: ContextOptions,
+        sampler: &SamplerOptions,
+        n_layer_first: Option<u32>,
+    ) -> Result<Self> {
         let observing = !options.score_layers.is_empty();
         if let Some(&il) = options
             .score_layers
@@ -189,7 +200,14 @@ impl<'m> LlamaEngine<'m> {
         if options.n_ctx == 0 || options.n_batch == 0 || options.n_ubatch == 0 {
             return Err(Error::option("-c, -b, -ub", "expected at least 1"));
         }
-        memory::check(model, options.n_ctx, options.type_k, options.type_v)?;
+        let n_layer = n_layer_first.unwrap_or(model.n_layer());
+        memory::check(
+            model,
+            n_layer,
+            options.n_ctx,
+            options.type_k,
+            options.type_v,
+        )?;
         let observer = Owned::new(Observer::new(options.score_layers.clone()));
         let mut params = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(options.n_ctx))
@@ -206,6 +224,8 @@ impl<'m> LlamaEngine<'m> {
             .with_type_k(options.type_k.raw())
             .with_type_v(options.type_v.raw());
         let raw = params.as_raw_mut();
+        options.rope_factors.set(model, options.n_ctx, raw)?;
+        trial::set(n_layer_first, raw);
         raw.cb_eval = Some(on_node);
         raw.cb_eval_user_data = observer.0.as_ptr().cast();
 
@@ -234,6 +254,12 @@ impl<'m> LlamaEngine<'m> {
         })
     }
 
+    /// The rope factors that it computes with.
+    pub fn rope_factors(&self) -> RopeFactors {
+        let options = &self.options;
+        options.rope_factors.resolved(self.model, options.n_ctx)
+    }
+
     pub fn model(&self) -> &'m Model {
         self.model
     }
@@ -252,6 +278,22 @@ impl<'m> LlamaEngine<'m> {
         self.options.n_ubatch.min(self.options.n_batch) as usize
     }
 
+    pub(super) fn raw(&mut self) -> *mut sys::llama_context {
+        self.ctx.as_mut_ptr()
+    }
+
+    /// Sets how many cells are in use, where they are only counted.
+    pub(super) fn count(&mut self, n: Cell) {
+        if let Some(counted) = &mut self.counted {
+            *counted = n;
+        }
+    }
+
+    /// Before `n` more tokens go in.
+    pub(super) fn make_room(&mut self, _n: usize) -> Result<()> {
+        Ok(())
+    }
+
     fn set_causal(&mut self, causal: bool) {
         // SAFETY: the pointer is valid while `self.ctx` lives.
         unsafe { sys::llama_set_causal_attn(self.ctx.as_mut_ptr(), causal) };
@@ -266,11 +308,12 @@ impl<'m> LlamaEngine<'m> {
         let n = batch.input.len();
         let n_tokens = i32::try_from(n)
             .map_err(|_| Error::llama("llama_decode", format!("{n} rows in one batch")))?;
-        let last = batch.pos.checked_add(n_tokens).filter(|_| batch.pos >= 0);
-        if last.is_none() {
+        let ascending = batch.pos.windows(2).all(|pair| pair[0] <= pair[1]);
+        let bounds = (batch.pos.first(), batch.pos.last());
+        if batch.pos.len() != n || !ascending || !in_range(bounds) {
             return Err(Error::llama(
                 "llama_decode",
-                format!("positions from {} on overflow", batch.pos),
+                format!("positions {bounds:?} for {n} rows"),
             ));
         }
         let rows = &mut self.rows;
@@ -288,7 +331,7 @@ impl<'m> LlamaEngine<'m> {
                         format!("token {t} is not in the vocabulary of {n_vocab}"),
                     ));
                 }
-                rows.pos.extend(batch.pos..batch.pos + n_tokens);
+                rows.pos.extend(batch.pos);
                 (tokens.as_ptr().cast_mut(), std::ptr::null_mut())
             }
             Input::Embeddings { data, n, mrope } => {
@@ -300,7 +343,7 @@ impl<'m> LlamaEngine<'m> {
                     ));
                 }
                 match mrope {
-                    None => rows.pos.extend(batch.pos..batch.pos + n_tokens),
+                    None => rows.pos.extend(batch.pos),
                     // llama.cpp wants the four axes one after the other, n values each.
                     Some(mrope) if mrope.len() == n => {
                         for axis in 0..4 {
@@ -335,6 +378,11 @@ impl<'m> LlamaEngine<'m> {
             logits: rows.logits.as_mut_ptr(),
         })
     }
+}
+
+/// Whether positions can be told to llama.cpp: none is negative, and the last has a successor.
+fn in_range(bounds: (Option<&Pos>, Option<&Pos>)) -> bool {
+    matches!(bounds, (Some(&first), Some(&last)) if first >= 0 && last < Pos::MAX)
 }
 
 impl Engine for LlamaEngine<'_> {
@@ -390,7 +438,7 @@ impl Engine for LlamaEngine<'_> {
         self.has_logits = batch.logits;
         observed.map_err(|reason| Error::llama("llama_decode", reason))?;
         seen.queries
-            .extend(batch.queries.iter().map(|&row| batch.pos + row as Pos));
+            .extend(batch.queries.iter().map(|&row| batch.pos[row as usize]));
         if let Some(next) = &mut self.counted {
             cells.clear();
             cells.extend((*next..).take(batch.input.len()));
@@ -499,6 +547,17 @@ impl Engine for LlamaEngine<'_> {
             *next = Cell::try_from(left).unwrap_or(*next);
         }
         Ok(())
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn takes_any_position(&self) -> bool {
+        // Rows of a picture that attend to later ones would see what they came before.
+        self.counted.is_none() && !self.options.non_causal_images
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn trial(&self, n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
+        trial::engine(self.model, &self.options, n_cells)
     }
 
     fn n_cells(&self) -> usize {

@@ -15,12 +15,16 @@ mod memory;
 mod model;
 mod observer;
 pub mod quantize;
+mod rope;
 mod sampler;
+mod state;
+mod trial;
 mod vision;
 
 pub use abort::on_abort;
 pub use context::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
-pub use model::{Model, ModelOptions, RopeFactors};
+pub use model::{Model, ModelOptions};
+pub use rope::RopeFactors;
 pub use sampler::SamplerOptions;
 pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Piece, Vision, VisionOptions};
 

@@ -12,7 +12,7 @@ use hae::generate::{Hooks, Segment};
 use hae::image::{self, Picture};
 use hae::llama::{
     CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Piece,
-    SamplerOptions, Vision, VisionOptions,
+    RopeFactors, SamplerOptions, Vision, VisionOptions,
 };
 use hae::prompt;
 use serde_json::Value;
@@ -78,6 +78,7 @@ pub fn exact(n_ctx: u32) -> ContextOptions {
         type_v: CacheType::F32,
         score_layers: Vec::new(),
         non_causal_images: false,
+        rope_factors: RopeFactors::default(),
     }
 }
 
@@ -186,9 +187,10 @@ pub fn prefill(
         };
         let rows = 0..input.len() as u32;
         let queries: Vec<u32> = rows.filter(|&r| observe(pos + r as Pos)).collect();
+        let places: Vec<Pos> = (pos..).take(input.len()).collect();
         let batch = Batch {
             input,
-            pos,
+            pos: &places,
             queries: &queries,
             logits: i + 1 == segments.len(),
         };

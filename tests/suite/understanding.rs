@@ -106,6 +106,7 @@ fn right(rows: &[Value], text: &str, policy: &str) -> usize {
             .collect();
         session.engine.clear();
         session.controller.clear();
+        session.forget();
         let answer = quiet(|hooks| session.generate(&segments, Some(256), hooks)).unwrap();
         let same = answer.text.trim() == row["answer"].as_str().unwrap();
         right += usize::from(same && answer.finish == Finish::Eog);
