@@ -15,6 +15,8 @@ use crate::llama::{ImageEmbeddings, LlamaEngine, Model, Mrope, Piece, RopeFactor
 use crate::prompt::{Transcript, place_pictures, tokenize};
 use crate::saved::{ModelIdentity, Saved};
 
+const NO_VISION: &str = "pictures need a vision file, give one with --mmproj";
+
 /// One user turn.
 #[derive(Debug, Default)]
 pub struct Turn {
@@ -232,6 +234,17 @@ impl<'m> Conversation<'m> {
         self.vision.is_some()
     }
 
+    /// Checks a number of crops for the pictures to come.
+    ///
+    /// # Errors
+    /// [`Error::Option`] without a vision model, otherwise as [`Vision::check_num_crops`].
+    pub fn check_num_crops(&self, n: u32) -> Result<()> {
+        match &self.vision {
+            Some(vision) => vision.check_num_crops(n),
+            None => Err(Error::option("--num-crops", NO_VISION)),
+        }
+    }
+
     /// The state of the cache.
     pub fn kv(&self) -> KvReport {
         let cells = self.session.controller.ledger().counts();
@@ -385,10 +398,7 @@ impl<'m> Conversation<'m> {
                 Piece::Text(tokens) => segments.push(Segment::Tokens(tokens)),
                 Piece::Image(image) => {
                     let Some(vision) = &mut self.vision else {
-                        return Err(Error::option(
-                            "--image",
-                            "pictures need a vision file, give one with --mmproj",
-                        ));
+                        return Err(Error::option("--image", NO_VISION));
                     };
                     images.push(image.n);
                     if cancelled() {

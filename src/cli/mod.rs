@@ -2,6 +2,7 @@
 
 mod chat;
 pub mod convert;
+mod crops;
 pub mod demo;
 pub mod interrupt;
 mod load;

@@ -8,6 +8,7 @@ mod controller;
 mod convert;
 mod convert_errors;
 mod convert_metadata;
+mod crops;
 mod damaged;
 mod ddes;
 mod early;
