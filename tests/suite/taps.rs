@@ -231,7 +231,7 @@ fn many_rows_over_grouped_heads_agree_with_the_callback() {
             options.n_batch = 512;
             let mut theirs = engine(&model, called_back(options.clone()));
             for stride in [1, 4] {
-                let wanted = |row: u32| row % stride == 0;
+                let wanted = |row: u32| row.is_multiple_of(stride);
                 theirs.clear();
                 let expected = long_prompt(&mut theirs, wanted);
                 // Scores of rows add up to one.
