@@ -28,9 +28,6 @@ struct Args {
     /// Layers of the text model, for a smaller one
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=512))]
     layers: u32,
-    /// Crops that a picture is cut into at most; the model's authors advise 16 for one picture
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=256))]
-    crops: u32,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -52,25 +49,20 @@ fn main() -> anyhow::Result<()> {
     std::fs::create_dir_all(&args.out)
         .with_context(|| format!("cannot make {}", args.out.display()))?;
     let mut text = phi35_text();
-    let mut vision = phi35_vision();
-    // What is not the real model's is in the file's name.
-    let unlike = |what: &str, n: u32, real: u32| match n == real {
-        true => String::new(),
-        false => format!("-{n}-{what}"),
+    let layers = match args.layers {
+        n if n == text.n_layer => String::new(),
+        n => format!("-{n}-layers"),
     };
-    let layers = unlike("layers", args.layers, text.n_layer);
-    let crops = unlike("crops", args.crops, vision.num_crops);
     text.n_layer = args.layers;
-    vision.num_crops = args.crops;
     let options = Options {
         text,
-        vision,
+        vision: phi35_vision(),
         mix,
         seed: args.seed,
         text_out: args.out.join(format!("phi-3.5-random{layers}-{name}.gguf")),
         mmproj_out: args
             .out
-            .join(format!("mmproj-phi-3.5-random{crops}-F16.gguf")),
+            .join("mmproj-phi-3.5-random-F16.gguf"),
     };
     let start = Instant::now();
     let summary = random::write(&options, &mut |_, _| ())?;

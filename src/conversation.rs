@@ -15,6 +15,8 @@ use crate::llama::{ImageEmbeddings, LlamaEngine, Model, Mrope, Piece, RopeFactor
 use crate::prompt::{Transcript, place_pictures, tokenize};
 use crate::saved::{ModelIdentity, Saved};
 
+const NO_VISION: &str = "pictures need a vision file, give one with --mmproj";
+
 /// One user turn.
 #[derive(Debug, Default)]
 pub struct Turn {
@@ -211,7 +213,7 @@ impl<'m> Conversation<'m> {
         let cells = match tokens {
             0 => Vec::new(),
             n => engine
-                .set_state(&saved.state, n)
+                .restore_bytes(saved.state, n)
                 .map_err(|e| refuse(format!("does not fit this run: {e}")))?,
         };
         self.session.controller.load(&saved.ledger, &cells)?;
@@ -230,6 +232,17 @@ impl<'m> Conversation<'m> {
     /// Whether it can be shown pictures.
     pub fn has_vision(&self) -> bool {
         self.vision.is_some()
+    }
+
+    /// Checks a number of crops for the pictures to come.
+    ///
+    /// # Errors
+    /// [`Error::Option`] without a vision model, otherwise as [`Vision::check_num_crops`].
+    pub fn check_num_crops(&self, n: u32) -> Result<()> {
+        match &self.vision {
+            Some(vision) => vision.check_num_crops(n),
+            None => Err(Error::option("--num-crops", NO_VISION)),
+        }
     }
 
     /// The state of the cache.
@@ -385,10 +398,7 @@ impl<'m> Conversation<'m> {
                 Piece::Text(tokens) => segments.push(Segment::Tokens(tokens)),
                 Piece::Image(image) => {
                     let Some(vision) = &mut self.vision else {
-                        return Err(Error::option(
-                            "--image",
-                            "pictures need a vision file, give one with --mmproj",
-                        ));
+                        return Err(Error::option("--image", NO_VISION));
                     };
                     images.push(image.n);
                     if cancelled() {

@@ -11,7 +11,12 @@ use crate::noise::Noise;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pictures {
     /// Pixels, encoded by the model's vision file.
-    Noise { width: u32, height: u32 },
+    Noise {
+        width: u32,
+        height: u32,
+        /// Crops that it may be cut into; `None`: what the vision file says.
+        num_crops: Option<u32>,
+    },
     /// Embeddings, this many for each picture.
     Embeddings { n: usize },
 }
@@ -21,7 +26,7 @@ impl Pictures {
     /// [`Error::Option`] for sizes that no picture file may have either.
     pub fn check(self) -> Result<()> {
         match self {
-            Pictures::Noise { width, height } => Limits::default()
+            Pictures::Noise { width, height, .. } => Limits::default()
                 .check_size(width, height)
                 .map_err(|reason| Error::option("--image-size", reason)),
             Pictures::Embeddings { n: 0 } => {
@@ -38,8 +43,13 @@ impl Pictures {
     pub fn tokens(self, vision: Option<&Vision<'_>>) -> Result<usize> {
         match self {
             Pictures::Embeddings { n } => Ok(n),
-            Pictures::Noise { width, height } => {
-                let pieces = cut(vision.ok_or_else(no_vision)?, &noise(width, height, 0))?;
+            Pictures::Noise {
+                width,
+                height,
+                num_crops,
+            } => {
+                let picture = noise(width, height, num_crops, 0);
+                let pieces = cut(vision.ok_or_else(no_vision)?, &picture)?;
                 Ok(pieces.iter().map(Piece::len).sum())
             }
         }
@@ -49,9 +59,15 @@ impl Pictures {
     pub(super) fn make(self, n: usize, model: &Model, seed: u64) -> Made {
         let seeds = (0..n as u64).map(|i| seed.wrapping_mul(31).wrapping_add(i));
         match self {
-            Pictures::Noise { width, height } => {
-                Made::Pixels(seeds.map(|seed| noise(width, height, seed)).collect())
-            }
+            Pictures::Noise {
+                width,
+                height,
+                num_crops,
+            } => Made::Pixels(
+                seeds
+                    .map(|seed| noise(width, height, num_crops, seed))
+                    .collect(),
+            ),
             Pictures::Embeddings { n: rows } => {
                 let images = (0..).zip(seeds);
                 let values = rows.saturating_mul(model.n_embd());
@@ -107,7 +123,7 @@ fn cut(vision: &Vision<'_>, picture: &Picture) -> Result<Vec<Piece>> {
     Ok(pieces)
 }
 
-fn noise(width: u32, height: u32, seed: u64) -> Picture {
+fn noise(width: u32, height: u32, num_crops: Option<u32>, seed: u64) -> Picture {
     let mut noise = Noise::new(seed);
     let n = 3 * width as usize * height as usize;
     let mut rgb: Vec<u8> = Vec::with_capacity(n + 8);
@@ -115,7 +131,12 @@ fn noise(width: u32, height: u32, seed: u64) -> Picture {
         rgb.extend(noise.bits().to_le_bytes());
     }
     rgb.truncate(n);
-    Picture { width, height, rgb }
+    Picture {
+        width,
+        height,
+        rgb,
+        num_crops,
+    }
 }
 
 fn no_vision() -> Error {

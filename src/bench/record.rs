@@ -58,10 +58,12 @@ impl Subject {
     }
 }
 
-/// What all policies of a case share, but for flash attention.
+/// How the contexts were made.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     pub n_ctx: u32,
+    /// Cells that the cache begins with; `None`: all of them, for good.
+    pub kv_size: Option<u32>,
     pub n_batch: u32,
     pub n_ubatch: u32,
     pub n_threads: i32,
@@ -261,6 +263,7 @@ impl Record {
     fn question(&self, all: &mut Fields) {
         let s = &self.settings;
         all.integer("n_ctx", s.n_ctx);
+        all.integer("kv_size", s.kv_size);
         all.integer("n_batch", s.n_batch);
         all.integer("n_ubatch", s.n_ubatch);
         all.integer("n_threads", s.n_threads);
@@ -277,12 +280,17 @@ impl Record {
         all.integer("n_depth", self.test.n_depth);
         all.integer("n_images", self.test.n_images);
         let shown = self.test.n_images > 0;
-        let (width, height) = match self.pictures {
-            Pictures::Noise { width, height } if shown => (Some(width), Some(height)),
-            _ => (None, None),
+        let (width, height, crops) = match self.pictures {
+            Pictures::Noise {
+                width,
+                height,
+                num_crops,
+            } if shown => (Some(width), Some(height), num_crops),
+            _ => (None, None, None),
         };
         all.integer("image_width", width);
         all.integer("image_height", height);
+        all.integer("num_crops", crops);
         all.integer("image_tokens", shown.then_some(self.image_tokens));
         all.integer("repetitions", self.samples.len());
         let time = self.time.duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::crops::CropArgs;
 use super::load::{self, Files};
 use super::options::PolicyArgs;
 use super::output::ContextReport;
@@ -20,7 +21,7 @@ use hae::Error;
 use hae::bench::stats::Summary;
 use hae::bench::{self, Hardware, Record, Sample, Settings, Subject, Watch, Work};
 use hae::build::{Build, build};
-use hae::llama::{ContextOptions, Model, ModelOptions, RopeFactors, Vision, VisionOptions};
+use hae::llama::{ContextOptions, Model, ModelOptions, RopeFactors, ScoreSource, Vision, VisionOptions};
 use hae::policy::{self, Limits};
 use print::{Format, Printer};
 
@@ -62,6 +63,8 @@ pub struct Args {
     /// Their size in pixels, list; they show noise
     #[arg(long, value_name = "WxH", default_value = "336x336")]
     image_size: Vec<String>,
+    #[command(flatten)]
+    crops: CropArgs,
     /// Made-up embeddings instead of encoded pictures, this many for each, list
     #[arg(long, value_name = "N")]
     image_tokens: Vec<String>,
@@ -198,6 +201,9 @@ impl Bench<'_> {
         let path = path.filter(|_| plan.cases.iter().any(Case::encodes));
         let vision = path.map(|path| Vision::load(path, model, &options));
         let mut vision = vision.transpose()?;
+        if let (Some(n), Some(vision)) = (plan.num_crops, &vision) {
+            vision.check_num_crops(n)?;
+        }
         // All of them before the first is measured, which may take long.
         let mut ready = Vec::new();
         for &shape in &plan.shapes {
@@ -210,7 +216,13 @@ impl Bench<'_> {
                 let mut context = context(shape, cells, n_threads)?;
                 context.non_causal_images = vision.as_ref().is_some_and(Vision::non_causal);
                 let contexts = plan.policies.iter().map(|policy| {
-                    load::for_policy(context.clone(), model, (policy, &plan.policy_options))
+                    let policy = (*policy, &plan.policy_options);
+                    let made = load::for_policy(context.clone(), model, policy)?;
+                    // A policy that evicts nothing is llama.cpp as it is, which has all of its
+                    // cache from the start.
+                    let evicts = !made.score_layers.is_empty();
+                    let kv_size = evicts.then_some(load::FIRST_CELLS);
+                    Ok(ContextOptions { kv_size, ..made })
                 });
                 ready.push(Ready {
                     case,
@@ -331,6 +343,8 @@ fn context(shape: Shape, cells: usize, n_threads: i32) -> Result<ContextOptions>
         type_k: shape.type_k,
         type_v: shape.type_v,
         score_layers: Vec::new(),
+        kv_size: None,
+        score_source: ScoreSource::default(),
         non_causal_images: false,
         // As many positions as cells: llama.cpp's own rule is the right one.
         rope_factors: RopeFactors::Context,
@@ -342,6 +356,7 @@ fn settings(asked: Shape, context: &ContextOptions, model: &Model) -> Settings {
     let report = ContextReport::new(context, rope_factors);
     Settings {
         n_ctx: report.n_ctx,
+        kv_size: context.kv_size,
         // A small context bounds them, which is no setting.
         n_batch: asked.n_batch,
         n_ubatch: asked.n_ubatch,

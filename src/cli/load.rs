@@ -63,8 +63,8 @@ impl Files {
     pub fn names(&self) -> (String, Option<String>) {
         match self.embedded {
             Some(_) => (
-                "embedded tiny-phi3v-Q8_0.gguf".into(),
-                Some("embedded mmproj-tiny-phi3v-F16.gguf".into()),
+                "embedded small-phi3v-Q8_0.gguf".into(),
+                Some("embedded mmproj-small-phi3v-F16.gguf".into()),
             ),
             None => (
                 self.model.display().to_string(),
@@ -88,6 +88,8 @@ pub struct Setup<'a> {
     /// The first prompt, when it is known: how far a run reaches decides its rope factors.
     pub prompt: Option<&'a str>,
     pub pictures: &'a [Picture],
+    /// Crops of every picture, where that was chosen.
+    pub num_crops: Option<u32>,
     pub n_predict: Option<usize>,
     /// An earlier conversation to go on with.
     pub session: Option<&'a Saved>,
@@ -121,6 +123,7 @@ impl Setup<'_> {
         let n_threads = self.context.n_threads()?;
         let model = self.load_model()?;
         let vision = self.load_vision(n_threads, &model)?;
+        self.check_num_crops(vision.as_ref())?;
         let mut context = self.context_options(&model, vision.as_ref())?;
         let template = match self.template {
             Template::Model => model.chat_template(),
@@ -212,6 +215,18 @@ impl Setup<'_> {
         Ok(Some(Vision::load(path, model, &options)?))
     }
 
+    /// A number that no picture can be cut into is better refused now than at the first picture.
+    fn check_num_crops(&self, vision: Option<&Vision<'_>>) -> Result<()> {
+        match (self.num_crops, vision) {
+            (None, _) => Ok(()),
+            (Some(n), Some(vision)) => Ok(vision.check_num_crops(n)?),
+            (Some(_), None) => {
+                let reason = "pictures need a vision file, give one with --mmproj";
+                Err(Error::option("--num-crops", reason).into())
+            }
+        }
+    }
+
     /// The context's options with what the policy and the vision model need.
     fn context_options(
         &self,
@@ -288,6 +303,9 @@ impl Setup<'_> {
             .sum())
     }
 }
+
+/// Cells that a cache begins with which grows and shrinks with its tokens.
+pub const FIRST_CELLS: u32 = 256;
 
 /// The context with what the policy asks of it.
 ///

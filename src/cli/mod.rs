@@ -3,6 +3,7 @@
 pub mod bench;
 mod chat;
 pub mod convert;
+mod crops;
 pub mod demo;
 pub mod interrupt;
 mod load;

@@ -6,7 +6,9 @@ use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
 use hae::Error;
-use hae::llama::{CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions};
+use hae::llama::{
+    CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions, ScoreSource,
+};
 use hae::policy::{
     Amount, DapMode, DapOptions, DapRule, Layers, Norm, PolicyOptions, Queries, Scope,
 };
@@ -115,7 +117,11 @@ pub struct ContextArgs {
     /// -tb: threads while reading the prompt [default: as --threads]
     #[arg(long, alias = "tb", value_name = "N")]
     threads_batch: Option<i64>,
-    /// -fa: flash attention. Policies that read attention scores switch it off
+    /// -fa: flash attention
+    #[cfg_attr(
+        not(feature = "kv-patches"),
+        doc = "[policies that read attention scores switch it off]"
+    )]
     #[arg(long, alias = "fa", value_enum, num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_name = "WHEN")]
     flash_attn: FlashArg,
     /// -ctk: type of the K cache: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1
@@ -187,6 +193,8 @@ impl ContextArgs {
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,
             score_layers: Vec::new(),
+            kv_size: Some(super::load::FIRST_CELLS),
+            score_source: ScoreSource::default(),
             non_causal_images: false,
             rope_factors: RopeFactors::default(),
         })

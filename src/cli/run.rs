@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
+use super::crops::CropArgs;
 use super::load::{self, Files, Made, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs};
 use super::output::{ContextReport, FileReport, Report};
@@ -27,6 +28,8 @@ pub struct Args {
     /// <|image_1|>, <|image_2|>, ...; otherwise they go in front
     #[arg(long, value_name = "FILE")]
     image: Vec<PathBuf>,
+    #[command(flatten)]
+    crops: CropArgs,
     /// The prompt; without one, a chat
     #[arg(
         short,
@@ -116,10 +119,11 @@ pub fn run(args: &Args) -> Result<Done> {
     if prompt.is_none() && args.output == Format::Json {
         return Err(Error::option("-o", "json needs a prompt, give one with -p or -f").into());
     }
+    let num_crops = args.crops.num_crops()?;
     let pictures = args
         .image
         .iter()
-        .map(|path| picture(path))
+        .map(|path| picture(path, num_crops))
         .collect::<Result<Vec<_>>>()?;
     let session = match &args.session {
         Some(path) if path.exists() => Some(Saved::read(path)?),
@@ -140,6 +144,7 @@ pub fn run(args: &Args) -> Result<Done> {
         system_prompt: args.system_prompt.as_deref(),
         prompt: prompt.as_deref(),
         pictures: &pictures,
+        num_crops,
         n_predict,
         session: session.as_ref(),
         bin_host_mib: args.bin_host_mib,
@@ -147,7 +152,7 @@ pub fn run(args: &Args) -> Result<Done> {
     setup.run(|conversation, made| {
         warn_about_flash_attention(&made.context);
         let Some(text) = &prompt else {
-            chat::chat(conversation, pictures.clone(), n_predict)?;
+            chat::chat(conversation, pictures.clone(), num_crops, n_predict)?;
             keep(conversation, args.session.as_deref())?;
             return Ok(Done::Whole);
         };
@@ -224,12 +229,17 @@ fn prompt(args: &Args) -> Result<Option<String>> {
     Ok(Some(text))
 }
 
-pub fn picture(path: &Path) -> Result<Picture> {
-    Ok(image::load(path, &image::Limits::default())?)
+pub fn picture(path: &Path, num_crops: Option<u32>) -> Result<Picture> {
+    let picture = image::load(path, &image::Limits::default())?;
+    Ok(Picture {
+        num_crops,
+        ..picture
+    })
 }
 
 fn warn_about_flash_attention(context: &ContextOptions) {
-    if !context.score_layers.is_empty() && context.flash_attention == FlashAttention::On {
+    let off = context.effective_flash_attention() == FlashAttention::Off;
+    if off && context.flash_attention == FlashAttention::On {
         warn("this policy reads attention scores, which switches flash attention off");
     }
 }

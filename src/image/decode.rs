@@ -65,6 +65,7 @@ fn decode_bytes(bytes: &[u8], limits: &Limits) -> Result<Picture, String> {
         width,
         height,
         rgb: on_white(image),
+        num_crops: None,
     })
 }
 

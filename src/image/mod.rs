@@ -27,15 +27,18 @@ pub struct Picture {
     pub height: u32,
     /// Row-major `[height, width, 3]`, sRGB, 0 to 255.
     pub rgb: Vec<u8>,
+    /// Crops that Phi-3.5-vision may cut the picture into; `None`: what the vision file says.
+    pub num_crops: Option<u32>,
 }
 
 impl Picture {
-    /// SHA-256 of the size and the pixels. Files that decode to the same picture share it,
-    /// whatever their format, so it can name what was computed from the picture.
+    /// SHA-256 of the size, the crops and the pixels. Files that decode to the same picture share
+    /// it, whatever their format, so it can name what was computed from the picture.
     pub fn sha256(&self) -> [u8; 32] {
         let mut hash = Sha256::new();
         hash.update(self.width.to_le_bytes());
         hash.update(self.height.to_le_bytes());
+        hash.update(self.num_crops.unwrap_or(0).to_le_bytes());
         hash.update(&self.rgb);
         hash.finalize().into()
     }

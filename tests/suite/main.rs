@@ -9,14 +9,23 @@ mod controller;
 mod convert;
 mod convert_errors;
 mod convert_metadata;
+mod crops;
 mod damaged;
 mod ddes;
 mod early;
 mod fixture;
 mod full_model;
 mod gguf;
+#[cfg(feature = "kv-patches")]
+mod holes;
 mod house;
 mod image;
+#[cfg(feature = "kv-patches")]
+mod kv_cells;
+#[cfg(feature = "kv-patches")]
+mod kv_model;
+#[cfg(feature = "kv-patches")]
+mod kv_streams;
 mod masked;
 mod model;
 mod npz;
@@ -31,5 +40,7 @@ mod rope;
 mod runtime;
 mod session;
 mod stock;
+#[cfg(feature = "kv-patches")]
+mod taps;
 mod transcript;
 mod understanding;

@@ -5,7 +5,7 @@ use hae::llama::{ContextOptions, RopeFactors};
 use serde_json::Value;
 
 use crate::bin::hae;
-use crate::model::{engine, exact, goldens, load, load_vision, prefill, repository};
+use crate::model::{PICTURE, engine, exact, goldens, load, load_vision, prefill, repository};
 use crate::npz::{max_abs_diff, read};
 
 /// Last logits of a golden prompt, with these factors in a cache of this size.
@@ -42,7 +42,7 @@ fn the_factors_are_those_that_were_chosen() {
 
 #[test]
 fn a_run_chooses_by_the_positions_that_it_can_reach() {
-    let picture = repository("models/demo.png");
+    let picture = repository(PICTURE);
     let chosen = |args: &[&str]| {
         let output = hae()
             .args(["run", "-o", "json", "--temp", "0", "-p", "Is there a star?"])

@@ -6,9 +6,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::bin::hae;
-use crate::model::repository;
+use crate::model::{PICTURE, WHERE as FIRST, repository};
 
-const FIRST: &str = "Where is the red circle?";
 const SECOND: &str = "How many stars are there?";
 
 fn ask(session: &Path, prompt: &str, args: &[&str]) -> Result<Value, String> {
@@ -28,7 +27,7 @@ fn ask(session: &Path, prompt: &str, args: &[&str]) -> Result<Value, String> {
 }
 
 fn picture() -> String {
-    repository("models/demo.png").to_str().unwrap().to_owned()
+    repository(PICTURE).to_str().unwrap().to_owned()
 }
 
 /// Two questions in two processes, and in one chat: the same answers.

@@ -46,6 +46,7 @@ pub struct Plan {
     pub policies: Vec<&'static str>,
     /// `full` has none.
     pub policy_options: PolicyOptions,
+    pub num_crops: Option<u32>,
     pub repetitions: usize,
     pub warm_up: bool,
     pub seed: u64,
@@ -68,7 +69,12 @@ impl Plan {
         };
         let repetitions = args.repetitions.parse().ok();
         let repetitions = repetitions.filter(|n| (1..=10_000).contains(n));
-        let cases = cases(args)?;
+        let num_crops = args.crops.num_crops()?;
+        let cases = cases(args, num_crops)?;
+        if num_crops.is_some() && !cases.iter().any(Case::encodes) {
+            let reason = "no test shows a picture to cut, expected --images";
+            return Err(Error::option("--num-crops", reason).into());
+        }
         Ok(Plan {
             gpu_layers: values("-ngl", &args.gpu_layers, gpu_layers)?,
             threads,
@@ -79,6 +85,7 @@ impl Plan {
                 let found = args.repetitions.escape_debug();
                 Error::option("-r", format!("\"{found}\", expected 1 to 10000"))
             })?,
+            num_crops,
             warm_up: !args.no_warmup,
             seed: args.seed.into(),
             files: files(args, &cases)?,
@@ -180,7 +187,7 @@ fn shapes(args: &Args) -> Result<Vec<Shape>> {
 
 /// llama-bench's tests at every depth: prompts and pairs with every number and size of pictures,
 /// answers without any.
-fn cases(args: &Args) -> Result<Vec<Case>> {
+fn cases(args: &Args, num_crops: Option<u32>) -> Result<Vec<Case>> {
     let list = |flag, given: &[String]| numbers(flag, given, 0, MOST_TOKENS);
     let n_prompt = list("-p", &args.n_prompt)?;
     let n_gen = list("-n", &args.n_gen)?;
@@ -189,7 +196,11 @@ fn cases(args: &Args) -> Result<Vec<Case>> {
     let pg = pairs("-pg", &args.pg)?;
     let kinds: Vec<Pictures> = if args.image_tokens.is_empty() {
         let sizes = values("--image-size", &args.image_size, size)?;
-        let noise = |(width, height)| Pictures::Noise { width, height };
+        let noise = |(width, height)| Pictures::Noise {
+            width,
+            height,
+            num_crops,
+        };
         sizes.into_iter().map(noise).collect()
     } else {
         let tokens = numbers("--image-tokens", &args.image_tokens, 1, MOST_TOKENS)?;
