@@ -60,9 +60,7 @@ fn main() -> anyhow::Result<()> {
         mix,
         seed: args.seed,
         text_out: args.out.join(format!("phi-3.5-random{layers}-{name}.gguf")),
-        mmproj_out: args
-            .out
-            .join("mmproj-phi-3.5-random-F16.gguf"),
+        mmproj_out: args.out.join("mmproj-phi-3.5-random-F16.gguf"),
     };
     let start = Instant::now();
     let summary = random::write(&options, &mut |_, _| ())?;

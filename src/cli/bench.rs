@@ -21,7 +21,9 @@ use hae::Error;
 use hae::bench::stats::Summary;
 use hae::bench::{self, Hardware, Record, Sample, Settings, Subject, Watch, Work};
 use hae::build::{Build, build};
-use hae::llama::{ContextOptions, Model, ModelOptions, RopeFactors, ScoreSource, Vision, VisionOptions};
+use hae::llama::{
+    ContextOptions, Model, ModelOptions, RopeFactors, ScoreSource, Vision, VisionOptions,
+};
 use hae::policy::{self, Limits};
 use print::{Format, Printer};
 
