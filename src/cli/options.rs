@@ -15,7 +15,7 @@ use hae::policy::{
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 9] = [
+const ONE_DASH: [(&str, &str); 10] = [
     ("-ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
@@ -25,6 +25,7 @@ const ONE_DASH: [(&str, &str); 9] = [
     ("-sys", "--system-prompt"),
     ("-mm", "--mmproj"),
     ("-no-cnv", "--no-conversation"),
+    ("-pg", "--pg"),
 ];
 
 /// The command line with llama.cpp's one-dash options spelled as long ones, up to a `--`.
@@ -70,7 +71,7 @@ pub struct ModelArgs {
 pub type GpuLayers = Option<u32>;
 
 /// llama.cpp's own spellings: -1 is `auto`, -2 is `all`.
-fn gpu_layers(text: &str) -> Result<GpuLayers, String> {
+pub fn gpu_layers(text: &str) -> Result<GpuLayers, String> {
     match text {
         "auto" | "-1" => Ok(None),
         "all" | "-2" => Ok(Some(i32::MAX as u32)),
@@ -131,7 +132,7 @@ pub struct ContextArgs {
     cache_type_v: CacheType,
 }
 
-fn cache_type(text: &str) -> Result<CacheType, String> {
+pub fn cache_type(text: &str) -> Result<CacheType, String> {
     Ok(match text {
         "f32" => CacheType::F32,
         "f16" => CacheType::F16,
@@ -151,8 +152,7 @@ impl ContextArgs {
     pub fn n_threads(&self) -> Result<i32> {
         match self.threads {
             Some(n) => threads("-t", n),
-            // llama.cpp's way with -1.
-            None => Ok(i32::try_from(num_cpus::get_physical().clamp(1, 512)).unwrap_or(1)),
+            None => Ok(default_threads()),
         }
     }
 
@@ -193,12 +193,17 @@ impl ContextArgs {
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,
             score_layers: Vec::new(),
-            kv_size: Some(256),
+            kv_size: None,
             score_source: ScoreSource::default(),
             non_causal_images: false,
             rope_factors: RopeFactors::default(),
         })
     }
+}
+
+/// llama.cpp's way with -1.
+pub fn default_threads() -> i32 {
+    i32::try_from(num_cpus::get_physical().clamp(1, 512)).unwrap_or(1)
 }
 
 /// ggml ends the process on more threads than it has room for (`GGML_MAX_N_THREADS`).

@@ -17,7 +17,7 @@ use hae::build::build;
 use hae::conversation::{Answer, Conversation, Turn};
 use hae::generate::{Finish, Hooks};
 use hae::image::{self, Picture};
-use hae::llama::{self, ContextOptions, FlashAttention};
+use hae::llama::{ContextOptions, FlashAttention};
 use hae::policy::PolicyOptions;
 use hae::saved::Saved;
 
@@ -98,9 +98,7 @@ enum Format {
 
 pub fn run(args: &Args) -> Result<Done> {
     if args.verbose {
-        llama::log::show(|line| {
-            let _ = write!(std::io::stderr(), "{line}");
-        });
+        super::show_log();
     }
     let policy_options = args.policy.options()?;
     if args.kv_policy == "full" && policy_options != PolicyOptions::default() {

@@ -10,6 +10,7 @@ mod abort;
 mod cells;
 pub mod chat;
 mod context;
+mod devices;
 pub mod gguf;
 mod hparams;
 pub mod log;
@@ -28,6 +29,7 @@ mod vision;
 
 pub use abort::on_abort;
 pub use context::LlamaEngine;
+pub use devices::{Device, devices};
 pub use model::{Model, ModelOptions};
 pub use options::{CacheType, ContextOptions, FlashAttention};
 pub use rope::RopeFactors;

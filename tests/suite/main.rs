@@ -1,6 +1,7 @@
 //! All integration tests in one program: each test binary would link llama.cpp once more.
 
 mod allocations;
+mod bench;
 mod bin;
 mod chat;
 mod cli;
@@ -13,6 +14,7 @@ mod damaged;
 mod ddes;
 mod early;
 mod fixture;
+mod full_model;
 mod gguf;
 #[cfg(feature = "kv-patches")]
 mod holes;
