@@ -218,13 +218,7 @@ impl Bench<'_> {
                 let mut context = context(shape, cells, n_threads)?;
                 context.non_causal_images = vision.as_ref().is_some_and(Vision::non_causal);
                 let contexts = plan.policies.iter().map(|policy| {
-                    let policy = (*policy, &plan.policy_options);
-                    let made = load::for_policy(context.clone(), model, policy)?;
-                    // A policy that evicts nothing is llama.cpp as it is, which has all of its
-                    // cache from the start.
-                    let evicts = !made.score_layers.is_empty();
-                    let kv_size = evicts.then_some(load::FIRST_CELLS);
-                    Ok(ContextOptions { kv_size, ..made })
+                    load::for_policy(context.clone(), model, (policy, &plan.policy_options))
                 });
                 ready.push(Ready {
                     case,
@@ -344,8 +338,8 @@ fn context(shape: Shape, cells: usize, n_threads: i32) -> Result<ContextOptions>
         flash_attention: shape.flash_attention,
         type_k: shape.type_k,
         type_v: shape.type_v,
-        score_layers: Vec::new(),
         kv_size: None,
+        score_layers: Vec::new(),
         score_source: ScoreSource::default(),
         non_causal_images: false,
         // As many positions as cells: llama.cpp's own rule is the right one.

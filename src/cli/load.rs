@@ -304,8 +304,8 @@ impl Setup<'_> {
     }
 }
 
-/// Cells that a cache begins with which grows and shrinks with its tokens.
-pub const FIRST_CELLS: u32 = 256;
+/// Cells that a cache with eviction begins with.
+const KV_SIZE_AT_FIRST: u32 = 256;
 
 /// The context with what the policy asks of it.
 ///
@@ -330,6 +330,8 @@ pub fn for_policy(
             });
         }
         context.score_layers = layers;
+        // `full` allocates all of its cells at once, as llama.cpp does.
+        context.kv_size = Some(KV_SIZE_AT_FIRST);
     }
     Ok(context)
 }

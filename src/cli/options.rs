@@ -193,7 +193,7 @@ impl ContextArgs {
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,
             score_layers: Vec::new(),
-            kv_size: Some(super::load::FIRST_CELLS),
+            kv_size: None,
             score_source: ScoreSource::default(),
             non_causal_images: false,
             rope_factors: RopeFactors::default(),
