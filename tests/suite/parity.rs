@@ -232,7 +232,8 @@ fn a_chat_turn_by_turn_is_pytorchs() {
     let golden = golden.unwrap();
     let transcript = Transcript::new(model.chat_template(), None);
     let engine = engine(&model, exact(1024));
-    let mut chat = Conversation::new(engine, Some(vision), full(&model, 1024), transcript, None);
+    let controller = full(&model, 1024);
+    let mut chat = Conversation::new(engine, Some(vision), controller, transcript, None, 0);
 
     let mut pictures = golden.pictures.clone();
     let turns: Vec<&str> = golden.prompt().split("<|user|>\n").skip(1).collect();
