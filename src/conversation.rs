@@ -213,7 +213,7 @@ impl<'m> Conversation<'m> {
         let cells = match tokens {
             0 => Vec::new(),
             n => engine
-                .set_state(&saved.state, n)
+                .restore_bytes(saved.state, n)
                 .map_err(|e| refuse(format!("does not fit this run: {e}")))?,
         };
         self.session.controller.load(&saved.ledger, &cells)?;

@@ -130,6 +130,14 @@ pub trait Engine {
         Ok(None)
     }
 
+    /// Makes room for `n` more tokens at once, where the cache grows in steps otherwise.
+    ///
+    /// # Errors
+    /// [`crate::Error::ContextFull`] when there can be no room; the cache is unchanged.
+    fn make_room(&mut self, _n: usize) -> Result<()> {
+        Ok(())
+    }
+
     /// After removals: moves tokens together and gives memory back where that pays. Fills `moves`
     /// (cleared first) with the cells that tokens went from and to, to be followed in this order.
     ///

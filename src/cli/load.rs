@@ -33,15 +33,21 @@ pub struct Files {
 
 impl Files {
     pub fn find(args: &ModelArgs) -> Result<Self> {
-        match &args.model {
+        Ok(Files::of(args.model.clone(), args.mmproj.clone())?)
+    }
+
+    /// These files, or the embedded model.
+    pub fn of(model: Option<PathBuf>, mmproj: Option<PathBuf>) -> hae::Result<Self> {
+        match model {
             Some(model) => Ok(Files {
-                model: model.clone(),
-                mmproj: args.mmproj.clone(),
+                model,
+                mmproj,
                 embedded: None,
             }),
-            None if args.mmproj.is_some() => {
-                Err(Error::option("--mmproj", "belongs to a text model, give one with -m").into())
-            }
+            None if mmproj.is_some() => Err(Error::option(
+                "--mmproj",
+                "belongs to a text model, give one with -m",
+            )),
             None => {
                 let embedded = Embedded::unpack()?;
                 Ok(Files {
@@ -130,11 +136,7 @@ impl Setup<'_> {
         let (rope, max_positions) =
             self.rope_factors(&model, vision.as_ref(), &context, &transcript)?;
         context.rope_factors = rope;
-        let rope_factors = match rope.resolved(&model, context.n_ctx) {
-            RopeFactors::Context => "none",
-            RopeFactors::Long => "long",
-            RopeFactors::Short => "short",
-        };
+        let rope_factors = rope_name(rope, &model, context.n_ctx);
         let engine = LlamaEngine::new(&model, context.clone(), &self.sampler)?;
         let limits = Limits {
             n_layer: model.n_layer(),
@@ -233,22 +235,7 @@ impl Setup<'_> {
     ) -> Result<ContextOptions> {
         let mut context = self.context.options(model.n_ctx_train())?;
         context.non_causal_images = vision.is_some_and(Vision::non_causal);
-        let limits = Limits {
-            n_layer: model.n_layer(),
-            n_cells: context.n_ctx as usize,
-        };
-        let policy = policy::create(self.policy.0, self.policy.1, limits)?;
-        if let Observe::Layers { layers, .. } = policy.observe() {
-            if let Some(reason) = model.eviction_obstacle() {
-                return Err(Error::Unsupported {
-                    policy: policy.name(),
-                    reason: reason.into(),
-                }
-                .into());
-            }
-            context.score_layers = layers;
-        }
-        Ok(context)
+        Ok(for_policy(context, model, self.policy)?)
     }
 
     /// The factors for the positions that the run can reach, and up to where they hold.
@@ -314,6 +301,47 @@ impl Setup<'_> {
             .iter()
             .map(Piece::positions)
             .sum())
+    }
+}
+
+/// Cells that a cache with eviction begins with.
+const KV_SIZE_AT_FIRST: u32 = 256;
+
+/// The context with what the policy asks of it.
+///
+/// # Errors
+/// [`Error::Option`] for parameters that cannot be, [`Error::Unsupported`] for a model whose cache
+/// does not allow what the policy does.
+pub fn for_policy(
+    mut context: ContextOptions,
+    model: &Model,
+    policy: (&str, &PolicyOptions),
+) -> hae::Result<ContextOptions> {
+    let limits = Limits {
+        n_layer: model.n_layer(),
+        n_cells: context.n_ctx as usize,
+    };
+    let policy = policy::create(policy.0, policy.1, limits)?;
+    if let Observe::Layers { layers, .. } = policy.observe() {
+        if let Some(reason) = model.eviction_obstacle() {
+            return Err(Error::Unsupported {
+                policy: policy.name(),
+                reason: reason.into(),
+            });
+        }
+        context.score_layers = layers;
+        // `full` allocates all of its cells at once, as llama.cpp does.
+        context.kv_size = Some(KV_SIZE_AT_FIRST);
+    }
+    Ok(context)
+}
+
+/// The set of rope factors that a context uses, for reports; `none` for models without two sets.
+pub fn rope_name(rope: RopeFactors, model: &Model, n_ctx: u32) -> &'static str {
+    match rope.resolved(model, n_ctx) {
+        RopeFactors::Context => "none",
+        RopeFactors::Long => "long",
+        RopeFactors::Short => "short",
     }
 }
 

@@ -6,14 +6,16 @@ use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
 use hae::Error;
-use hae::llama::{CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions};
+use hae::llama::{
+    CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions, ScoreSource,
+};
 use hae::policy::{
     Amount, DapMode, DapOptions, DapRule, Layers, Norm, PolicyOptions, Queries, Scope,
 };
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 9] = [
+const ONE_DASH: [(&str, &str); 10] = [
     ("-ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
@@ -23,6 +25,7 @@ const ONE_DASH: [(&str, &str); 9] = [
     ("-sys", "--system-prompt"),
     ("-mm", "--mmproj"),
     ("-no-cnv", "--no-conversation"),
+    ("-pg", "--pg"),
 ];
 
 /// The command line with llama.cpp's one-dash options spelled as long ones, up to a `--`.
@@ -68,7 +71,7 @@ pub struct ModelArgs {
 pub type GpuLayers = Option<u32>;
 
 /// llama.cpp's own spellings: -1 is `auto`, -2 is `all`.
-fn gpu_layers(text: &str) -> Result<GpuLayers, String> {
+pub fn gpu_layers(text: &str) -> Result<GpuLayers, String> {
     match text {
         "auto" | "-1" => Ok(None),
         "all" | "-2" => Ok(Some(i32::MAX as u32)),
@@ -114,7 +117,11 @@ pub struct ContextArgs {
     /// -tb: threads while reading the prompt [default: as --threads]
     #[arg(long, alias = "tb", value_name = "N")]
     threads_batch: Option<i64>,
-    /// -fa: flash attention. Policies that read attention scores switch it off
+    /// -fa: flash attention
+    #[cfg_attr(
+        not(feature = "kv-patches"),
+        doc = "[policies that read attention scores switch it off]"
+    )]
     #[arg(long, alias = "fa", value_enum, num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_name = "WHEN")]
     flash_attn: FlashArg,
     /// -ctk: type of the K cache: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1
@@ -125,7 +132,7 @@ pub struct ContextArgs {
     cache_type_v: CacheType,
 }
 
-fn cache_type(text: &str) -> Result<CacheType, String> {
+pub fn cache_type(text: &str) -> Result<CacheType, String> {
     Ok(match text {
         "f32" => CacheType::F32,
         "f16" => CacheType::F16,
@@ -145,8 +152,7 @@ impl ContextArgs {
     pub fn n_threads(&self) -> Result<i32> {
         match self.threads {
             Some(n) => threads("-t", n),
-            // llama.cpp's way with -1.
-            None => Ok(i32::try_from(num_cpus::get_physical().clamp(1, 512)).unwrap_or(1)),
+            None => Ok(default_threads()),
         }
     }
 
@@ -187,10 +193,17 @@ impl ContextArgs {
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,
             score_layers: Vec::new(),
+            kv_size: None,
+            score_source: ScoreSource::default(),
             non_causal_images: false,
             rope_factors: RopeFactors::default(),
         })
     }
+}
+
+/// llama.cpp's way with -1.
+pub fn default_threads() -> i32 {
+    i32::try_from(num_cpus::get_physical().clamp(1, 512)).unwrap_or(1)
 }
 
 /// ggml ends the process on more threads than it has room for (`GGML_MAX_N_THREADS`).

@@ -17,7 +17,7 @@ use hae::build::build;
 use hae::conversation::{Answer, Conversation, Turn};
 use hae::generate::{Finish, Hooks};
 use hae::image::{self, Picture};
-use hae::llama::{self, ContextOptions, FlashAttention};
+use hae::llama::{ContextOptions, FlashAttention};
 use hae::policy::PolicyOptions;
 use hae::saved::Saved;
 
@@ -98,9 +98,7 @@ enum Format {
 
 pub fn run(args: &Args) -> Result<Done> {
     if args.verbose {
-        llama::log::show(|line| {
-            let _ = write!(std::io::stderr(), "{line}");
-        });
+        super::show_log();
     }
     let policy_options = args.policy.options()?;
     if args.kv_policy == "full" && policy_options != PolicyOptions::default() {
@@ -240,7 +238,8 @@ pub fn picture(path: &Path, num_crops: Option<u32>) -> Result<Picture> {
 }
 
 fn warn_about_flash_attention(context: &ContextOptions) {
-    if !context.score_layers.is_empty() && context.flash_attention == FlashAttention::On {
+    let off = context.effective_flash_attention() == FlashAttention::Off;
+    if off && context.flash_attention == FlashAttention::On {
         warn("this policy reads attention scores, which switches flash attention off");
     }
 }

@@ -66,10 +66,10 @@ impl<E: Engine> Session<E> {
             return Ok(Prefilled::default());
         };
         let probe = start.map_or(Duration::ZERO, |start| now().saturating_sub(start));
-        self.check_room(&prompt, &order)?;
+        let added = self.check_room(&prompt, &order)?;
 
         self.controller.begin_turn();
-        let complete = self.take_in(&prompt, &order, cancelled);
+        let complete = self.take_in(&prompt, &order, added, cancelled);
         if !matches!(complete, Ok(true)) {
             let left = self.controller.rewind(from);
             let rewound = self.engine.rewind(from, left);
@@ -181,8 +181,8 @@ impl<E: Engine> Session<E> {
         self.check_positions(rows)
     }
 
-    /// Whether everything that is to go in fits, before anything does.
-    fn check_room(&self, prompt: &[Placed<'_>], order: &Order) -> Result<()> {
+    /// Whether everything that is to go in fits, before anything does; how much it is.
+    fn check_room(&self, prompt: &[Placed<'_>], order: &Order) -> Result<usize> {
         let from = prompt.first().map_or(0, |placed| placed.base);
         let split = order.pruned.partition_point(|&pos| pos < from);
         let ledger = self.controller.ledger();
@@ -197,7 +197,7 @@ impl<E: Engine> Session<E> {
         if needed > n_ctx {
             return Err(Error::PromptTooLong { needed, n_ctx });
         }
-        Ok(())
+        Ok(added)
     }
 
     /// Out with what the question does not need, in with what it does, then the prompt itself.
@@ -206,6 +206,7 @@ impl<E: Engine> Session<E> {
         &mut self,
         prompt: &[Placed<'_>],
         order: &Order,
+        added: usize,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<bool> {
         let observe = match (self.controller.observe(), &order.trial) {
@@ -216,6 +217,7 @@ impl<E: Engine> Session<E> {
             self.controller.reopen_pictures();
         }
         self.drop_pruned(order)?;
+        self.engine.make_room(added)?;
         if !self.recall(&order.recalled, cancelled)? {
             return Ok(false);
         }

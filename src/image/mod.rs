@@ -77,6 +77,42 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// Refuses sizes that are not accepted, with the reason.
+    ///
+    /// # Errors
+    /// What was found and what was expected.
+    pub fn check_size(&self, width: u32, height: u32) -> Result<(), String> {
+        let (short, long) = (width.min(height), width.max(height));
+        let found = format!("is {width}x{height} pixels");
+        if short < self.min_side {
+            return Err(format!(
+                "{found}, expected sides of at least {}",
+                self.min_side
+            ));
+        }
+        if long > self.max_side {
+            return Err(format!(
+                "{found}, expected sides of at most {}",
+                self.max_side
+            ));
+        }
+        if u64::from(width) * u64::from(height) > self.pixels {
+            return Err(format!(
+                "{found}, expected at most {} pixels in all",
+                self.pixels
+            ));
+        }
+        if u64::from(long) > u64::from(short) * u64::from(self.aspect) {
+            return Err(format!(
+                "{found}, expected an aspect ratio of at most {}:1",
+                self.aspect
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// Reads and decodes a picture file.
 ///
 /// # Errors

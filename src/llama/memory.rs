@@ -3,7 +3,7 @@
 
 use llama_cpp_sys_2 as sys;
 
-use super::context::CacheType;
+use super::options::CacheType;
 use super::{Model, ModelOptions};
 use crate::error::{Error, Result};
 

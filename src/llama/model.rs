@@ -7,7 +7,7 @@ use llama_cpp_2::model::{LlamaModel, RopeType};
 use llama_cpp_sys_2 as sys;
 
 use super::gguf::{Gguf, c_path};
-use super::{backend, hparams, log};
+use super::{backend, devices, hparams, log};
 use crate::engine::Token;
 use crate::error::{Error, Result};
 
@@ -96,6 +96,22 @@ impl Model {
     /// `general.architecture`.
     pub fn arch(&self) -> &str {
         &self.arch
+    }
+
+    /// What llama.cpp calls it: architecture, size and type.
+    pub fn description(&self) -> String {
+        devices::description(&self.inner)
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        // SAFETY: the pointer is valid while `self.inner` lives.
+        unsafe { sys::llama_model_size(self.inner.as_ptr()) }
+    }
+
+    pub fn n_params(&self) -> u64 {
+        // SAFETY: the pointer is valid while `self.inner` lives.
+        unsafe { sys::llama_model_n_params(self.inner.as_ptr()) }
     }
 
     /// Positions after which a longrope model needs its long factors; `None` for other models.

@@ -34,6 +34,7 @@ pub(super) fn engine<'m>(
     };
     let options = ContextOptions {
         n_ctx: u32::try_from(n_cells).unwrap_or(u32::MAX),
+        kv_size: None,
         // The smaller cache must not change what llama.cpp's rule says of the real one.
         rope_factors: options.rope_factors.resolved(model, options.n_ctx),
         ..options.clone()

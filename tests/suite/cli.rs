@@ -138,12 +138,16 @@ fn policies_and_their_parameters() {
         ("--kv-policy hae --dap-tau nan", "--dap-tau: NaN"),
         ("--kv-policy hae --score-decay 2", "--score-decay: 2"),
         (
-            "--kv-policy hae -ctv q8_0",
-            "needs flash attention, which reading attention scores switches off",
-        ),
-        (
             "-ctv q8_0 -fa off",
             "needs flash attention, which -fa off switches off",
+        ),
+        (
+            "--kv-policy hae -ctv q8_0 -fa off",
+            if cfg!(feature = "kv-patches") {
+                "needs flash attention, which -fa off switches off"
+            } else {
+                "needs flash attention, which reading attention scores switches off"
+            },
         ),
     ] {
         refuses(args, expected);

@@ -1,6 +1,7 @@
 //! All integration tests in one program: each test binary would link llama.cpp once more.
 
 mod allocations;
+mod bench;
 mod bin;
 mod chat;
 mod cli;
@@ -13,9 +14,18 @@ mod damaged;
 mod ddes;
 mod early;
 mod fixture;
+mod full_model;
 mod gguf;
+#[cfg(feature = "kv-patches")]
+mod holes;
 mod house;
 mod image;
+#[cfg(feature = "kv-patches")]
+mod kv_cells;
+#[cfg(feature = "kv-patches")]
+mod kv_model;
+#[cfg(feature = "kv-patches")]
+mod kv_streams;
 mod masked;
 mod model;
 mod npz;
@@ -30,5 +40,7 @@ mod rope;
 mod runtime;
 mod session;
 mod stock;
+#[cfg(feature = "kv-patches")]
+mod taps;
 mod transcript;
 mod understanding;

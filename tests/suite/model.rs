@@ -12,7 +12,7 @@ use hae::generate::{Hooks, Segment};
 use hae::image::{self, Picture};
 use hae::llama::{
     CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Piece,
-    RopeFactors, SamplerOptions, Vision, VisionOptions,
+    RopeFactors, SamplerOptions, ScoreSource, Vision, VisionOptions,
 };
 use hae::prompt;
 use serde_json::Value;
@@ -69,6 +69,7 @@ pub fn converted_of(model: &str, outtype: &str) -> (&'static Path, &'static Path
 pub fn exact(n_ctx: u32) -> ContextOptions {
     ContextOptions {
         n_ctx,
+        kv_size: None,
         n_batch: 2048.min(n_ctx),
         n_ubatch: 512.min(n_ctx),
         n_threads: 1,
@@ -77,6 +78,7 @@ pub fn exact(n_ctx: u32) -> ContextOptions {
         type_k: CacheType::F32,
         type_v: CacheType::F32,
         score_layers: Vec::new(),
+        score_source: ScoreSource::default(),
         non_causal_images: false,
         rope_factors: RopeFactors::default(),
     }

@@ -209,8 +209,8 @@ fn m_rope_runs_under_full_and_is_refused_for_hae() {
     );
 }
 
-/// Gemma 3: a sliding window in every other layer here, and pictures attend to all of themselves.
-fn gemma3() -> Pair {
+/// Gemma 3: a sliding window in every other layer here.
+pub fn gemma3_text() -> Remake {
     let mut text = text("gemma3");
     for (key, value) in [
         ("key_length", 32),
@@ -231,6 +231,11 @@ fn gemma3() -> Pair {
             text.tensors.push(Tensor::ones(&name, n));
         }
     }
+    text
+}
+
+/// With pictures that attend to all of themselves.
+fn gemma3() -> Pair {
     let mut vision = tower("gemma3", 224);
     vision.set_u32("clip.vision.projector.scale_factor", 2);
     vision.tensors.extend([
@@ -239,7 +244,7 @@ fn gemma3() -> Pair {
         Tensor::random("mm.input_projection.weight", &[64, 64]),
         Tensor::ones("mm.soft_emb_norm.weight", 64),
     ]);
-    Pair::new(Some(&text), &vision)
+    Pair::new(Some(&gemma3_text()), &vision)
 }
 
 #[test]

@@ -30,7 +30,7 @@ fn questions() -> (Vec<Value>, usize) {
     for line in text.lines() {
         let row: Value = serde_json::from_str(line).unwrap();
         let asked = asked_of.entry(row["task"].to_string()).or_default();
-        if *asked % EVERY == 0 {
+        if asked.is_multiple_of(EVERY) {
             rows.push(row);
         }
         *asked += 1;
