@@ -4,11 +4,15 @@ use llama_cpp_sys_2 as sys;
 
 use super::LlamaEngine;
 use crate::cache::Cell;
-use crate::engine::Engine;
-use crate::error::{Error, Result};
+#[cfg(not(feature = "kv-patches"))]
+use crate::engine::Batch;
+use crate::error::Result;
+#[cfg(feature = "kv-patches")]
+use crate::{engine::Engine, error::Error};
 
 /// Cells by which the cache grows. llama.cpp computes attention over multiples of as many.
-pub(super) const STEP: usize = 256;
+#[cfg(feature = "kv-patches")]
+const STEP: usize = 256;
 
 /// What is in use, as the engine last knew it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,6 +48,7 @@ pub(super) fn set(kv_size: Option<u32>, params: &mut sys::llama_context_params) 
 #[cfg(not(feature = "kv-patches"))]
 pub(super) fn set(_: Option<u32>, _: &mut sys::llama_context_params) {}
 
+#[cfg(feature = "kv-patches")]
 fn padded(n: usize) -> usize {
     n.max(1).next_multiple_of(STEP)
 }

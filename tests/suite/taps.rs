@@ -7,7 +7,9 @@ use hae::cache::Pos;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ScoreSource};
 
-use crate::model::{converted, engine, exact, goldens, load, load_vision, prefill, repository};
+use crate::model::{
+    TEXT, converted, engine, exact, goldens, load, load_vision, prefill, repository,
+};
 use crate::npz::{max_abs_diff, read};
 use crate::remake::{Remake, Tensor};
 
@@ -112,6 +114,11 @@ fn every_cache_type_agrees_with_the_callback() {
             if flash == FlashAttention::Off && kinds.1.is_quantized() {
                 continue;
             }
+            // The callback reads with V in F16.
+            let tolerance = match kinds.1.is_quantized() && layers.len() > 1 {
+                true => 5e-2,
+                false => tolerance,
+            };
             let options = tapped(flash, kinds, layers);
             let mut theirs = engine(&model, called_back(options.clone()));
             let mut ours = engine(&model, options);
@@ -146,7 +153,7 @@ fn every_cache_type_agrees_with_the_callback() {
 /// Two layers, 32 heads of this width on 8 of keys and values, and sharper attention than that
 /// of an untrained model.
 fn grouped(path: &Path, width: u32) {
-    let mut file = Remake::read(&repository("models/tiny-phi3v-Q8_0.gguf"));
+    let mut file = Remake::read(&repository(TEXT));
     file.tensors.clear();
     file.keys.retain(|(key, _)| !key.starts_with("phi3."));
     file.set_text("general.architecture", "llama");
@@ -295,7 +302,7 @@ fn trace(model: &Model, options: ContextOptions, queries: bool) -> Vec<Vec<u32>>
 
 #[test]
 fn taps_leave_every_bit_of_the_logits() {
-    let model = load(&repository("models/tiny-phi3v-Q8_0.gguf"));
+    let model = load(&repository(TEXT));
     for flash in [FlashAttention::On, FlashAttention::Off] {
         for kinds in KINDS {
             if flash == FlashAttention::Off && kinds.1.is_quantized() {
@@ -315,7 +322,7 @@ fn taps_leave_every_bit_of_the_logits() {
 
 #[test]
 fn what_cannot_be_tapped_is_refused() {
-    let model = load(&repository("models/tiny-phi3v-Q8_0.gguf"));
+    let model = load(&repository(TEXT));
     let kinds = (CacheType::F16, CacheType::F16);
     let mut options = tapped(FlashAttention::On, kinds, &[0]);
     options.n_ubatch = 4;
