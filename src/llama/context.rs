@@ -352,9 +352,6 @@ impl Engine for LlamaEngine<'_> {
                 ),
             ));
         }
-        if non_causal {
-            self.set_causal(false);
-        }
         // Such a memory never fills, so llama.cpp would go on for ever.
         let rows = batch.input.len();
         if self.counted.is_some_and(|n| n as usize + rows > self.n_ctx) {
@@ -365,6 +362,10 @@ impl Engine for LlamaEngine<'_> {
         let tapped = self.begin_taps(&batch)?;
         self.observer.get_mut().begin(batch.queries);
         self.has_logits = false;
+        // From here to the call nothing may return: the context would stay as it is set here.
+        if non_causal {
+            self.set_causal(false);
+        }
         log::forget();
         // SAFETY: every pointer in the batch is null or points to n_tokens valid elements that
         // outlive the call (llama.cpp only reads them); token ids and lengths were checked; the

