@@ -11,13 +11,14 @@ use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
 use super::observer::{Observer, on_node};
+use super::state::SequenceState;
 use super::{Model, SamplerOptions, backend, log, memory};
 use crate::cache::{Cell, Pos};
 use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
 use crate::error::{Error, Result};
 
 /// The one sequence of the context.
-const SEQ: sys::llama_seq_id = 0;
+pub(super) const SEQ: sys::llama_seq_id = 0;
 
 /// `-fa`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -75,8 +76,11 @@ impl CacheType {
 /// How to make a context.
 #[derive(Clone, Debug)]
 pub struct ContextOptions {
-    /// Cells of the cache.
+    /// Cells of the cache, or with `kv_size` the most that it may get.
     pub n_ctx: u32,
+    /// Cells that the cache begins with, rounded up to a multiple of 256; `None`: `n_ctx`. Needs the
+    /// feature `kv-patches` and a plain cache (no windows, nothing recurrent), else it is ignored.
+    pub kv_size: Option<u32>,
     /// Rows of one decode call.
     pub n_batch: u32,
     /// Rows that are computed at once.
@@ -96,15 +100,19 @@ pub struct ContextOptions {
 pub struct LlamaEngine<'m> {
     // Declared first, so dropped before the observer that it points to.
     ctx: LlamaContext<'m>,
+    /// The same context, for calls that only read it.
+    pub(super) raw: NonNull<sys::llama_context>,
     observer: Owned,
-    model: &'m Model,
+    pub(super) model: &'m Model,
     sampler: LlamaSampler,
-    options: ContextOptions,
+    pub(super) options: ContextOptions,
     n_ctx: usize,
     /// Cells handed out by counting, where the memory has no cells that could be read.
-    counted: Option<Cell>,
+    pub(super) counted: Option<Cell>,
     /// Whether the last batch asked for logits: reading absent ones would end the process.
     has_logits: bool,
+    /// What the host needs to restore the copy of the sequence that is on the device.
+    pub(super) on_device: Option<SequenceState>,
     rows: Rows,
 }
 
@@ -189,7 +197,11 @@ impl<'m> LlamaEngine<'m> {
         if options.n_ctx == 0 || options.n_batch == 0 || options.n_ubatch == 0 {
             return Err(Error::option("-c, -b, -ub", "expected at least 1"));
         }
-        memory::check(model, options.n_ctx, options.type_k, options.type_v)?;
+        let n_cells = match options.kv_size {
+            Some(n) if cfg!(feature = "kv-patches") => n.min(options.n_ctx),
+            _ => options.n_ctx,
+        };
+        memory::check(model, n_cells, options.type_k, options.type_v)?;
         let observer = Owned::new(Observer::new(options.score_layers.clone()));
         let mut params = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(options.n_ctx))
@@ -208,20 +220,27 @@ impl<'m> LlamaEngine<'m> {
         let raw = params.as_raw_mut();
         raw.cb_eval = Some(on_node);
         raw.cb_eval_user_data = observer.0.as_ptr().cast();
+        #[cfg(feature = "kv-patches")]
+        {
+            raw.kv_size = options.kv_size.unwrap_or(0);
+        }
 
         log::forget();
-        let ctx = model.inner.new_context(backend()?, params).map_err(|e| {
+        let mut ctx = model.inner.new_context(backend()?, params).map_err(|e| {
             Error::llama(
                 "llama_init_from_model",
                 format!(
-                    "no context of {} cells: {}",
-                    options.n_ctx,
+                    "no context of {n_cells} cells: {}",
                     log::take_reason(&e.to_string())
                 ),
             )
         })?;
         let n_ctx = ctx.n_ctx() as usize;
+        let raw = NonNull::new(ctx.as_mut_ptr())
+            .ok_or_else(|| Error::llama("llama_init_from_model", "returned null"))?;
         Ok(LlamaEngine {
+            raw,
+            on_device: None,
             sampler: sampler.chain(model.n_vocab(), n_ctx),
             counted: model.eviction_obstacle().map(|_| 0),
             ctx,
@@ -512,6 +531,10 @@ impl Engine for LlamaEngine<'_> {
     }
 
     fn kv_bytes(&self) -> KvBytes {
+        #[cfg(feature = "kv-patches")]
+        if let Some(bytes) = self.cache_bytes() {
+            return bytes;
+        }
         self.observer.get().kv_bytes(self.n_ctx)
     }
 }

@@ -6,6 +6,8 @@
 //! cell had.
 
 mod abort;
+#[cfg(feature = "kv-patches")]
+mod cells;
 pub mod chat;
 mod context;
 pub mod gguf;
@@ -16,12 +18,14 @@ mod model;
 mod observer;
 pub mod quantize;
 mod sampler;
+mod state;
 mod vision;
 
 pub use abort::on_abort;
 pub use context::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 pub use model::{Model, ModelOptions, RopeFactors};
 pub use sampler::SamplerOptions;
+pub use state::SequenceState;
 pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Piece, Vision, VisionOptions};
 
 use std::sync::OnceLock;

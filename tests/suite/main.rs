@@ -14,6 +14,14 @@ mod fixture;
 mod gguf;
 mod house;
 mod image;
+#[cfg(feature = "kv-patches")]
+mod kv_cells;
+#[cfg(feature = "kv-patches")]
+mod kv_model;
+#[cfg(feature = "kv-patches")]
+mod kv_state;
+#[cfg(feature = "kv-patches")]
+mod kv_streams;
 mod masked;
 mod model;
 mod npz;

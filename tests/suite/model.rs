@@ -52,6 +52,7 @@ pub fn converted(outtype: &str) -> (&'static Path, &'static Path) {
 pub fn exact(n_ctx: u32) -> ContextOptions {
     ContextOptions {
         n_ctx,
+        kv_size: None,
         n_batch: 2048.min(n_ctx),
         n_ubatch: 512.min(n_ctx),
         n_threads: 1,

@@ -1,0 +1,350 @@
+//! Caches of two sequences, which share cells or have a stream each: llama.cpp driven by hand,
+//! beside a twin that gets the same tokens, removals, copies and shifts, but no moves and no other
+//! size. And what every function refuses.
+
+use std::collections::BTreeMap;
+
+use hae::engine::scripted::hashed;
+use llama_cpp_2::context::LlamaContext;
+use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
+use llama_cpp_2::llama_batch::LlamaBatch;
+use llama_cpp_2::model::LlamaModel;
+use llama_cpp_2::token::LlamaToken;
+use llama_cpp_sys_2 as sys;
+
+use crate::fixture::{backend, load};
+use crate::model::converted;
+use crate::npz::max_abs_diff;
+
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    unified: bool,
+    flash: bool,
+    n_ctx: u32,
+    kv_size: u32,
+}
+
+fn context(model: &LlamaModel, kind: Kind) -> LlamaContext<'_> {
+    let mut params = LlamaContextParams::default()
+        .with_n_ctx(std::num::NonZeroU32::new(kind.n_ctx))
+        .with_n_batch(64)
+        .with_n_ubatch(64)
+        .with_n_seq_max(2)
+        .with_n_threads(1)
+        .with_n_threads_batch(1)
+        .with_type_k(KvCacheType::F32)
+        .with_type_v(KvCacheType::F32)
+        .with_flash_attention_policy(i32::from(kind.flash));
+    params.as_raw_mut().kv_unified = kind.unified;
+    params.as_raw_mut().kv_size = kind.kv_size;
+    model.new_context(backend(), params).unwrap()
+}
+
+fn memory(ctx: &mut LlamaContext<'_>) -> sys::llama_memory_t {
+    // SAFETY: the context is alive.
+    unsafe { sys::llama_get_memory(ctx.as_mut_ptr()) }
+}
+
+fn newest(ctx: &mut LlamaContext<'_>, seq: i32) -> i32 {
+    // SAFETY: as above.
+    unsafe { sys::llama_memory_seq_pos_max(memory(ctx), seq) }
+}
+
+/// Decodes tokens behind the sequence's newest; the last one's logits.
+fn decode(ctx: &mut LlamaContext<'_>, seq: i32, tokens: &[i32]) -> Vec<f32> {
+    let mut batch = LlamaBatch::new(64, 1);
+    let start = newest(ctx, seq) + 1;
+    for (i, &token) in tokens.iter().enumerate() {
+        let last = i + 1 == tokens.len();
+        batch
+            .add(LlamaToken(token), start + i as i32, &[seq], last)
+            .unwrap();
+    }
+    ctx.decode(&mut batch).unwrap();
+    ctx.get_logits_ith(-1).to_vec()
+}
+
+fn cells(ctx: &mut LlamaContext<'_>, stream: u32) -> Vec<sys::llama_hae_cell> {
+    let none = sys::llama_hae_cell {
+        pos: 0,
+        n_seq: 0,
+        seq: 0,
+    };
+    // SAFETY: the array has room for as many cells as is said.
+    unsafe {
+        let n = sys::llama_hae_kv_size(ctx.as_mut_ptr());
+        let mut out = vec![none; n as usize];
+        let got = sys::llama_hae_kv_cells(ctx.as_mut_ptr(), stream, out.as_mut_ptr(), n as u32);
+        assert_eq!(got, n);
+        out
+    }
+}
+
+/// Used cells by what they say, and how often.
+fn kinds(ctx: &mut LlamaContext<'_>, stream: u32) -> BTreeMap<(i32, i32, i32), usize> {
+    let mut out = BTreeMap::new();
+    for cell in cells(ctx, stream) {
+        if cell.pos >= 0 {
+            *out.entry((cell.pos, cell.n_seq, cell.seq)).or_default() += 1;
+        }
+    }
+    out
+}
+
+fn compact(ctx: &mut LlamaContext<'_>, stream: u32) -> i32 {
+    let (mut from, mut to) = (vec![0; 1024], vec![0; 1024]);
+    // SAFETY: both arrays have room for 1024 moves.
+    unsafe {
+        sys::llama_hae_kv_compact(
+            ctx.as_mut_ptr(),
+            stream,
+            from.as_mut_ptr(),
+            to.as_mut_ptr(),
+            1024,
+        )
+    }
+}
+
+fn resize(ctx: &mut LlamaContext<'_>, n: u32) -> i32 {
+    // SAFETY: the context is alive.
+    unsafe { sys::llama_hae_kv_resize(ctx.as_mut_ptr(), n) }
+}
+
+/// Random steps on two contexts; the largest difference of logits.
+fn walk(kind: Kind, seed: u64) -> f32 {
+    let (text, _) = converted("f32");
+    let model = load(text);
+    let mut ctx = context(&model, kind);
+    let twin_kind = Kind { kv_size: 0, ..kind };
+    let mut twin = context(&model, twin_kind);
+    let (n_streams, n_max) = if kind.unified {
+        (1, kind.n_ctx)
+    } else {
+        (2, kind.n_ctx / 2)
+    };
+    let mut draws = 0;
+    let mut draw = |n: i32| {
+        draws += 1;
+        // The uniform number that it was made from.
+        let share = 1.0 + hashed(seed, draws, 0).ln() / 6.0;
+        (share * f64::from(n)) as i32 % n
+    };
+    let mut worst = 0.0f32;
+    for step in 0..150 {
+        let seq = draw(2);
+        match draw(10) {
+            0..4 => {
+                let n = 1 + draw(24);
+                let tokens: Vec<i32> = (0..n).map(|_| 3 + draw(900)).collect();
+                let free = |ctx: &mut LlamaContext<'_>| {
+                    let stream = if kind.unified { 0 } else { seq as u32 };
+                    cells(ctx, stream).iter().filter(|c| c.pos < 0).count()
+                };
+                if free(&mut ctx) < n as usize {
+                    if resize(&mut ctx, n_max) < 0 || free(&mut ctx) < n as usize {
+                        continue;
+                    }
+                }
+                let ours = decode(&mut ctx, seq, &tokens);
+                let theirs = decode(&mut twin, seq, &tokens);
+                worst = worst.max(max_abs_diff(&ours, &theirs));
+            }
+            4..6 => {
+                let newest = newest(&mut ctx, seq);
+                let start = draw(newest.max(1));
+                let end = (start + 1 + draw(20)).min(newest);
+                for ctx in [&mut ctx, &mut twin] {
+                    // SAFETY: a range of positions, start >= 0.
+                    unsafe {
+                        if start < end {
+                            sys::llama_memory_seq_rm(memory(ctx), seq, start, end);
+                        }
+                    }
+                }
+                // Now and then the rest moves up, which turns K of all of them at the next decode,
+                // or before the next compaction. With shared cells it would move the other's too.
+                if draw(3) == 0 && start < end && !kind.unified {
+                    for ctx in [&mut ctx, &mut twin] {
+                        // SAFETY: as above.
+                        unsafe {
+                            sys::llama_memory_seq_add(memory(ctx), seq, end, -1, start - end);
+                        }
+                    }
+                }
+            }
+            6 => {
+                for ctx in [&mut ctx, &mut twin] {
+                    // SAFETY: the whole of one sequence becomes the other's.
+                    unsafe {
+                        sys::llama_memory_seq_rm(memory(ctx), 1 - seq, -1, -1);
+                        sys::llama_memory_seq_cp(memory(ctx), seq, 1 - seq, -1, -1);
+                    }
+                }
+            }
+            7 | 8 => {
+                for stream in 0..n_streams {
+                    assert!(compact(&mut ctx, stream) >= 0);
+                    let map = cells(&mut ctx, stream);
+                    let used = map.iter().filter(|c| c.pos >= 0).count();
+                    assert!(map[used..].iter().all(|c| c.pos < 0), "step {step}");
+                }
+            }
+            _ => {
+                let n = 256 * (1 + draw(n_max as i32 / 256)) as u32;
+                let needed = (0..n_streams).map(|s| {
+                    let map = cells(&mut ctx, s);
+                    map.iter().rposition(|c| c.pos >= 0).map_or(0, |i| i + 1)
+                });
+                let fits = needed.max().unwrap() <= n as usize;
+                let got = resize(&mut ctx, n);
+                let expected = if fits {
+                    n as i32
+                } else {
+                    sys::LLAMA_HAE_KV_NO_ROOM
+                };
+                assert_eq!(got, expected, "step {step}");
+            }
+        }
+        for stream in 0..n_streams {
+            assert_eq!(
+                kinds(&mut ctx, stream),
+                kinds(&mut twin, stream),
+                "step {step}"
+            );
+        }
+    }
+    worst
+}
+
+#[test]
+fn two_sequences_in_one_stream() {
+    for (flash, seed) in [(false, 1), (true, 2), (false, 3), (true, 4)] {
+        let kind = Kind {
+            unified: true,
+            flash,
+            n_ctx: 1024,
+            kv_size: 256,
+        };
+        let worst = walk(kind, seed);
+        println!("one stream, flash {flash}: {worst:.1e}");
+        // With flash attention llama.cpp casts the F32 cache to F16.
+        let tolerance = if flash { 1e-1 } else { 1e-4 };
+        assert!(worst < tolerance, "{kind:?}: {worst}");
+    }
+}
+
+#[test]
+fn two_streams() {
+    for (flash, kv_size, seed) in [(false, 256, 5), (true, 256, 6), (false, 0, 7), (true, 0, 8)] {
+        let kind = Kind {
+            unified: false,
+            flash,
+            n_ctx: 2048,
+            kv_size,
+        };
+        let worst = walk(kind, seed);
+        println!("two streams, flash {flash}: {worst:.1e}");
+        // With flash attention llama.cpp casts the F32 cache to F16.
+        let tolerance = if flash { 1e-1 } else { 1e-4 };
+        assert!(worst < tolerance, "{kind:?}: {worst}");
+    }
+}
+
+#[test]
+fn mistakes_are_refused() {
+    let (text, _) = converted("f32");
+    let model = load(text);
+    let kind = Kind {
+        unified: true,
+        flash: true,
+        n_ctx: 1024,
+        kv_size: 300,
+    };
+    let mut context = context(&model, kind);
+    decode(&mut context, 0, &[5; 40]);
+    let map = kinds(&mut context, 0);
+    let ctx = context.as_mut_ptr();
+    let (mut a, mut b) = ([0u32; 4], [0u32; 4]);
+    let (pa, pb) = (a.as_mut_ptr(), b.as_mut_ptr());
+    let null: *mut u32 = std::ptr::null_mut();
+    let nothing = std::ptr::null_mut();
+    use sys::{
+        LLAMA_HAE_KV_ARGUMENT as ARGUMENT, LLAMA_HAE_KV_NO_ROOM as NO_ROOM,
+        LLAMA_HAE_KV_PRESENT as PRESENT, LLAMA_HAE_KV_UNSUPPORTED as UNSUPPORTED,
+    };
+    // SAFETY: every array has as many elements as is said, or is null with the claim that it has
+    // some, which has to be refused before it is touched.
+    unsafe {
+        assert_eq!(sys::llama_hae_kv_size(ctx), 512, "rounded up");
+        assert_eq!(sys::llama_hae_kv_size(nothing), UNSUPPORTED);
+        assert_eq!(
+            sys::llama_hae_kv_bytes(nothing, null.cast()),
+            i64::from(UNSUPPORTED)
+        );
+        assert_eq!(
+            sys::llama_hae_kv_cells(ctx, 1, null.cast(), 0),
+            ARGUMENT,
+            "no such stream"
+        );
+        assert_eq!(sys::llama_hae_kv_cells(ctx, 0, null.cast(), 1), ARGUMENT);
+        assert_eq!(sys::llama_hae_kv_cells(ctx, 0, null.cast(), 0), 512);
+        assert_eq!(sys::llama_hae_kv_batch_cells(ctx, null, 1), ARGUMENT);
+        assert_eq!(sys::llama_hae_kv_batch_cells(ctx, pa, 4), 40);
+        assert_eq!(a, [0, 1, 2, 3]);
+        assert_eq!(sys::llama_hae_kv_compact(ctx, 1, pa, pb, 4), ARGUMENT);
+        assert_eq!(sys::llama_hae_kv_compact(ctx, 0, null, null, 0), 0);
+        for n in [0, 1025, u32::MAX] {
+            assert_eq!(sys::llama_hae_kv_resize(ctx, n), ARGUMENT);
+        }
+        let size = sys::llama_hae_kv_rows_size(ctx) as usize;
+        assert_eq!(size, 16 + 6 * 2 * 256 * 4);
+        let mut row = vec![0u8; size];
+        let data = row.as_mut_ptr().cast();
+        for (cell, bytes) in [(7, size - 1), (7, 0), (40, size), (512, size), (u32::MAX, size)] {
+            let got = sys::llama_hae_kv_rows_get(ctx, &raw const cell, 1, data, bytes);
+            assert_eq!(got, ARGUMENT, "cell {cell}, {bytes} bytes");
+        }
+        assert_eq!(
+            sys::llama_hae_kv_rows_get(ctx, null, 1, data, size),
+            ARGUMENT
+        );
+        let cell = 7;
+        assert_eq!(
+            sys::llama_hae_kv_rows_get(ctx, &raw const cell, 1, data, size),
+            1
+        );
+        let put = |seq, pos: i32| {
+            let mut to = 0;
+            sys::llama_hae_kv_rows_set(ctx, seq, &raw const pos, 1, data, size, &raw mut to)
+        };
+        assert_eq!(put(0, 7), PRESENT);
+        for (seq, pos) in [(0, 8), (0, -1), (2, 7), (-1, 7), (i32::MAX, 7)] {
+            assert_eq!(put(seq, pos), ARGUMENT, "sequence {seq}, position {pos}");
+        }
+        assert_eq!(put(1, 7), 1, "the other sequence has it not");
+        sys::llama_memory_seq_rm(sys::llama_get_memory(ctx), 1, -1, -1);
+
+        // Two rows of one position.
+        let twice = [row.clone(), row.clone()].concat();
+        let positions = [7, 7];
+        let got = sys::llama_hae_kv_rows_set(
+            ctx,
+            1,
+            positions.as_ptr(),
+            2,
+            twice.as_ptr().cast(),
+            twice.len(),
+            pa,
+        );
+        assert_eq!(got, PRESENT);
+
+        // No place for what the moves were.
+        sys::llama_memory_seq_rm(sys::llama_get_memory(ctx), 0, 3, 9);
+        assert_eq!(sys::llama_hae_kv_compact(ctx, 0, pa, pb, 4), NO_ROOM);
+        assert_eq!(sys::llama_hae_kv_compact(ctx, 0, null, null, 4), NO_ROOM);
+        assert_eq!(sys::llama_hae_kv_compact(ctx, 0, null, null, 6), ARGUMENT);
+    }
+    let mut left = map;
+    left.retain(|&(pos, ..), _| !(3..9).contains(&pos));
+    assert_eq!(kinds(&mut context, 0), left);
+}
