@@ -8,7 +8,7 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 
 use hae::cache::{Cell, Ledger, Modality, Pos, ranges};
-use hae::controller::Controller;
+use hae::controller::{Controller, Origin};
 use hae::engine::Observation;
 use hae::engine::scripted::hashed;
 use hae::policy::{Amount, EvictionPolicy, Limits, Plan, PolicyOptions, create};
@@ -34,6 +34,13 @@ fn policy(n_cells: usize) -> Box<dyn EvictionPolicy> {
         },
     )
     .expect("valid options")
+}
+
+fn origin(i: usize) -> Origin {
+    match modality(i) {
+        Modality::Text => Origin::TEXT,
+        Modality::Vision => Origin::picture(0),
+    }
 }
 
 fn modality(i: usize) -> Modality {
@@ -128,7 +135,7 @@ fn step(group: &mut criterion::BenchmarkGroup<'_, criterion::measurement::WallTi
     for &cell in &cells {
         let pos = cell as Pos;
         controller
-            .inserted(&[cell], pos, modality(cell as usize), None)
+            .inserted(&[cell], &[pos], origin(cell as usize))
             .expect("an empty cell");
     }
     let mut free: Vec<Cell> = (cells.len() as Cell..n as Cell).rev().collect();
@@ -137,7 +144,7 @@ fn step(group: &mut criterion::BenchmarkGroup<'_, criterion::measurement::WallTi
     let mut rows: Vec<Observation> = (0..16).map(|pos| attention(pos, n)).collect();
     rows[0].queries[0] = controller.next_pos() - 1;
     controller.observed(&rows[0]).expect("finite scores");
-    controller.after_prefill().expect("a plan");
+    controller.after_prefill(false).expect("a plan");
 
     group.bench_function(BenchmarkId::new("step", n), |b| {
         b.iter(|| {
@@ -145,7 +152,7 @@ fn step(group: &mut criterion::BenchmarkGroup<'_, criterion::measurement::WallTi
             let cell = free.pop().expect("a free cell");
             held.push((pos, cell));
             controller
-                .inserted(&[cell], pos, Modality::Text, None)
+                .inserted(&[cell], &[pos], Origin::TEXT)
                 .expect("an empty cell");
             let row = &mut rows[pos as usize % 16];
             row.queries[0] = pos;

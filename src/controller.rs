@@ -7,15 +7,42 @@
 
 use std::ops::Range;
 
-use crate::cache::{Cell, Counts, Ledger, Modality, Pos, ranges};
+use crate::cache::{Cell, Counts, Ledger, Modality, Pos, SavedLedger, ranges};
 use crate::engine::Observation;
 use crate::error::Result;
-use crate::policy::{EvictionPolicy, Observe, Plan};
+use crate::policy::{DapMode, EvictionPolicy, Observe, Plan};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Prefill,
     Decode,
+}
+
+/// Where the rows of a batch come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    pub modality: Modality,
+    /// Which picture, for visual tokens.
+    pub image: Option<u32>,
+    /// The rows belong to a picture whose rows share positions (M-RoPE).
+    pub shared: bool,
+}
+
+impl Origin {
+    pub const TEXT: Origin = Origin {
+        modality: Modality::Text,
+        image: None,
+        shared: false,
+    };
+
+    /// Of picture number `image`, one position a row.
+    pub const fn picture(image: u32) -> Self {
+        Origin {
+            modality: Modality::Vision,
+            image: Some(image),
+            shared: false,
+        }
+    }
 }
 
 /// What the controller did, for reports.
@@ -28,10 +55,20 @@ pub struct Report {
     pub evicted_after_prefill: usize,
     /// Tokens removed while decoding.
     pub evicted_in_decoding: usize,
+    /// Tokens decoded again, or put back from host memory, for a later question.
+    pub recalled: usize,
     /// Decoding steps that removed tokens: each is one batch of removals.
     pub flushes: usize,
     /// Times that a token came back from the recycle bin.
     pub restores: usize,
+}
+
+/// A token that was just removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Evicted {
+    pub cell: Cell,
+    pub pos: Pos,
+    pub modality: Modality,
 }
 
 pub struct Controller {
@@ -42,6 +79,7 @@ pub struct Controller {
     decay: f32,
     phase: Phase,
     plan: Plan,
+    evicted: Vec<Evicted>,
     positions: Vec<Pos>,
     ranges: Vec<Range<Pos>>,
     evicted_after_prefill: usize,
@@ -65,6 +103,7 @@ impl Controller {
                 restore: Vec::with_capacity(n_cells),
                 evict: Vec::with_capacity(n_cells),
             },
+            evicted: Vec::with_capacity(n_cells),
             positions: Vec::with_capacity(n_cells),
             ranges: Vec::with_capacity(n_cells),
             evicted_after_prefill: 0,
@@ -87,6 +126,16 @@ impl Controller {
         self.observes_decoding
     }
 
+    /// When the policy prunes a prompt.
+    pub fn dap_mode(&self) -> DapMode {
+        self.policy.dap_mode()
+    }
+
+    /// Whether a new turn may call evicted tokens back.
+    pub fn recalls(&self) -> bool {
+        self.policy.recalls()
+    }
+
     /// The position of the next token, whatever was evicted.
     pub fn next_pos(&self) -> Pos {
         self.ledger.newest().map_or(0, |newest| newest + 1)
@@ -98,42 +147,21 @@ impl Controller {
         self.phase = Phase::Prefill;
     }
 
-    /// Writes down one batch: the token at position `pos + i` lies in `cells[i]`.
+    /// Writes down one batch: the token at position `pos[i]` lies in `cells[i]`.
     ///
     /// # Errors
     /// As [`Ledger::insert`].
-    pub fn inserted(
-        &mut self,
-        cells: &[Cell],
-        pos: Pos,
-        modality: Modality,
-        image: Option<u32>,
-    ) -> Result<()> {
-        for (&cell, pos) in cells.iter().zip(pos..) {
-            self.ledger.insert(cell, pos, modality, image)?;
-        }
-        Ok(())
-    }
-
-    /// Writes down one batch of a picture whose rows share `n_pos` positions from `base` on
-    /// (M-RoPE): row `first + i` of the picture lies in `cells[i]`. Which row counts as which
-    /// position does not matter, since no policy may remove single ones of them; the last
-    /// position must be reached.
-    ///
-    /// # Errors
-    /// As [`Ledger::insert`].
-    pub fn inserted_shared(
-        &mut self,
-        cells: &[Cell],
-        base: Pos,
-        first: usize,
-        n_pos: Pos,
-        image: Option<u32>,
-    ) -> Result<()> {
-        for (i, &cell) in cells.iter().enumerate() {
-            let row = Pos::try_from(first + i).unwrap_or(Pos::MAX);
-            let pos = base.saturating_add(row.min(n_pos - 1));
-            self.ledger.insert_shared(cell, pos, image)?;
+    pub fn inserted(&mut self, cells: &[Cell], pos: &[Pos], origin: Origin) -> Result<()> {
+        let Origin {
+            modality,
+            image,
+            shared,
+        } = origin;
+        for (&cell, &pos) in cells.iter().zip(pos) {
+            match shared {
+                true => self.ledger.insert_shared(cell, pos, image)?,
+                false => self.ledger.insert(cell, pos, modality, image)?,
+            }
         }
         Ok(())
     }
@@ -150,14 +178,95 @@ impl Controller {
         self.ledger.observe(seen, decay)
     }
 
-    /// Lets the policy act on a complete prompt. Gives the positions to remove, as sorted and
-    /// disjoint ranges.
+    /// Asks the policy which visual tokens of a prompt to leave out, by attention that was seen
+    /// in a trial run: `trial` is the ledger of that run. Gives their positions, sorted.
+    ///
+    /// # Errors
+    /// The policy's own.
+    pub fn prune(&mut self, trial: &Ledger) -> Result<Vec<Pos>> {
+        self.plan.clear();
+        self.policy.prune(trial, &mut self.plan)?;
+        let pos = |&cell: &Cell| trial.get(cell).map(|entry| entry.pos);
+        let mut pruned: Vec<Pos> = self.plan.evict.iter().filter_map(pos).collect();
+        pruned.sort_unstable();
+        Ok(pruned)
+    }
+
+    /// Counts visual tokens that were pruned before the prefill; `pos` are their positions.
+    pub fn skipped(&mut self, pos: &[Pos]) {
+        self.ledger.skipped(pos);
+        self.evicted_after_prefill += pos.len();
+    }
+
+    /// Removes these positions before a prompt goes in. Gives them as sorted, disjoint ranges.
+    ///
+    /// # Errors
+    /// [`crate::Error::Cell`] for a token that cannot go.
+    pub fn remove(&mut self, cells: &[Cell]) -> Result<&[Range<Pos>]> {
+        self.plan.clear();
+        self.plan.evict.extend_from_slice(cells);
+        self.evicted_after_prefill += cells.len();
+        self.apply()
+    }
+
+    /// Writes down that evicted tokens are back in the cache.
+    ///
+    /// # Errors
+    /// As [`Ledger::recall`].
+    pub fn recalled(&mut self, cells: &[Cell], pos: &[Pos], origin: Origin) -> Result<()> {
+        for (&cell, &pos) in cells.iter().zip(pos) {
+            self.ledger
+                .recall(cell, pos, origin.modality, origin.image)?;
+        }
+        Ok(())
+    }
+
+    /// Marks visual tokens that separate parts of a picture: `separators[i]` is that of `cells[i]`,
+    /// none where it is empty.
+    ///
+    /// # Errors
+    /// As [`Ledger::mark_separator`].
+    pub fn mark_separators(&mut self, cells: &[Cell], separators: &[bool]) -> Result<()> {
+        for (&cell, _) in cells.iter().zip(separators).filter(|&(_, &is)| is) {
+            self.ledger.mark_separator(cell)?;
+        }
+        Ok(())
+    }
+
+    /// Lets this turn's question judge the pictures of earlier turns anew.
+    pub fn reopen_pictures(&mut self) {
+        self.ledger.reopen_pictures();
+    }
+
+    /// Follows tokens that the engine moved to other cells.
+    ///
+    /// # Errors
+    /// As [`Ledger::moved`].
+    pub fn moved(&mut self, moves: &[(Cell, Cell)]) -> Result<()> {
+        self.ledger.moved(moves)
+    }
+
+    /// The positions that the last plan removed, as sorted, disjoint ranges.
+    pub fn planned(&self) -> &[Range<Pos>] {
+        &self.ranges
+    }
+
+    /// The tokens that the last plan removed.
+    pub fn evicted(&self) -> &[Evicted] {
+        &self.evicted
+    }
+
+    /// Lets the policy act on a complete prompt; `pruned` says that it was pruned before it went
+    /// in. Gives the positions to remove, as sorted and disjoint ranges.
     ///
     /// # Errors
     /// The policy's own, and [`crate::Error::Cell`] for a plan that cannot be.
-    pub fn after_prefill(&mut self) -> Result<&[Range<Pos>]> {
+    pub fn after_prefill(&mut self, pruned: bool) -> Result<&[Range<Pos>]> {
         self.phase = Phase::Decode;
         self.plan.clear();
+        if !pruned {
+            self.policy.prune(&self.ledger, &mut self.plan)?;
+        }
         self.policy.after_prefill(&self.ledger, &mut self.plan)?;
         self.evicted_after_prefill += self.plan.evict.len();
         self.apply()
@@ -179,8 +288,16 @@ impl Controller {
     /// Evictions come first, so that a cell that is also to be binned or restored is found empty.
     fn apply(&mut self) -> Result<&[Range<Pos>]> {
         self.positions.clear();
+        self.evicted.clear();
         for &cell in &self.plan.evict {
-            self.positions.push(self.ledger.remove(cell)?);
+            let modality = self.ledger.get(cell).map(|entry| entry.modality);
+            let pos = self.ledger.remove(cell)?;
+            self.positions.push(pos);
+            self.evicted.push(Evicted {
+                cell,
+                pos,
+                modality: modality.unwrap_or(Modality::Text),
+            });
         }
         for &cell in &self.plan.restore {
             self.ledger.restore(cell)?;
@@ -190,6 +307,16 @@ impl Controller {
         }
         ranges::coalesce(&mut self.positions, &mut self.ranges);
         Ok(&self.ranges)
+    }
+
+    /// Goes on from a saved ledger, whose tokens lie in these cells now.
+    ///
+    /// # Errors
+    /// As [`Ledger::load`].
+    pub fn load(&mut self, saved: &SavedLedger, cells: &[Cell]) -> Result<()> {
+        self.clear();
+        self.phase = Phase::Decode;
+        self.ledger.load(saved, cells)
     }
 
     /// Takes back every token from position `from` on and gives the number of cells still in use.
@@ -217,6 +344,7 @@ impl Controller {
             evicted_in_decoding: self.evicted_in_decoding,
             flushes: self.flushes,
             restores: cells.restored.total(),
+            recalled: cells.recalled.total(),
         }
     }
 }

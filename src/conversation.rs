@@ -1,5 +1,6 @@
 //! A conversation with a model: pictures and text in, an answer and what it cost out.
 
+use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -10,8 +11,11 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::{Axes, Finish, Hooks, Segment, Session};
 use crate::image::Picture;
-use crate::llama::{ImageEmbeddings, LlamaEngine, Mrope, Piece, Vision};
+use crate::llama::{ImageEmbeddings, LlamaEngine, Model, Mrope, Piece, RopeFactors, Vision};
 use crate::prompt::{Transcript, place_pictures, tokenize};
+use crate::saved::{ModelIdentity, Saved};
+
+const NO_VISION: &str = "pictures need a vision file, give one with --mmproj";
 
 /// One user turn.
 #[derive(Debug, Default)]
@@ -54,6 +58,10 @@ pub struct KvReport {
     pub bytes_peak: u64,
     /// Bytes of the buffers behind the cache, whatever is in use.
     pub bytes_allocated: u64,
+    /// The most that these ever were, trial runs included.
+    pub bytes_allocated_peak: u64,
+    /// Bytes of evicted text that waits in host memory.
+    pub bytes_host: u64,
 }
 
 /// Milliseconds.
@@ -61,7 +69,7 @@ pub struct KvReport {
 pub struct TimingReport {
     /// Cutting up and encoding the pictures; the prompt's tokenization is in it.
     pub vision_encode_ms: f64,
-    /// Scoring before the prefill: always 0 in this version, which scores during it.
+    /// The trial run of the first layers before the prefill (`--dap-mode early`).
     pub probe_ms: f64,
     pub prefill_ms: f64,
     /// From the question to the first token, encoding included.
@@ -80,6 +88,8 @@ pub struct PolicyReport {
     pub evicted_in_decoding: usize,
     /// Decoding steps that emptied the recycle bin.
     pub flushes: usize,
+    /// Evicted tokens that came back for a later question.
+    pub recalled: usize,
 }
 
 /// A model, its cache and what was said.
@@ -110,15 +120,18 @@ impl std::fmt::Debug for Conversation<'_> {
 }
 
 impl<'m> Conversation<'m> {
+    /// `max_positions`: how far the rope factors reach, if not everywhere; `host_bin`: bytes of
+    /// host memory for evicted text.
     pub fn new(
         engine: LlamaEngine<'m>,
         vision: Option<Vision<'m>>,
         controller: Controller,
         transcript: Transcript,
         max_positions: Option<usize>,
+        host_bin: usize,
     ) -> Self {
         Conversation {
-            session: Session::new(engine, controller),
+            session: Session::new(engine, controller).with_host_bin(host_bin),
             vision,
             transcript,
             pending: None,
@@ -131,9 +144,84 @@ impl<'m> Conversation<'m> {
     pub fn clear(&mut self) {
         self.session.engine.clear();
         self.session.controller.clear();
+        self.session.forget();
         self.transcript.clear();
         self.pending = None;
         self.images = 0;
+    }
+
+    /// Keeps the conversation in a file.
+    ///
+    /// # Errors
+    /// Those of [`Saved::write`] and [`LlamaEngine::state`].
+    pub fn save(&mut self, path: &Path) -> Result<()> {
+        let Session {
+            engine, controller, ..
+        } = &mut self.session;
+        let saved = Saved {
+            model: identity(engine.model())?,
+            rope_factors: engine.rope_factors(),
+            transcript: self.transcript.clone(),
+            pending: self.pending,
+            images: self.images,
+            ledger: controller.ledger().save(),
+            state: engine.state()?,
+            history: self.session.history().clone(),
+            host_bin: self.session.host_bin().saved().cloned().collect(),
+        };
+        saved.write(path)
+    }
+
+    /// Goes on with a conversation from a file, in the place of this one.
+    ///
+    /// # Errors
+    /// [`Error::Option`] naming what the file does not go with: another model, other rope
+    /// factors, too small a context. The conversation is then empty.
+    pub fn resume(&mut self, saved: Saved) -> Result<()> {
+        self.clear();
+        let refuse = |reason: String| Error::option("--session", reason);
+        let engine = &mut self.session.engine;
+        let model = identity(engine.model())?;
+        if saved.model != model {
+            let reason = format!(
+                "was made with another model ({} of {} layers, {} bytes), expected {} of {} layers, {} bytes",
+                saved.model.arch,
+                saved.model.n_layer,
+                saved.model.bytes,
+                model.arch,
+                model.n_layer,
+                model.bytes
+            );
+            return Err(refuse(reason));
+        }
+        if saved.rope_factors != engine.rope_factors() {
+            let of = |factors: RopeFactors| format!("{factors:?}").to_lowercase();
+            let reason = format!(
+                "was made with {0} rope factors, this run has {1} ones: give --rope-factors {0}",
+                of(saved.rope_factors),
+                of(engine.rope_factors())
+            );
+            return Err(refuse(reason));
+        }
+        let tokens = saved.ledger.entries.len();
+        if tokens > engine.n_cells() {
+            let n_ctx = engine.n_cells();
+            return Err(refuse(format!(
+                "holds {tokens} cells, the context {n_ctx}: give a larger -c"
+            )));
+        }
+        let cells = match tokens {
+            0 => Vec::new(),
+            n => engine
+                .restore_bytes(saved.state, n)
+                .map_err(|e| refuse(format!("does not fit this run: {e}")))?,
+        };
+        self.session.controller.load(&saved.ledger, &cells)?;
+        self.session.resume(saved.history, saved.host_bin);
+        self.transcript = saved.transcript;
+        self.pending = saved.pending;
+        self.images = saved.images;
+        Ok(())
     }
 
     /// The position that the next token takes, whatever was evicted.
@@ -146,6 +234,17 @@ impl<'m> Conversation<'m> {
         self.vision.is_some()
     }
 
+    /// Checks a number of crops for the pictures to come.
+    ///
+    /// # Errors
+    /// [`Error::Option`] without a vision model, otherwise as [`Vision::check_num_crops`].
+    pub fn check_num_crops(&self, n: u32) -> Result<()> {
+        match &self.vision {
+            Some(vision) => vision.check_num_crops(n),
+            None => Err(Error::option("--num-crops", NO_VISION)),
+        }
+    }
+
     /// The state of the cache.
     pub fn kv(&self) -> KvReport {
         let cells = self.session.controller.ledger().counts();
@@ -156,6 +255,8 @@ impl<'m> Conversation<'m> {
             bytes_in_use: bytes.per_cell * cells.cells() as u64,
             bytes_peak: bytes.per_cell * cells.peak as u64,
             bytes_allocated: bytes.allocated,
+            bytes_allocated_peak: self.session.peak_bytes().max(bytes.allocated),
+            bytes_host: self.session.host_bin().bytes() as u64,
         }
     }
 
@@ -224,7 +325,7 @@ impl<'m> Conversation<'m> {
             kv: self.kv(),
             timings: TimingReport {
                 vision_encode_ms: ms(encode),
-                probe_ms: 0.0,
+                probe_ms: ms(generated.timings.probe),
                 prefill_ms: ms(generated.timings.prefill),
                 ttft_ms: generated.timings.first_token.map(|t| ms(t + encode)),
                 tpot_ms: generated.timings.per_token().map(ms),
@@ -236,6 +337,7 @@ impl<'m> Conversation<'m> {
                 evicted_after_prefill: report.evicted_after_prefill,
                 evicted_in_decoding: report.evicted_in_decoding,
                 flushes: report.flushes,
+                recalled: report.recalled,
             },
             text: generated.text,
         })
@@ -296,10 +398,7 @@ impl<'m> Conversation<'m> {
                 Piece::Text(tokens) => segments.push(Segment::Tokens(tokens)),
                 Piece::Image(image) => {
                     let Some(vision) = &mut self.vision else {
-                        return Err(Error::option(
-                            "--image",
-                            "pictures need a vision file, give one with --mmproj",
-                        ));
+                        return Err(Error::option("--image", NO_VISION));
                     };
                     images.push(image.n);
                     if cancelled() {
@@ -321,6 +420,19 @@ impl<'m> Conversation<'m> {
             + segments.iter().map(Segment::positions).sum::<usize>();
         self.max_positions.map(|max| max.saturating_sub(taken))
     }
+}
+
+fn identity(model: &Model) -> Result<ModelIdentity> {
+    let bytes = std::fs::metadata(model.path())
+        .map_err(|e| Error::io(model.path(), e))?
+        .len();
+    Ok(ModelIdentity {
+        arch: model.arch().to_owned(),
+        n_layer: model.n_layer(),
+        n_embd: model.n_embd(),
+        n_vocab: model.n_vocab(),
+        bytes,
+    })
 }
 
 /// An encoded picture as the loops take it.

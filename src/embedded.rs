@@ -8,10 +8,12 @@ use tempfile::NamedTempFile;
 use crate::error::{Error, Result};
 use crate::tempfiles::Listed;
 
-const MODEL: &[u8] = include_bytes!("../models/tiny-phi3v-Q8_0.gguf");
-const MMPROJ: &[u8] = include_bytes!("../models/mmproj-tiny-phi3v-F16.gguf");
+const MODEL: &[u8] = include_bytes!("../models/small-phi3v-Q8_0.gguf");
+const MMPROJ: &[u8] = include_bytes!("../models/mmproj-small-phi3v-F16.gguf");
 /// The picture that `hae demo` shows when none is given.
 pub const PICTURE: &[u8] = include_bytes!("../models/demo.png");
+/// Crops of that picture: its cells are as large as the model's training pictures had them.
+pub const PICTURE_CROPS: u32 = 16;
 
 /// The model's two files, laid out where llama.cpp can map them. Removed on drop.
 #[derive(Debug)]
@@ -23,10 +25,10 @@ pub struct Embedded {
 
 impl Embedded {
     /// # Errors
-    /// [`Error::Io`] when the temporary folder cannot take the 9 MB.
+    /// [`Error::Io`] when the temporary folder cannot take the 12 MB.
     pub fn unpack() -> Result<Self> {
-        let model = write("tiny-phi3v-", MODEL)?;
-        let mmproj = write("mmproj-tiny-phi3v-", MMPROJ)?;
+        let model = write("small-phi3v-", MODEL)?;
+        let mmproj = write("mmproj-small-phi3v-", MMPROJ)?;
         Ok(Embedded {
             _listed: [&model, &mmproj].map(|file| Listed::new(file.path())),
             model,

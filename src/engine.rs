@@ -42,8 +42,9 @@ impl Input<'_> {
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
     pub input: Input<'a>,
-    /// Position of the first row; the others follow without holes.
-    pub pos: Pos,
+    /// Position of each row, ascending: `[input.len()]`. A row of a picture with several axes
+    /// has here what it counts as in the sequence.
+    pub pos: &'a [Pos],
     /// Rows of this batch (ascending, < `input.len()`) whose attention is wanted; empty: none.
     pub queries: &'a [u32],
     /// Whether the logits of the last row are wanted.
@@ -112,6 +113,57 @@ pub trait Engine {
     /// Takes back everything from position `from` on; `left` cells stay in use. Unlike
     /// [`Engine::remove`] this may take the newest position: the next batch starts at `from`.
     fn rewind(&mut self, from: Pos, left: usize) -> Result<()>;
+
+    /// Whether a batch may have holes between its positions, and lie before the newest one: what
+    /// was evicted can then be decoded again, or left out from the start.
+    fn takes_any_position(&self) -> bool {
+        false
+    }
+
+    /// An engine for a trial run: the same model, cut off after the last layer whose attention is
+    /// read, with an empty cache of its own for `n_cells` tokens. It has no logits. `None` where
+    /// that cannot be had.
+    ///
+    /// # Errors
+    /// When it could be had but there is no memory for it.
+    fn trial(&self, _n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
+        Ok(None)
+    }
+
+    /// Makes room for `n` more tokens at once, where the cache grows in steps otherwise.
+    ///
+    /// # Errors
+    /// [`crate::Error::ContextFull`] when there can be no room; the cache is unchanged.
+    fn make_room(&mut self, _n: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// After removals: moves tokens together and gives memory back where that pays. Fills `moves`
+    /// (cleared first) with the cells that tokens went from and to, to be followed in this order.
+    ///
+    /// # Errors
+    /// The engine's own; the cache is then unchanged.
+    fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
+        moves.clear();
+        Ok(())
+    }
+
+    /// Appends the K and V rows of these cells to `out`, `row_bytes` each. False: the engine
+    /// cannot.
+    ///
+    /// # Errors
+    /// The engine's own.
+    fn save_rows(&mut self, _cells: &[Cell], _out: &mut Vec<u8>) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Puts saved rows into free cells again, at these positions; fills `cells` with them.
+    ///
+    /// # Errors
+    /// [`crate::Error::ContextFull`] when there is no room; the cache is then unchanged.
+    fn restore_rows(&mut self, _pos: &[Pos], _rows: &[u8], _cells: &mut Vec<Cell>) -> Result<()> {
+        Err(crate::Error::contract("rows for an engine that saves none"))
+    }
 
     /// Cells that the cache can hold.
     fn n_cells(&self) -> usize;

@@ -4,19 +4,27 @@
 //! between them. [`Session::generate`] is one turn of it. [`Session::prefill`] and
 //! [`Session::step`] are its parts, for those who feed the tokens themselves.
 
+mod feed;
+mod history;
+mod hostbin;
+mod prefill;
 mod prompt;
+mod trial;
 mod utf8;
 
 use std::time::Duration;
 
-use crate::cache::{Cell, Modality, PerModality, Pos};
-use crate::controller::Controller;
-use crate::engine::{Batch, Engine, Input, Observation, Token};
+use crate::cache::{Cell, PerModality, Pos};
+use crate::controller::{Controller, Origin};
+use crate::engine::{Engine, Input, Token};
 use crate::error::{Error, Result};
-use crate::policy::{Observe, Queries};
-use prompt::{Place, count};
+use feed::Feed;
+use prefill::Prefilled;
+use prompt::count;
 use utf8::Utf8Stream;
 
+pub use history::{History, Placed};
+pub use hostbin::{HostBin, Saved};
 pub use prompt::{Axes, Segment};
 
 /// Why a generation ended.
@@ -61,6 +69,8 @@ pub struct Generated {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timings {
+    /// The trial run that judges a prompt before it goes in.
+    pub probe: Duration,
     /// The prompt through the model, and the eviction after it.
     pub prefill: Duration,
     /// From the start of the prefill to the first token (TTFT without what came before it).
@@ -79,88 +89,60 @@ impl Timings {
     }
 }
 
-/// One batch before it is positioned.
-struct Rows<'a> {
-    input: Input<'a>,
-    modality: Modality,
-    image: Option<u32>,
-    place: Place,
-}
-
 /// A conversation: the model, its cache's controller, and the buffers between them.
 pub struct Session<E> {
     pub engine: E,
     pub controller: Controller,
-    cells: Vec<Cell>,
-    seen: Observation,
-    queries: Vec<u32>,
+    history: History,
+    host_bin: HostBin,
+    feed: Feed,
+    moves: Vec<(Cell, Cell)>,
 }
 
 impl<E: Engine> Session<E> {
     /// `engine` is empty and `controller` made for its number of cells.
     pub fn new(engine: E, controller: Controller) -> Self {
-        let (cells, queries) = (Vec::new(), Vec::new());
         Session {
             engine,
             controller,
-            cells,
-            seen: Observation::default(),
-            queries,
+            history: History::default(),
+            host_bin: HostBin::default(),
+            feed: Feed::default(),
+            moves: Vec::new(),
         }
     }
 
-    /// Takes a prompt in after what the cache holds, and lets the policy act. False: cancelled
-    /// on the way; what had gone in was taken out again, and the policy did not act.
-    ///
-    /// # Errors
-    /// [`Error::PromptTooLong`] when it does not fit beside what the cache holds: even a policy
-    /// that evicts judges a prompt only when all of it is in. [`Error::Option`] for an empty
-    /// prompt or a misshapen picture. The cache is unchanged in both cases, and after the
-    /// engine's own errors if the engine can take tokens back.
-    pub fn prefill(&mut self, prompt: &[Segment], cancelled: &dyn Fn() -> bool) -> Result<bool> {
-        self.check(prompt)?;
-        self.controller.begin_turn();
-        let from = self.controller.next_pos();
-        let complete = self.feed(prompt, cancelled);
-        if !matches!(complete, Ok(true)) {
-            let left = self.controller.rewind(from);
-            let rewound = self.engine.rewind(from, left);
-            // The error of the prompt says more than one that follows from it.
-            if complete.is_ok() {
-                rewound?;
-            }
-            return complete;
-        }
-        self.engine_remove(Controller::after_prefill)?;
-        Ok(true)
+    /// Keeps evicted text in this much host memory, to be put back for a later question.
+    pub fn with_host_bin(mut self, max_bytes: usize) -> Self {
+        self.host_bin = HostBin::new(max_bytes);
+        self
     }
 
-    /// The prompt's batches, one after the other; false: cancelled.
-    fn feed(&mut self, prompt: &[Segment], cancelled: &dyn Fn() -> bool) -> Result<bool> {
-        let n_batch = self.engine.n_batch().max(1);
-        let last = prompt.iter().rposition(|segment| !segment.is_empty());
-        for (s, segment) in prompt.iter().enumerate() {
-            let mut start = 0;
-            let base = self.controller.next_pos();
-            while start < segment.len() {
-                if cancelled() {
-                    return Ok(false);
-                }
-                let end = segment.len().min(start + n_batch);
-                let is_last = Some(s) == last && end == segment.len();
-                self.select_queries(segment.modality(), end - start, is_last);
-                let (place, mrope) = segment.place(base, start, end);
-                let rows = Rows {
-                    input: segment.rows(start, end, mrope.as_deref()),
-                    modality: segment.modality(),
-                    image: segment.image(),
-                    place,
-                };
-                self.run(rows, is_last)?;
-                start = end;
-            }
-        }
-        Ok(true)
+    /// What went in since the cache was last empty, where it can be called back.
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// The most bytes that were ever allocated for KV at once, trial runs included.
+    pub fn peak_bytes(&self) -> u64 {
+        self.feed.peak_bytes
+    }
+
+    pub fn host_bin(&self) -> &HostBin {
+        &self.host_bin
+    }
+
+    /// Goes on with what went in earlier; the engine and the controller hold its cache.
+    pub fn resume(&mut self, history: History, saved: Vec<Saved>) {
+        self.history = history;
+        saved.into_iter().for_each(|rows| self.host_bin.push(rows));
+    }
+
+    /// Forgets what went in: the engine and the controller were cleared.
+    pub fn forget(&mut self) {
+        self.history.clear();
+        self.host_bin.clear();
+        self.feed.peak_bytes = 0;
     }
 
     /// Takes one token in, and lets the policy act.
@@ -168,18 +150,24 @@ impl<E: Engine> Session<E> {
     /// # Errors
     /// [`Error::ContextFull`] when no cell is left; the cache is then unchanged.
     pub fn step(&mut self, token: Token) -> Result<()> {
-        self.queries.clear();
+        self.check_positions(1)?;
+        let pos = self.controller.next_pos();
+        let feed = &mut self.feed;
+        feed.queries.clear();
         if self.controller.observes_decoding() {
-            self.queries.push(0);
+            feed.queries.push(0);
         }
-        let rows = Rows {
-            input: Input::Tokens(&[token]),
-            modality: Modality::Text,
-            image: None,
-            place: Place::Next,
-        };
-        self.run(rows, true)?;
-        self.engine_remove(Controller::after_step)
+        feed.pos.clear();
+        feed.pos.push(pos);
+        feed.run(&mut self.engine, Input::Tokens(&[token]), true)?;
+        self.controller
+            .inserted(&feed.cells, &feed.pos, Origin::TEXT)?;
+        self.controller.observed(&feed.seen)?;
+        if self.remembers() {
+            self.history.push_token(pos, token);
+        }
+        self.controller.after_step()?;
+        self.remove_planned()
     }
 
     /// One turn: the prompt, then tokens until one ends the answer, `n_predict` are out, the
@@ -199,9 +187,10 @@ impl<E: Engine> Session<E> {
             now,
         } = hooks;
         let start = now();
-        let complete = self.prefill(prompt, cancelled)?;
+        let Prefilled { complete, probe } = self.prefill_timed(prompt, cancelled, now)?;
         let mut timings = Timings {
-            prefill: now().saturating_sub(start),
+            probe,
+            prefill: now().saturating_sub(start).saturating_sub(probe),
             ..Timings::default()
         };
         let (mut text, mut tokens, mut pending) = (String::new(), Vec::new(), None);
@@ -252,30 +241,6 @@ impl<E: Engine> Session<E> {
         })
     }
 
-    fn check(&self, prompt: &[Segment]) -> Result<()> {
-        for segment in prompt {
-            segment.check()?;
-        }
-        let rows = count(prompt).total();
-        if rows == 0 {
-            return Err(Error::option(
-                "prompt",
-                "is empty, expected at least one token",
-            ));
-        }
-        let n_ctx = self.engine.n_cells();
-        let needed = self
-            .controller
-            .ledger()
-            .counts()
-            .cells()
-            .saturating_add(rows);
-        if needed > n_ctx {
-            return Err(Error::PromptTooLong { needed, n_ctx });
-        }
-        self.check_positions(rows)
-    }
-
     /// Positions count up for ever, cells do not: a very long conversation runs out of numbers.
     fn check_positions(&self, rows: usize) -> Result<()> {
         let rows = Pos::try_from(rows).unwrap_or(Pos::MAX);
@@ -284,84 +249,6 @@ impl<E: Engine> Session<E> {
             None => Err(Error::ContextFull {
                 n_ctx: self.engine.n_cells(),
             }),
-        }
-    }
-
-    /// The rows of the next batch whose attention the policy wants.
-    fn select_queries(&mut self, modality: Modality, rows: usize, is_last: bool) {
-        self.queries.clear();
-        let rows = rows as u32;
-        match self.controller.observe() {
-            Observe::Layers {
-                queries: Queries::All,
-                ..
-            } if modality == Modality::Text => {
-                self.queries.extend(0..rows);
-            }
-            Observe::Layers {
-                queries: Queries::Last,
-                ..
-            } if is_last => {
-                self.queries.push(rows - 1);
-            }
-            _ => {}
-        }
-    }
-
-    /// One batch through the engine and into the ledger.
-    fn run(&mut self, rows: Rows<'_>, logits: bool) -> Result<()> {
-        let Rows {
-            input,
-            modality,
-            image,
-            place,
-        } = rows;
-        self.check_positions(input.len())?;
-        let pos = match place {
-            Place::Next => self.controller.next_pos(),
-            Place::Shared { base, .. } => base,
-        };
-        let batch = Batch {
-            input,
-            pos,
-            queries: &self.queries,
-            logits,
-        };
-        self.engine.decode(batch, &mut self.cells, &mut self.seen)?;
-        let (rows, cells) = (input.len(), self.cells.len());
-        if cells != rows {
-            return Err(Error::contract(format!(
-                "{cells} cells for a batch of {rows} rows"
-            )));
-        }
-        // Missing attention would let every token look unused.
-        let (wanted, seen) = (self.queries.len(), self.seen.queries.len());
-        if seen != wanted {
-            return Err(Error::contract(format!(
-                "attention of {seen} rows, expected {wanted}"
-            )));
-        }
-        match place {
-            Place::Next => self
-                .controller
-                .inserted(&self.cells, pos, modality, image)?,
-            Place::Shared { base, first, n_pos } => {
-                self.controller
-                    .inserted_shared(&self.cells, base, first, n_pos, image)?
-            }
-        }
-        self.controller.observed(&self.seen)
-    }
-
-    fn engine_remove(
-        &mut self,
-        plan: impl FnOnce(&mut Controller) -> Result<&[std::ops::Range<Pos>]>,
-    ) -> Result<()> {
-        let ranges = plan(&mut self.controller)?;
-        if ranges.is_empty() {
-            Ok(())
-        } else {
-            self.engine.remove(ranges)
         }
     }
 }

@@ -10,6 +10,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod bench;
 pub mod build;
 pub mod cache;
 pub mod controller;
@@ -22,9 +23,11 @@ pub mod generate;
 pub mod image;
 #[allow(unsafe_code)]
 pub mod llama;
+pub mod noise;
 pub mod outfile;
 pub mod policy;
 pub mod prompt;
+pub mod saved;
 pub mod tempfiles;
 
 pub use error::{Error, Result};

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use cli::{Done, convert, demo, interrupt, options, quantize, run};
+use cli::{Done, bench, convert, demo, interrupt, options, quantize, run};
 
 /// Run vision-language GGUFs with a KV cache that stays small.
 #[derive(Debug, Parser)]
@@ -26,6 +26,8 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Describe a picture twice, with llama.cpp's KV cache and with HAE, and compare
     Demo(Box<demo::Args>),
+    /// Measure speed and memory under several cache policies, as llama-bench does
+    Bench(Box<bench::Args>),
 }
 
 /// Parses the command line and runs it. Exit codes: 0 done, 2 usage or
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
             Command::Convert(args) => convert::run(&args),
             Command::Quantize(args) => quantize::run(&args),
             Command::Demo(args) => demo::run(&args),
+            Command::Bench(args) => bench::run(&args),
         }
     };
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(command)) {

@@ -7,7 +7,7 @@ use crate::llama::chat::{self, Message};
 use crate::llama::{Model, Piece, Vision};
 
 /// The text of a conversation as the model has seen it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Transcript {
     /// Name or text of the chat template; `None`: prompts go in as they are.
     template: Option<String>,
@@ -22,7 +22,7 @@ impl Transcript {
         let messages = system
             .into_iter()
             .map(|content| Message {
-                role: "system",
+                role: "system".into(),
                 content,
             })
             .collect();
@@ -57,7 +57,7 @@ impl Transcript {
             return Ok(content);
         };
         self.messages.push(Message {
-            role: "user",
+            role: "user".into(),
             content,
         });
         let full = match chat::apply(model, template, &self.messages, true) {
@@ -90,7 +90,7 @@ impl Transcript {
         } else {
             self.answer = text.to_owned();
             self.messages.push(Message {
-                role: "assistant",
+                role: "assistant".into(),
                 content: text.to_owned(),
             });
         }

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pruning import about, separators
-from runner import Row, Runner, read
+from runner import Runner
+from scoring import Row, read
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from torch import Tensor
 import asking
 import stories
 from draw import draw
-from evaluate import turns_of
 from export import write_json
 from preprocess import hd_image, preprocess
 from pruning import scores
 from runner import Asked, Runner
+from scoring import turns_of
 from sets import GOLDEN_SEED
 from tokenizer import chat
 from world import LAYOUTS, Scene, make_scene
@@ -98,7 +98,7 @@ def golden(run: Runner, case: Case, out: Path) -> dict[str, Any]:
         "stopped": tokens[-1] in run.stop, "logits": f"{case.name}_logits.npz",
         "top5": [[int(i), round(float(logits[i]), 5)] for i in logits.topk(5).indices]}
 
-    def save(kind: str, **arrays: np.ndarray) -> None:
+    def save(kind: str, **arrays: Any) -> None:
         entry[kind] = f"{case.name}_{kind}.npz"
         np.savez_compressed(out / entry[kind], **arrays)
 

@@ -82,9 +82,9 @@ def packed_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: 
     lse_head, lse_rest = lse[:, :, :head].contiguous(), lse[:, :, head:].contiguous()
     q0, k0, v0 = _flash_backward(g[:, :, :head], q[:, :, :head], hk, hv, y[:, :, :head], lse_head, True)
     q1, k1, v1 = _flash_backward(g[:, :, head:], q[:, :, head:], hk, hv, y[:, :, head:], lse_rest, False)
-    own = [_split(x, head, count) for x in (g, q, k, v, y)]
+    go, qo, ko, vo, yo = (_split(x, head, count) for x in (g, q, k, v, y))
     lse_own = _split(lse.unsqueeze(-1), head, count).squeeze(-1).contiguous()
-    q2, k2, v2 = _flash_backward(*own, lse_own, True)
+    q2, k2, v2 = _flash_backward(go, qo, ko, vo, yo, lse_own, True)
     grads = []
     for x0, x1 in ((q0, q1 + _join(q2, n)), (k0 + k1, _join(k2, n)), (v0 + v1, _join(v2, n))):
         out = torch.empty(n, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -122,7 +122,8 @@ def error(device: torch.device, dtype: torch.dtype) -> float:
     results = []
     for y, run in ((x, plain), (x.to(dtype), lambda q, k, v, p: packed(q, k, v, p[0], p[1])[0])):
         y = y.detach().requires_grad_()
-        out = run(*y.unbind(0), pack)
+        q, k, v = y.unbind(0)
+        out = run(q, k, v, pack)
         out.backward(g.to(out.dtype))
         results.append((out.detach().float(), y.grad.float()))
     return max(float((a - b).norm() / a.norm()) for a, b in zip(*results))

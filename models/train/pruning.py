@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from draw import cell_box, num_visual, token_boxes, tokens_of
-from evaluate import share
 from model import Attention
-from runner import Asked, Row, Runner, read
+from runner import Asked, Runner
+from scoring import Row, read, share
 from world import LAYOUTS
 
 SHARES = (0.6, 0.4, 0.3, 0.2, 0.1)

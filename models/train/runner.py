@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from model import Phi3V, rotate
 from preprocess import crops, hd_image
+from scoring import Row
 from tokenizer import Tok
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -144,7 +142,3 @@ class Runner:
             end = next((i for i, x in enumerate(ids) if x in self.stop), len(ids) - 1)
             result.append(ids[:end + 1])
         return result
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(x) for x in path.read_text().splitlines()]

@@ -13,11 +13,11 @@ import asking
 import stories
 from batches import Maker
 from draw import boxes, draw, num_visual, patch_labels, pixels, token_cells, tokens_of
-from evaluate import score_story, turns_of, wilson
 from learner import Learner
 from model import Attention, Phi3V, default_config
 from packed import error
 from preprocess import hd_image, num_image_tokens
+from scoring import score_story, turns_of, wilson
 from tokenizer import Tok, chat
 from world import COLORS, LAYOUTS, SHAPES, make_scene
 

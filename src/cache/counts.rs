@@ -3,7 +3,7 @@
 use super::Modality;
 
 /// One number for text and one for visual tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct PerModality {
     pub text: usize,
     pub vision: usize,
@@ -30,16 +30,19 @@ impl PerModality {
 }
 
 /// Cells of the cache now, and what has happened to them since it was last empty.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Counts {
     /// Cells in the cache and not in the recycle bin.
     pub live: PerModality,
     /// Cells in the recycle bin: still in the cache and still attended to.
     pub binned: PerModality,
-    /// Tokens removed from the cache for good.
+    /// Tokens that are not in the cache any more, or never went in: pruned before the prefill,
+    /// or removed.
     pub evicted: PerModality,
     /// Times that a token came back from the recycle bin.
     pub restored: PerModality,
+    /// Times that an evicted token was put into the cache again, for a new question.
+    pub recalled: PerModality,
     /// The most cells that were ever taken at once.
     pub peak: usize,
 }

@@ -11,7 +11,7 @@ pub(super) const EMPTY: Pos = -1;
 pub(super) const NO_IMAGE: u32 = u32::MAX;
 
 /// One occupied cell.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Entry {
     pub cell: Cell,
     pub pos: Pos,
@@ -21,6 +21,9 @@ pub struct Entry {
     pub turn: u32,
     /// Which picture a visual token belongs to.
     pub image: Option<u32>,
+    /// A visual token that separates parts of its picture: its embedding occurs there more than
+    /// once, so it says where, not what.
+    pub separator: bool,
     /// Sum over query rows of the attention paid to the token.
     pub sum: f32,
     /// Maximum over query rows of the attention paid to the token.
@@ -37,6 +40,7 @@ pub struct Entries<'a> {
     pub(super) state: &'a [State],
     pub(super) turns: &'a [u32],
     pub(super) image: &'a [u32],
+    pub(super) separator: &'a [bool],
     pub(super) sum: &'a [f32],
     pub(super) max: &'a [f32],
     pub(super) seen: &'a [f32],
@@ -56,6 +60,7 @@ impl Iterator for Entries<'_> {
             state: self.state[i],
             turn: self.turns[i],
             image: (self.image[i] != NO_IMAGE).then_some(self.image[i]),
+            separator: self.separator[i],
             sum: self.sum[i],
             max: self.max[i],
             seen: self.seen[i],

@@ -8,9 +8,20 @@ use super::{Cell, Modality, Pos, State};
 use crate::engine::Observation;
 use crate::error::{Error, Result};
 
+/// A ledger's content, to be kept in a file.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct SavedLedger {
+    /// Ascending by cell.
+    pub entries: Vec<Entry>,
+    turn: u32,
+    first: Option<Pos>,
+    counts: Counts,
+}
+
 /// Bookkeeping of the whole cache, one entry a cell, as arrays indexed by cell.
 ///
-/// Empty cells hold `EMPTY` and zero scores. The arrays reach up to the highest cell used so far.
+/// Empty cells hold `EMPTY` and zero scores. The arrays reach up to the highest cell used since
+/// tokens were last moved together.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     /// `[cells]`
@@ -23,6 +34,8 @@ pub struct Ledger {
     turns: Vec<u32>,
     /// `[cells]`
     image: Vec<u32>,
+    /// `[cells]`
+    separator: Vec<bool>,
     /// `[cells]` attention mass
     sum: Vec<f32>,
     /// `[cells]` attention mass
@@ -45,6 +58,7 @@ impl Ledger {
             state: Vec::with_capacity(n_cells),
             turns: Vec::with_capacity(n_cells),
             image: Vec::with_capacity(n_cells),
+            separator: Vec::with_capacity(n_cells),
             sum: Vec::with_capacity(n_cells),
             max: Vec::with_capacity(n_cells),
             seen: Vec::with_capacity(n_cells),
@@ -76,6 +90,92 @@ impl Ledger {
     pub fn insert_shared(&mut self, cell: Cell, pos: Pos, image: Option<u32>) -> Result<()> {
         let oldest_allowed = self.newest.map_or(0, |(newest, _)| newest);
         self.place(cell, pos, oldest_allowed, Modality::Vision, image)
+    }
+
+    /// Writes down that an evicted token is back: in the current turn, live, without a score.
+    ///
+    /// # Errors
+    /// When the cell is occupied or beyond the cache, or `pos` is newer than every other.
+    pub fn recall(
+        &mut self,
+        cell: Cell,
+        pos: Pos,
+        modality: Modality,
+        image: Option<u32>,
+    ) -> Result<()> {
+        let Some(newest) = self.newest.filter(|&(newest, _)| pos < newest) else {
+            return Err(Error::cell(
+                cell,
+                format!("got position {pos} back, expected one before the newest"),
+            ));
+        };
+        let first = self.first;
+        self.place(cell, pos, 0, modality, image)?;
+        (self.newest, self.first) = (Some(newest), first.map(|first| first.min(pos)));
+        let evicted = self.counts.evicted.of_mut(modality);
+        *evicted = evicted.saturating_sub(1);
+        *self.counts.recalled.of_mut(modality) += 1;
+        Ok(())
+    }
+
+    /// Marks a visual token that separates parts of a picture.
+    ///
+    /// # Errors
+    /// When the cell is empty.
+    pub fn mark_separator(&mut self, cell: Cell) -> Result<()> {
+        let i = self.expect(cell, None)?;
+        self.separator[i] = true;
+        Ok(())
+    }
+
+    /// Counts visual tokens that were pruned before they took a cell; `pos` are their positions.
+    pub fn skipped(&mut self, pos: &[Pos]) {
+        self.counts.evicted.vision += pos.len();
+        self.first = pos.iter().copied().chain(self.first).min();
+    }
+
+    /// Lets the current turn judge every visual token: scores of older turns are forgotten.
+    pub fn reopen_pictures(&mut self) {
+        for i in 0..self.pos.len() {
+            if self.pos[i] != EMPTY && self.modality[i] == Modality::Vision {
+                self.turns[i] = self.turn;
+                (self.sum[i], self.max[i], self.seen[i]) = (0.0, 0.0, 0.0);
+            }
+        }
+    }
+
+    /// Follows tokens that were moved: from a cell, to an empty one below it.
+    ///
+    /// # Errors
+    /// When there is nothing to move, or the target is occupied.
+    pub fn moved(&mut self, moves: &[(Cell, Cell)]) -> Result<()> {
+        for &(from, to) in moves {
+            let i = self.expect(from, None)?;
+            let j = to as usize;
+            if self.pos.get(j).is_none_or(|&pos| pos != EMPTY) {
+                return Err(Error::cell(
+                    to,
+                    format!("is no empty cell to move cell {from} to"),
+                ));
+            }
+            self.pos[j] = std::mem::replace(&mut self.pos[i], EMPTY);
+            self.modality[j] = self.modality[i];
+            self.state[j] = self.state[i];
+            self.turns[j] = self.turns[i];
+            self.image[j] = self.image[i];
+            self.separator[j] = self.separator[i];
+            self.sum[j] = std::mem::take(&mut self.sum[i]);
+            self.max[j] = std::mem::take(&mut self.max[i]);
+            self.seen[j] = std::mem::take(&mut self.seen[i]);
+            if let Some((_, newest)) = &mut self.newest
+                && *newest == from
+            {
+                *newest = to;
+            }
+        }
+        let span = self.pos.iter().rposition(|&pos| pos != EMPTY);
+        self.shrink(span.map_or(0, |last| last + 1));
+        Ok(())
     }
 
     fn place(
@@ -115,6 +215,7 @@ impl Ledger {
         self.state[i] = State::Live;
         self.turns[i] = self.turn;
         self.image[i] = image.unwrap_or(NO_IMAGE);
+        self.separator[i] = false;
         self.first.get_or_insert(pos);
         self.newest = Some((pos, cell));
         *self.counts.live.of_mut(modality) += 1;
@@ -128,9 +229,58 @@ impl Ledger {
         self.state.resize(len, State::Live);
         self.turns.resize(len, 0);
         self.image.resize(len, NO_IMAGE);
+        self.separator.resize(len, false);
         self.sum.resize(len, 0.0);
         self.max.resize(len, 0.0);
         self.seen.resize(len, 0.0);
+    }
+
+    /// Empty cells at the end need not be walked over any more.
+    fn shrink(&mut self, len: usize) {
+        self.pos.truncate(len);
+        self.modality.truncate(len);
+        self.state.truncate(len);
+        self.turns.truncate(len);
+        self.image.truncate(len);
+        self.separator.truncate(len);
+        self.sum.truncate(len);
+        self.max.truncate(len);
+        self.seen.truncate(len);
+    }
+
+    /// What [`Ledger::load`] takes.
+    pub fn save(&self) -> SavedLedger {
+        SavedLedger {
+            entries: self.entries().collect(),
+            turn: self.turn,
+            first: self.first,
+            counts: self.counts,
+        }
+    }
+
+    /// Becomes what was saved, with the tokens in these cells: `[saved entries]`, ascending.
+    ///
+    /// # Errors
+    /// When a cell is beyond the cache, or there are more or fewer of them than tokens.
+    pub fn load(&mut self, saved: &SavedLedger, cells: &[Cell]) -> Result<()> {
+        self.clear();
+        if cells.len() != saved.entries.len() {
+            let (cells, tokens) = (cells.len(), saved.entries.len());
+            return Err(Error::contract(format!(
+                "{cells} cells for {tokens} tokens"
+            )));
+        }
+        for (entry, &cell) in saved.entries.iter().zip(cells) {
+            self.place(cell, entry.pos, 0, entry.modality, entry.image)?;
+            let i = cell as usize;
+            (self.state[i], self.turns[i]) = (entry.state, entry.turn);
+            self.separator[i] = entry.separator;
+            (self.sum[i], self.max[i], self.seen[i]) = (entry.sum, entry.max, entry.seen);
+        }
+        let newest = self.entries().max_by_key(|entry| (entry.pos, entry.cell));
+        self.newest = newest.map(|entry| (entry.pos, entry.cell));
+        (self.turn, self.first, self.counts) = (saved.turn, saved.first, saved.counts);
+        Ok(())
     }
 
     /// Adds one batch's attention: `sum' = sum * decay + observed`, `seen' = seen * decay + rows`,
@@ -317,6 +467,7 @@ impl Ledger {
             state: &self.state[..n],
             turns: &self.turns[..n],
             image: &self.image[..n],
+            separator: &self.separator[..n],
             sum: &self.sum[..n],
             max: &self.max[..n],
             seen: &self.seen[..n],
@@ -324,7 +475,7 @@ impl Ledger {
         }
     }
 
-    /// Cells that the arrays reach over: one more than the highest cell used so far.
+    /// Cells that the arrays reach over: at least one more than the highest cell in use.
     pub fn span(&self) -> usize {
         self.pos.len()
     }
@@ -355,14 +506,7 @@ impl Ledger {
 
     /// Empties the ledger, counts and turns included.
     pub fn clear(&mut self) {
-        self.pos.clear();
-        self.modality.clear();
-        self.state.clear();
-        self.turns.clear();
-        self.image.clear();
-        self.sum.clear();
-        self.max.clear();
-        self.seen.clear();
+        self.shrink(0);
         self.turn = 0;
         self.first = None;
         self.newest = None;

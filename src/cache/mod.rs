@@ -10,7 +10,7 @@ pub mod ranges;
 
 pub use counts::{Counts, PerModality};
 pub use entry::{Entries, Entry};
-pub use ledger::Ledger;
+pub use ledger::{Ledger, SavedLedger};
 
 /// A token's position in its sequence (llama.cpp's `llama_pos`).
 pub type Pos = i32;
@@ -19,7 +19,7 @@ pub type Pos = i32;
 pub type Cell = u32;
 
 /// Where a token comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Modality {
     Text,
@@ -28,7 +28,7 @@ pub enum Modality {
 
 /// What the controller has decided about an occupied cell. A binned token is still attended to
 /// and still scored; only a flush of the recycle bin removes it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     Live,

@@ -9,6 +9,7 @@ use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
 use rustyline::{DefaultEditor, Editor};
 
+use super::crops::crops;
 use super::run::{answer, picture, warn_about_end};
 use super::{interrupt, note, warn};
 use hae::Error;
@@ -16,8 +17,9 @@ use hae::conversation::{Answer, Conversation, KvReport, Turn};
 use hae::generate::Finish;
 use hae::image::Picture;
 
-const HELP: [&str; 5] = [
+const HELP: [&str; 6] = [
     "/image PATH  show a picture with the next question",
+    "/crops N     cut the pictures that follow into N crops at most (Phi-3.5-vision)",
     "/clear       forget the conversation",
     "/stats       what the last answer and the KV cache cost",
     "/help        these lines",
@@ -28,6 +30,8 @@ struct Chat<'c, 'm> {
     conversation: &'c mut Conversation<'m>,
     /// Pictures for the next question.
     pictures: Vec<Picture>,
+    /// Crops of the pictures that follow.
+    num_crops: Option<u32>,
     n_predict: Option<usize>,
     last: Option<Answer>,
 }
@@ -36,6 +40,7 @@ struct Chat<'c, 'm> {
 pub fn chat(
     conversation: &mut Conversation<'_>,
     pictures: Vec<Picture>,
+    num_crops: Option<u32>,
     n_predict: Option<usize>,
 ) -> Result<()> {
     if !pictures.is_empty() && !conversation.has_vision() {
@@ -46,6 +51,7 @@ pub fn chat(
     let mut chat = Chat {
         conversation,
         pictures,
+        num_crops,
         n_predict,
         last: None,
     };
@@ -73,6 +79,7 @@ pub fn chat(
             "/clear" => chat.clear(),
             "/stats" => stats(chat.last.as_ref(), &chat.conversation.kv()),
             "/image" => chat.image(rest.trim()),
+            "/crops" => chat.crops(rest.trim()),
             _ if command.starts_with('/') => {
                 warn(&format!("{command}: unknown command, /help lists them"));
             }
@@ -148,8 +155,20 @@ impl Chat<'_, '_> {
         if !self.conversation.has_vision() {
             return warn("/image: pictures need a vision file, start with --mmproj");
         }
-        match picture(Path::new(path)) {
+        match picture(Path::new(path), self.num_crops) {
             Ok(picture) => self.pictures.push(picture),
+            Err(e) => warn(&format!("{e:#}")),
+        }
+    }
+
+    fn crops(&mut self, text: &str) {
+        let Ok(n) = text.parse() else {
+            return warn("/crops: expected a number, such as 4 or 16");
+        };
+        match crops("/crops", n)
+            .and_then(|n| Ok(self.conversation.check_num_crops(n).map(|()| n)?))
+        {
+            Ok(n) => self.num_crops = Some(n),
             Err(e) => warn(&format!("{e:#}")),
         }
     }
@@ -204,21 +223,24 @@ fn stats(last: Option<&Answer>, kv: &KvReport) {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let cells = kv.cells;
     note(&format!(
-        "cells: {} live ({} text, {} vision), {} in the bin, {} evicted, {} restored, {} at most, {} in all",
+        "cells: {} live ({} text, {} vision), {} in the bin, {} evicted, {} restored, {} recalled, {} at most, {} in all",
         cells.live.total(),
         cells.live.text,
         cells.live.vision,
         cells.binned.total(),
         cells.evicted.total(),
         cells.restored.total(),
+        cells.recalled.total(),
         cells.peak,
         kv.n_cells,
     ));
     note(&format!(
-        "KV: {:.2} MiB in use, {:.2} MiB at most, {:.2} MiB allocated",
+        "KV: {:.2} MiB in use, {:.2} MiB at most; {:.2} MiB allocated, {:.2} MiB at most; {:.2} MiB on the host",
         mib(kv.bytes_in_use),
         mib(kv.bytes_peak),
-        mib(kv.bytes_allocated)
+        mib(kv.bytes_allocated),
+        mib(kv.bytes_allocated_peak),
+        mib(kv.bytes_host)
     ));
     let Some(Answer {
         timings, tokens, ..

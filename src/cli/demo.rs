@@ -8,6 +8,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Attribute, Cell, ContentArrangement, Table};
 
 use super::Done;
+use super::crops::CropArgs;
 use super::load::{Files, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs};
 use super::run::{answer, picture};
@@ -25,11 +26,13 @@ pub struct Args {
     /// Picture to ask about [default: one inside this program]
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
+    #[command(flatten)]
+    crops: CropArgs,
     /// The question
     #[arg(
         short,
         long,
-        default_value = "Where is the red circle?",
+        default_value = "Where is the red triangle?",
         value_name = "TEXT"
     )]
     prompt: String,
@@ -47,14 +50,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<Done> {
     let hae_options = args.policy.options()?;
-    let picture = match &args.image {
-        Some(path) => picture(path)?,
-        None => image::decode(
-            Path::new("demo.png"),
-            embedded::PICTURE,
-            &image::Limits::default(),
-        )?,
-    };
+    let picture = shown(args)?;
     let files = Files::find(&args.model)?;
     let (mut stock, mut hae) = (Vec::new(), Vec::new());
     // By turns, so that a machine that gets busier does not favour one side.
@@ -91,6 +87,26 @@ pub fn run(args: &Args) -> Result<Done> {
     Ok(Done::Whole)
 }
 
+/// The picture to ask about.
+fn shown(args: &Args) -> Result<Picture> {
+    let num_crops = args.crops.num_crops()?;
+    if let Some(path) = &args.image {
+        return picture(path, num_crops);
+    }
+    let name = Path::new("demo.png");
+    let picture = image::decode(name, embedded::PICTURE, &image::Limits::default())?;
+    // The embedded model has to see it at the scale that it was trained on.
+    let scale = args
+        .model
+        .model
+        .is_none()
+        .then_some(embedded::PICTURE_CROPS);
+    Ok(Picture {
+        num_crops: num_crops.or(scale),
+        ..picture
+    })
+}
+
 /// One greedy answer in a context of its own.
 fn ask(
     args: &Args,
@@ -108,7 +124,10 @@ fn ask(
         system_prompt: None,
         prompt: Some(&args.prompt),
         pictures: std::slice::from_ref(picture),
+        num_crops: picture.num_crops,
         n_predict: Some(args.n_predict as usize),
+        session: None,
+        bin_host_mib: 0,
     };
     setup.run(|conversation, _| {
         let turn = Turn {

@@ -20,6 +20,7 @@ use hae::llama::{
 };
 use hae::policy::{self, Limits, Observe, PolicyOptions};
 use hae::prompt::{Transcript, place_pictures, tokenize};
+use hae::saved::Saved;
 
 /// The two files of a model.
 #[derive(Debug)]
@@ -32,15 +33,21 @@ pub struct Files {
 
 impl Files {
     pub fn find(args: &ModelArgs) -> Result<Self> {
-        match &args.model {
+        Ok(Files::of(args.model.clone(), args.mmproj.clone())?)
+    }
+
+    /// These files, or the embedded model.
+    pub fn of(model: Option<PathBuf>, mmproj: Option<PathBuf>) -> hae::Result<Self> {
+        match model {
             Some(model) => Ok(Files {
-                model: model.clone(),
-                mmproj: args.mmproj.clone(),
+                model,
+                mmproj,
                 embedded: None,
             }),
-            None if args.mmproj.is_some() => {
-                Err(Error::option("--mmproj", "belongs to a text model, give one with -m").into())
-            }
+            None if mmproj.is_some() => Err(Error::option(
+                "--mmproj",
+                "belongs to a text model, give one with -m",
+            )),
             None => {
                 let embedded = Embedded::unpack()?;
                 Ok(Files {
@@ -56,8 +63,8 @@ impl Files {
     pub fn names(&self) -> (String, Option<String>) {
         match self.embedded {
             Some(_) => (
-                "embedded tiny-phi3v-Q8_0.gguf".into(),
-                Some("embedded mmproj-tiny-phi3v-F16.gguf".into()),
+                "embedded small-phi3v-Q8_0.gguf".into(),
+                Some("embedded mmproj-small-phi3v-F16.gguf".into()),
             ),
             None => (
                 self.model.display().to_string(),
@@ -81,7 +88,13 @@ pub struct Setup<'a> {
     /// The first prompt, when it is known: how far a run reaches decides its rope factors.
     pub prompt: Option<&'a str>,
     pub pictures: &'a [Picture],
+    /// Crops of every picture, where that was chosen.
+    pub num_crops: Option<u32>,
     pub n_predict: Option<usize>,
+    /// An earlier conversation to go on with.
+    pub session: Option<&'a Saved>,
+    /// Host memory for evicted text, MiB.
+    pub bin_host_mib: u32,
 }
 
 /// Which chat template to use.
@@ -108,9 +121,10 @@ impl Setup<'_> {
     pub fn run<R>(&self, f: impl FnOnce(&mut Conversation<'_>, &Made) -> Result<R>) -> Result<R> {
         let start = Instant::now();
         let n_threads = self.context.n_threads()?;
-        let mut model = self.load_model(RopeFactors::Context)?;
-        let mut vision = self.load_vision(n_threads, &model)?;
-        let context = self.context_options(&model, vision.as_ref())?;
+        let model = self.load_model()?;
+        let vision = self.load_vision(n_threads, &model)?;
+        self.check_num_crops(vision.as_ref())?;
+        let mut context = self.context_options(&model, vision.as_ref())?;
         let template = match self.template {
             Template::Model => model.chat_template(),
             Template::Named(name) => Some(name.to_owned()),
@@ -121,27 +135,8 @@ impl Setup<'_> {
 
         let (rope, max_positions) =
             self.rope_factors(&model, vision.as_ref(), &context, &transcript)?;
-        let implied = model.long_rope_from().map(|from| {
-            if padded(context.n_ctx) > from {
-                RopeFactors::Long
-            } else {
-                RopeFactors::Short
-            }
-        });
-        // The factors are fixed when a model is loaded, and the prompt can only be counted with
-        // its vocabulary: where the context's size implies the wrong ones, it is loaded again.
-        if rope != RopeFactors::Context && implied.is_some_and(|implied| implied != rope) {
-            // One model at a time: two would not fit where one does.
-            drop(vision);
-            drop(model);
-            model = self.load_model(rope)?;
-            vision = self.load_vision(n_threads, &model)?;
-        }
-        let rope_factors = match (rope, implied) {
-            (_, None) => "none",
-            (RopeFactors::Long, _) | (RopeFactors::Context, Some(RopeFactors::Long)) => "long",
-            _ => "short",
-        };
+        context.rope_factors = rope;
+        let rope_factors = rope_name(rope, &model, context.n_ctx);
         let engine = LlamaEngine::new(&model, context.clone(), &self.sampler)?;
         let limits = Limits {
             n_layer: model.n_layer(),
@@ -151,8 +146,18 @@ impl Setup<'_> {
             policy::create(self.policy.0, self.policy.1, limits)?,
             engine.n_cells(),
         );
-        let mut conversation =
-            Conversation::new(engine, vision, controller, transcript, max_positions);
+        let host_bin = usize::try_from(self.bin_host_mib).unwrap_or(0) << 20;
+        let mut conversation = Conversation::new(
+            engine,
+            vision,
+            controller,
+            transcript,
+            max_positions,
+            host_bin,
+        );
+        if let Some(saved) = self.session {
+            conversation.resume(saved.clone())?;
+        }
         f(
             &mut conversation,
             &Made {
@@ -176,7 +181,7 @@ impl Setup<'_> {
             };
         };
         let probe = Message {
-            role: "user",
+            role: "user".into(),
             content: "?".into(),
         };
         match chat::apply(model, template, &[probe], true) {
@@ -189,11 +194,10 @@ impl Setup<'_> {
         }
     }
 
-    fn load_model(&self, rope_factors: RopeFactors) -> Result<Model> {
+    fn load_model(&self) -> Result<Model> {
         let bar = spinner("loading the model");
         let options = ModelOptions {
             n_gpu_layers: self.model.gpu_layers,
-            rope_factors,
         };
         let model = Model::load(&self.files.model, &options);
         bar.finish_and_clear();
@@ -211,6 +215,18 @@ impl Setup<'_> {
         Ok(Some(Vision::load(path, model, &options)?))
     }
 
+    /// A number that no picture can be cut into is better refused now than at the first picture.
+    fn check_num_crops(&self, vision: Option<&Vision<'_>>) -> Result<()> {
+        match (self.num_crops, vision) {
+            (None, _) => Ok(()),
+            (Some(n), Some(vision)) => Ok(vision.check_num_crops(n)?),
+            (Some(_), None) => {
+                let reason = "pictures need a vision file, give one with --mmproj";
+                Err(Error::option("--num-crops", reason).into())
+            }
+        }
+    }
+
     /// The context's options with what the policy and the vision model need.
     fn context_options(
         &self,
@@ -219,22 +235,7 @@ impl Setup<'_> {
     ) -> Result<ContextOptions> {
         let mut context = self.context.options(model.n_ctx_train())?;
         context.non_causal_images = vision.is_some_and(Vision::non_causal);
-        let limits = Limits {
-            n_layer: model.n_layer(),
-            n_cells: context.n_ctx as usize,
-        };
-        let policy = policy::create(self.policy.0, self.policy.1, limits)?;
-        if let Observe::Layers { layers, .. } = policy.observe() {
-            if let Some(reason) = model.eviction_obstacle() {
-                return Err(Error::Unsupported {
-                    policy: policy.name(),
-                    reason: reason.into(),
-                }
-                .into());
-            }
-            context.score_layers = layers;
-        }
-        Ok(context)
+        Ok(for_policy(context, model, self.policy)?)
     }
 
     /// The factors for the positions that the run can reach, and up to where they hold.
@@ -250,6 +251,14 @@ impl Setup<'_> {
         };
         let from = from as usize;
         let n_ctx = padded(context.n_ctx) as usize;
+        // Cached keys were rotated once and for all.
+        match (self.model.rope_factors, self.session) {
+            (RopeArg::Auto, Some(saved)) if saved.rope_factors == RopeFactors::Long => {
+                return Ok((RopeFactors::Long, None));
+            }
+            (RopeArg::Auto, Some(_)) => return Ok((RopeFactors::Short, Some(from))),
+            _ => {}
+        }
         // Without eviction no position lies beyond the cache.
         let evicts = !context.score_layers.is_empty();
         let positions = match (self.model.rope_factors, self.prompt, self.n_predict) {
@@ -292,6 +301,47 @@ impl Setup<'_> {
             .iter()
             .map(Piece::positions)
             .sum())
+    }
+}
+
+/// Cells that a cache with eviction begins with.
+const KV_SIZE_AT_FIRST: u32 = 256;
+
+/// The context with what the policy asks of it.
+///
+/// # Errors
+/// [`Error::Option`] for parameters that cannot be, [`Error::Unsupported`] for a model whose cache
+/// does not allow what the policy does.
+pub fn for_policy(
+    mut context: ContextOptions,
+    model: &Model,
+    policy: (&str, &PolicyOptions),
+) -> hae::Result<ContextOptions> {
+    let limits = Limits {
+        n_layer: model.n_layer(),
+        n_cells: context.n_ctx as usize,
+    };
+    let policy = policy::create(policy.0, policy.1, limits)?;
+    if let Observe::Layers { layers, .. } = policy.observe() {
+        if let Some(reason) = model.eviction_obstacle() {
+            return Err(Error::Unsupported {
+                policy: policy.name(),
+                reason: reason.into(),
+            });
+        }
+        context.score_layers = layers;
+        // `full` allocates all of its cells at once, as llama.cpp does.
+        context.kv_size = Some(KV_SIZE_AT_FIRST);
+    }
+    Ok(context)
+}
+
+/// The set of rope factors that a context uses, for reports; `none` for models without two sets.
+pub fn rope_name(rope: RopeFactors, model: &Model, n_ctx: u32) -> &'static str {
+    match rope.resolved(model, n_ctx) {
+        RopeFactors::Context => "none",
+        RopeFactors::Long => "long",
+        RopeFactors::Short => "short",
     }
 }
 

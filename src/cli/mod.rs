@@ -1,7 +1,9 @@
 //! The command line, one file a command. Nothing below this module prints.
 
+pub mod bench;
 mod chat;
 pub mod convert;
+mod crops;
 pub mod demo;
 pub mod interrupt;
 mod load;
@@ -43,4 +45,11 @@ pub fn note(text: &str) {
 /// A warning or a mistake that does not end the program.
 pub fn warn(text: &str) {
     note(&format!("hae: {text}"));
+}
+
+/// Shows llama.cpp's log on stderr from now on.
+pub fn show_log() {
+    hae::llama::log::show(|line| {
+        let _ = write!(std::io::stderr(), "{line}");
+    });
 }

@@ -6,12 +6,16 @@ use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
 use hae::Error;
-use hae::llama::{CacheType, ContextOptions, FlashAttention, SamplerOptions};
-use hae::policy::{Amount, DapOptions, DapRule, Layers, Norm, PolicyOptions, Queries, Scope};
+use hae::llama::{
+    CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions, ScoreSource,
+};
+use hae::policy::{
+    Amount, DapMode, DapOptions, DapRule, Layers, Norm, PolicyOptions, Queries, Scope,
+};
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 9] = [
+const ONE_DASH: [(&str, &str); 10] = [
     ("-ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
@@ -21,6 +25,7 @@ const ONE_DASH: [(&str, &str); 9] = [
     ("-sys", "--system-prompt"),
     ("-mm", "--mmproj"),
     ("-no-cnv", "--no-conversation"),
+    ("-pg", "--pg"),
 ];
 
 /// The command line with llama.cpp's one-dash options spelled as long ones, up to a `--`.
@@ -66,7 +71,7 @@ pub struct ModelArgs {
 pub type GpuLayers = Option<u32>;
 
 /// llama.cpp's own spellings: -1 is `auto`, -2 is `all`.
-fn gpu_layers(text: &str) -> Result<GpuLayers, String> {
+pub fn gpu_layers(text: &str) -> Result<GpuLayers, String> {
     match text {
         "auto" | "-1" => Ok(None),
         "all" | "-2" => Ok(Some(i32::MAX as u32)),
@@ -112,7 +117,11 @@ pub struct ContextArgs {
     /// -tb: threads while reading the prompt [default: as --threads]
     #[arg(long, alias = "tb", value_name = "N")]
     threads_batch: Option<i64>,
-    /// -fa: flash attention. Policies that read attention scores switch it off
+    /// -fa: flash attention
+    #[cfg_attr(
+        not(feature = "kv-patches"),
+        doc = "[policies that read attention scores switch it off]"
+    )]
     #[arg(long, alias = "fa", value_enum, num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_name = "WHEN")]
     flash_attn: FlashArg,
     /// -ctk: type of the K cache: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1
@@ -123,7 +132,7 @@ pub struct ContextArgs {
     cache_type_v: CacheType,
 }
 
-fn cache_type(text: &str) -> Result<CacheType, String> {
+pub fn cache_type(text: &str) -> Result<CacheType, String> {
     Ok(match text {
         "f32" => CacheType::F32,
         "f16" => CacheType::F16,
@@ -143,8 +152,7 @@ impl ContextArgs {
     pub fn n_threads(&self) -> Result<i32> {
         match self.threads {
             Some(n) => threads("-t", n),
-            // llama.cpp's way with -1.
-            None => Ok(i32::try_from(num_cpus::get_physical().clamp(1, 512)).unwrap_or(1)),
+            None => Ok(default_threads()),
         }
     }
 
@@ -186,9 +194,17 @@ impl ContextArgs {
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,
             score_layers: Vec::new(),
+            kv_size: None,
+            score_source: ScoreSource::default(),
             non_causal_images: false,
+            rope_factors: RopeFactors::default(),
         })
     }
+}
+
+/// llama.cpp's way with -1.
+pub fn default_threads() -> i32 {
+    i32::try_from(num_cpus::get_physical().clamp(1, 512)).unwrap_or(1)
 }
 
 /// ggml ends the process on more threads than it has room for (`GGML_MAX_N_THREADS`).
@@ -285,6 +301,12 @@ enum QueriesArg {
     Last,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DapModeArg {
+    Exact,
+    Early,
+}
+
 /// The parameters of `--kv-policy hae`. The defaults that the help names are those of
 /// [`PolicyOptions::default`], which a test compares.
 #[derive(Debug, clap::Args)]
@@ -306,7 +328,15 @@ pub struct PolicyArgs {
     /// With --dap-tau or --dap-r: keep a token that any single query gave this much
     #[arg(long, value_name = "A", conflicts_with = "dap_keep")]
     dap_alpha: Option<f64>,
-    /// Prune no visual tokens after the prompt
+    /// When visual tokens are dropped: after the whole prompt went in (exact), or before, as a
+    /// trial run of the layers up to the last scoring layer says (early) [default: exact]
+    #[arg(long, value_enum, value_name = "WHEN")]
+    dap_mode: Option<DapModeArg>,
+    /// With --dap-mode early: judge the tokens that separate parts of a picture like any other;
+    /// they stay otherwise
+    #[arg(long, action = ArgAction::SetTrue)]
+    prune_separators: bool,
+    /// Prune no visual tokens
     #[arg(long, conflicts_with_all = ["dap_keep", "dap_tau", "dap_r", "dap_alpha"])]
     no_dap: bool,
     /// Layers whose attention scores the tokens: `all`, or a list such as 0 or 4,8-11
@@ -345,6 +375,9 @@ pub struct PolicyArgs {
     /// Never take a token back out of the bin
     #[arg(long, action = ArgAction::SetTrue)]
     no_restore: bool,
+    /// Do not let a new question call evicted tokens back
+    #[arg(long, action = ArgAction::SetTrue)]
+    no_recall: bool,
 }
 
 impl PolicyArgs {
@@ -370,6 +403,14 @@ impl PolicyArgs {
         if self.no_dap {
             options.dap = None;
         }
+        if let Some(mode) = self.dap_mode {
+            options.dap_mode = match mode {
+                DapModeArg::Exact => DapMode::Exact,
+                DapModeArg::Early => DapMode::Early,
+            };
+        }
+        options.recall &= !self.no_recall;
+        options.keep_separators &= !self.prune_separators;
         let set = &mut options;
         self.score_layers
             .clone()
@@ -447,7 +488,14 @@ mod tests {
             recent,
             hysteresis,
             restore,
+            dap_mode,
+            recall,
+            keep_separators,
         } = PolicyOptions::default();
+        assert_eq!(
+            (dap_mode, recall, keep_separators),
+            (DapMode::Exact, true, true)
+        );
         assert_eq!(layers, Layers::All);
         assert_eq!((queries, norm), (Queries::Last, Norm::PerQuery));
         assert!(kv_budget == Some(Amount::Share(1.0)) && restore);
@@ -456,7 +504,7 @@ mod tests {
         };
         let values = [decay, keep, hysteresis].map(|x| x.to_string());
         let counts = [bin_size, sinks, recent].map(|x| x.to_string());
-        let named = ["all", "last", "query", "1.0"].map(str::to_owned);
+        let named = ["all", "last", "query", "1.0", "exact"].map(str::to_owned);
         for value in values.iter().chain(&counts).chain(&named) {
             let default = format!("[default: {value}]");
             assert!(help.contains(&default), "{default} is not in:\n{help}");

@@ -39,18 +39,13 @@ pub struct ContextReport {
 
 impl ContextReport {
     pub fn new(options: &ContextOptions, rope_factors: &'static str) -> Self {
-        let off = !options.score_layers.is_empty();
         ContextReport {
             n_ctx: options.n_ctx,
             n_batch: options.n_batch,
             n_ubatch: options.n_ubatch,
             n_threads: options.n_threads,
             n_threads_batch: options.n_threads_batch,
-            flash_attention: if off {
-                FlashAttention::Off
-            } else {
-                options.flash_attention
-            },
+            flash_attention: options.effective_flash_attention(),
             type_k: options.type_k,
             type_v: options.type_v,
             rope_factors,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
+use super::crops::CropArgs;
 use super::load::{self, Files, Made, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs};
 use super::output::{ContextReport, FileReport, Report};
@@ -16,8 +17,9 @@ use hae::build::build;
 use hae::conversation::{Answer, Conversation, Turn};
 use hae::generate::{Finish, Hooks};
 use hae::image::{self, Picture};
-use hae::llama::{self, ContextOptions, FlashAttention};
+use hae::llama::{ContextOptions, FlashAttention};
 use hae::policy::PolicyOptions;
+use hae::saved::Saved;
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Prompt", allow_negative_numbers = true)]
@@ -26,6 +28,8 @@ pub struct Args {
     /// <|image_1|>, <|image_2|>, ...; otherwise they go in front
     #[arg(long, value_name = "FILE")]
     image: Vec<PathBuf>,
+    #[command(flatten)]
+    crops: CropArgs,
     /// The prompt; without one, a chat
     #[arg(
         short,
@@ -41,6 +45,9 @@ pub struct Args {
     /// Tokens to generate at most; -1: until the model ends or the context is full
     #[arg(short, long, default_value_t = -1, value_name = "N")]
     n_predict: i64,
+    /// Keep the conversation in FILE, and go on with it if FILE exists
+    #[arg(long, value_name = "FILE")]
+    session: Option<PathBuf>,
     /// -sys: system prompt
     #[arg(long, alias = "sys", value_name = "TEXT")]
     system_prompt: Option<String>,
@@ -67,6 +74,14 @@ pub struct Args {
     kv_policy: String,
     #[command(flatten)]
     policy: PolicyArgs,
+    /// Keep evicted text in this much host memory, to be put back for the next question
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "N",
+        help_heading = "KV cache policy"
+    )]
+    bin_host_mib: u32,
     /// What stdout carries: the answer, or one JSON object at the end
     #[arg(short, long, value_enum, default_value_t = Format::Text, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
@@ -83,9 +98,7 @@ enum Format {
 
 pub fn run(args: &Args) -> Result<Done> {
     if args.verbose {
-        llama::log::show(|line| {
-            let _ = write!(std::io::stderr(), "{line}");
-        });
+        super::show_log();
     }
     let policy_options = args.policy.options()?;
     if args.kv_policy == "full" && policy_options != PolicyOptions::default() {
@@ -106,11 +119,16 @@ pub fn run(args: &Args) -> Result<Done> {
     if prompt.is_none() && args.output == Format::Json {
         return Err(Error::option("-o", "json needs a prompt, give one with -p or -f").into());
     }
+    let num_crops = args.crops.num_crops()?;
     let pictures = args
         .image
         .iter()
-        .map(|path| picture(path))
+        .map(|path| picture(path, num_crops))
         .collect::<Result<Vec<_>>>()?;
+    let session = match &args.session {
+        Some(path) if path.exists() => Some(Saved::read(path)?),
+        _ => None,
+    };
     let files = Files::find(&args.model)?;
     let setup = Setup {
         files: &files,
@@ -126,12 +144,16 @@ pub fn run(args: &Args) -> Result<Done> {
         system_prompt: args.system_prompt.as_deref(),
         prompt: prompt.as_deref(),
         pictures: &pictures,
+        num_crops,
         n_predict,
+        session: session.as_ref(),
+        bin_host_mib: args.bin_host_mib,
     };
     setup.run(|conversation, made| {
         warn_about_flash_attention(&made.context);
         let Some(text) = &prompt else {
-            chat::chat(conversation, pictures.clone(), n_predict)?;
+            chat::chat(conversation, pictures.clone(), num_crops, n_predict)?;
+            keep(conversation, args.session.as_deref())?;
             return Ok(Done::Whole);
         };
         let turn = Turn {
@@ -141,6 +163,7 @@ pub fn run(args: &Args) -> Result<Done> {
         };
         let answer = answer(conversation, &turn, args.output == Format::Text)?;
         warn_about_end(&answer);
+        keep(conversation, args.session.as_deref())?;
         if args.output == Format::Json {
             print_json(&answer, &setup, made)?;
         }
@@ -149,6 +172,14 @@ pub fn run(args: &Args) -> Result<Done> {
             _ => Done::Whole,
         })
     })
+}
+
+/// Writes the session, if there is one to be kept.
+fn keep(conversation: &mut Conversation<'_>, session: Option<&Path>) -> Result<()> {
+    match session {
+        Some(path) if conversation.next_pos() > 0 => Ok(conversation.save(path)?),
+        _ => Ok(()),
+    }
 }
 
 fn print_json(answer: &Answer, setup: &Setup<'_>, made: &Made) -> Result<()> {
@@ -198,12 +229,17 @@ fn prompt(args: &Args) -> Result<Option<String>> {
     Ok(Some(text))
 }
 
-pub fn picture(path: &Path) -> Result<Picture> {
-    Ok(image::load(path, &image::Limits::default())?)
+pub fn picture(path: &Path, num_crops: Option<u32>) -> Result<Picture> {
+    let picture = image::load(path, &image::Limits::default())?;
+    Ok(Picture {
+        num_crops,
+        ..picture
+    })
 }
 
 fn warn_about_flash_attention(context: &ContextOptions) {
-    if !context.score_layers.is_empty() && context.flash_attention == FlashAttention::On {
+    let off = context.effective_flash_attention() == FlashAttention::Off;
+    if off && context.flash_attention == FlashAttention::On {
         warn("this policy reads attention scores, which switches flash attention off");
     }
 }

@@ -50,6 +50,17 @@ pub struct Longrope {
     pub attn_factor: f32,
 }
 
+/// [`Longrope::attn_factor`] of a model that was stretched from `n_ctx_orig` positions to `n_ctx`.
+pub fn attn_factor(n_ctx: u32, n_ctx_orig: u32) -> f32 {
+    let original = f64::from(n_ctx_orig);
+    let scale = f64::from(n_ctx) / original;
+    if scale > 1.0 {
+        (1.0 + scale.ln() / original.ln()).sqrt() as f32
+    } else {
+        1.0
+    }
+}
+
 /// The CLIP tower and the projection behind it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VisionConfig {
@@ -192,17 +203,13 @@ impl Fields {
             }
             values.iter().map(|&v| self.positive(name, v)).collect()
         };
-        let original = f64::from(raw.original_max_position_embeddings);
-        let scale = f64::from(raw.max_position_embeddings) / original;
-        let attn_factor = if scale > 1.0 {
-            (1.0 + scale.ln() / original.ln()).sqrt()
-        } else {
-            1.0
-        };
         Ok(Longrope {
             short: factors("short_factor", &rope.short_factor)?,
             long: factors("long_factor", &rope.long_factor)?,
-            attn_factor: attn_factor as f32,
+            attn_factor: attn_factor(
+                raw.max_position_embeddings,
+                raw.original_max_position_embeddings,
+            ),
         })
     }
 

@@ -7,6 +7,7 @@ use safetensors::Dtype;
 
 use super::OutType;
 use super::checkpoint::{Checkpoint, Stored};
+use super::random::Blocks;
 use crate::error::{Error, Result};
 use crate::llama::gguf::{self, TensorType};
 
@@ -15,19 +16,28 @@ const SLICE: usize = 1 << 20;
 
 /// A tensor of the output.
 #[derive(Debug)]
-pub struct Planned {
+pub struct Planned<'a> {
     pub name: String,
     pub kind: TensorType,
     /// Fastest dimension first, as in ggml.
     pub dims: Vec<u64>,
-    source: Source,
+    source: Source<'a>,
 }
 
 #[derive(Debug)]
-enum Source {
-    Checkpoint { name: String, stored: Stored },
+enum Source<'a> {
+    Checkpoint {
+        checkpoint: &'a Checkpoint,
+        name: String,
+        stored: Stored,
+    },
     Values(Vec<f32>),
+    Random(Blocks),
 }
+
+/// What plans a tensor: from its name in a checkpoint, its shape (slowest dimension first), its
+/// name in the GGUF, and its role.
+pub type Plan<'p, 'a> = dyn FnMut(&str, &[u32], &str, Role) -> Result<Planned<'a>> + 'p;
 
 /// The type that a tensor asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,13 +68,13 @@ impl Role {
     }
 }
 
-impl Planned {
+impl<'a> Planned<'a> {
     /// The tensor `from` of the checkpoint, which must have this shape (slowest dimension first).
     ///
     /// # Errors
     /// [`Error::File`] if the checkpoint has no such tensor or another shape or type.
     pub fn stored(
-        checkpoint: &Checkpoint,
+        checkpoint: &'a Checkpoint,
         from: &str,
         shape: &[u32],
         name: impl Into<String>,
@@ -80,6 +90,7 @@ impl Planned {
             kind,
             dims,
             source: Source::Checkpoint {
+                checkpoint,
                 name: from.to_owned(),
                 stored,
             },
@@ -93,6 +104,16 @@ impl Planned {
             kind: TensorType::F32,
             dims: vec![values.len() as u64],
             source: Source::Values(values),
+        }
+    }
+
+    /// Made-up values.
+    pub fn random(name: impl Into<String>, kind: TensorType, dims: Vec<u64>, from: Blocks) -> Self {
+        Self {
+            name: name.into(),
+            kind,
+            dims,
+            source: Source::Random(from),
         }
     }
 
@@ -111,19 +132,20 @@ impl Planned {
     /// # Errors
     /// [`Error::Io`] from reading, [`Error::File`] for values that are not finite or do not fit the
     /// type, and whatever `out` returns.
-    pub fn convert(
-        &self,
-        checkpoint: &Checkpoint,
-        out: &mut dyn FnMut(&[u8]) -> Result<()>,
-    ) -> Result<()> {
+    pub fn convert(&self, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let mut encoded = Vec::new();
         let row = self.dims[0] as usize;
-        let (name, stored) = match &self.source {
+        let (checkpoint, name, stored) = match &self.source {
             Source::Values(values) => {
                 encode(values, row, self.kind, &mut encoded)?;
                 return out(&encoded);
             }
-            Source::Checkpoint { name, stored } => (name, stored),
+            Source::Random(blocks) => return blocks.fill(self.kind, &self.dims, out),
+            Source::Checkpoint {
+                checkpoint,
+                name,
+                stored,
+            } => (checkpoint, name, stored),
         };
         let wrong =
             |what: String| Error::file(checkpoint.path(stored), format!("tensor {name} {what}"));
@@ -192,7 +214,7 @@ fn encode(values: &[f32], row: usize, kind: TensorType, out: &mut Vec<u8>) -> Re
         TensorType::BF16 => {
             out.extend(values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()))
         }
-        TensorType::Q8_0 => gguf::quantize_q8_0(values, row, out)?,
+        TensorType::Q8_0 => gguf::quantize(kind, values, row, out)?,
         _ => out.extend(values.iter().flat_map(|v| v.to_le_bytes())),
     }
     Ok(())

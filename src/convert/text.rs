@@ -1,29 +1,19 @@
 //! The text model: architecture `phi3`, with the keys and tensor names that llama.cpp reads
 //! (src/llama-arch.cpp, src/models/phi3.cpp) and its converter writes (Phi3MiniModel).
 
-use super::OutType;
-use super::checkpoint::Checkpoint;
 use super::config::TextConfig;
-use super::tensors::{Planned, Role};
+use super::tensors::{Plan, Planned, Role};
 use super::vocab::Vocabulary;
 use crate::error::Result;
 use crate::llama::gguf::Writer;
 
-/// All tensors, checked against the checkpoint.
+/// All tensors, each made by `plan`.
 ///
 /// # Errors
-/// [`crate::error::Error::File`] for the first that is missing or has another shape.
-pub fn tensors(
-    checkpoint: &Checkpoint,
-    config: &TextConfig,
-    outtype: OutType,
-) -> Result<Vec<Planned>> {
-    let c = config;
+/// Those of `plan`.
+pub fn tensors<'a>(c: &TextConfig, plan: &mut Plan<'_, 'a>) -> Result<Vec<Planned<'a>>> {
     let n_kv = c.n_embd / c.n_head * c.n_head_kv;
-    let stored = |from: &str, shape: &[u32], name: &str, role| {
-        Planned::stored(checkpoint, from, shape, name, role, outtype)
-    };
-    let mut all = vec![stored(
+    let mut all = vec![plan(
         "model.embed_tokens.weight",
         &[c.n_vocab, c.n_embd],
         "token_embd.weight",
@@ -81,7 +71,7 @@ pub fn tensors(
             ),
         ] {
             let from = format!("model.layers.{il}.{from}.weight");
-            all.push(stored(
+            all.push(plan(
                 &from,
                 shape,
                 &format!("blk.{il}.{name}.weight"),
@@ -89,7 +79,7 @@ pub fn tensors(
             )?);
         }
     }
-    all.push(stored(
+    all.push(plan(
         "model.norm.weight",
         &[c.n_embd],
         "output_norm.weight",
@@ -97,7 +87,7 @@ pub fn tensors(
     )?);
     // Without an output matrix llama.cpp takes the embeddings.
     if !c.tied {
-        all.push(stored(
+        all.push(plan(
             "lm_head.weight",
             &[c.n_vocab, c.n_embd],
             "output.weight",

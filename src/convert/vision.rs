@@ -4,10 +4,8 @@
 //! Features are an inner hidden state of the tower, so the layers behind it and the last norm are
 //! not written. Neither `clip.use_gelu` nor `clip.use_silu` is set, which means quick_gelu there.
 
-use super::OutType;
-use super::checkpoint::Checkpoint;
 use super::config::{TextConfig, VisionConfig};
-use super::tensors::{Planned, Role};
+use super::tensors::{Plan, Planned, Role};
 use crate::error::Result;
 use crate::llama::gguf::Writer;
 
@@ -15,59 +13,35 @@ const ROOT: &str = "model.vision_embed_tokens";
 /// Patches of a crop are merged 2x2 before the projection.
 const MERGE: u32 = 2;
 
-/// All tensors, checked against the checkpoint.
+/// All tensors, each made by `plan`.
 ///
 /// # Errors
-/// [`crate::error::Error::File`] for the first that is missing or has another shape.
-pub fn tensors(
-    checkpoint: &Checkpoint,
+/// Those of `plan`.
+pub fn tensors<'a>(
     config: &VisionConfig,
     text: &TextConfig,
-    outtype: OutType,
-) -> Result<Vec<Planned>> {
+    plan: &mut Plan<'_, 'a>,
+) -> Result<Vec<Planned<'a>>> {
     let (d, ff, out) = (config.n_embd, config.n_ff, text.n_embd);
     let merged = d * MERGE * MERGE;
     let side = config.image_size / config.patch_size;
     let tower = format!("{ROOT}.img_processor.vision_model");
-    let stored = |from: &str, shape: &[u32], name: &str, role| {
-        Planned::stored(checkpoint, from, shape, name, role, outtype)
-    };
-    let pair = |all: &mut Vec<Planned>, from: &str, shape: &[u32], name: &str| -> Result<()> {
-        let role = if shape.len() == 1 {
-            Role::Vector
-        } else {
-            Role::Matrix
-        };
-        all.push(stored(
-            &format!("{from}.weight"),
-            shape,
-            &format!("{name}.weight"),
-            role,
-        )?);
-        all.push(stored(
-            &format!("{from}.bias"),
-            &shape[..1],
-            &format!("{name}.bias"),
-            Role::Vector,
-        )?);
-        Ok(())
-    };
 
     let patch = &[d, 3, config.patch_size, config.patch_size];
     let mut all = vec![
-        stored(
+        plan(
             &format!("{tower}.embeddings.class_embedding"),
             &[d],
             "v.class_embd",
             Role::Vector,
         )?,
-        stored(
+        plan(
             &format!("{tower}.embeddings.patch_embedding.weight"),
             patch,
             "v.patch_embd.weight",
             Role::Kernel,
         )?,
-        stored(
+        plan(
             &format!("{tower}.embeddings.position_embedding.weight"),
             &[side * side + 1, d],
             "v.position_embd.weight",
@@ -75,7 +49,12 @@ pub fn tensors(
         )?,
     ];
     // The name is spelt so in CLIP's implementation.
-    pair(&mut all, &format!("{tower}.pre_layrnorm"), &[d], "v.pre_ln")?;
+    all.extend(pair(
+        plan,
+        &format!("{tower}.pre_layrnorm"),
+        &[d],
+        "v.pre_ln",
+    )?);
     for il in 0..config.n_layer {
         for (from, shape, name) in [
             ("self_attn.q_proj", &[d, d][..], "attn_q"),
@@ -87,33 +66,23 @@ pub fn tensors(
             ("mlp.fc1", &[ff, d], "ffn_up"),
             ("mlp.fc2", &[d, ff], "ffn_down"),
         ] {
-            pair(
-                &mut all,
-                &format!("{tower}.encoder.layers.{il}.{from}"),
-                shape,
-                &format!("v.blk.{il}.{name}"),
-            )?;
+            let from = format!("{tower}.encoder.layers.{il}.{from}");
+            all.extend(pair(plan, &from, shape, &format!("v.blk.{il}.{name}"))?);
         }
     }
-    pair(
-        &mut all,
-        &format!("{ROOT}.img_projection.0"),
-        &[out, merged],
-        "mm.0",
-    )?;
-    pair(
-        &mut all,
-        &format!("{ROOT}.img_projection.2"),
-        &[out, out],
-        "mm.2",
-    )?;
-    let newline = stored(
+    for (from, shape, name) in [
+        ("img_projection.0", &[out, merged], "mm.0"),
+        ("img_projection.2", &[out, out], "mm.2"),
+    ] {
+        all.extend(pair(plan, &format!("{ROOT}.{from}"), shape, name)?);
+    }
+    let newline = plan(
         &format!("{ROOT}.sub_GN"),
         &[1, 1, 1, merged],
         "v.image_newline",
         Role::Vector,
     )?;
-    let separator = stored(
+    let separator = plan(
         &format!("{ROOT}.glb_GN"),
         &[1, 1, merged],
         "v.view_seperator",
@@ -121,6 +90,32 @@ pub fn tensors(
     )?;
     all.extend([newline.flattened(), separator.flattened()]);
     Ok(all)
+}
+
+/// A weight, which is a matrix or a norm's vector, and its bias.
+fn pair<'a>(
+    plan: &mut Plan<'_, 'a>,
+    from: &str,
+    shape: &[u32],
+    name: &str,
+) -> Result<[Planned<'a>; 2]> {
+    let role = if shape.len() == 1 {
+        Role::Vector
+    } else {
+        Role::Matrix
+    };
+    let mut one = |part: &str, shape: &[u32], role| {
+        plan(
+            &format!("{from}.{part}"),
+            shape,
+            &format!("{name}.{part}"),
+            role,
+        )
+    };
+    Ok([
+        one("weight", shape, role)?,
+        one("bias", &shape[..1], Role::Vector)?,
+    ])
 }
 
 /// Writes everything but the tensors.

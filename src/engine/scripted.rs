@@ -2,9 +2,11 @@
 //!
 //! Its cache is real: cells are given out lowest hole first, as llama.cpp does, run out, and are
 //! freed by position. What llama.cpp would refuse or silently get wrong is an error here: a hole
-//! between the newest position and a batch, a removal of a position that is absent or newest.
+//! between the newest position and a batch (unless it is `patched`), a removal of a position that
+//! is absent or newest.
 
 use std::ops::Range;
+use std::rc::Rc;
 
 use super::{Batch, Engine, Input, KvBytes, Observation, Token};
 use crate::cache::{Cell, Pos};
@@ -31,7 +33,7 @@ pub enum Call {
 }
 
 /// How much the token at position `query` attends to the one at `key`, before normalisation.
-pub type Attention = Box<dyn Fn(Pos, Pos) -> f64>;
+pub type Attention = Rc<dyn Fn(Pos, Pos) -> f64>;
 
 /// The token that is said after the token at this position, of a vocabulary of 256.
 pub type Says = Box<dyn Fn(Pos) -> Token>;
@@ -46,6 +48,7 @@ pub struct Scripted {
     pieces: Vec<Vec<u8>>,
     /// `[N_VOCAB]`, of the last row that asked for them.
     logits: Vec<f32>,
+    patched: bool,
     pub calls: Vec<Call>,
 }
 
@@ -55,18 +58,26 @@ impl Scripted {
         Scripted {
             cells: vec![None; n_cells],
             n_batch,
-            attention: Box::new(|query, key| hashed(0, query, key)),
+            attention: Rc::new(|query, key| hashed(0, query, key)),
             says: Box::new(|_| 1),
             pieces: (0..N_VOCAB)
                 .map(|token| format!(" {token}").into_bytes())
                 .collect(),
             logits: Vec::new(),
+            patched: false,
             calls: Vec::new(),
         }
     }
 
+    /// With everything that the patched library can do: any position, trial runs, compaction,
+    /// rows that leave and come back.
+    pub fn patched(mut self) -> Self {
+        self.patched = true;
+        self
+    }
+
     pub fn with_attention(mut self, attention: impl Fn(Pos, Pos) -> f64 + 'static) -> Self {
-        self.attention = Box::new(attention);
+        self.attention = Rc::new(attention);
         self
     }
 
@@ -89,6 +100,16 @@ impl Scripted {
         cells
             .filter_map(|(cell, pos)| pos.map(|pos| (cell as Cell, pos)))
             .collect()
+    }
+
+    /// Rows that went in.
+    pub fn n_decoded(&self) -> usize {
+        let calls = self.calls.iter();
+        let rows = calls.map(|call| match call {
+            Call::Decode { n, .. } => *n,
+            _ => 0,
+        });
+        rows.sum()
     }
 
     /// Empties the cache.
@@ -144,6 +165,10 @@ impl Engine for Scripted {
         cells.clear();
         seen.clear();
         let n = batch.input.len();
+        if n != batch.pos.len() {
+            let places = batch.pos.len();
+            return Err(Error::contract(format!("{places} positions for {n} rows")));
+        }
         if n == 0 || n > self.n_batch {
             let most = self.n_batch;
             return Err(Error::contract(format!(
@@ -158,13 +183,19 @@ impl Engine for Scripted {
                 .iter()
                 .map(|row| row.iter().copied().fold(0, Pos::max))
                 .collect(),
-            _ => (batch.pos..).take(n).collect(),
+            _ => batch.pos.to_vec(),
         };
         let expected = |newest: &Pos| newest + 1 != places.iter().copied().fold(Pos::MAX, Pos::min);
-        if let Some(newest) = self.newest().filter(expected) {
+        if self.patched {
+            let taken = |pos: &&Pos| self.cells.contains(&Some(**pos));
+            let ascending = places.windows(2).all(|pair| pair[0] < pair[1]);
+            if !ascending || places.iter().any(|pos| taken(&pos)) {
+                return Err(Error::contract(format!("a batch at {places:?}")));
+            }
+        } else if let Some(newest) = self.newest().filter(expected) {
             let pos = batch.pos;
             return Err(Error::contract(format!(
-                "a batch at {pos} after position {newest}"
+                "a batch at {pos:?} after position {newest}"
             )));
         }
         let ascending = batch.queries.windows(2).all(|pair| pair[0] < pair[1]);
@@ -185,18 +216,18 @@ impl Engine for Scripted {
         }
         if !batch.queries.is_empty() {
             self.attend(
-                batch.queries.iter().map(|&row| batch.pos + row as Pos),
+                batch.queries.iter().map(|&row| batch.pos[row as usize]),
                 seen,
             );
         }
         if batch.logits {
-            let said = (self.says)(batch.pos + n as Pos - 1) as usize % N_VOCAB;
+            let said = (self.says)(batch.pos[n - 1]) as usize % N_VOCAB;
             self.logits = (0..N_VOCAB)
                 .map(|token| if token == said { 1.0 } else { 0.0 })
                 .collect();
         }
         self.calls.push(Call::Decode {
-            pos: batch.pos,
+            pos: batch.pos[0],
             n,
             embeddings: matches!(batch.input, Input::Embeddings { .. }),
             queries: batch.queries.to_vec(),
@@ -263,6 +294,66 @@ impl Engine for Scripted {
             return Err(Error::contract(format!("{held} cells left, not {left}")));
         }
         self.calls.push(Call::Rewind(from));
+        Ok(())
+    }
+
+    fn takes_any_position(&self) -> bool {
+        self.patched
+    }
+
+    fn trial(&self, n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
+        if !self.patched {
+            return Ok(None);
+        }
+        let mut engine = Scripted::new(n_cells, self.n_batch).patched();
+        engine.attention = Rc::clone(&self.attention);
+        Ok(Some(Box::new(engine)))
+    }
+
+    /// The highest tokens into the lowest holes.
+    fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
+        moves.clear();
+        while self.patched {
+            let hole = self.cells.iter().position(Option::is_none);
+            let last = self.cells.iter().rposition(Option::is_some);
+            let (Some(to), Some(from)) = (hole, last) else {
+                break;
+            };
+            if from < to {
+                break;
+            }
+            self.cells.swap(from, to);
+            moves.push((from as Cell, to as Cell));
+        }
+        Ok(())
+    }
+
+    /// A row is its position.
+    fn save_rows(&mut self, cells: &[Cell], out: &mut Vec<u8>) -> Result<bool> {
+        for &cell in cells.iter().filter(|_| self.patched) {
+            let Some(pos) = self.cells.get(cell as usize).copied().flatten() else {
+                return Err(Error::contract(format!("the row of empty cell {cell}")));
+            };
+            out.extend(pos.to_le_bytes());
+        }
+        Ok(self.patched)
+    }
+
+    fn restore_rows(&mut self, pos: &[Pos], rows: &[u8], cells: &mut Vec<Cell>) -> Result<()> {
+        let saved: Vec<u8> = pos.iter().flat_map(|pos| pos.to_le_bytes()).collect();
+        if saved != rows {
+            return Err(Error::contract(format!("other rows for {pos:?}")));
+        }
+        let free = (0..self.cells.len()).filter(|&cell| self.cells[cell].is_none());
+        cells.clear();
+        cells.extend(free.take(pos.len()).map(|cell| cell as Cell));
+        if cells.len() < pos.len() {
+            let n_ctx = self.cells.len();
+            return Err(Error::ContextFull { n_ctx });
+        }
+        for (&cell, &pos) in cells.iter().zip(pos) {
+            self.cells[cell as usize] = Some(pos);
+        }
         Ok(())
     }
 

@@ -1,11 +1,15 @@
 //! What a turn begins with: tokens and pictures in order.
 
-use crate::cache::{Modality, PerModality, Pos};
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hasher};
+
+use crate::cache::{PerModality, Pos};
+use crate::controller::Origin;
 use crate::engine::{Input, Token};
 use crate::error::{Error, Result};
 
 /// A piece of a prompt.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum Segment {
     Tokens(Vec<Token>),
     /// Row-major `[n, n_embd]` projected embeddings of picture number `image`. `axes` is there
@@ -19,7 +23,7 @@ pub enum Segment {
 }
 
 /// Positions of a picture's rows where they do not follow one another (M-RoPE).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Axes {
     /// `[t, y, x, z]` of each row for a picture at position 0: `[n]`.
     pub rows: Vec<[Pos; 4]>,
@@ -27,15 +31,6 @@ pub struct Axes {
     pub moves: [bool; 4],
     /// Positions that the picture takes in the sequence, 1 to `n`.
     pub n_pos: Pos,
-}
-
-/// Where the rows of a batch stand in the sequence.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Place {
-    /// One position a row, after the newest.
-    Next,
-    /// Rows from `first` on of a picture whose rows share `n_pos` positions from `base` on.
-    Shared { base: Pos, first: usize, n_pos: Pos },
 }
 
 impl Segment {
@@ -61,49 +56,56 @@ impl Segment {
         }
     }
 
-    /// Where rows from `first` on stand, and their absolute positions on all axes if they have
-    /// several; `base` is the position of the segment's first row.
-    pub(super) fn place(
-        &self,
-        base: Pos,
-        first: usize,
-        end: usize,
-    ) -> (Place, Option<Vec<[Pos; 4]>>) {
-        match self {
-            Segment::Image {
-                axes: Some(axes), ..
-            } => {
-                let absolute = |row: &[Pos; 4]| {
-                    std::array::from_fn(|axis| match axes.moves[axis] {
-                        true => row[axis].saturating_add(base),
-                        false => row[axis],
-                    })
-                };
-                let rows = axes.rows[first..end].iter().map(absolute).collect();
-                (
-                    Place::Shared {
-                        base,
-                        first,
-                        n_pos: axes.n_pos,
-                    },
-                    Some(rows),
-                )
-            }
-            _ => (Place::Next, None),
-        }
+    /// The position of a row; `base` is that of the first. Rows of a picture with several axes
+    /// share the segment's positions: which row counts as which does not matter, since no policy
+    /// may remove single ones of them, but the last position must be reached.
+    pub(super) fn pos(&self, base: Pos, row: usize) -> Pos {
+        let row = row.min(self.positions().saturating_sub(1));
+        base.saturating_add(Pos::try_from(row).unwrap_or(Pos::MAX))
     }
 
-    pub(super) fn modality(&self) -> Modality {
-        match self {
-            Segment::Tokens(_) => Modality::Text,
-            Segment::Image { .. } => Modality::Vision,
-        }
+    /// The absolute positions of rows `first..end` on all axes, if they have several.
+    pub(super) fn axes(&self, base: Pos, first: usize, end: usize) -> Option<Vec<[Pos; 4]>> {
+        let Segment::Image {
+            axes: Some(axes), ..
+        } = self
+        else {
+            return None;
+        };
+        let absolute = |row: &[Pos; 4]| {
+            std::array::from_fn(|axis| match axes.moves[axis] {
+                true => row[axis].saturating_add(base),
+                false => row[axis],
+            })
+        };
+        Some(axes.rows[first..end].iter().map(absolute).collect())
     }
 
-    pub(super) fn image(&self) -> Option<u32> {
+    /// Which rows' embeddings occur more than once: `[n]`, or nothing for text.
+    pub(super) fn separators(&self) -> Vec<bool> {
+        let Segment::Image { embeddings, n, .. } = self else {
+            return Vec::new();
+        };
+        let width = (embeddings.len() / (*n).max(1)).max(1);
+        let bits = |row: &[f32]| -> u64 {
+            let mut hasher = DefaultHasher::new();
+            row.iter().for_each(|x| hasher.write_u32(x.to_bits()));
+            hasher.finish()
+        };
+        let rows: Vec<u64> = embeddings.chunks(width).map(bits).collect();
+        let mut times = HashMap::new();
+        rows.iter()
+            .for_each(|row| *times.entry(row).or_insert(0) += 1);
+        rows.iter().map(|row| times[row] > 1).collect()
+    }
+
+    pub(super) fn origin(&self) -> Origin {
         match self {
-            Segment::Tokens(_) => None,
-            Segment::Image { image, .. } => Some(*image),
+            Segment::Tokens(_) => Origin::TEXT,
+            Segment::Image { image, axes, .. } => Origin {
+                shared: axes.is_some(),
+                ..Origin::picture(*image)
+            },
         }
     }
 
@@ -164,7 +166,7 @@ impl Segment {
 pub(super) fn count(prompt: &[Segment]) -> PerModality {
     let mut counts = PerModality::default();
     for segment in prompt {
-        *counts.of_mut(segment.modality()) += segment.len();
+        *counts.of_mut(segment.origin().modality) += segment.len();
     }
     counts
 }

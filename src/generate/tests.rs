@@ -2,6 +2,7 @@ use std::cell::Cell as Slot;
 
 use super::*;
 use crate::engine::scripted::{Call, Scripted};
+use crate::engine::{Batch, Observation};
 use crate::policy::{self, Amount, DapOptions, DapRule, Limits, PolicyOptions, Scope};
 
 fn session(engine: Scripted, policy: &str, options: &PolicyOptions) -> Session<Scripted> {
@@ -24,7 +25,7 @@ fn tokens(n: usize) -> Segment {
 
 fn picture(n: usize) -> Segment {
     Segment::Image {
-        embeddings: vec![0.0; 3 * n],
+        embeddings: (0..3 * n).map(|x| x as f32).collect(),
         n,
         image: 0,
         axes: None,
@@ -433,6 +434,6 @@ fn rows_of_a_picture_may_share_positions() {
 
 #[test]
 fn only_the_axes_that_move_follow_the_picture() {
-    let (_, rows) = square(4, 2).place(10, 1, 3);
+    let rows = square(4, 2).axes(10, 1, 3);
     assert_eq!(rows.unwrap(), [[10, 10, 11, 0], [10, 11, 10, 0]]);
 }

@@ -52,7 +52,7 @@ fn decode_bytes(bytes: &[u8], limits: &Limits) -> Result<Picture, String> {
     reader.limits(memory.clone());
     let mut decoder = reader.into_decoder().map_err(broken)?;
     let (width, height) = decoder.dimensions();
-    check_size(width, height, limits)?;
+    limits.check_size(width, height)?;
     memory.reserve(decoder.total_bytes()).map_err(broken)?;
     decoder.set_limits(memory).map_err(broken)?;
 
@@ -65,37 +65,8 @@ fn decode_bytes(bytes: &[u8], limits: &Limits) -> Result<Picture, String> {
         width,
         height,
         rgb: on_white(image),
+        num_crops: None,
     })
-}
-
-fn check_size(width: u32, height: u32, limits: &Limits) -> Result<(), String> {
-    let (short, long) = (width.min(height), width.max(height));
-    let found = format!("is {width}x{height} pixels");
-    if short < limits.min_side {
-        return Err(format!(
-            "{found}, expected sides of at least {}",
-            limits.min_side
-        ));
-    }
-    if long > limits.max_side {
-        return Err(format!(
-            "{found}, expected sides of at most {}",
-            limits.max_side
-        ));
-    }
-    if u64::from(width) * u64::from(height) > limits.pixels {
-        return Err(format!(
-            "{found}, expected at most {} pixels in all",
-            limits.pixels
-        ));
-    }
-    if u64::from(long) > u64::from(short) * u64::from(limits.aspect) {
-        return Err(format!(
-            "{found}, expected an aspect ratio of at most {}:1",
-            limits.aspect
-        ));
-    }
-    Ok(())
 }
 
 fn name(format: ImageFormat) -> &'static str {

@@ -27,15 +27,18 @@ pub struct Picture {
     pub height: u32,
     /// Row-major `[height, width, 3]`, sRGB, 0 to 255.
     pub rgb: Vec<u8>,
+    /// Crops that Phi-3.5-vision may cut the picture into; `None`: what the vision file says.
+    pub num_crops: Option<u32>,
 }
 
 impl Picture {
-    /// SHA-256 of the size and the pixels. Files that decode to the same picture share it,
-    /// whatever their format, so it can name what was computed from the picture.
+    /// SHA-256 of the size, the crops and the pixels. Files that decode to the same picture share
+    /// it, whatever their format, so it can name what was computed from the picture.
     pub fn sha256(&self) -> [u8; 32] {
         let mut hash = Sha256::new();
         hash.update(self.width.to_le_bytes());
         hash.update(self.height.to_le_bytes());
+        hash.update(self.num_crops.unwrap_or(0).to_le_bytes());
         hash.update(&self.rgb);
         hash.finalize().into()
     }
@@ -71,6 +74,42 @@ impl Default for Limits {
             // Room for the largest picture with 16-bit RGBA, and half of that for the decoder.
             memory: 768 << 20,
         }
+    }
+}
+
+impl Limits {
+    /// Refuses sizes that are not accepted, with the reason.
+    ///
+    /// # Errors
+    /// What was found and what was expected.
+    pub fn check_size(&self, width: u32, height: u32) -> Result<(), String> {
+        let (short, long) = (width.min(height), width.max(height));
+        let found = format!("is {width}x{height} pixels");
+        if short < self.min_side {
+            return Err(format!(
+                "{found}, expected sides of at least {}",
+                self.min_side
+            ));
+        }
+        if long > self.max_side {
+            return Err(format!(
+                "{found}, expected sides of at most {}",
+                self.max_side
+            ));
+        }
+        if u64::from(width) * u64::from(height) > self.pixels {
+            return Err(format!(
+                "{found}, expected at most {} pixels in all",
+                self.pixels
+            ));
+        }
+        if u64::from(long) > u64::from(short) * u64::from(self.aspect) {
+            return Err(format!(
+                "{found}, expected an aspect ratio of at most {}:1",
+                self.aspect
+            ));
+        }
+        Ok(())
     }
 }
 

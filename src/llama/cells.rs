@@ -5,12 +5,14 @@
 //! Only a plain cache can do this. Sliding windows, recurrent layers and caches that are split over
 //! devices refuse, and nothing happens.
 
+use std::collections::HashMap;
+
 use llama_cpp_sys_2 as sys;
 
 use super::context::{LlamaEngine, SEQ};
 use super::{log, memory};
 use crate::cache::{Cell, Pos};
-use crate::engine::KvBytes;
+use crate::engine::{Batch, KvBytes};
 use crate::error::{Error, Result};
 
 /// The one stream of a context with one sequence.
@@ -47,6 +49,34 @@ impl LlamaEngine<'_> {
         // SAFETY: the context is alive.
         let n = unsafe { sys::llama_hae_kv_size(self.raw.as_ptr()) };
         checked("llama_hae_kv_size", n)
+    }
+
+    /// Leaves the size of the cache to [`LlamaEngine::resize`] alone.
+    pub fn resize_by_hand(&mut self) {
+        self.room.resizable = false;
+    }
+
+    /// Whether the memory is a plain cache, whose cells can be read and moved.
+    pub(super) fn is_plain(&self) -> bool {
+        self.cells_now().is_ok()
+    }
+
+    /// The cells that a batch went to, in row order.
+    pub(super) fn cells_of(&self, batch: &Batch<'_>, cells: &mut Vec<Cell>) -> Result<()> {
+        if batch.input.len() <= self.n_ubatch() {
+            return self.batch_cells(cells);
+        }
+        // Several micro-batches, of which llama.cpp remembers the last: by position then.
+        let mut map = Vec::new();
+        self.cell_map(&mut map)?;
+        let by_pos: HashMap<Pos, Cell> = map
+            .into_iter()
+            .zip(0..)
+            .filter_map(|(pos, cell)| Some((pos?, cell)))
+            .collect();
+        cells.clear();
+        cells.extend(batch.pos.iter().filter_map(|pos| by_pos.get(pos)));
+        Ok(())
     }
 
     /// The position in each cell, `None` where it is empty: `out` gets one entry a cell.
@@ -102,8 +132,7 @@ impl LlamaEngine<'_> {
     pub(super) fn cache_bytes(&self) -> Option<KvBytes> {
         let mut allocated = 0;
         // SAFETY: the context is alive, and `allocated` is a live variable.
-        let per_cell =
-            unsafe { sys::llama_hae_kv_bytes(self.raw.as_ptr(), &raw mut allocated) };
+        let per_cell = unsafe { sys::llama_hae_kv_bytes(self.raw.as_ptr(), &raw mut allocated) };
         Some(KvBytes {
             per_cell: u64::try_from(per_cell).ok()?,
             allocated: allocated as u64,
@@ -115,7 +144,7 @@ impl LlamaEngine<'_> {
     ///
     /// # Errors
     /// [`Error::Llama`] if the memory is no plain cache or the device fails; nothing has moved then.
-    pub fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
+    pub fn compact_cells(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
         const CALL: &str = "llama_hae_kv_compact";
         // A move fills a hole from above, so there cannot be more than half as many as cells.
         let most = self.cells_now()? / 2;
@@ -151,6 +180,7 @@ impl LlamaEngine<'_> {
         if n_cells as usize > self.cells_now()? {
             memory::check(
                 self.model,
+                self.model.n_layer(),
                 n_cells.min(self.options.n_ctx),
                 self.options.type_k,
                 self.options.type_v,

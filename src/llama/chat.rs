@@ -6,10 +6,10 @@ use super::Model;
 use crate::error::{Error, Result};
 
 /// One turn of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Message {
     /// `system`, `user` or `assistant`.
-    pub role: &'static str,
+    pub role: String,
     pub content: String,
 }
 

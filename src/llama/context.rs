@@ -5,96 +5,24 @@ use std::ops::Range;
 use std::ptr::NonNull;
 
 use llama_cpp_2::context::LlamaContext;
-use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
+use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
 use super::observer::{Observer, on_node};
+use super::options::{ContextOptions, FlashAttention};
+use super::room::{self, Room};
 use super::state::SequenceState;
-use super::{Model, SamplerOptions, backend, log, memory};
+#[cfg(feature = "kv-patches")]
+use super::taps::{self, ScoreSource};
+use super::{Model, RopeFactors, SamplerOptions, backend, log, trial};
 use crate::cache::{Cell, Pos};
 use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
 use crate::error::{Error, Result};
 
 /// The one sequence of the context.
 pub(super) const SEQ: sys::llama_seq_id = 0;
-
-/// `-fa`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FlashAttention {
-    #[default]
-    Auto,
-    On,
-    Off,
-}
-
-/// Element type of the K or V cache (`-ctk`, `-ctv`), by llama.cpp's names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CacheType {
-    F32,
-    #[default]
-    F16,
-    Bf16,
-    #[serde(rename = "q8_0")]
-    Q8_0,
-    #[serde(rename = "q4_0")]
-    Q4_0,
-    #[serde(rename = "q4_1")]
-    Q4_1,
-    #[serde(rename = "iq4_nl")]
-    Iq4Nl,
-    #[serde(rename = "q5_0")]
-    Q5_0,
-    #[serde(rename = "q5_1")]
-    Q5_1,
-}
-
-impl CacheType {
-    pub(super) fn raw(self) -> KvCacheType {
-        match self {
-            CacheType::F32 => KvCacheType::F32,
-            CacheType::F16 => KvCacheType::F16,
-            CacheType::Bf16 => KvCacheType::BF16,
-            CacheType::Q8_0 => KvCacheType::Q8_0,
-            CacheType::Q4_0 => KvCacheType::Q4_0,
-            CacheType::Q4_1 => KvCacheType::Q4_1,
-            CacheType::Iq4Nl => KvCacheType::IQ4_NL,
-            CacheType::Q5_0 => KvCacheType::Q5_0,
-            CacheType::Q5_1 => KvCacheType::Q5_1,
-        }
-    }
-
-    /// Whether llama.cpp stores blocks of this type: as V it then needs flash attention.
-    pub fn is_quantized(self) -> bool {
-        !matches!(self, CacheType::F32 | CacheType::F16 | CacheType::Bf16)
-    }
-}
-
-/// How to make a context.
-#[derive(Clone, Debug)]
-pub struct ContextOptions {
-    /// Cells of the cache, or with `kv_size` the most that it may get.
-    pub n_ctx: u32,
-    /// Cells that the cache begins with, rounded up to a multiple of 256; `None`: `n_ctx`. Needs the
-    /// feature `kv-patches` and a plain cache (no windows, nothing recurrent), else it is ignored.
-    pub kv_size: Option<u32>,
-    /// Rows of one decode call.
-    pub n_batch: u32,
-    /// Rows that are computed at once.
-    pub n_ubatch: u32,
-    pub n_threads: i32,
-    pub n_threads_batch: i32,
-    pub flash_attention: FlashAttention,
-    pub type_k: CacheType,
-    pub type_v: CacheType,
-    /// Layers whose attention is read (sorted); reading any switches flash attention off.
-    pub score_layers: Vec<u32>,
-    /// Pictures attend to all of themselves (a property of the vision model).
-    pub non_causal_images: bool,
-}
 
 /// A context on a [`Model`].
 pub struct LlamaEngine<'m> {
@@ -103,12 +31,17 @@ pub struct LlamaEngine<'m> {
     /// The same context, for calls that only read it.
     pub(super) raw: NonNull<sys::llama_context>,
     observer: Owned,
+    /// Whether llama.cpp calls the observer: where nothing else tells cells, sizes or scores.
+    watched: bool,
     pub(super) model: &'m Model,
     sampler: LlamaSampler,
     pub(super) options: ContextOptions,
-    n_ctx: usize,
+    pub(super) n_ctx: usize,
     /// Cells handed out by counting, where the memory has no cells that could be read.
     pub(super) counted: Option<Cell>,
+    pub(super) room: Room,
+    /// What the host needs to restore the copy of the sequence that is on the device.
+    pub(super) on_device: Option<SequenceState>,
     /// Whether the last batch asked for logits: reading absent ones would end the process.
     has_logits: bool,
     /// What the host needs to restore the copy of the sequence that is on the device.
@@ -164,45 +97,40 @@ impl<'m> LlamaEngine<'m> {
         options: ContextOptions,
         sampler: &SamplerOptions,
     ) -> Result<Self> {
-        let observing = !options.score_layers.is_empty();
-        if let Some(&il) = options
-            .score_layers
-            .iter()
-            .find(|&&il| il >= model.n_layer())
-        {
-            return Err(Error::option(
-                "--score-layers",
-                format!(
-                    "layer {il} does not exist, the model has layers 0 to {}",
-                    model.n_layer().saturating_sub(1)
-                ),
-            ));
+        Self::of_layers(model, options, sampler, None)
+    }
+
+    /// As [`LlamaEngine::new`], with this many of the model's first layers.
+    pub(super) fn of_layers(
+        model: &'m Model,
+        options: ContextOptions,
+        sampler: &SamplerOptions,
+        n_layer_first: Option<u32>,
+    ) -> Result<Self> {
+        options.check(model, n_layer_first)?;
+        let watched = !cfg!(feature = "kv-patches") || options.calls_back();
+        let engine = Self::make(model, options, sampler, n_layer_first, watched)?;
+        if watched || engine.is_plain() {
+            return Ok(engine);
         }
-        let flash = if observing {
-            FlashAttention::Off
-        } else {
-            options.flash_attention
+        // Only the callback knows the cells of this model's memory.
+        let options = engine.options.clone();
+        drop(engine);
+        Self::make(model, options, sampler, n_layer_first, true)
+    }
+
+    fn make(
+        model: &'m Model,
+        options: ContextOptions,
+        sampler: &SamplerOptions,
+        n_layer_first: Option<u32>,
+        watched: bool,
+    ) -> Result<Self> {
+        let called_back = match options.calls_back() {
+            true => options.score_layers.clone(),
+            false => Vec::new(),
         };
-        if options.type_v.is_quantized() && flash == FlashAttention::Off {
-            let why = if observing {
-                "reading attention scores switches off"
-            } else {
-                "-fa off switches off"
-            };
-            return Err(Error::option(
-                "-ctv",
-                format!("a quantized V cache needs flash attention, which {why}"),
-            ));
-        }
-        if options.n_ctx == 0 || options.n_batch == 0 || options.n_ubatch == 0 {
-            return Err(Error::option("-c, -b, -ub", "expected at least 1"));
-        }
-        let n_cells = match options.kv_size {
-            Some(n) if cfg!(feature = "kv-patches") => n.min(options.n_ctx),
-            _ => options.n_ctx,
-        };
-        memory::check(model, n_cells, options.type_k, options.type_v)?;
-        let observer = Owned::new(Observer::new(options.score_layers.clone()));
+        let observer = Owned::new(Observer::new(called_back));
         let mut params = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(options.n_ctx))
             .with_n_batch(options.n_batch)
@@ -210,7 +138,7 @@ impl<'m> LlamaEngine<'m> {
             .with_n_seq_max(1)
             .with_n_threads(options.n_threads)
             .with_n_threads_batch(options.n_threads_batch)
-            .with_flash_attention_policy(match flash {
+            .with_flash_attention_policy(match options.effective_flash_attention() {
                 FlashAttention::Auto => sys::LLAMA_FLASH_ATTN_TYPE_AUTO,
                 FlashAttention::On => sys::LLAMA_FLASH_ATTN_TYPE_ENABLED,
                 FlashAttention::Off => sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
@@ -218,11 +146,12 @@ impl<'m> LlamaEngine<'m> {
             .with_type_k(options.type_k.raw())
             .with_type_v(options.type_v.raw());
         let raw = params.as_raw_mut();
-        raw.cb_eval = Some(on_node);
-        raw.cb_eval_user_data = observer.0.as_ptr().cast();
-        #[cfg(feature = "kv-patches")]
-        {
-            raw.kv_size = options.kv_size.unwrap_or(0);
+        options.rope_factors.set(model, options.n_ctx, raw)?;
+        trial::set(n_layer_first, raw);
+        room::set(options.kv_size, raw);
+        if watched {
+            raw.cb_eval = Some(on_node);
+            raw.cb_eval_user_data = observer.0.as_ptr().cast();
         }
 
         log::forget();
@@ -235,11 +164,17 @@ impl<'m> LlamaEngine<'m> {
                 ),
             )
         })?;
+        #[cfg(feature = "kv-patches")]
+        if options.score_source == ScoreSource::Graph && !options.score_layers.is_empty() {
+            ctx = taps::tapped(ctx, &options.score_layers)?;
+        }
         let n_ctx = ctx.n_ctx() as usize;
         let raw = NonNull::new(ctx.as_mut_ptr())
             .ok_or_else(|| Error::llama("llama_init_from_model", "returned null"))?;
-        Ok(LlamaEngine {
+        let mut engine = LlamaEngine {
             raw,
+            watched,
+            room: Room::default(),
             on_device: None,
             sampler: sampler.chain(model.n_vocab(), n_ctx),
             counted: model.eviction_obstacle().map(|_| 0),
@@ -250,7 +185,15 @@ impl<'m> LlamaEngine<'m> {
             n_ctx,
             has_logits: false,
             rows: Rows::default(),
-        })
+        };
+        engine.room.resizable = engine.options.kv_size.is_some() && engine.is_plain();
+        Ok(engine)
+    }
+
+    /// The rope factors that it computes with.
+    pub fn rope_factors(&self) -> RopeFactors {
+        let options = &self.options;
+        options.rope_factors.resolved(self.model, options.n_ctx)
     }
 
     pub fn model(&self) -> &'m Model {
@@ -261,9 +204,8 @@ impl<'m> LlamaEngine<'m> {
     pub fn clear(&mut self) {
         self.ctx.clear_kv_cache();
         self.sampler.reset();
-        if let Some(n) = &mut self.counted {
-            *n = 0;
-        }
+        self.count(0);
+        self.room.emptied();
     }
 
     /// Rows that are computed at once: a picture whose tokens attend to all of it needs as many.
@@ -271,9 +213,37 @@ impl<'m> LlamaEngine<'m> {
         self.options.n_ubatch.min(self.options.n_batch) as usize
     }
 
+    /// Sets how many cells are in use, where they are only counted.
+    pub(super) fn count(&mut self, n: Cell) {
+        if let Some(counted) = &mut self.counted {
+            *counted = n;
+        }
+    }
+
     fn set_causal(&mut self, causal: bool) {
         // SAFETY: the pointer is valid while `self.ctx` lives.
         unsafe { sys::llama_set_causal_attn(self.ctx.as_mut_ptr(), causal) };
+    }
+
+    /// Tells the graph which rows to score; whether there will be scores to read.
+    #[cfg(feature = "kv-patches")]
+    fn begin_taps(&mut self, batch: &Batch<'_>) -> Result<bool> {
+        let options = &self.options;
+        if options.score_layers.is_empty() || options.score_source != ScoreSource::Graph {
+            return Ok(false);
+        }
+        if !batch.queries.is_empty() && batch.input.len() > self.n_ubatch() {
+            return Err(Error::llama(
+                "llama_hae_taps_rows",
+                format!(
+                    "scores of {} rows in batches of {}",
+                    batch.input.len(),
+                    self.n_ubatch()
+                ),
+            ));
+        }
+        taps::begin(&mut self.ctx, batch.queries)?;
+        Ok(!batch.queries.is_empty())
     }
 
     /// Fills the per-row arrays and returns a batch that borrows them and the input.
@@ -285,11 +255,12 @@ impl<'m> LlamaEngine<'m> {
         let n = batch.input.len();
         let n_tokens = i32::try_from(n)
             .map_err(|_| Error::llama("llama_decode", format!("{n} rows in one batch")))?;
-        let last = batch.pos.checked_add(n_tokens).filter(|_| batch.pos >= 0);
-        if last.is_none() {
+        let ascending = batch.pos.windows(2).all(|pair| pair[0] <= pair[1]);
+        let bounds = (batch.pos.first(), batch.pos.last());
+        if batch.pos.len() != n || !ascending || !in_range(bounds) {
             return Err(Error::llama(
                 "llama_decode",
-                format!("positions from {} on overflow", batch.pos),
+                format!("positions {bounds:?} for {n} rows"),
             ));
         }
         let rows = &mut self.rows;
@@ -307,7 +278,7 @@ impl<'m> LlamaEngine<'m> {
                         format!("token {t} is not in the vocabulary of {n_vocab}"),
                     ));
                 }
-                rows.pos.extend(batch.pos..batch.pos + n_tokens);
+                rows.pos.extend(batch.pos);
                 (tokens.as_ptr().cast_mut(), std::ptr::null_mut())
             }
             Input::Embeddings { data, n, mrope } => {
@@ -319,7 +290,7 @@ impl<'m> LlamaEngine<'m> {
                     ));
                 }
                 match mrope {
-                    None => rows.pos.extend(batch.pos..batch.pos + n_tokens),
+                    None => rows.pos.extend(batch.pos),
                     // llama.cpp wants the four axes one after the other, n values each.
                     Some(mrope) if mrope.len() == n => {
                         for axis in 0..4 {
@@ -356,6 +327,11 @@ impl<'m> LlamaEngine<'m> {
     }
 }
 
+/// Whether positions can be told to llama.cpp: none is negative, and the last has a successor.
+fn in_range(bounds: (Option<&Pos>, Option<&Pos>)) -> bool {
+    matches!(bounds, (Some(&first), Some(&last)) if first >= 0 && last < Pos::MAX)
+}
+
 impl Engine for LlamaEngine<'_> {
     fn decode(
         &mut self,
@@ -385,6 +361,9 @@ impl Engine for LlamaEngine<'_> {
         if self.counted.is_some_and(|n| n as usize + rows > self.n_ctx) {
             return Err(Error::ContextFull { n_ctx: self.n_ctx });
         }
+        self.grow(rows)?;
+        #[cfg(feature = "kv-patches")]
+        let tapped = self.begin_taps(&batch)?;
         self.observer.get_mut().begin(batch.queries);
         self.has_logits = false;
         log::forget();
@@ -408,13 +387,20 @@ impl Engine for LlamaEngine<'_> {
         }
         self.has_logits = batch.logits;
         observed.map_err(|reason| Error::llama("llama_decode", reason))?;
+        #[cfg(feature = "kv-patches")]
+        if tapped {
+            taps::read(&mut self.ctx, self.n_ctx, seen)?;
+        }
         seen.queries
-            .extend(batch.queries.iter().map(|&row| batch.pos + row as Pos));
+            .extend(batch.queries.iter().map(|&row| batch.pos[row as usize]));
         if let Some(next) = &mut self.counted {
             cells.clear();
             cells.extend((*next..).take(batch.input.len()));
             *next += batch.input.len() as Cell;
+        } else if !self.watched {
+            self.cells_of(&batch, cells)?;
         }
+        self.room.filled(cells);
         if cells.len() != batch.input.len() {
             return Err(Error::llama(
                 "llama_decode",
@@ -514,9 +500,49 @@ impl Engine for LlamaEngine<'_> {
                 format!("the window before position {from} is gone"),
             ));
         }
-        if let Some(next) = &mut self.counted {
-            *next = Cell::try_from(left).unwrap_or(*next);
+        self.count(Cell::try_from(left).unwrap_or(Cell::MAX));
+        self.recount()
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn takes_any_position(&self) -> bool {
+        // Rows of a picture that attend to later ones would see what they came before.
+        self.counted.is_none() && !self.options.non_causal_images
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn trial(&self, n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
+        trial::engine(self.model, &self.options, n_cells)
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn make_room(&mut self, n: usize) -> Result<()> {
+        self.grow(n)
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
+        self.tidy(moves)
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn save_rows(&mut self, cells: &[Cell], out: &mut Vec<u8>) -> Result<bool> {
+        if !self.is_plain() {
+            return Ok(false);
         }
+        out.extend(self.rows(cells)?);
+        Ok(true)
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn restore_rows(&mut self, pos: &[Pos], rows: &[u8], cells: &mut Vec<Cell>) -> Result<()> {
+        self.recount()?;
+        if self.room.used + pos.len() > self.n_ctx {
+            return Err(Error::ContextFull { n_ctx: self.n_ctx });
+        }
+        self.grow(pos.len())?;
+        self.put_rows(pos, rows, cells)?;
+        self.room.filled(cells);
         Ok(())
     }
 

@@ -39,6 +39,23 @@ impl TensorType {
     pub const F16: Self = Self(sys::GGML_TYPE_F16);
     pub const BF16: Self = Self(sys::GGML_TYPE_BF16);
     pub const Q8_0: Self = Self(sys::GGML_TYPE_Q8_0);
+    pub const Q4_0: Self = Self(sys::GGML_TYPE_Q4_0);
+    pub const Q4_K: Self = Self(sys::GGML_TYPE_Q4_K);
+    pub const Q5_K: Self = Self(sys::GGML_TYPE_Q5_K);
+    pub const Q6_K: Self = Self(sys::GGML_TYPE_Q6_K);
+
+    /// Types that [`quantize`] makes. ggml aborts on some others: those that need an importance
+    /// matrix, and those that nothing quantizes to.
+    const MADE: [Self; 8] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_K,
+        Self::Q5_K,
+        Self::Q6_K,
+    ];
 
     /// The type with this number in a file, or `None` where ggml has none (removed types
     /// have a block size of zero).
@@ -84,25 +101,30 @@ impl TensorType {
     }
 }
 
-/// Quantizes rows of `row_len` values to Q8_0 with ggml's own quantizer, appending to `out`.
-pub fn quantize_q8_0(values: &[f32], row_len: usize, out: &mut Vec<u8>) -> Result<()> {
-    let kind = TensorType::Q8_0;
+/// Appends rows of `row_len` values to `out` in the type `kind`, with ggml's own quantizer.
+///
+/// # Errors
+/// [`Error::Llama`] for a type that cannot be made so, or values that are not whole rows of whole
+/// blocks.
+pub fn quantize(kind: TensorType, values: &[f32], row_len: usize, out: &mut Vec<u8>) -> Result<()> {
+    let failed = |reason| Err(Error::llama("ggml_quantize_chunk", reason));
+    if !TensorType::MADE.contains(&kind) {
+        return failed(format!("{} is not made here", kind.name()));
+    }
     let rows = values.len().checked_div(row_len).unwrap_or(0);
     let bytes = kind.tensor_bytes(&[row_len as u64, rows as u64]);
     let (Some(bytes), true) = (bytes, rows * row_len == values.len()) else {
-        return Err(Error::llama(
-            "ggml_quantize_chunk",
-            format!(
-                "{} values in rows of {row_len}: expected whole rows of whole blocks of 32",
-                values.len()
-            ),
+        return failed(format!(
+            "{} values in rows of {row_len}: expected whole rows of whole blocks of {}",
+            values.len(),
+            kind.block_len()
         ));
     };
     let start = out.len();
     out.resize(start + bytes as usize, 0);
     // SAFETY: `values` holds rows * row_len floats and `out` from `start` exactly the bytes of as
-    // many Q8_0 rows (both computed above); row_len is a multiple of the block. ggml reads and
-    // writes only those, start row 0, and Q8_0 needs no importance matrix.
+    // many rows of the type (both computed above); row_len is a multiple of the block. ggml reads
+    // and writes only those, start row 0, and none of these types needs an importance matrix.
     let written = unsafe {
         sys::ggml_quantize_chunk(
             kind.0,
@@ -115,10 +137,7 @@ pub fn quantize_q8_0(values: &[f32], row_len: usize, out: &mut Vec<u8>) -> Resul
         )
     };
     if written as u64 != bytes {
-        return Err(Error::llama(
-            "ggml_quantize_chunk",
-            format!("wrote {written} bytes, expected {bytes}"),
-        ));
+        return failed(format!("wrote {written} bytes, expected {bytes}"));
     }
     Ok(())
 }

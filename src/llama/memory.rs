@@ -3,7 +3,7 @@
 
 use llama_cpp_sys_2 as sys;
 
-use super::context::CacheType;
+use super::options::CacheType;
 use super::{Model, ModelOptions};
 use crate::error::{Error, Result};
 
@@ -11,7 +11,13 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// [`Error::Option`] naming `-c`.
-pub(super) fn check(model: &Model, n_ctx: u32, k: CacheType, v: CacheType) -> Result<()> {
+pub(super) fn check(
+    model: &Model,
+    n_layer: u32,
+    n_ctx: u32,
+    k: CacheType,
+    v: CacheType,
+) -> Result<()> {
     // SAFETY: takes nothing.
     let gpu = unsafe { sys::llama_supports_gpu_offload() };
     let ModelOptions { n_gpu_layers, .. } = model.options();
@@ -20,7 +26,7 @@ pub(super) fn check(model: &Model, n_ctx: u32, k: CacheType, v: CacheType) -> Re
         return Ok(());
     }
     match total_memory() {
-        Some(total) => fits(n_ctx, bytes_per_cell(model, k, v), total),
+        Some(total) => fits(n_ctx, bytes_per_cell(model, n_layer, k, v), total),
         None => Ok(()),
     }
 }
@@ -42,8 +48,8 @@ fn fits(n_ctx: u32, per_cell: u64, total: u64) -> Result<()> {
     ))
 }
 
-/// Bytes of one cell over all layers, as if every layer had as many heads as the first.
-fn bytes_per_cell(model: &Model, k: CacheType, v: CacheType) -> u64 {
+/// Bytes of one cell over so many layers, as if every layer had as many heads as the first.
+fn bytes_per_cell(model: &Model, n_layer: u32, k: CacheType, v: CacheType) -> u64 {
     let model_ptr = model.inner.as_ptr();
     // SAFETY: the pointer is valid while the model lives; both types are known to ggml.
     unsafe {
@@ -51,7 +57,7 @@ fn bytes_per_cell(model: &Model, k: CacheType, v: CacheType) -> u64 {
         let kv_heads = i64::from(sys::llama_model_n_head_kv(model_ptr)).max(1);
         let width = i64::from(sys::llama_model_n_embd(model_ptr)).max(1) / heads * kv_heads;
         let row = |kind: CacheType| sys::ggml_row_size(kind.raw().into(), width) as u64;
-        (row(k) + row(v)).saturating_mul(model.n_layer().into())
+        (row(k) + row(v)).saturating_mul(n_layer.into())
     }
 }
 

@@ -2,30 +2,40 @@
 //!
 //! [`Model`] loads a GGUF, [`Vision`] turns pictures into embeddings through mtmd, and
 //! [`LlamaEngine`] implements [`crate::engine::Engine`] on a context whose evaluation callback
-//! ([`observer`]) reads which cell each token went to and, when asked, how much attention each
-//! cell had.
+//! ([`observer`]) reads which cell each token went to. How much attention each cell had comes
+//! from nodes in llama.cpp's graph ([`taps`]), or from the callback as well.
 
 mod abort;
 #[cfg(feature = "kv-patches")]
 mod cells;
 pub mod chat;
 mod context;
+mod devices;
 pub mod gguf;
 mod hparams;
 pub mod log;
 mod memory;
 mod model;
 mod observer;
+mod options;
 pub mod quantize;
+mod room;
+mod rope;
 mod sampler;
 mod state;
+mod taps;
+mod trial;
 mod vision;
 
 pub use abort::on_abort;
-pub use context::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
-pub use model::{Model, ModelOptions, RopeFactors};
+pub use context::LlamaEngine;
+pub use devices::{Device, devices};
+pub use model::{Model, ModelOptions};
+pub use options::{CacheType, ContextOptions, FlashAttention};
+pub use rope::RopeFactors;
 pub use sampler::SamplerOptions;
 pub use state::SequenceState;
+pub use taps::ScoreSource;
 pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Piece, Vision, VisionOptions};
 
 use std::sync::OnceLock;

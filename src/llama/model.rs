@@ -7,29 +7,15 @@ use llama_cpp_2::model::{LlamaModel, RopeType};
 use llama_cpp_sys_2 as sys;
 
 use super::gguf::{Gguf, c_path};
-use super::{backend, hparams, log};
+use super::{backend, devices, hparams, log};
 use crate::engine::Token;
 use crate::error::{Error, Result};
-
-/// Which of longrope's two factor sets to use. llama.cpp follows the size of the cache, which a
-/// cache that evicts does not share with the positions; the choice belongs to the positions that
-/// a run will reach (Phi-3's own rule: long from position `original_context_length` on).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RopeFactors {
-    /// llama.cpp's own rule: by the size of the context.
-    #[default]
-    Context,
-    Short,
-    Long,
-}
 
 /// How to load a model.
 #[derive(Clone, Debug, Default)]
 pub struct ModelOptions {
     /// Layers to keep on the GPU (`-ngl`); `None` lets llama.cpp decide.
     pub n_gpu_layers: Option<u32>,
-    pub rope_factors: RopeFactors,
 }
 
 /// A GGUF text model, shared by the contexts made from it.
@@ -49,26 +35,6 @@ impl std::fmt::Debug for Model {
             .field("arch", &self.arch)
             .finish()
     }
-}
-
-/// One `llama_model_kv_override` of integer type.
-fn int_override(key: &str, value: i64) -> Result<sys::llama_model_kv_override> {
-    let mut raw = sys::llama_model_kv_override {
-        tag: sys::LLAMA_KV_OVERRIDE_TYPE_INT,
-        key: [0; 128],
-        __bindgen_anon_1: sys::llama_model_kv_override__bindgen_ty_1 { val_i64: value },
-    };
-    // The last byte stays 0: the C side reads a NUL-terminated string.
-    if key.len() >= raw.key.len() {
-        return Err(Error::llama(
-            "llama_model_kv_override",
-            format!("key {key} is longer than 127 bytes"),
-        ));
-    }
-    for (to, from) in raw.key.iter_mut().zip(key.bytes()) {
-        *to = from as std::ffi::c_char;
-    }
-    Ok(raw)
 }
 
 impl Model {
@@ -96,21 +62,9 @@ impl Model {
             .flatten()
             .and_then(|n| u32::try_from(n).ok());
 
-        let overrides = match (options.rope_factors, long_rope_from) {
-            (RopeFactors::Context, _) | (_, None) => Vec::new(),
-            // llama.cpp takes the long set when the context is larger than this value.
-            (RopeFactors::Long, Some(_)) => vec![int_override(&orig_key, 1)?, end_of_overrides()],
-            (RopeFactors::Short, Some(_)) => vec![
-                int_override(&orig_key, i64::from(i32::MAX))?,
-                end_of_overrides(),
-            ],
-        };
         let mut params = LlamaModelParams::default();
         if let Some(n) = options.n_gpu_layers {
             params = params.with_n_gpu_layers(n);
-        }
-        if !overrides.is_empty() {
-            params.as_raw_mut().kv_overrides = overrides.as_ptr();
         }
         let backend = backend()?;
         c_path(path)?;
@@ -121,7 +75,6 @@ impl Model {
                 format!("cannot be loaded: {}", log::take_reason(&e.to_string())),
             )
         })?;
-        drop(overrides);
         Ok(Model {
             inner,
             path: path.to_owned(),
@@ -143,6 +96,22 @@ impl Model {
     /// `general.architecture`.
     pub fn arch(&self) -> &str {
         &self.arch
+    }
+
+    /// What llama.cpp calls it: architecture, size and type.
+    pub fn description(&self) -> String {
+        devices::description(&self.inner)
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        // SAFETY: the pointer is valid while `self.inner` lives.
+        unsafe { sys::llama_model_size(self.inner.as_ptr()) }
+    }
+
+    pub fn n_params(&self) -> u64 {
+        // SAFETY: the pointer is valid while `self.inner` lives.
+        unsafe { sys::llama_model_n_params(self.inner.as_ptr()) }
     }
 
     /// Positions after which a longrope model needs its long factors; `None` for other models.
@@ -215,14 +184,5 @@ impl Model {
             .chat_template(None)
             .ok()
             .and_then(|t| t.to_string().ok())
-    }
-}
-
-/// llama.cpp reads overrides up to one with an empty key.
-fn end_of_overrides() -> sys::llama_model_kv_override {
-    sys::llama_model_kv_override {
-        tag: sys::LLAMA_KV_OVERRIDE_TYPE_INT,
-        key: [0; 128],
-        __bindgen_anon_1: sys::llama_model_kv_override__bindgen_ty_1 { val_i64: 0 },
     }
 }

@@ -83,6 +83,35 @@ impl LlamaEngine<'_> {
         done
     }
 
+    /// The sequence as bytes, to be kept in a file.
+    ///
+    /// # Errors
+    /// As [`LlamaEngine::save`].
+    pub fn state(&mut self) -> Result<Vec<u8>> {
+        Ok(self.save()?.bytes)
+    }
+
+    /// Fills an empty cache with the `n` tokens of a state that an engine with the same model and
+    /// cache types gave. Their cells follow one another in the order of the old ones.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`] when they do not fit, [`Error::Llama`] when llama.cpp refuses the
+    /// state; the cache is then empty.
+    pub fn restore_bytes(&mut self, bytes: Vec<u8>, n: usize) -> Result<Vec<Cell>> {
+        self.clear();
+        if n > self.n_ctx {
+            return Err(Error::ContextFull { n_ctx: self.n_ctx });
+        }
+        self.grow(n)?;
+        let n = Cell::try_from(n).unwrap_or(Cell::MAX);
+        let counted = self.counted.map(|_| n);
+        let restored = self.restore(&SequenceState { bytes, counted });
+        if restored.is_err() {
+            self.clear();
+        }
+        restored.map(|()| (0..n).collect())
+    }
+
     fn get_state(&mut self, flags: sys::llama_state_seq_flags) -> Result<SequenceState> {
         log::forget();
         let context = self.raw.as_ptr();
@@ -115,7 +144,7 @@ impl LlamaEngine<'_> {
     ) -> Result<()> {
         log::forget();
         // SAFETY: the context is alive and borrowed mutably; the bytes are a whole state that
-        // llama.cpp wrote (the type has no other source), read with the flags they were written
+        // llama.cpp wrote (in this process, or in a file with a checksum), read with the flags they were written
         // with, and a state on the device is the last one of this context.
         let read = unsafe {
             sys::llama_state_seq_set_data_ext(
@@ -133,6 +162,6 @@ impl LlamaEngine<'_> {
             ));
         }
         self.counted = state.counted;
-        Ok(())
+        self.recount()
     }
 }

@@ -125,6 +125,8 @@ impl Drop for Chunks {
 impl<'m> Vision<'m> {
     /// Stands for a picture in a prompt's text.
     pub const MARKER: &'static str = "<__media__>";
+    /// Crops that a picture may be cut into at most: what our part of mtmd makes room for.
+    pub const MAX_CROPS: u32 = 64;
 
     /// Loads a vision file for `model`.
     ///
@@ -191,6 +193,26 @@ impl<'m> Vision<'m> {
         self.projector == "phi3v"
     }
 
+    /// Checks [`Picture::num_crops`].
+    ///
+    /// # Errors
+    /// [`Error::Option`] when this vision model is cut up in other ways, or the number is not in
+    /// `1..=MAX_CROPS`.
+    pub fn check_num_crops(&self, n: u32) -> Result<()> {
+        if self.projector != "phi3v" {
+            let reason = format!(
+                "only Phi-3.5-vision takes a number of crops, this is {}",
+                self.projector
+            );
+            return Err(Error::option("--num-crops", reason));
+        }
+        if !(1..=Self::MAX_CROPS).contains(&n) {
+            let reason = format!("{n}, expected 1 to {}", Self::MAX_CROPS);
+            return Err(Error::option("--num-crops", reason));
+        }
+        Ok(())
+    }
+
     /// Whether a picture's tokens attend to all of the picture.
     pub fn non_causal(&self) -> bool {
         // SAFETY: the context is alive; null means "an image chunk".
@@ -200,8 +222,8 @@ impl<'m> Vision<'m> {
     /// Tokens of a text in which each [`Self::MARKER`] stands for the next picture.
     ///
     /// # Errors
-    /// [`Error::Option`] when markers and pictures differ in number, [`Error::Llama`] when a
-    /// picture cannot be cut up.
+    /// [`Error::Option`] when markers and pictures differ in number, or as
+    /// [`Self::check_num_crops`]; [`Error::Llama`] when a picture cannot be cut up.
     pub fn tokenize(&self, text: &str, pictures: &[&Picture], add_bos: bool) -> Result<Vec<Piece>> {
         let markers = text.matches(Self::MARKER).count();
         if markers != pictures.len() {
@@ -215,6 +237,9 @@ impl<'m> Vision<'m> {
         }
         if text.contains('\0') {
             return Err(Error::option("-p", "the prompt contains a NUL byte"));
+        }
+        for n in pictures.iter().filter_map(|p| p.num_crops) {
+            self.check_num_crops(n)?;
         }
         let bitmaps = pictures
             .iter()
@@ -358,9 +383,14 @@ fn bitmap(picture: &Picture) -> Result<Bitmap> {
         ));
     }
     // SAFETY: the data holds width * height * 3 bytes, which the call copies.
-    NonNull::new(unsafe {
+    let bitmap = NonNull::new(unsafe {
         sys::mtmd_bitmap_init(picture.width, picture.height, picture.rgb.as_ptr())
     })
     .map(Bitmap)
-    .ok_or_else(|| Error::llama("mtmd_bitmap_init", "out of memory"))
+    .ok_or_else(|| Error::llama("mtmd_bitmap_init", "out of memory"))?;
+    if let Some(n) = picture.num_crops {
+        // SAFETY: the bitmap is alive; mtmd checks the number when it cuts the picture.
+        unsafe { sys::mtmd_bitmap_set_max_tiles(bitmap.0.as_ptr(), n.try_into().unwrap_or(-1)) }
+    }
+    Ok(bitmap)
 }

@@ -16,10 +16,13 @@
 //! - `Scope`: over one picture or over all of the turn.
 //! - Sinks, the recent window and the newest token stay whatever their score; those that are
 //!   visual count as kept.
+//! - So do, with [`DapMode::Early`], separators (the row ends of Phi-3.5-vision's crops): no
+//!   question points at them, but without them what goes in loses its place. After a whole
+//!   prefill the others know their place already, and separators are judged like them.
 //! - A token that no query could see is not judged: there is no evidence against it.
 
 use super::scores::{Candidate, Guard, Norm};
-use super::{Amount, DapOptions, DapRule, Plan, Scope};
+use super::{Amount, DapMode, DapOptions, DapRule, Plan, PolicyOptions, Scope};
 use crate::cache::{Ledger, Modality, State};
 
 struct Visual {
@@ -36,15 +39,20 @@ pub(super) struct Dap {
     options: DapOptions,
     norm: Norm,
     guard: Guard,
+    keep_separators: bool,
     visual: Vec<Visual>,
 }
 
 impl Dap {
-    pub fn new(options: DapOptions, norm: Norm, guard: Guard) -> Self {
+    pub fn new(dap: DapOptions, options: &PolicyOptions) -> Self {
         Dap {
-            options,
-            norm,
-            guard,
+            options: dap,
+            norm: options.norm,
+            guard: Guard {
+                sinks: options.sinks,
+                recent: options.recent,
+            },
+            keep_separators: options.keep_separators && options.dap_mode == DapMode::Early,
             visual: Vec::new(),
         }
     }
@@ -52,7 +60,7 @@ impl Dap {
     /// Adds the turn's visual tokens that go to `plan.evict`.
     pub fn prune(&mut self, cache: &Ledger, plan: &mut Plan) {
         let open = self.guard.open(cache);
-        let norm = self.norm;
+        let (norm, keep_separators) = (self.norm, self.keep_separators);
         self.visual.clear();
         self.visual.extend(
             cache
@@ -67,7 +75,7 @@ impl Dap {
                         cell: e.cell,
                     },
                     max: e.max,
-                    open: open.contains(&e.pos),
+                    open: open.contains(&e.pos) && !(keep_separators && e.separator),
                 }),
         );
         match self.options.scope {

@@ -5,8 +5,7 @@ use serde_json::{Value, json};
 
 use super::dap::Dap;
 use super::ddes::Ddes;
-use super::scores::Guard;
-use super::{EvictionPolicy, Limits, Observe, Plan, PolicyOptions};
+use super::{DapMode, EvictionPolicy, Limits, Observe, Plan, PolicyOptions};
 use crate::cache::Ledger;
 use crate::error::Result;
 
@@ -28,14 +27,10 @@ impl Hae {
     /// As [`PolicyOptions::validate`].
     pub fn new(options: &PolicyOptions, limits: Limits) -> Result<Self> {
         options.validate(limits)?;
-        let guard = Guard {
-            sinks: options.sinks,
-            recent: options.recent,
-        };
         Ok(Hae {
             options: options.clone(),
             layers: options.layers.resolve(limits.n_layer),
-            dap: options.dap.map(|dap| Dap::new(dap, options.norm, guard)),
+            dap: options.dap.map(|dap| Dap::new(dap, options)),
             ddes: options
                 .kv_budget
                 .map(|budget| Ddes::new(options, budget, limits)),
@@ -73,10 +68,25 @@ impl EvictionPolicy for Hae {
         self.options.decay as f32
     }
 
-    fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
+    fn dap_mode(&self) -> DapMode {
+        match self.dap {
+            Some(_) => self.options.dap_mode,
+            None => DapMode::Exact,
+        }
+    }
+
+    fn recalls(&self) -> bool {
+        self.options.recall
+    }
+
+    fn prune(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
         if let Some(dap) = &mut self.dap {
             dap.prune(cache, plan);
         }
+        Ok(())
+    }
+
+    fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
         if let Some(ddes) = &mut self.ddes {
             self.pruned.clear();
             self.pruned.resize(cache.span(), false);

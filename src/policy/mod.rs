@@ -14,7 +14,7 @@ mod scores;
 use crate::cache::{Cell, Ledger};
 use crate::error::{Error, Result};
 
-pub use options::{Amount, DapOptions, DapRule, Layers, Limits, PolicyOptions, Scope};
+pub use options::{Amount, DapMode, DapOptions, DapRule, Layers, Limits, PolicyOptions, Scope};
 pub use scores::Norm;
 
 type Create = fn(&PolicyOptions, Limits) -> Result<Box<dyn EvictionPolicy>>;
@@ -114,16 +114,37 @@ pub trait EvictionPolicy {
         1.0
     }
 
-    /// Called once after each prompt (each user turn), with the prompt's scores in the ledger.
+    /// When a prompt's visual tokens are pruned.
+    fn dap_mode(&self) -> DapMode {
+        DapMode::Exact
+    }
+
+    /// Whether a new turn may call evicted tokens back, to be judged by its question.
+    fn recalls(&self) -> bool {
+        false
+    }
+
+    /// Which visual tokens of a prompt leave. Called once for each prompt (each user turn), with
+    /// its scores in the ledger: that of the cache after the prefill, or that of a trial run of
+    /// the first layers before it, whose tokens then never go in.
     ///
     /// # Errors
     /// [`crate::Error::NanScore`] when a score is not a number.
+    fn prune(&mut self, _cache: &Ledger, _plan: &mut Plan) -> Result<()> {
+        Ok(())
+    }
+
+    /// Called once after each prompt; `plan` holds what [`EvictionPolicy::prune`] has just given
+    /// up of this very cache.
+    ///
+    /// # Errors
+    /// As [`EvictionPolicy::prune`].
     fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()>;
 
     /// Called after every decoded token, with its attention added to the ledger.
     ///
     /// # Errors
-    /// As [`EvictionPolicy::after_prefill`].
+    /// As [`EvictionPolicy::prune`].
     fn after_step(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()>;
 }
 

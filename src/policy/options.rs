@@ -135,6 +135,18 @@ pub enum Scope {
     Image,
 }
 
+/// When DAP acts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DapMode {
+    /// The whole prompt goes in, is judged, and what is pruned is removed (the paper).
+    #[default]
+    Exact,
+    /// A trial run of the first layers, up to the last scoring layer, judges the prompt; what is
+    /// pruned never goes in.
+    Early,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct DapOptions {
     pub rule: DapRule,
@@ -152,8 +164,11 @@ pub struct PolicyOptions {
     pub norm: Norm,
     /// What a score is multiplied with at each decoding step; 1 is none.
     pub decay: f64,
-    /// Pruning of visual tokens after the prefill. None: off.
+    /// Pruning of visual tokens. None: off.
     pub dap: Option<DapOptions>,
+    pub dap_mode: DapMode,
+    /// Whether [`DapMode::Early`] leaves the tokens that separate parts of a picture alone.
+    pub keep_separators: bool,
     /// Live cells while decoding; a share counts the cells that the full cache would hold at
     /// the end of the prompt. None: no eviction while decoding.
     pub kv_budget: Option<Amount>,
@@ -167,6 +182,9 @@ pub struct PolicyOptions {
     pub hysteresis: f64,
     /// Whether binned tokens can come back.
     pub restore: bool,
+    /// Whether a new turn's question judges evicted tokens again: visual ones are decoded again
+    /// from their embeddings, text comes from host memory if it was kept there.
+    pub recall: bool,
 }
 
 /// Our setting.
@@ -182,12 +200,15 @@ impl Default for PolicyOptions {
                 alpha: None,
                 scope: Scope::Turn,
             }),
+            dap_mode: DapMode::Exact,
+            keep_separators: true,
             kv_budget: Some(Amount::Share(1.0)),
             bin_size: 32,
             sinks: 4,
             recent: 16,
             hysteresis: 0.1,
             restore: true,
+            recall: true,
         }
     }
 }
@@ -215,6 +236,7 @@ impl PolicyOptions {
             layers: Layers::List(vec![0]),
             queries: Queries::All,
             norm: Norm::Sum,
+            keep_separators: false,
             dap: Some(DapOptions {
                 rule: DapRule::R(0.0015),
                 alpha: None,

@@ -65,6 +65,7 @@ fn with_budget(cells: usize, bin_size: usize) -> PolicyOptions {
 fn prefill(options: &PolicyOptions, ledger: &Ledger) -> Plan {
     let mut plan = Plan::default();
     let mut policy = create("hae", options, LIMITS).unwrap();
+    policy.prune(ledger, &mut plan).unwrap();
     policy.after_prefill(ledger, &mut plan).unwrap();
     plan.evict.sort_unstable();
     plan

@@ -1,7 +1,7 @@
 //! A decoding step of the controller takes no memory.
 
-use hae::cache::{Cell, Modality, Pos};
-use hae::controller::Controller;
+use hae::cache::{Cell, Pos};
+use hae::controller::{Controller, Origin};
 use hae::engine::Observation;
 use hae::engine::scripted::hashed;
 use hae::policy::{Amount, Limits, PolicyOptions, create};
@@ -57,27 +57,25 @@ fn decoding_steps_allocate_nothing() {
             seen: Observation::default(),
         };
         for pos in 0..900 {
-            let modality = if pos < 500 {
-                Modality::Vision
+            let origin = if pos < 500 {
+                Origin::picture(0)
             } else {
-                Modality::Text
+                Origin::TEXT
             };
             let cell = cells.take(pos);
-            controller.inserted(&[cell], pos, modality, None).unwrap();
+            controller.inserted(&[cell], &[pos], origin).unwrap();
         }
         cells.look(899);
         controller.observed(&cells.seen).unwrap();
         let mut step = |controller: &mut Controller, pos: Pos, prefill: bool| {
             if !prefill {
                 let cell = cells.take(pos);
-                controller
-                    .inserted(&[cell], pos, Modality::Text, None)
-                    .unwrap();
+                controller.inserted(&[cell], &[pos], Origin::TEXT).unwrap();
                 cells.look(pos);
                 controller.observed(&cells.seen).unwrap();
             }
             let ranges = match prefill {
-                true => controller.after_prefill().unwrap(),
+                true => controller.after_prefill(false).unwrap(),
                 false => controller.after_step().unwrap(),
             };
             for held in &mut cells.held {

@@ -8,13 +8,10 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use crate::bin::{answer, hae};
-use crate::model::{load, repository};
-
-const STORY: &str = "Tell a long story with Eva, Ruby, Zoe and Max.";
-const WHERE: &str = "Where is the red circle?";
+use crate::model::{PICTURE, STORY, TEXT, WHERE, WHERE_ANSWER, load, repository};
 
 fn picture() -> String {
-    repository("models/demo.png").to_str().unwrap().to_owned()
+    repository(PICTURE).to_str().unwrap().to_owned()
 }
 
 fn command(args: &[&str]) -> Command {
@@ -68,7 +65,7 @@ fn stats<'a>(stderr: &'a str, what: &str) -> Vec<&'a str> {
 
 /// Tokens that a question adds behind an answer.
 fn new_tokens(question: &str) -> usize {
-    let model = load(&repository("models/tiny-phi3v-Q8_0.gguf"));
+    let model = load(&repository(TEXT));
     let text = format!("<|end|>\n<|user|>\n{question}<|end|>\n<|assistant|>\n");
     model.tokenize(&text, false, true).len()
 }
@@ -184,7 +181,7 @@ fn mistakes_do_not_end_a_chat() {
     assert_eq!(answers, [one_shot(&["-p", "Hello"])]);
     assert!(stderr.contains("is not UTF-8"), "{stderr}");
 
-    let model = repository("models/tiny-phi3v-Q8_0.gguf");
+    let model = repository(TEXT);
     let image = format!("/image {}", picture());
     let (answers, stderr) = chat(&["-m", model.to_str().unwrap()], &[&image, "Hello"]);
     assert_eq!(answers.len(), 1);
@@ -371,7 +368,7 @@ fn a_chat_at_a_terminal() {
     chat.send_line(&format!("/image {picture}")).unwrap();
     chat.exp_string("> ").unwrap();
     chat.send_line(WHERE).unwrap();
-    chat.exp_string("Row 3, column 4").unwrap();
+    chat.exp_string(WHERE_ANSWER).unwrap();
     chat.exp_string("> ").unwrap();
     chat.send_line("/quit").unwrap();
     chat.exp_eof().unwrap();

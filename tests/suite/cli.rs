@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::bin::{answer, hae, refusal, refusal_of};
 use crate::fixture::{Copy, checkpoint};
-use crate::model::repository;
+use crate::model::{PICTURE, TEXT, VISION, repository};
 
 fn path(name: &str) -> String {
     repository(name).to_str().unwrap().to_owned()
@@ -28,8 +28,8 @@ fn words(args: &str) -> Vec<String> {
     let start = start.iter().map(|&s| s.to_owned());
     start
         .chain(args.split_whitespace().map(|word| match word {
-            "DEMO" => path("models/demo.png"),
-            "TEXT" => path("models/tiny-phi3v-Q8_0.gguf"),
+            "DEMO" => path(PICTURE),
+            "TEXT" => path(TEXT),
             _ => word.to_owned(),
         }))
         .collect()
@@ -69,12 +69,16 @@ fn numbers_out_of_range() {
         ("--repeat-penalty nan", "--repeat-penalty: NaN"),
         ("--repeat-penalty 0", "--repeat-penalty: 0"),
         ("--repeat-last-n -5", "--repeat-last-n: -5"),
+        ("--num-crops 0", "--num-crops: 0, expected 1 to 64"),
+        ("--num-crops -4", "--num-crops: -4, expected 1 to 64"),
+        ("--num-crops 65 --image DEMO", "--num-crops: 65"),
     ] {
         refuses(args, expected);
     }
     for (args, expected) in [
         ("-c -5", "--ctx-size"),
         ("-c many", "--ctx-size"),
+        ("--num-crops few", "--num-crops"),
         ("-ctk q9", "expected f32, f16"),
         ("-ngl some", "expected a number of layers"),
         ("-o xml", "possible values: text, json"),
@@ -127,19 +131,23 @@ fn policies_and_their_parameters() {
             "--bin-size: 0 cells",
         ),
         (
-            "--kv-policy hae --score-layers 6",
-            "layer 6, but the model's layers are 0 to 5",
+            "--kv-policy hae --score-layers 8",
+            "layer 8, but the model's layers are 0 to 7",
         ),
         ("--kv-policy hae --dap-keep 0", "--dap-keep: 0 cells"),
         ("--kv-policy hae --dap-tau nan", "--dap-tau: NaN"),
         ("--kv-policy hae --score-decay 2", "--score-decay: 2"),
         (
-            "--kv-policy hae -ctv q8_0",
-            "needs flash attention, which reading attention scores switches off",
-        ),
-        (
             "-ctv q8_0 -fa off",
             "needs flash attention, which -fa off switches off",
+        ),
+        (
+            "--kv-policy hae -ctv q8_0 -fa off",
+            if cfg!(feature = "kv-patches") {
+                "needs flash attention, which -fa off switches off"
+            } else {
+                "needs flash attention, which reading attention scores switches off"
+            },
         ),
     ] {
         refuses(args, expected);
@@ -232,7 +240,7 @@ fn pictures_that_cannot_be_shown() {
         line.contains("none.jpg: is no picture that can be read, expected PNG, JPEG"),
         "{line}"
     );
-    let mut cut = std::fs::read(repository("models/demo.png")).unwrap();
+    let mut cut = std::fs::read(repository(PICTURE)).unwrap();
     cut.truncate(cut.len() / 2);
     std::fs::write(file("cut.png"), cut).unwrap();
     assert!(shown(&file("cut.png")).contains("cut.png: "));
@@ -279,6 +287,10 @@ fn pictures_and_places_must_match() {
     refuses(
         "-m TEXT --image DEMO",
         "--image: pictures need a vision file, give one with --mmproj",
+    );
+    refuses(
+        "-m TEXT --num-crops 4",
+        "--num-crops: pictures need a vision file, give one with --mmproj",
     );
     refuses("--mmproj TEXT", "--mmproj: belongs to a text model");
 }
@@ -337,12 +349,12 @@ fn quantization_leaves_nothing_behind() {
     let out = TempDir::new().unwrap();
     let target = out.path().join("q.gguf");
     let target = target.to_str().unwrap();
-    let q8_0 = path("models/tiny-phi3v-Q8_0.gguf");
+    let q8_0 = path(TEXT);
     let line = refusal(&["quantize", &q8_0, target, "Q4_K_M"]);
     assert!(line.contains("is quantized already"), "{line}");
     let line = refusal(&["quantize", &path("models/demo.png"), target, "Q8_0"]);
     assert!(line.contains("demo.png: starts with"), "{line}");
-    let vision = path("models/mmproj-tiny-phi3v-F16.gguf");
+    let vision = path(VISION);
     let nowhere = out.path().join("no/where.gguf");
     let line = refusal(&["quantize", &vision, nowhere.to_str().unwrap(), "Q8_0"]);
     assert!(line.contains("does not exist"), "{line}");

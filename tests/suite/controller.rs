@@ -13,7 +13,7 @@ use hae::generate::Session;
 use hae::policy::{Amount, EvictionPolicy, Limits, Observe, Plan, PolicyOptions, create};
 use proptest::prelude::*;
 
-use crate::random::{N_LAYER, Turn, options, prompt, turns};
+use crate::random::{N_LAYER, Turn, assert_in_step, options, prompt, turns};
 
 /// Checks every plan of a policy against the ledger that it was made from, and keeps them.
 struct Spy {
@@ -103,6 +103,10 @@ impl EvictionPolicy for Spy {
         self.policy.decay()
     }
 
+    fn prune(&mut self, cache: &Ledger, plan: &mut Plan) -> hae::Result<()> {
+        self.policy.prune(cache, plan)
+    }
+
     fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> hae::Result<()> {
         let positions = (cache.newest().unwrap() - cache.first().unwrap() + 1) as usize;
         self.budget = match self.options.kv_budget {
@@ -124,20 +128,6 @@ impl EvictionPolicy for Spy {
         self.check(cache, plan);
         Ok(())
     }
-}
-
-/// Engine and ledger hold the same positions in the same cells.
-fn assert_in_step(session: &Session<Scripted>) {
-    let ledger = session.controller.ledger();
-    let held: Vec<_> = ledger.entries().map(|e| (e.cell, e.pos)).collect();
-    assert_eq!(held, session.engine.occupied());
-    let counts = ledger.counts();
-    assert_eq!(counts.cells(), held.len());
-    let binned = ledger
-        .entries()
-        .filter(|e| e.state == State::Binned)
-        .count();
-    assert_eq!(counts.binned.total(), binned);
 }
 
 fn converse(

@@ -7,15 +7,15 @@ use hae::llama::gguf::Value;
 use tempfile::TempDir;
 
 use crate::bin::{answer, refusal};
-use crate::model::repository;
+use crate::model::{PICTURE, VISION, repository};
 use crate::remake::Remake;
 
 fn text() -> PathBuf {
-    repository("models/tiny-phi3v-Q4_K_M.gguf")
+    repository("models/small-phi3v-Q4_K_M.gguf")
 }
 
 fn vision() -> PathBuf {
-    repository("models/mmproj-tiny-phi3v-F16.gguf")
+    repository(VISION)
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -36,7 +36,7 @@ impl Kind {
 
     /// A short run with `file` in its place.
     fn args(self, file: &Path) -> Vec<String> {
-        let (good, picture) = (text(), repository("models/demo.png"));
+        let (good, picture) = (text(), repository(PICTURE));
         let mut args: Vec<String> = "run -p hi -n 2 --temp 0 -t 1 -c 512"
             .split(' ')
             .map(Into::into)
@@ -216,8 +216,8 @@ fn values_of_a_text_model_that_cannot_be() {
         let expected = format!("phi3.block_count is {blocks}, expected 1 to 512");
         refuses("phi3.block_count", number(blocks), &expected);
     }
-    refuses("phi3.block_count", number(7), "tensor blk.6");
-    refuses("phi3.block_count", number(5), "wrong number of tensors");
+    refuses("phi3.block_count", number(9), "tensor blk.8");
+    refuses("phi3.block_count", number(7), "wrong number of tensors");
     refuses(
         "phi3.context_length",
         number(u64::from(u32::MAX)),
@@ -244,7 +244,7 @@ fn values_of_a_text_model_that_cannot_be() {
     Kind::Text.refuses(
         |r| {
             r.set_text("general.architecture", "gpt5");
-            r.set_u32("gpt5.block_count", 6);
+            r.set_u32("gpt5.block_count", 8);
         },
         "unknown model architecture: 'gpt5'",
     );
@@ -269,7 +269,7 @@ fn arrays_of_the_wrong_type_or_length() {
         ("tokenizer.ggml.token_type", floats(1024)),
         ("phi3.attention.head_count", ints(600)),
         ("phi3.attention.head_count", texts.clone()),
-        ("phi3.feed_forward_length", floats(6)),
+        ("phi3.feed_forward_length", floats(8)),
     ] {
         Kind::Text.refuses(|r| r.set(key, value), "");
     }
@@ -289,8 +289,8 @@ fn values_of_a_vision_file_that_cannot_be() {
         ("image_size", &[0u32, 13, 1 << 30, u32::MAX][..]),
         ("patch_size", &[0, 13, u32::MAX]),
         ("embedding_length", &[0, 64, u32::MAX]),
-        ("block_count", &[0, 4, 513, u32::MAX]),
-        ("attention.head_count", &[0, 3, u32::MAX]),
+        ("block_count", &[0, 5, 513, u32::MAX]),
+        ("attention.head_count", &[0, 5, u32::MAX]),
         ("spatial_merge_size", &[0, 1, u32::MAX]),
         ("preproc_max_tiles", &[0, u32::MAX]),
         ("projection_dim", &[0, u32::MAX]),

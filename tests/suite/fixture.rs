@@ -147,7 +147,7 @@ pub fn fails_with(options: &Options, out: &Path) -> String {
 pub fn backend() -> &'static LlamaBackend {
     static BACKEND: std::sync::OnceLock<LlamaBackend> = std::sync::OnceLock::new();
     BACKEND.get_or_init(|| {
-        crate::model::load(&crate::model::repository("models/tiny-phi3v-Q8_0.gguf"));
+        crate::model::load(&crate::model::repository(crate::model::TEXT));
         LlamaBackend {}
     })
 }

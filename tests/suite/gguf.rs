@@ -1,6 +1,6 @@
 //! The GGUF wrapper: what is written can be read, and no file makes ggml abort.
 
-use hae::llama::gguf::{Gguf, TensorType, Value, Writer, quantize_q8_0};
+use hae::llama::gguf::{Gguf, TensorType, Value, Writer, quantize};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -224,7 +224,7 @@ fn q8_0_is_within_half_a_step() {
         .map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.03)
         .collect();
     let mut out = Vec::new();
-    quantize_q8_0(&values, 64, &mut out).unwrap();
+    quantize(TensorType::Q8_0, &values, 64, &mut out).unwrap();
     assert_eq!(out.len(), 10 * 34);
     for (block, values) in out.chunks_exact(34).zip(values.chunks_exact(32)) {
         let scale = half::f16::from_le_bytes([block[0], block[1]]).to_f32();
@@ -235,7 +235,7 @@ fn q8_0_is_within_half_a_step() {
             assert!((f32::from(*q as i8) * scale - v).abs() <= bound);
         }
     }
-    assert!(quantize_q8_0(&values[..33], 33, &mut out).is_err());
-    assert!(quantize_q8_0(&values[..33], 32, &mut out).is_err());
-    assert!(quantize_q8_0(&values[..32], 0, &mut out).is_err());
+    assert!(quantize(TensorType::Q8_0, &values[..33], 33, &mut out).is_err());
+    assert!(quantize(TensorType::Q8_0, &values[..33], 32, &mut out).is_err());
+    assert!(quantize(TensorType::Q8_0, &values[..32], 0, &mut out).is_err());
 }

@@ -426,8 +426,12 @@ fn the_hash_is_of_the_picture_not_of_the_file() {
         width: png.height,
         height: png.width,
         rgb: png.rgb.clone(),
+        num_crops: None,
     };
     assert_ne!(png.sha256(), turned.sha256());
+    let mut cut = png.clone();
+    cut.num_crops = Some(4);
+    assert_ne!(png.sha256(), cut.sha256());
 }
 
 /// CRC-32 as PNG uses it, bit by bit.

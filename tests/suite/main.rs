@@ -1,6 +1,7 @@
 //! All integration tests in one program: each test binary would link llama.cpp once more.
 
 mod allocations;
+mod bench;
 mod bin;
 mod chat;
 mod cli;
@@ -8,18 +9,21 @@ mod controller;
 mod convert;
 mod convert_errors;
 mod convert_metadata;
+mod crops;
 mod damaged;
 mod ddes;
+mod early;
 mod fixture;
+mod full_model;
 mod gguf;
+#[cfg(feature = "kv-patches")]
+mod holes;
 mod house;
 mod image;
 #[cfg(feature = "kv-patches")]
 mod kv_cells;
 #[cfg(feature = "kv-patches")]
 mod kv_model;
-#[cfg(feature = "kv-patches")]
-mod kv_state;
 #[cfg(feature = "kv-patches")]
 mod kv_streams;
 mod masked;
@@ -29,10 +33,14 @@ mod others;
 mod parity;
 mod quantize;
 mod random;
+mod recall;
 mod references;
 mod remake;
 mod rope;
 mod runtime;
+mod session;
 mod stock;
+#[cfg(feature = "kv-patches")]
+mod taps;
 mod transcript;
 mod understanding;

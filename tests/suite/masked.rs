@@ -152,7 +152,7 @@ fn eviction_equals_masked_attention() {
             let mut cells = Vec::new();
             let batch = Batch {
                 input: Input::Tokens(&[id]),
-                pos,
+                pos: &[pos],
                 queries: &[0],
                 logits: true,
             };

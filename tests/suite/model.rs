@@ -1,4 +1,5 @@
-//! The small model in the forms that the tests need.
+//! The two models in the forms that the tests need: the tiny one, which the numpy oracle of
+//! `tests/golden/masked` knows, and the small one, which the program contains.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -11,7 +12,7 @@ use hae::generate::{Hooks, Segment};
 use hae::image::{self, Picture};
 use hae::llama::{
     CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Piece,
-    SamplerOptions, Vision, VisionOptions,
+    RopeFactors, SamplerOptions, ScoreSource, Vision, VisionOptions,
 };
 use hae::prompt;
 use serde_json::Value;
@@ -22,21 +23,37 @@ pub fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The checkpoint, converted once per test run.
+/// The small model's files, which the program contains.
+pub const TEXT: &str = "models/small-phi3v-Q8_0.gguf";
+pub const VISION: &str = "models/mmproj-small-phi3v-F16.gguf";
+/// A picture of 336 x 336 pixels that it understands, in 199 tokens, and questions about it.
+pub const PICTURE: &str = "tests/golden/small-phi3v/story0_1.png";
+pub const WHERE: &str = "Where is the pink heart?";
+pub const WHERE_ANSWER: &str = "Row 3, column 4";
+pub const STORY: &str = "Tell a long story. Kai is in row 1, column 3, Sam is in row 3, column 3, Vera is the pink heart, Ben is in row 4, column 2.";
+
+/// The tiny checkpoint, converted once per test run.
 pub fn converted(outtype: &str) -> (&'static Path, &'static Path) {
+    converted_of("tiny-phi3v", outtype)
+}
+
+/// The same of `tiny-phi3v` or `small-phi3v`.
+pub fn converted_of(model: &str, outtype: &str) -> (&'static Path, &'static Path) {
+    type Files = OnceLock<(PathBuf, PathBuf)>;
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
-    static F32: OnceLock<(PathBuf, PathBuf)> = OnceLock::new();
-    static F16: OnceLock<(PathBuf, PathBuf)> = OnceLock::new();
+    static FILES: [Files; 4] = [const { OnceLock::new() }; 4];
     let folder = FOLDER.get_or_init(|| tempfile::tempdir().unwrap()).path();
-    let (cell, outtype) = match outtype {
-        "f32" => (&F32, hae::convert::OutType::F32),
-        "f16" => (&F16, hae::convert::OutType::F16),
-        other => panic!("{other}"),
+    let (cell, outtype) = match (model, outtype) {
+        ("tiny-phi3v", "f32") => (&FILES[0], hae::convert::OutType::F32),
+        ("tiny-phi3v", "f16") => (&FILES[1], hae::convert::OutType::F16),
+        ("small-phi3v", "f32") => (&FILES[2], hae::convert::OutType::F32),
+        ("small-phi3v", "f16") => (&FILES[3], hae::convert::OutType::F16),
+        other => panic!("{other:?}"),
     };
     let (text, vision) = cell.get_or_init(|| {
-        let name = |what: &str| folder.join(format!("{what}-{outtype:?}.gguf"));
+        let name = |what: &str| folder.join(format!("{what}-{model}-{outtype:?}.gguf"));
         let options = hae::convert::Options {
-            model_dir: repository("models/tiny-phi3v"),
+            model_dir: repository(&format!("models/{model}")),
             text_out: name("text"),
             mmproj_out: name("vision"),
             outtype,
@@ -61,7 +78,9 @@ pub fn exact(n_ctx: u32) -> ContextOptions {
         type_k: CacheType::F32,
         type_v: CacheType::F32,
         score_layers: Vec::new(),
+        score_source: ScoreSource::default(),
         non_causal_images: false,
+        rope_factors: RopeFactors::default(),
     }
 }
 
@@ -120,15 +139,27 @@ impl Golden {
     }
 }
 
+/// The tiny model's.
 pub fn goldens() -> Vec<Golden> {
-    let index = std::fs::read_to_string(golden("tiny-phi3v/index.json")).unwrap();
+    goldens_of("tiny-phi3v")
+}
+
+/// The same of `tiny-phi3v` or `small-phi3v`.
+pub fn goldens_of(model: &str) -> Vec<Golden> {
+    let index = std::fs::read_to_string(golden(&format!("{model}/index.json"))).unwrap();
     let index: Value = serde_json::from_str(&index).unwrap();
     let rows = index["prompts"].as_array().unwrap();
     rows.iter()
         .map(|row| {
+            // The tiny model's are all cut as its file says.
+            let num_crops = row["num_crops"].as_u64().map(|n| n as u32);
             let pictures = row["images"].as_array().unwrap().iter().map(|name| {
-                let path = golden(&format!("tiny-phi3v/{}", name.as_str().unwrap()));
-                image::load(&path, &image::Limits::default()).unwrap()
+                let path = golden(&format!("{model}/{}", name.as_str().unwrap()));
+                let picture = image::load(&path, &image::Limits::default()).unwrap();
+                Picture {
+                    num_crops,
+                    ..picture
+                }
             });
             Golden {
                 row: row.clone(),
@@ -158,9 +189,10 @@ pub fn prefill(
         };
         let rows = 0..input.len() as u32;
         let queries: Vec<u32> = rows.filter(|&r| observe(pos + r as Pos)).collect();
+        let places: Vec<Pos> = (pos..).take(input.len()).collect();
         let batch = Batch {
             input,
-            pos,
+            pos: &places,
             queries: &queries,
             logits: i + 1 == segments.len(),
         };

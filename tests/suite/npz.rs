@@ -67,31 +67,36 @@ pub fn max_abs_diff(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn golden_arrays_have_the_shapes_that_the_index_says() {
-    let index = std::fs::read_to_string(golden("tiny-phi3v/index.json")).unwrap();
-    let index: serde_json::Value = serde_json::from_str(&index).unwrap();
-    for prompt in index["prompts"].as_array().unwrap() {
-        let logits = &read(&format!(
-            "tiny-phi3v/{}",
-            prompt["logits"].as_str().unwrap()
-        ))["logits"];
-        let best =
-            (0..logits.data.len()).max_by(|&a, &b| logits.data[a].total_cmp(&logits.data[b]));
-        assert_eq!(
-            best.unwrap() as u64,
-            prompt["greedy_ids"][0].as_u64().unwrap()
-        );
-
-        let Some(embeddings) = prompt["embeddings"].as_str() else {
-            continue;
+    for model in ["tiny-phi3v", "small-phi3v"] {
+        let index = std::fs::read_to_string(golden(&format!("{model}/index.json"))).unwrap();
+        let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+        let file = |row: &serde_json::Value, what: &str| {
+            let name = row[what].as_str()?;
+            Some(read(&format!("{model}/{name}")))
         };
-        let embeddings = read(&format!("tiny-phi3v/{embeddings}"));
-        for span in prompt["image_spans"].as_array().unwrap() {
-            let array = &embeddings[&format!("image_{}", span["image"])];
+        for prompt in index["prompts"].as_array().unwrap() {
+            let logits = &file(prompt, "logits").unwrap()["logits"];
+            let best =
+                (0..logits.data.len()).max_by(|&a, &b| logits.data[a].total_cmp(&logits.data[b]));
             assert_eq!(
-                array.shape,
-                [span["length"].as_u64().unwrap() as usize, 256]
+                best.unwrap() as u64,
+                prompt["greedy_ids"][0].as_u64().unwrap()
             );
-            assert_eq!(array.row(1).len(), 256);
+            let spans = prompt["image_spans"].as_array().unwrap();
+            let length = |span: &serde_json::Value| span["length"].as_u64().unwrap() as usize;
+            if let Some(scores) = file(prompt, "scores") {
+                let n = spans.iter().map(length).sum();
+                assert_eq!(scores["text"].shape, [8, n]);
+                assert_eq!(scores["last"].shape, [8, n]);
+            }
+            let Some(embeddings) = file(prompt, "embeddings") else {
+                continue;
+            };
+            for span in spans {
+                let array = &embeddings[&format!("image_{}", span["image"])];
+                assert_eq!(array.shape, [length(span), 256]);
+                assert_eq!(array.row(1).len(), 256);
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ use serde_json::Value as Json;
 use tempfile::TempDir;
 
 use crate::bin::{answer, refusal};
-use crate::model::repository;
+use crate::model::{PICTURE, TEXT, VISION, repository};
 use crate::remake::{Remake, Tensor};
 
 /// A text model and its vision file in a folder.
@@ -21,7 +21,7 @@ impl Pair {
         match text {
             Some(text) => text.write(&dir.path().join("text.gguf")),
             None => {
-                let model = repository("models/tiny-phi3v-Q8_0.gguf");
+                let model = repository(TEXT);
                 std::fs::copy(model, dir.path().join("text.gguf")).unwrap();
             }
         }
@@ -38,7 +38,7 @@ impl Pair {
             path(&self.0.path().join("text.gguf")),
         ];
         args.extend(["-mm".into(), path(&self.0.path().join("vision.gguf"))]);
-        args.extend(["--image".into(), path(&repository("models/demo.png"))]);
+        args.extend(["--image".into(), path(&repository(PICTURE))]);
         let fixed = "-p What? -n 6 --temp 0 -t 1 -o json";
         args.extend(fixed.split(' ').map(str::to_owned));
         args.extend(more.split_whitespace().map(str::to_owned));
@@ -56,7 +56,7 @@ fn count(json: &Json, pointer: &str) -> u64 {
 
 /// The tower of the small model with LLaVA-1.5's projector: two layers, no crops.
 fn llava() -> Remake {
-    let mut file = Remake::read(&repository("models/mmproj-tiny-phi3v-F16.gguf"));
+    let mut file = Remake::read(&repository(VISION));
     file.set_text("clip.projector_type", "mlp");
     file.drop_key("clip.vision.preproc_max_tiles");
     file.drop_key("clip.vision.spatial_merge_size");
@@ -64,7 +64,7 @@ fn llava() -> Remake {
         t.name.starts_with("v.") && !t.name.contains("newline") && !t.name.contains("seperator")
     });
     file.tensors.extend([
-        Tensor::random("mm.0.weight", &[128, 256]),
+        Tensor::random("mm.0.weight", &[192, 256]),
         Tensor::random("mm.0.bias", &[256]),
         Tensor::random("mm.2.weight", &[256, 256]),
         Tensor::random("mm.2.bias", &[256]),
@@ -91,7 +91,7 @@ fn llava_runs_under_both_policies() {
 
 /// The vocabulary of the small model, and hyperparameters of a small model of `arch`.
 fn text(arch: &str) -> Remake {
-    let mut file = Remake::read(&repository("models/tiny-phi3v-Q8_0.gguf"));
+    let mut file = Remake::read(&repository(TEXT));
     file.tensors.clear();
     file.keys.retain(|(key, _)| !key.starts_with("phi3."));
     file.set_text("general.architecture", arch);
@@ -129,7 +129,7 @@ fn text(arch: &str) -> Remake {
 
 /// A vision tower of two blocks, 64 wide, 14 pixels a patch.
 fn tower(projector: &str, image_size: u32) -> Remake {
-    let mut file = Remake::read(&repository("models/mmproj-tiny-phi3v-F16.gguf"));
+    let mut file = Remake::read(&repository(VISION));
     file.tensors.clear();
     file.drop_key("clip.vision.preproc_max_tiles");
     file.drop_key("clip.vision.spatial_merge_size");
@@ -209,8 +209,8 @@ fn m_rope_runs_under_full_and_is_refused_for_hae() {
     );
 }
 
-/// Gemma 3: a sliding window in every other layer here, and pictures attend to all of themselves.
-fn gemma3() -> Pair {
+/// Gemma 3: a sliding window in every other layer here.
+pub fn gemma3_text() -> Remake {
     let mut text = text("gemma3");
     for (key, value) in [
         ("key_length", 32),
@@ -231,6 +231,11 @@ fn gemma3() -> Pair {
             text.tensors.push(Tensor::ones(&name, n));
         }
     }
+    text
+}
+
+/// With pictures that attend to all of themselves.
+fn gemma3() -> Pair {
     let mut vision = tower("gemma3", 224);
     vision.set_u32("clip.vision.projector.scale_factor", 2);
     vision.tensors.extend([
@@ -239,7 +244,7 @@ fn gemma3() -> Pair {
         Tensor::random("mm.input_projection.weight", &[64, 64]),
         Tensor::ones("mm.soft_emb_norm.weight", 64),
     ]);
-    Pair::new(Some(&text), &vision)
+    Pair::new(Some(&gemma3_text()), &vision)
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Random conversations and options, and what the tests on them share.
 
-use hae::cache::Pos;
+use hae::cache::{Pos, State};
 use hae::controller::Controller;
 use hae::engine::scripted::{Scripted, hashed};
 use hae::generate::{Segment, Session};
@@ -79,6 +79,7 @@ pub fn options() -> impl Strategy<Value = PolicyOptions> {
                 recent,
                 hysteresis,
                 restore,
+                ..PolicyOptions::default()
             }
         },
     )
@@ -90,7 +91,7 @@ pub fn prompt(segments: &[(bool, usize)], first_image: u32) -> Vec<Segment> {
         .zip(first_image..)
         .map(|(&(picture, n), image)| match picture {
             true => Segment::Image {
-                embeddings: vec![0.5; 2 * n],
+                embeddings: (0..2 * n).map(|x| x as f32).collect(),
                 n,
                 image,
                 axes: None,
@@ -131,4 +132,18 @@ pub fn layout(segments: &[(bool, usize)]) -> Vec<(bool, usize)> {
     let rows = segments.iter().enumerate();
     rows.flat_map(|(s, &(picture, n))| vec![(picture, s); n])
         .collect()
+}
+
+/// Engine and ledger hold the same positions in the same cells.
+pub fn assert_in_step(session: &Session<Scripted>) {
+    let ledger = session.controller.ledger();
+    let held: Vec<_> = ledger.entries().map(|e| (e.cell, e.pos)).collect();
+    assert_eq!(held, session.engine.occupied());
+    let counts = ledger.counts();
+    assert_eq!(counts.cells(), held.len());
+    let binned = ledger
+        .entries()
+        .filter(|e| e.state == State::Binned)
+        .count();
+    assert_eq!(counts.binned.total(), binned);
 }

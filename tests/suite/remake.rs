@@ -39,6 +39,14 @@ impl Tensor {
         Tensor::f32(name, &[n], (0..n).map(|_| 1.0))
     }
 
+    /// Multiplies the values, which are F32.
+    pub fn scale(&mut self, by: f32) {
+        assert_eq!(self.kind, TensorType::F32);
+        for value in self.data.as_chunks_mut().0 {
+            *value = (f32::from_le_bytes(*value) * by).to_le_bytes();
+        }
+    }
+
     fn f32(name: &str, dims: &[u64], values: impl Iterator<Item = f32>) -> Self {
         Tensor {
             name: name.to_owned(),

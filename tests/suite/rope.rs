@@ -1,24 +1,26 @@
 //! Longrope's factor sets follow the choice that was made, not the size of the cache.
 
 use hae::engine::{Engine, Observation};
-use hae::llama::{Model, ModelOptions, RopeFactors};
+use hae::llama::{ContextOptions, RopeFactors};
 use serde_json::Value;
 
 use crate::bin::hae;
-use crate::model::{engine, exact, goldens, load_vision, prefill, repository};
+use crate::model::{PICTURE, engine, exact, goldens, load, load_vision, prefill, repository};
 use crate::npz::{max_abs_diff, read};
 
 /// Last logits of a golden prompt, with these factors in a cache of this size.
 fn logits(rope_factors: RopeFactors, n_ctx: u32) -> Vec<f32> {
     let (text, vision) = crate::model::converted("f32");
-    let options = ModelOptions {
-        rope_factors,
-        ..ModelOptions::default()
-    };
-    let model = Model::load(text, &options).unwrap();
+    let model = load(text);
     let mut vision = load_vision(vision, &model);
     let golden = goldens().into_iter().find(|g| g.id() == "qa0").unwrap();
-    let mut engine = engine(&model, exact(n_ctx));
+    let mut engine = engine(
+        &model,
+        ContextOptions {
+            rope_factors,
+            ..exact(n_ctx)
+        },
+    );
     let segments = golden.segments(&model, &mut vision);
     prefill(&mut engine, &segments, &mut Observation::default(), |_| {
         false
@@ -40,7 +42,7 @@ fn the_factors_are_those_that_were_chosen() {
 
 #[test]
 fn a_run_chooses_by_the_positions_that_it_can_reach() {
-    let picture = repository("models/demo.png");
+    let picture = repository(PICTURE);
     let chosen = |args: &[&str]| {
         let output = hae()
             .args(["run", "-o", "json", "--temp", "0", "-p", "Is there a star?"])

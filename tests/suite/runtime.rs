@@ -7,17 +7,16 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::bin::{answer, hae, refusal};
-use crate::model::{goldens, repository};
+use crate::model::{PICTURE, STORY, TEXT, VISION, WHERE_ANSWER, goldens_of, repository};
 
 fn path(name: &str) -> String {
     repository(name).to_str().unwrap().to_owned()
 }
 
-/// `hae run` with these words; DEMO is the picture, OTHER another one.
+/// `hae run` with these words; DEMO is the picture.
 fn words(args: &str) -> Vec<String> {
     let words = args.split_whitespace().map(|word| match word {
-        "DEMO" => path("models/demo.png"),
-        "OTHER" => path("tests/golden/tiny-phi3v/multi_0.png"),
+        "DEMO" => path(PICTURE),
         _ => word.replace('+', " "),
     });
     ["run".to_owned()].into_iter().chain(words).collect()
@@ -32,17 +31,15 @@ fn json(args: &str) -> Value {
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"))
 }
 
-const QUESTION: &str = "--image DEMO --temp 0 -p Where+is+the+red+circle?";
+const QUESTION: &str = "--image DEMO --temp 0 -p Where+is+the+pink+heart?";
 
 #[test]
 fn stdout_carries_the_answer_alone() {
     let output = hae().args(words(QUESTION)).output().unwrap();
     assert!(output.status.success());
     let stdout = String::from_utf8(output.stdout).unwrap();
-    assert!(
-        stdout.contains("column") && stdout.ends_with('\n'),
-        "{stdout}"
-    );
+    assert_eq!(stdout.trim(), WHERE_ANSWER);
+    assert!(stdout.ends_with('\n'), "{stdout}");
     assert_eq!(stdout.lines().count(), 1);
     assert!(
         output.stderr.is_empty(),
@@ -176,7 +173,7 @@ fn seeds_decide() {
 fn a_prompt_from_a_file_and_the_last_of_several_options() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("prompt.txt");
-    std::fs::write(&file, "Where is the red circle?\n").unwrap();
+    std::fs::write(&file, "Where is the pink heart?\n").unwrap();
     let file = file.to_str().unwrap();
     assert_eq!(
         run(&format!("--image DEMO --temp 0 -f {file}")),
@@ -203,10 +200,7 @@ fn llama_cpps_spellings() {
     for args in ["-fa -p hi -n 2", "-p hi -n 2 -fa"] {
         assert_eq!(json(args)["context"]["flash_attention"], "on");
     }
-    let (model, vision) = (
-        path("models/tiny-phi3v-Q8_0.gguf"),
-        path("models/mmproj-tiny-phi3v-F16.gguf"),
-    );
+    let (model, vision) = (path(TEXT), path(VISION));
     assert_eq!(
         run(&format!("{QUESTION} -m {model} -mm {vision}")),
         run(QUESTION)
@@ -216,14 +210,14 @@ fn llama_cpps_spellings() {
 /// The golden prompt with two pictures: which is which changes the answer.
 #[test]
 fn several_pictures_among_text() {
-    let golden = goldens()
+    let golden = goldens_of("small-phi3v")
         .into_iter()
         .find(|g| g.pictures.len() == 2)
         .unwrap();
     let names = golden.row["images"].as_array().unwrap();
     let image = |i: usize| {
         path(&format!(
-            "tests/golden/tiny-phi3v/{}",
+            "tests/golden/small-phi3v/{}",
             names[i].as_str().unwrap()
         ))
     };
@@ -263,11 +257,11 @@ fn without_a_template_the_prompt_goes_in_as_it_is() {
     let raw = "--image DEMO --temp 0 --no-conversation -p";
     let templated = run(QUESTION);
     let by_hand =
-        format!("{raw} <|user|>\n<|image_1|>\nWhere+is+the+red+circle?<|end|>\n<|assistant|>\n");
+        format!("{raw} <|user|>\n<|image_1|>\nWhere+is+the+pink+heart?<|end|>\n<|assistant|>\n");
     let args: Vec<String> = by_hand
         .split(' ')
         .map(|word| match word {
-            "DEMO" => path("models/demo.png"),
+            "DEMO" => path(PICTURE),
             _ => word.replace('+', " "),
         })
         .collect();
@@ -277,7 +271,7 @@ fn without_a_template_the_prompt_goes_in_as_it_is() {
 
 #[test]
 fn a_text_model_alone_answers_and_refuses_pictures() {
-    let model = path("models/tiny-phi3v-Q8_0.gguf");
+    let model = path(TEXT);
     let alone = json(&format!("-m {model} -p Hello --temp 0 -n 8"));
     assert_eq!(alone["mmproj"], Value::Null);
     assert_eq!(alone["tokens"]["prompt"]["vision"], 0);
@@ -288,9 +282,9 @@ fn a_text_model_alone_answers_and_refuses_pictures() {
 
 #[test]
 fn a_full_context_ends_the_answer_with_a_warning() {
-    let args =
-        "-c 256 --image DEMO --temp 0 -p Tell+a+long+story+with+Eva,+Ruby,+Zoe+and+Max. -o json";
-    let output = hae().args(words(args)).output().unwrap();
+    let story = STORY.replace(' ', "+");
+    let args = format!("-c 256 --image DEMO --temp 0 -p {story} -o json");
+    let output = hae().args(words(&args)).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();

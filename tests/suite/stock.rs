@@ -13,10 +13,8 @@ use llama_cpp_2::mtmd::{MtmdBitmap, MtmdContext, MtmdContextParams, MtmdInputTex
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 
-use crate::model::{exact, goldens, load, load_vision, repository};
+use crate::model::{TEXT, VISION, exact, goldens_of, load, load_vision, repository};
 
-const TEXT: &str = "models/tiny-phi3v-Q8_0.gguf";
-const VISION: &str = "models/mmproj-tiny-phi3v-F16.gguf";
 const STEPS: usize = 48;
 
 /// Tokens of an answer and the bits of the logits before each.
@@ -146,7 +144,7 @@ fn full_is_llama_cpp_bit_for_bit() {
             LlamaSampler::dist(7),
         ]
     };
-    for golden in goldens() {
+    for golden in goldens_of("small-phi3v") {
         if !["story0", "two0", "qa2"].contains(&golden.id()) {
             continue;
         }

@@ -55,9 +55,9 @@ fn at_once(
 ) -> Vec<i32> {
     let pictures = goldens().remove(0).pictures;
     let mut messages: Vec<Message> = Vec::new();
-    let mut add = |role, content: &str| {
+    let mut add = |role: &str, content: &str| {
         messages.push(Message {
-            role,
+            role: role.to_owned(),
             content: content.to_owned(),
         });
     };

@@ -1,4 +1,4 @@
-//! The chores of the repository: `cargo xtask setup | vendor | demo | test`.
+//! The chores of the repository: `cargo xtask setup | vendor | demo | model | test`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -42,8 +42,26 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Make models for measurements
+    Model {
+        #[command(subcommand)]
+        which: Which,
+    },
     /// Set up and run every check and test
     Test,
+}
+
+#[derive(Subcommand)]
+enum Which {
+    /// Phi-3.5-vision's full size with made-up weights, into models/full, which Git ignores
+    // The example knows its flags and explains them.
+    #[command(disable_help_flag = true)]
+    Full {
+        /// Handed on as they are; --help explains them. Relative paths count from the
+        /// repository's root
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -57,6 +75,9 @@ fn main() -> ExitCode {
         } => vendor::unpatched(root, &dir).map(|()| 0),
         Command::Vendor { .. } => vendor::run(root).map(|()| 0),
         Command::Demo { args } => steps::demo(root, &args),
+        Command::Model {
+            which: Which::Full { args },
+        } => steps::full_model(root, &args),
         Command::Test => steps::test(root),
     };
     match done {

@@ -1,4 +1,4 @@
-//! `cargo xtask demo` and `cargo xtask test`: set up, then run plain cargo commands, which are
+//! `cargo xtask demo`, `model` and `test`: set up, then run plain cargo commands, which are
 //! printed so that each can be repeated by itself.
 
 use std::path::Path;
@@ -14,9 +14,22 @@ use crate::{pin, setup, vendor};
 /// When the set-up fails or cargo cannot be run.
 pub fn demo(root: &Path, args: &[String]) -> Result<u8> {
     set_up(root)?;
-    let build = cargo(root, &["build", "--release", "--bin", "hae"])?;
+    build_and_run(root, &["--bin", "hae"], &["demo"], args)
+}
+
+/// Builds the example that writes a model of full size, and runs it; the exit code is its own.
+///
+/// # Errors
+/// When the set-up fails or cargo cannot be run.
+pub fn full_model(root: &Path, args: &[String]) -> Result<u8> {
+    set_up(root)?;
+    build_and_run(root, &["--example", "full_model"], &[], args)
+}
+
+fn build_and_run(root: &Path, target: &[&str], words: &[&str], args: &[String]) -> Result<u8> {
+    let build = cargo(root, &[&["build", "--release"], target].concat())?;
     ensure!(build.success(), "the build failed");
-    let mut run = vec!["run", "--quiet", "--release", "--bin", "hae", "--", "demo"];
+    let mut run = [&["run", "--quiet", "--release"], target, &["--"], words].concat();
     run.extend(args.iter().map(String::as_str));
     let status = cargo(root, &run)?;
     Ok(status

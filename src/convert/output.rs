@@ -1,0 +1,205 @@
+//! The last part of making a model: both files, written side by side.
+
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+use super::config::{TextConfig, VisionConfig};
+use super::tensors::Planned;
+use super::vocab::Vocabulary;
+use super::{text, vision};
+use crate::error::{Error, Result};
+use crate::llama::gguf::Writer;
+use crate::outfile::OutFile;
+
+#[derive(Clone, Debug)]
+pub struct Written {
+    pub path: PathBuf,
+    pub n_tensors: usize,
+    pub bytes: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct Summary {
+    pub text: Written,
+    pub mmproj: Written,
+    pub name: String,
+    /// One line each, for the user.
+    pub notes: Vec<String>,
+}
+
+/// All that goes into the two files.
+pub struct Model<'a> {
+    /// `general.name` of both.
+    pub name: String,
+    pub text: TextConfig,
+    pub vision: VisionConfig,
+    pub vocabulary: Vocabulary,
+    /// llama.cpp's `llama_ftype` of each file.
+    pub text_type: u32,
+    pub vision_type: u32,
+    pub text_tensors: Vec<Planned<'a>>,
+    pub vision_tensors: Vec<Planned<'a>>,
+}
+
+impl Model<'_> {
+    /// Writes both files, which get their names only when both are complete. `progress` is told
+    /// the bytes written so far and in all, tensor data only.
+    ///
+    /// # Errors
+    /// [`Error::File`], [`Error::Io`] or [`Error::Option`]. No output is left behind then.
+    pub fn write(
+        self,
+        text_out: &Path,
+        mmproj_out: &Path,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Summary> {
+        let text_file = OutFile::create(text_out)?;
+        let vision_file = OutFile::create(mmproj_out)?;
+        if same_file(text_out, mmproj_out) {
+            return Err(Error::option(
+                "--mmproj",
+                "is the same file as --output, expected another",
+            ));
+        }
+
+        let mut writer = Writer::new(text_file.target())?;
+        let tensors = self.text_tensors;
+        let kind = ("phi3", "model", self.text_type);
+        general(&mut writer, kind, &self.name, &tensors)?;
+        text::metadata(&mut writer, &self.text, &self.vocabulary)?;
+        let text = Output {
+            writer,
+            tensors,
+            file: text_file,
+        };
+
+        let mut writer = Writer::new(vision_file.target())?;
+        let tensors = self.vision_tensors;
+        let kind = ("clip", "mmproj", self.vision_type);
+        general(&mut writer, kind, &self.name, &tensors)?;
+        vision::metadata(&mut writer, &self.vision, &self.text)?;
+        let vision = Output {
+            writer,
+            tensors,
+            file: vision_file,
+        };
+
+        let total = text.data_bytes() + vision.data_bytes();
+        let mut done = 0;
+        let mut advance = |n: u64| {
+            done += n;
+            progress(done, total);
+        };
+        let (text_file, text) = text.write(&mut advance)?;
+        let (vision_file, mmproj) = vision.write(&mut advance)?;
+        text_file.commit()?;
+        if let Err(e) = vision_file.commit() {
+            // One without the other is of no use; the first error is the one to report.
+            let _ = std::fs::remove_file(&text.path);
+            return Err(e);
+        }
+        Ok(Summary {
+            text,
+            mmproj,
+            name: self.name,
+            notes: self.vocabulary.notes,
+        })
+    }
+}
+
+struct Output<'a> {
+    writer: Writer,
+    tensors: Vec<Planned<'a>>,
+    file: OutFile,
+}
+
+impl Output<'_> {
+    fn data_bytes(&self) -> u64 {
+        self.tensors
+            .iter()
+            .filter_map(|t| t.kind.tensor_bytes(&t.dims))
+            .sum()
+    }
+
+    fn write(mut self, advance: &mut dyn FnMut(u64)) -> Result<(OutFile, Written)> {
+        for tensor in &self.tensors {
+            self.writer
+                .add_tensor(&tensor.name, tensor.kind, &tensor.dims)?;
+        }
+        let mut data = self
+            .writer
+            .begin(BufWriter::with_capacity(1 << 20, self.file.file()))?;
+        for tensor in &self.tensors {
+            tensor.convert(&mut |bytes| {
+                advance(bytes.len() as u64);
+                data.write(bytes)
+            })?;
+            data.end_tensor()?;
+        }
+        data.finish()?;
+        let path = self.file.target().to_owned();
+        let bytes = self
+            .file
+            .file()
+            .metadata()
+            .map_err(|e| Error::io(&path, e))?
+            .len();
+        Ok((
+            self.file,
+            Written {
+                path,
+                n_tensors: self.tensors.len(),
+                bytes,
+            },
+        ))
+    }
+}
+
+/// The keys that both files have. `kind`: architecture, type, and number of the file type.
+fn general(
+    writer: &mut Writer,
+    kind: (&str, &str, u32),
+    name: &str,
+    tensors: &[Planned<'_>],
+) -> Result<()> {
+    let (architecture, kind, file_type) = kind;
+    writer.set_text("general.architecture", architecture)?;
+    writer.set_text("general.type", kind)?;
+    writer.set_text("general.name", name)?;
+    writer.set_text(
+        "general.size_label",
+        &size_label(tensors.iter().map(Planned::elements).sum()),
+    )?;
+    writer.set_u32("general.file_type", file_type)?;
+    // The version of ggml's block formats (GGML_QNT_VERSION).
+    writer.set_u32("general.quantization_version", 2)
+}
+
+/// Two significant digits and a unit, as in "3.8B".
+fn size_label(parameters: u64) -> String {
+    let n = parameters as f64;
+    let (scaled, unit) = match parameters {
+        1_000_000_000.. => (n / 1e9, "B"),
+        1_000_000.. => (n / 1e6, "M"),
+        _ => (n / 1e3, "K"),
+    };
+    if scaled < 9.95 {
+        format!("{scaled:.1}{unit}")
+    } else {
+        format!("{scaled:.0}{unit}")
+    }
+}
+
+/// Whether two targets in existing directories are one.
+fn same_file(a: &Path, b: &Path) -> bool {
+    let resolved = |p: &Path| {
+        let dir = p
+            .parent()
+            .filter(|d| !d.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        dir.canonicalize()
+            .ok()
+            .map(|d| d.join(p.file_name().unwrap_or_default()))
+    };
+    resolved(a) == resolved(b)
+}

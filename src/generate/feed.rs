@@ -1,0 +1,171 @@
+//! From segments to batches: any engine, any part of a segment, at any place.
+
+use super::prompt::Segment;
+use crate::cache::{Cell, Modality, Pos};
+use crate::controller::Origin;
+use crate::engine::{Batch, Engine, Input, Observation, Token};
+use crate::error::{Error, Result};
+use crate::policy::Queries;
+
+/// One batch after it went in, and the buffers of it. Reused.
+#[derive(Default)]
+pub(super) struct Feed {
+    /// Position of each row.
+    pub pos: Vec<Pos>,
+    /// Rows whose attention is wanted.
+    pub queries: Vec<u32>,
+    /// Cell of each row.
+    pub cells: Vec<Cell>,
+    pub seen: Observation,
+    /// Whether each row separates parts of a picture; empty for text.
+    pub separators: Vec<bool>,
+    /// The most bytes that the engine's cache was ever allocated, after a batch.
+    pub peak_bytes: u64,
+    tokens: Vec<Token>,
+    values: Vec<f32>,
+}
+
+/// What of a segment goes in, and what is asked of it.
+pub(super) struct Part<'a> {
+    pub segment: &'a Segment,
+    /// Position of the segment's first row.
+    pub base: Pos,
+    /// Which of its positions go in.
+    pub keep: &'a dyn Fn(Pos) -> bool,
+    pub queries: Option<Queries>,
+    /// The prompt ends with this segment: its last row's logits are wanted.
+    pub is_last: bool,
+}
+
+/// What happens with a batch that went in.
+type Sink<'a> = dyn FnMut(&Feed, Origin) -> Result<()> + 'a;
+
+impl Feed {
+    /// The part's batches, one after the other; false: cancelled.
+    pub fn part(
+        &mut self,
+        engine: &mut (dyn Engine + '_),
+        part: &Part<'_>,
+        cancelled: &dyn Fn() -> bool,
+        sink: &mut Sink<'_>,
+    ) -> Result<bool> {
+        let n_batch = engine.n_batch().max(1);
+        let segment = part.segment;
+        let rows: Vec<usize> = (0..segment.len())
+            .filter(|&row| (part.keep)(segment.pos(part.base, row)))
+            .collect();
+        let separators = segment.separators();
+        let mut left = rows.len();
+        for rows in rows.chunks(n_batch) {
+            if cancelled() {
+                return Ok(false);
+            }
+            left -= rows.len();
+            let is_last = part.is_last && left == 0;
+            self.select_queries(part.queries, segment.origin().modality, rows.len(), is_last);
+            self.pos.clear();
+            self.pos
+                .extend(rows.iter().map(|&row| segment.pos(part.base, row)));
+            self.separators.clear();
+            if !separators.is_empty() {
+                self.separators
+                    .extend(rows.iter().map(|&row| separators[row]));
+            }
+            self.rows(engine, part, rows, is_last)?;
+            sink(self, segment.origin())?;
+        }
+        Ok(true)
+    }
+
+    /// The rows whose attention is wanted.
+    fn select_queries(
+        &mut self,
+        wanted: Option<Queries>,
+        modality: Modality,
+        rows: usize,
+        is_last: bool,
+    ) {
+        self.queries.clear();
+        let rows = rows as u32;
+        match wanted {
+            Some(Queries::All) if modality == Modality::Text => self.queries.extend(0..rows),
+            Some(Queries::Last) if is_last => self.queries.push(rows - 1),
+            _ => {}
+        }
+    }
+
+    fn rows(
+        &mut self,
+        engine: &mut (dyn Engine + '_),
+        part: &Part<'_>,
+        rows: &[usize],
+        logits: bool,
+    ) -> Result<()> {
+        let (Some(&first), Some(&last)) = (rows.first(), rows.last()) else {
+            return Ok(());
+        };
+        if last - first + 1 == rows.len() {
+            let axes = part.segment.axes(part.base, first, last + 1);
+            let input = part.segment.rows(first, last + 1, axes.as_deref());
+            return self.run(engine, input, logits);
+        }
+        match part.segment {
+            Segment::Tokens(tokens) => {
+                let mut picked = std::mem::take(&mut self.tokens);
+                picked.clear();
+                picked.extend(rows.iter().map(|&row| tokens[row]));
+                let done = self.run(engine, Input::Tokens(&picked), logits);
+                self.tokens = picked;
+                done
+            }
+            Segment::Image { embeddings, n, .. } => {
+                let width = embeddings.len() / n;
+                let mut picked = std::mem::take(&mut self.values);
+                picked.clear();
+                for &row in rows {
+                    picked.extend_from_slice(&embeddings[row * width..(row + 1) * width]);
+                }
+                // Pictures with several axes are never taken apart.
+                let input = Input::Embeddings {
+                    data: &picked,
+                    n: rows.len(),
+                    mrope: None,
+                };
+                let done = self.run(engine, input, logits);
+                self.values = picked;
+                done
+            }
+        }
+    }
+
+    /// One batch at `self.pos`, asked for `self.queries`.
+    pub fn run(
+        &mut self,
+        engine: &mut (dyn Engine + '_),
+        input: Input<'_>,
+        logits: bool,
+    ) -> Result<()> {
+        let batch = Batch {
+            input,
+            pos: &self.pos,
+            queries: &self.queries,
+            logits,
+        };
+        engine.decode(batch, &mut self.cells, &mut self.seen)?;
+        self.peak_bytes = self.peak_bytes.max(engine.kv_bytes().allocated);
+        let (rows, cells) = (input.len(), self.cells.len());
+        if cells != rows {
+            return Err(Error::contract(format!(
+                "{cells} cells for a batch of {rows} rows"
+            )));
+        }
+        // Missing attention would let every token look unused.
+        let (wanted, seen) = (self.queries.len(), self.seen.queries.len());
+        if seen != wanted {
+            return Err(Error::contract(format!(
+                "attention of {seen} rows, expected {wanted}"
+            )));
+        }
+        Ok(())
+    }
+}

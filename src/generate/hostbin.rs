@@ -1,0 +1,92 @@
+//! The host side of the recycle bin: K and V rows of evicted text, until memory for them is full.
+
+use std::collections::VecDeque;
+
+use crate::cache::{Cell, Pos};
+use crate::engine::Engine;
+use crate::error::Result;
+
+/// Rows of tokens that were evicted at once.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Saved {
+    /// `[n]`, in the order of the rows.
+    pub pos: Vec<Pos>,
+    /// `[n, row bytes]`
+    #[serde(with = "serde_bytes")]
+    pub rows: Vec<u8>,
+}
+
+/// Saved rows, oldest first. `max_bytes` 0: nothing is kept.
+#[derive(Clone, Debug, Default)]
+pub struct HostBin {
+    max_bytes: usize,
+    saved: VecDeque<Saved>,
+    bytes: usize,
+}
+
+impl HostBin {
+    pub fn new(max_bytes: usize) -> Self {
+        HostBin {
+            max_bytes,
+            ..HostBin::default()
+        }
+    }
+
+    /// Whether it keeps nothing at all.
+    pub fn is_off(&self) -> bool {
+        self.max_bytes == 0
+    }
+
+    /// Bytes of the rows that are kept.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn saved(&self) -> impl Iterator<Item = &Saved> {
+        self.saved.iter()
+    }
+
+    /// Copies rows that are about to be removed; the oldest make room.
+    pub(super) fn keep(
+        &mut self,
+        engine: &mut dyn Engine,
+        cells: &[Cell],
+        pos: &[Pos],
+    ) -> Result<()> {
+        if cells.is_empty() {
+            return Ok(());
+        }
+        let mut rows = Vec::new();
+        if engine.save_rows(cells, &mut rows)? {
+            self.push(Saved {
+                pos: pos.to_vec(),
+                rows,
+            });
+        }
+        Ok(())
+    }
+
+    /// Adds rows; the oldest make room, and what is larger than the bin is not kept.
+    pub fn push(&mut self, saved: Saved) {
+        self.bytes += saved.rows.len();
+        self.saved.push_back(saved);
+        while self.bytes > self.max_bytes {
+            let Some(oldest) = self.saved.pop_front() else {
+                break;
+            };
+            self.bytes -= oldest.rows.len();
+        }
+    }
+
+    /// Takes the newest rows out again.
+    pub(super) fn pop(&mut self) -> Option<Saved> {
+        let newest = self.saved.pop_back()?;
+        self.bytes -= newest.rows.len();
+        Some(newest)
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.saved.clear();
+        self.bytes = 0;
+    }
+}

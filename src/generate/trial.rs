@@ -1,0 +1,91 @@
+//! A trial run: the first layers of the model read a conversation as if nothing had ever been
+//! evicted, so that the policy can judge its visual tokens before they cost anything.
+
+use super::feed::{Feed, Part};
+use super::history::Placed;
+use crate::cache::{Cell, Ledger, Pos};
+use crate::controller::Origin;
+use crate::engine::{Engine, Observation};
+use crate::error::Result;
+use crate::policy::Queries;
+
+/// What a trial run saw.
+pub(super) struct Trial {
+    /// Every token of the conversation, with the attention of the new prompt.
+    pub ledger: Ledger,
+    /// Positions of the query rows.
+    queries: Vec<Pos>,
+    /// Bytes of the run's own cache.
+    pub bytes: u64,
+}
+
+impl Trial {
+    /// Runs `engine` over what went in before and over the new prompt. `None`: cancelled.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn run(
+        engine: &mut (dyn Engine + '_),
+        history: &[Placed<'_>],
+        prompt: &[Placed<'_>],
+        queries: Queries,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<Option<Self>> {
+        let mut trial = Trial {
+            ledger: Ledger::new(engine.n_cells()),
+            queries: Vec::new(),
+            bytes: 0,
+        };
+        let mut feed = Feed::default();
+        let last = prompt.iter().rposition(|placed| !placed.segment.is_empty());
+        let new = prompt.iter().enumerate();
+        let old = history.iter().map(|placed| (placed, None, false));
+        for (placed, queries, is_last) in
+            old.chain(new.map(|(i, placed)| (placed, Some(queries), Some(i) == last)))
+        {
+            let part = Part {
+                segment: &placed.segment,
+                base: placed.base,
+                keep: &|_| true,
+                queries,
+                is_last,
+            };
+            let mut sink = |feed: &Feed, origin: Origin| {
+                let ledger = &mut trial.ledger;
+                for (&cell, &pos) in feed.cells.iter().zip(&feed.pos) {
+                    ledger.insert(cell, pos, origin.modality, origin.image)?;
+                }
+                for (&cell, _) in feed.cells.iter().zip(&feed.separators).filter(|&(_, &s)| s) {
+                    ledger.mark_separator(cell)?;
+                }
+                trial.queries.extend_from_slice(&feed.seen.queries);
+                trial.ledger.observe(&feed.seen, 1.0)
+            };
+            if !feed.part(engine, &part, cancelled, &mut sink)? {
+                return Ok(None);
+            }
+        }
+        trial.bytes = feed.peak_bytes;
+        Ok(Some(trial))
+    }
+
+    /// The same attention by the cells of another cache: what is absent there is left out.
+    pub fn seen_by(&self, cache: &Ledger) -> Observation {
+        let mut by_pos: Vec<(Pos, Cell)> = self.ledger.entries().map(|e| (e.pos, e.cell)).collect();
+        by_pos.sort_unstable();
+        let mut seen = Observation {
+            sum: vec![0.0; cache.span()],
+            max: vec![0.0; cache.span()],
+            queries: self.queries.clone(),
+        };
+        for entry in cache.entries() {
+            let found = by_pos.binary_search_by_key(&entry.pos, |&(pos, _)| pos);
+            let token = found.ok().and_then(|i| self.ledger.get(by_pos[i].1));
+            if let Some(token) = token {
+                seen.sum[entry.cell as usize] = token.sum;
+                seen.max[entry.cell as usize] = token.max;
+            }
+        }
+        seen
+    }
+}

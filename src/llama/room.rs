@@ -1,0 +1,124 @@
+//! How many cells the cache has: as many as its tokens need, in steps.
+
+use llama_cpp_sys_2 as sys;
+
+use super::LlamaEngine;
+use crate::cache::Cell;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+
+/// Cells by which the cache grows. llama.cpp computes attention over multiples of as many.
+pub(super) const STEP: usize = 256;
+
+/// What is in use, as the engine last knew it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Room {
+    /// Whether the cache can change its size.
+    pub resizable: bool,
+    /// Cells that hold tokens.
+    pub used: usize,
+    /// One more than the highest of them.
+    span: usize,
+}
+
+impl Room {
+    /// A batch went into these cells.
+    pub fn filled(&mut self, cells: &[Cell]) {
+        self.used += cells.len();
+        let span = cells.iter().max().map_or(0, |&cell| cell as usize + 1);
+        self.span = self.span.max(span);
+    }
+
+    /// Everything is gone.
+    pub fn emptied(&mut self) {
+        (self.used, self.span) = (0, 0);
+    }
+}
+
+/// The cells that the context begins with.
+#[cfg(feature = "kv-patches")]
+pub(super) fn set(kv_size: Option<u32>, params: &mut sys::llama_context_params) {
+    params.kv_size = kv_size.unwrap_or(0);
+}
+
+#[cfg(not(feature = "kv-patches"))]
+pub(super) fn set(_: Option<u32>, _: &mut sys::llama_context_params) {}
+
+fn padded(n: usize) -> usize {
+    n.max(1).next_multiple_of(STEP)
+}
+
+#[cfg(feature = "kv-patches")]
+impl LlamaEngine<'_> {
+    /// Looks at the cache again, after something other than a batch has changed it.
+    pub(super) fn recount(&mut self) -> Result<()> {
+        if !self.is_plain() {
+            return Ok(());
+        }
+        let mut map = Vec::new();
+        self.cell_map(&mut map)?;
+        self.room.used = map.iter().flatten().count();
+        self.room.span = map.iter().rposition(Option::is_some).map_or(0, |i| i + 1);
+        Ok(())
+    }
+
+    /// Lets the cache grow until it can take `n` more tokens.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`] when that is more than `-c` allows; those of [`LlamaEngine::resize`].
+    pub(super) fn grow(&mut self, n: usize) -> Result<()> {
+        if !self.room.resizable {
+            return Ok(());
+        }
+        let needed = self.room.used + n;
+        let n_ctx = self.n_cells();
+        if needed > n_ctx {
+            return Err(Error::ContextFull { n_ctx });
+        }
+        if needed > self.cells_now()? {
+            self.resize(padded(needed).min(n_ctx))?;
+        }
+        Ok(())
+    }
+
+    /// Moves tokens together where attention gets shorter by it, and gives back memory that is
+    /// a step and a tenth more than the tokens need.
+    pub(super) fn tidy(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
+        moves.clear();
+        if !self.room.resizable {
+            return Ok(());
+        }
+        self.recount()?;
+        let Room { used, span, .. } = self.room;
+        let now = self.cells_now()?;
+        let too_large = now > used + used / 10 + STEP;
+        if padded(span) > padded(used) || too_large && span > padded(used) {
+            self.compact_cells(moves)?;
+            self.room.span = used;
+        }
+        if too_large {
+            self.resize(padded(used))?;
+        }
+        Ok(())
+    }
+}
+
+/// Without the patches a cache has the size that it was made with.
+#[cfg(not(feature = "kv-patches"))]
+impl LlamaEngine<'_> {
+    pub(super) fn is_plain(&self) -> bool {
+        false
+    }
+
+    pub(super) fn recount(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    pub(super) fn grow(&mut self, _n: usize) -> Result<()> {
+        Ok(())
+    }
+
+    pub(super) fn cells_of(&self, _batch: &Batch<'_>, _cells: &mut [Cell]) -> Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,94 @@
+//! Conversations on disk (`--session`): what was said and shown, what the cache holds and what it
+//! has lost, so that a later run goes on as if it had never ended.
+//!
+//! The file is a header (magic, version, SHA-256 of the rest) and the [`Saved`] structure in
+//! postcard's encoding. llama.cpp checks what it finds in its own part; the checksum keeps damage
+//! from getting that far.
+
+use std::io::Write;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::cache::SavedLedger;
+use crate::error::{Error, Result};
+use crate::generate::{History, Saved as SavedRows};
+use crate::llama::RopeFactors;
+use crate::outfile::OutFile;
+use crate::prompt::Transcript;
+
+const MAGIC: &[u8; 8] = b"HAE-SESS";
+const VERSION: u32 = 1;
+const HEADER: usize = MAGIC.len() + 4 + 32;
+
+/// What a model must share with the one that a session was made with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelIdentity {
+    pub arch: String,
+    pub n_layer: u32,
+    pub n_embd: usize,
+    pub n_vocab: usize,
+    /// Of the text model's file.
+    pub bytes: u64,
+}
+
+/// Everything that a conversation is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Saved {
+    pub model: ModelIdentity,
+    /// The set that the cached keys were rotated with.
+    pub rope_factors: RopeFactors,
+    pub transcript: Transcript,
+    pub pending: Option<i32>,
+    pub images: u32,
+    pub ledger: SavedLedger,
+    pub history: History,
+    pub host_bin: Vec<SavedRows>,
+    /// llama.cpp's own state of the sequence.
+    #[serde(with = "serde_bytes")]
+    pub state: Vec<u8>,
+}
+
+impl Saved {
+    /// Writes the file, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`] when it cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let body = postcard::to_stdvec(self).map_err(|e| Error::file(path, e.to_string()))?;
+        let out = OutFile::create(path)?;
+        let digest = Sha256::digest(&body);
+        let mut file = out.file();
+        [&MAGIC[..], &VERSION.to_le_bytes(), &digest, &body]
+            .into_iter()
+            .try_for_each(|part| file.write_all(part))
+            .map_err(|e| Error::io(path, e))?;
+        out.commit()
+    }
+
+    /// Reads a file that [`Saved::write`] wrote.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::File`] when it is something else, of another version, or damaged.
+    pub fn read(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        let Some((header, body)) = bytes.split_at_checked(HEADER) else {
+            return Err(Error::file(path, "is no session of hae: too short"));
+        };
+        let (magic, rest) = header.split_at(MAGIC.len());
+        let (version, digest) = rest.split_at(4);
+        if magic != MAGIC {
+            return Err(Error::file(path, "is no session of hae"));
+        }
+        if version != VERSION.to_le_bytes() {
+            let found = version.iter().rev().fold(0, |n, &b| n << 8 | u32::from(b));
+            let reason = format!("is a session of version {found}, expected {VERSION}");
+            return Err(Error::file(path, reason));
+        }
+        if Sha256::digest(body).as_slice() != digest {
+            return Err(Error::file(path, "is damaged: its checksum does not match"));
+        }
+        postcard::from_bytes(body).map_err(|e| Error::file(path, format!("is damaged: {e}")))
+    }
+}

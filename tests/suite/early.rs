@@ -1,0 +1,133 @@
+//! Early pruning and recall on the real model.
+
+use std::collections::BTreeSet;
+
+use hae::cache::Pos;
+use hae::controller::Controller;
+use hae::engine::Engine;
+use hae::generate::{Segment, Session};
+use hae::llama::{ContextOptions, LlamaEngine, Model};
+use hae::policy::{
+    Amount, DapMode, DapOptions, DapRule, Layers, Limits, PolicyOptions, Queries, Scope, create,
+};
+
+use crate::model::{converted, engine, exact, goldens, load, load_vision};
+use crate::npz::max_abs_diff;
+
+const N_CTX: u32 = 1024;
+
+fn session<'m>(model: &'m Model, options: &PolicyOptions) -> Session<LlamaEngine<'m>> {
+    let limits = Limits {
+        n_layer: model.n_layer(),
+        n_cells: N_CTX as usize,
+    };
+    let context = ContextOptions {
+        score_layers: options.layers.resolve(model.n_layer()),
+        ..exact(N_CTX)
+    };
+    let policy = create("hae", options, limits).unwrap();
+    let engine = engine(model, context);
+    Session::new(engine, Controller::new(policy, N_CTX as usize))
+}
+
+fn dap(dap_mode: DapMode, layers: &[u32], queries: Queries, rule: DapRule) -> PolicyOptions {
+    PolicyOptions {
+        layers: Layers::List(layers.to_vec()),
+        queries,
+        dap: Some(DapOptions {
+            rule,
+            alpha: None,
+            scope: Scope::Turn,
+        }),
+        dap_mode,
+        keep_separators: false,
+        ..PolicyOptions::without_ddes()
+    }
+}
+
+fn held(session: &Session<LlamaEngine<'_>>) -> BTreeSet<Pos> {
+    let entries = session.controller.ledger().entries();
+    entries.map(|entry| entry.pos).collect()
+}
+
+/// The prompts with one picture, with two, and with a large one that takes several batches.
+fn prompts(model: &Model) -> Vec<Vec<Segment>> {
+    let (_, vision) = converted("f32");
+    let mut vision = load_vision(vision, model);
+    let all: Vec<Vec<Segment>> = goldens()
+        .iter()
+        .map(|golden| golden.segments(model, &mut vision))
+        .collect();
+    let rows = |prompt: &Vec<Segment>| prompt.iter().map(Segment::len).sum::<usize>();
+    let pictures = |prompt: &Vec<Segment>| {
+        let is_picture = |segment: &&Segment| matches!(segment, Segment::Image { .. });
+        prompt.iter().filter(is_picture).count()
+    };
+    let one = all.iter().find(|prompt| pictures(prompt) == 1).unwrap();
+    let most = all.iter().max_by_key(|prompt| pictures(prompt)).unwrap();
+    let longest = all.iter().max_by_key(|prompt| rows(prompt)).unwrap();
+    assert!(pictures(most) > 1);
+    vec![one.clone(), most.clone(), longest.clone()]
+}
+
+#[test]
+fn a_trial_run_keeps_what_the_whole_prefill_keeps() {
+    let model = load(converted("f32").0);
+    let keep = DapRule::Keep(Amount::Share(0.4));
+    let last = model.n_layer() - 1;
+    let settings = [
+        (vec![0], Queries::All, DapRule::Tau(1.0)),
+        (vec![0], Queries::Last, keep),
+        (vec![1, 2], Queries::Last, keep),
+        (vec![last], Queries::Last, keep),
+    ];
+    for prompt in prompts(&model) {
+        let rows: usize = prompt.iter().map(Segment::len).sum();
+        for (layers, queries, rule) in &settings {
+            let run = |mode| {
+                let mut session = session(&model, &dap(mode, layers, *queries, *rule));
+                assert!(session.prefill(&prompt, &|| false).unwrap());
+                session
+            };
+            let (exact, early) = (run(DapMode::Exact), run(DapMode::Early));
+            assert_eq!(held(&exact), held(&early), "layers {layers:?}");
+            assert!(held(&early).len() < rows);
+            let peak = |session: &Session<_>| session.controller.ledger().counts().peak;
+            assert_eq!(peak(&exact), rows);
+            assert_eq!(
+                peak(&early),
+                held(&early).len(),
+                "the rest never took a cell"
+            );
+        }
+    }
+}
+
+/// A second question after pruning: the picture is there again as if it had never been away, so
+/// its logits are those of a conversation in which nothing was pruned. What the first question's
+/// own tokens hold was computed before the pruning in both.
+#[test]
+fn a_recalled_picture_is_the_same_picture() {
+    let model = load(converted("f32").0);
+    let prompt = prompts(&model).swap_remove(0);
+    let question = [Segment::Tokens(vec![13, 29, 21, 3, 5, 8])];
+    let keep_all = DapRule::Keep(Amount::Share(1.0));
+    let logits = |rule, recall| {
+        let options = PolicyOptions {
+            recall,
+            ..dap(DapMode::Exact, &[1], Queries::Last, rule)
+        };
+        let mut session = session(&model, &options);
+        assert!(session.prefill(&prompt, &|| false).unwrap());
+        let held = held(&session).len();
+        assert!(session.prefill(&question, &|| false).unwrap());
+        (held, session.engine.logits().unwrap().to_vec())
+    };
+    let (all, unpruned) = logits(keep_all, true);
+    let (few, recalled) = logits(DapRule::Keep(Amount::Share(0.2)), true);
+    let (_, forgotten) = logits(DapRule::Keep(Amount::Share(0.2)), false);
+    assert!(few < all);
+    let error = max_abs_diff(&unpruned, &recalled);
+    assert!(error < 1e-3, "{error}");
+    assert!(max_abs_diff(&unpruned, &forgotten) > 0.1, "pruning shows");
+}

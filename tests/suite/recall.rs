@@ -1,0 +1,307 @@
+//! Conversations that prune before the prefill, call evicted tokens back and move cells together:
+//! on the scripted engine, whose attention is known.
+
+use std::collections::BTreeSet;
+
+use hae::cache::{Modality, Pos};
+use hae::controller::Controller;
+use hae::engine::scripted::{Call, Scripted, hashed};
+use hae::generate::{Segment, Session};
+use hae::policy::{
+    Amount, DapMode, DapOptions, DapRule, Limits, PolicyOptions, Queries, Scope, create,
+};
+use proptest::prelude::*;
+
+use crate::random::{N_LAYER, Turn, assert_in_step, options, prompt, row, turns};
+
+fn session(options: &PolicyOptions, seed: u64, n_cells: usize, host: usize) -> Session<Scripted> {
+    let limits = Limits {
+        n_layer: N_LAYER,
+        n_cells,
+    };
+    let policy = create("hae", options, limits).unwrap();
+    let engine = Scripted::new(n_cells, 7)
+        .with_attention(move |q, k| hashed(seed, q, k))
+        .patched();
+    Session::new(engine, Controller::new(policy, n_cells)).with_host_bin(host)
+}
+
+fn rows(turns: &[Turn]) -> usize {
+    let prompts = turns.iter().flat_map(|(prompt, _)| prompt);
+    prompts.map(|segment| segment.1).sum::<usize>() + turns.iter().map(|t| t.1).sum::<usize>()
+}
+
+fn held(session: &Session<Scripted>, modality: Modality) -> BTreeSet<Pos> {
+    let entries = session.controller.ledger().entries();
+    let kept = entries.filter(|entry| entry.modality == modality);
+    kept.map(|entry| entry.pos).collect()
+}
+
+/// DAP alone, judged by the last prompt token, with nothing protected but the newest.
+fn dap(mode: DapMode, keep: Amount) -> PolicyOptions {
+    PolicyOptions {
+        dap: Some(DapOptions {
+            rule: DapRule::Keep(keep),
+            alpha: None,
+            scope: Scope::Turn,
+        }),
+        dap_mode: mode,
+        queries: Queries::Last,
+        sinks: 0,
+        recent: 0,
+        ..PolicyOptions::without_ddes()
+    }
+}
+
+proptest! {
+    #[test]
+    fn nobody_is_lost_whoever_leaves_and_returns(
+        options in options(),
+        early in any::<bool>(),
+        recall in any::<bool>(),
+        host in prop_oneof![Just(0), 1..400usize],
+        turns in turns(),
+        seed in any::<u64>(),
+    ) {
+        let dap_mode = if early { DapMode::Early } else { DapMode::Exact };
+        let options = PolicyOptions { dap_mode, recall, ..options };
+        let n_cells = rows(&turns) + options.sinks + options.recent + 60;
+        let mut session = session(&options, seed, n_cells, host);
+        let mut gone_in = 0;
+        for (turn, (segments, answer)) in turns.iter().enumerate() {
+            prop_assert!(session.prefill(&prompt(segments, 10 * turn as u32), &|| false).unwrap());
+            gone_in += segments.iter().map(|s| s.1).sum::<usize>();
+            for step in 0..=*answer {
+                if step > 0 {
+                    session.step(3).unwrap();
+                    gone_in += 1;
+                }
+                assert_in_step(&session);
+                let counts = session.controller.ledger().counts();
+                prop_assert_eq!(counts.cells() + counts.evicted.total(), gone_in);
+                prop_assert_eq!(session.controller.next_pos() as usize, gone_in);
+                prop_assert!(session.host_bin().bytes() <= host);
+                let text = held(&session, Modality::Text);
+                let mut saved = session.host_bin().saved().flat_map(|saved| &saved.pos);
+                prop_assert!(saved.all(|pos| !text.contains(pos)));
+            }
+        }
+    }
+
+    /// What a trial run says of the first prompt is what the whole prefill says.
+    #[test]
+    fn early_and_exact_keep_the_same_tokens(
+        options in options(),
+        turns in turns(),
+        seed in any::<u64>(),
+    ) {
+        let prompt = prompt(&turns[0].0, 0);
+        let kept = |dap_mode| {
+            let options = PolicyOptions { dap_mode, ..options.clone() };
+            let mut session = session(&options, seed, 400, 0);
+            prop_assert!(session.prefill(&prompt, &|| false).unwrap());
+            let ledger = session.controller.ledger();
+            let mut kept: Vec<_> = ledger.entries().map(|e| (e.pos, e.state, e.sum)).collect();
+            kept.sort_by_key(|entry| entry.0);
+            Ok((kept, ledger.counts().evicted, session.engine.n_decoded()))
+        };
+        let (exact, early) = (kept(DapMode::Exact)?, kept(DapMode::Early)?);
+        prop_assert_eq!(&exact.0, &early.0);
+        prop_assert_eq!(exact.1, early.1);
+        if options.dap.is_some() && options.kv_budget.is_none() {
+            prop_assert_eq!(early.2, early.0.len(), "what was pruned never went in");
+        }
+    }
+
+    /// A second question judges the pictures of both turns by itself, whatever the first left.
+    #[test]
+    fn a_new_question_judges_all_pictures_anew(
+        turns in turns(),
+        seed in any::<u64>(),
+        keep in 1..12usize,
+        early in any::<bool>(),
+    ) {
+        let mode = if early { DapMode::Early } else { DapMode::Exact };
+        let mut session = session(&dap(mode, Amount::Cells(keep)), seed, 400, 0);
+        let mut visual = BTreeSet::new();
+        let mut next: Pos = 0;
+        for (turn, (segments, answer)) in turns.iter().enumerate() {
+            for &(picture, n) in segments {
+                if picture {
+                    visual.extend(next..next + n as Pos);
+                }
+                next += n as Pos;
+            }
+            prop_assert!(session.prefill(&prompt(segments, 10 * turn as u32), &|| false).unwrap());
+            let keys: Vec<Pos> = visual.iter().copied().collect();
+            let scores = row(seed, next - 1, &keys);
+            let mut order: Vec<usize> = (0..keys.len()).collect();
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+            let best: BTreeSet<Pos> = order.into_iter().take(keep).map(|i| keys[i]).collect();
+            // The newest token of the prompt is text, so that every picture is open.
+            prop_assert_eq!(&held(&session, Modality::Vision), &best);
+            for _ in 0..*answer {
+                session.step(3).unwrap();
+                next += 1;
+            }
+        }
+    }
+
+    #[test]
+    fn cells_are_moved_together(options in options(), turns in turns(), seed in any::<u64>()) {
+        let n_cells = rows(&turns) + options.sinks + options.recent + 60;
+        let mut session = session(&options, seed, n_cells, 0);
+        for (segments, answer) in &turns {
+            prop_assert!(session.prefill(&prompt(segments, 0), &|| false).unwrap());
+            for _ in 0..*answer {
+                session.step(3).unwrap();
+                let cells = session.engine.occupied().into_iter().map(|(cell, _)| cell);
+                prop_assert!(cells.eq(0..session.controller.ledger().span() as u32));
+            }
+        }
+    }
+}
+
+#[test]
+fn without_recall_what_is_gone_stays_gone() {
+    let options = PolicyOptions {
+        recall: false,
+        ..dap(DapMode::Exact, Amount::Cells(3))
+    };
+    let mut session = session(&options, 1, 100, 0);
+    let ask = |session: &mut Session<Scripted>, segments: &[(bool, usize)]| {
+        assert!(session.prefill(&prompt(segments, 0), &|| false).unwrap());
+        held(session, Modality::Vision)
+    };
+    let first = ask(&mut session, &[(true, 20), (false, 3)]);
+    assert_eq!(first.len(), 3);
+    assert_eq!(ask(&mut session, &[(false, 5)]), first);
+    assert!(session.history().pieces().is_empty());
+}
+
+/// With room for a part of what was evicted, nothing comes back: a picture with holes where room
+/// ended would be judged by chance.
+#[test]
+fn pictures_come_back_whole_or_not_at_all() {
+    let options = dap(DapMode::Exact, Amount::Cells(3));
+    let calls = |n_cells: usize| {
+        let mut session = session(&options, 1, n_cells, 0);
+        for segments in [&[(true, 20), (false, 3)][..], &[(false, 5)]] {
+            assert!(session.prefill(&prompt(segments, 0), &|| false).unwrap());
+        }
+        let decoded = session.engine.calls.iter().filter(|call| {
+            matches!(
+                call,
+                Call::Decode {
+                    embeddings: true,
+                    ..
+                }
+            )
+        });
+        (decoded.count(), session.controller.report().recalled)
+    };
+    assert_eq!(calls(28), (6, 17));
+    assert_eq!(calls(27), (3, 0));
+}
+
+#[test]
+fn a_prompt_that_early_pruning_makes_fit_goes_in() {
+    let prompt = prompt(&[(false, 2), (true, 90), (false, 4)], 0);
+    let small = |mode| session(&dap(mode, Amount::Cells(10)), 3, 20, 0);
+    let error = small(DapMode::Exact).prefill(&prompt, &|| false);
+    let refused = matches!(
+        error,
+        Err(hae::Error::PromptTooLong {
+            needed: 96,
+            n_ctx: 20
+        })
+    );
+    assert!(refused, "{error:?}");
+    let mut early = small(DapMode::Early);
+    assert!(early.prefill(&prompt, &|| false).unwrap());
+    assert_eq!(early.controller.ledger().counts().cells(), 16);
+    assert_eq!(early.controller.ledger().counts().peak, 16);
+}
+
+#[test]
+fn evicted_text_waits_on_the_host() {
+    let options = PolicyOptions {
+        dap: None,
+        kv_budget: Some(Amount::Cells(12)),
+        bin_size: 4,
+        sinks: 1,
+        recent: 4,
+        ..PolicyOptions::default()
+    };
+    // A row of the scripted engine takes 4 bytes.
+    let kept = |host: usize| {
+        let mut session = session(&options, 5, 200, host);
+        assert!(
+            session
+                .prefill(&prompt(&[(false, 30)], 0), &|| false)
+                .unwrap()
+        );
+        for _ in 0..20 {
+            session.step(3).unwrap();
+        }
+        let gone = session.controller.ledger().counts().evicted.text;
+        let waiting = session.host_bin().bytes() / 4;
+        assert!(
+            session
+                .prefill(&prompt(&[(false, 2)], 0), &|| false)
+                .unwrap()
+        );
+        (gone, waiting, session.controller.report().recalled)
+    };
+    let (gone, waiting, recalled) = kept(1 << 20);
+    assert!(gone > 20);
+    assert_eq!((waiting, recalled), (gone, gone));
+    assert_eq!(kept(0), (gone, 0, 0));
+    let (_, waiting, recalled) = kept(40);
+    assert!((6..=10).contains(&waiting));
+    assert_eq!(recalled, waiting);
+}
+
+/// A picture of three rows that end in the same token, as Phi-3.5-vision's crops do.
+#[test]
+fn row_ends_stay_with_what_is_kept() {
+    let picture = |row: usize| [row as f32 * f32::from(u8::from(row % 5 != 4)), 1.0];
+    let prompt = [
+        Segment::Image {
+            embeddings: (1..=15).map(|row| row - 1).flat_map(picture).collect(),
+            n: 15,
+            image: 0,
+            axes: None,
+        },
+        Segment::Tokens(vec![3; 3]),
+    ];
+    // The row ends at 4, 9 and 14; row 0 has the same values, which makes it one of them.
+    let kept = |keep_separators, mode| {
+        let options = PolicyOptions {
+            keep_separators,
+            ..dap(mode, Amount::Cells(7))
+        };
+        let mut session = session(&options, 11, 64, 0);
+        assert!(session.prefill(&prompt, &|| false).unwrap());
+        held(&session, Modality::Vision)
+    };
+    assert_eq!(kept(true, DapMode::Exact), kept(false, DapMode::Early));
+    let with = kept(true, DapMode::Early);
+    assert!(
+        [0, 4, 9, 14].iter().all(|pos| with.contains(pos)),
+        "{with:?}"
+    );
+    assert_eq!((with.len(), kept(false, DapMode::Early).len()), (7, 7));
+    let content = |kept: BTreeSet<Pos>| kept.into_iter().filter(|pos| pos % 5 != 4 && *pos > 0);
+    let best: Vec<Pos> = content(with).collect();
+    let scores = row(11, 17, &(0..18).collect::<Vec<_>>());
+    let lowest = best
+        .iter()
+        .map(|&pos| scores[pos as usize])
+        .fold(1.0, f64::min);
+    let left = (1..15).filter(|pos| pos % 5 != 4 && !best.contains(pos));
+    assert!(
+        left.map(|pos| scores[pos as usize])
+            .all(|score| score < lowest)
+    );
+}

@@ -1,0 +1,362 @@
+//! Scores that the graph sums up: against PyTorch's attention, and against the weights that the
+//! evaluation callback reads from an untouched graph without flash attention.
+
+use std::path::Path;
+
+use hae::cache::Pos;
+use hae::engine::{Batch, Engine, Input, Observation};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ScoreSource};
+
+use crate::model::{converted, engine, exact, goldens, load, load_vision, prefill, repository};
+use crate::npz::{max_abs_diff, read};
+use crate::remake::{Remake, Tensor};
+
+const KINDS: [(CacheType, CacheType); 5] = [
+    (CacheType::F32, CacheType::F32),
+    (CacheType::F16, CacheType::F16),
+    (CacheType::Q8_0, CacheType::F16),
+    (CacheType::Q8_0, CacheType::Q8_0),
+    (CacheType::Q4_0, CacheType::Q8_0),
+];
+
+fn tapped(flash: FlashAttention, kinds: (CacheType, CacheType), layers: &[u32]) -> ContextOptions {
+    let mut options = exact(1024);
+    options.flash_attention = flash;
+    (options.type_k, options.type_v) = kinds;
+    options.score_layers = layers.to_vec();
+    options
+}
+
+/// The same read by the callback, which needs flash attention off and so no quantized V.
+fn called_back(mut options: ContextOptions) -> ContextOptions {
+    options.score_source = ScoreSource::Callback;
+    if options.type_v.is_quantized() {
+        options.type_v = CacheType::F16;
+    }
+    options
+}
+
+#[test]
+fn attention_of_layer_0_is_pytorchs() {
+    let (text, vision) = converted("f32");
+    let model = load(text);
+    let mut vision = load_vision(vision, &model);
+    let golden = goldens().into_iter().find(|g| g.id() == "qa0").unwrap();
+    let expected = &read("tiny-phi3v/qa0_attention.npz")["layer_0"];
+    let [n_head, n, _] = expected.shape[..] else {
+        panic!("{:?}", expected.shape)
+    };
+    let segments = golden.segments(&model, &mut vision);
+    let first = n - segments.last().unwrap().len();
+    let mean = |query: usize, key: usize| {
+        let head = |h: usize| expected.data[(h * n + query) * n + key];
+        (0..n_head).map(head).sum::<f32>() / n_head as f32
+    };
+    // One row, some, and all of the micro-batch.
+    let sets: [Vec<usize>; 4] = [
+        vec![n - 1],
+        vec![first],
+        (first..n).step_by(2).collect(),
+        (first..n).collect(),
+    ];
+    for flash in [FlashAttention::On, FlashAttention::Off] {
+        for queries in &sets {
+            let kinds = (CacheType::F16, CacheType::F16);
+            let mut engine = engine(&model, tapped(flash, kinds, &[0]));
+            let mut seen = Observation::default();
+            let wanted = |pos: Pos| queries.contains(&(pos as usize));
+            prefill(&mut engine, &segments, &mut seen, wanted);
+            assert_eq!(seen.queries.len(), queries.len());
+            let over = |fold: fn(f32, f32) -> f32| -> Vec<f32> {
+                let of = |key| queries.iter().map(|&q| mean(q, key)).reduce(fold).unwrap();
+                (0..n).map(of).collect()
+            };
+            // A fresh cache fills its cells in order, so cells are positions here.
+            let error = max_abs_diff(&seen.max[..n], &over(f32::max));
+            assert!(error < 1e-3, "{flash:?} {queries:?}: {error}");
+            let error = max_abs_diff(&seen.sum[..n], &over(|a, b| a + b));
+            assert!(error < 1e-3 * queries.len() as f32, "{flash:?}: {error}");
+            assert!(seen.sum[n..].iter().all(|&a| a == 0.0));
+            assert_eq!(seen.sum.len(), seen.max.len());
+        }
+    }
+}
+
+/// Largest difference of two observations, relative to the largest score.
+fn difference(ours: &Observation, theirs: &Observation) -> f32 {
+    assert_eq!(ours.queries, theirs.queries);
+    let largest = |all: &[f32]| all.iter().copied().fold(0.0, f32::max);
+    let sums = max_abs_diff(&ours.sum, &theirs.sum) / largest(&theirs.sum);
+    let maxima = max_abs_diff(&ours.max, &theirs.max) / largest(&theirs.max);
+    sums.max(maxima)
+}
+
+/// Over a prompt with a picture and the tokens after it, whose graphs are one graph used again.
+#[test]
+fn every_cache_type_agrees_with_the_callback() {
+    let (text, vision) = converted("f16");
+    let model = load(text);
+    let mut vision = load_vision(vision, &model);
+    let golden = goldens().into_iter().find(|g| g.id() == "qa0").unwrap();
+    let segments = golden.segments(&model, &mut vision);
+    let behind = |pos: Pos| pos > 202 && pos % 3 != 0;
+    for kinds in KINDS {
+        for (flash, layers, tolerance) in [
+            // The input of layer 0 does not depend on any attention.
+            (FlashAttention::On, &[0][..], 1e-5),
+            (FlashAttention::Off, &[0], 1e-5),
+            // Deeper ones differ by what flash attention, and the type of V, make of the values.
+            (FlashAttention::On, &[0, 2, 5], 2e-2),
+            (FlashAttention::Off, &[0, 2, 5], 1e-5),
+        ] {
+            if flash == FlashAttention::Off && kinds.1.is_quantized() {
+                continue;
+            }
+            let options = tapped(flash, kinds, layers);
+            let mut theirs = engine(&model, called_back(options.clone()));
+            let mut ours = engine(&model, options);
+            let (mut seen, mut expected) = (Observation::default(), Observation::default());
+            let mut pos = prefill(&mut theirs, &segments, &mut expected, behind);
+            prefill(&mut ours, &segments, &mut seen, behind);
+            assert!(expected.queries.len() > 4);
+            let error = difference(&seen, &expected);
+            assert!(error < tolerance, "{kinds:?} {flash:?} {layers:?}: {error}");
+            // Across the border of 256 cells in view, where the graph changes.
+            let n_kv = seen.sum.len();
+            let (mut cells, mut steps) = (Vec::new(), 0);
+            while steps < 24 || seen.sum.len() == n_kv {
+                let batch = Batch {
+                    input: Input::Tokens(&[500 + steps]),
+                    pos: &[pos],
+                    queries: &[0],
+                    logits: true,
+                };
+                theirs.decode(batch, &mut cells, &mut expected).unwrap();
+                ours.decode(batch, &mut cells, &mut seen).unwrap();
+                let error = difference(&seen, &expected);
+                assert!(error < tolerance, "{kinds:?} {flash:?} {layers:?}: {error}");
+                assert_eq!(seen.sum, seen.max);
+                pos += 1;
+                steps += 1;
+            }
+        }
+    }
+}
+
+/// Two layers, 32 heads of this width on 8 of keys and values, and sharper attention than that
+/// of an untrained model.
+fn grouped(path: &Path, width: u32) {
+    let mut file = Remake::read(&repository("models/tiny-phi3v-Q8_0.gguf"));
+    file.tensors.clear();
+    file.keys.retain(|(key, _)| !key.starts_with("phi3."));
+    file.set_text("general.architecture", "llama");
+    for (key, value) in [
+        ("context_length", 4096),
+        ("embedding_length", 64),
+        ("feed_forward_length", 96),
+        ("block_count", 2),
+        ("rope.dimension_count", width),
+        ("attention.head_count", 32),
+        ("attention.head_count_kv", 8),
+        ("attention.key_length", width),
+        ("attention.value_length", width),
+    ] {
+        file.set_u32(&format!("llama.{key}"), value);
+    }
+    file.set_f32("llama.attention.layer_norm_rms_epsilon", 1e-5);
+    let (q, kv) = (u64::from(32 * width), u64::from(8 * width));
+    file.tensors = vec![
+        Tensor::random("token_embd.weight", &[64, 1024]),
+        Tensor::ones("output_norm.weight", 64),
+    ];
+    for block in 0..2 {
+        for (part, dims) in [
+            ("attn_q", [64, q]),
+            ("attn_k", [64, kv]),
+            ("attn_v", [64, kv]),
+            ("attn_output", [q, 64]),
+            ("ffn_gate", [64, 96]),
+            ("ffn_up", [64, 96]),
+            ("ffn_down", [96, 64]),
+        ] {
+            let name = format!("blk.{block}.{part}.weight");
+            let mut tensor = Tensor::random(&name, &dims);
+            if ["attn_q", "attn_k"].contains(&part) {
+                tensor.scale(6.0);
+            }
+            file.tensors.push(tensor);
+        }
+        for part in ["attn_norm", "ffn_norm"] {
+            let name = format!("blk.{block}.{part}.weight");
+            file.tensors.push(Tensor::ones(&name, 64));
+        }
+    }
+    file.write(path);
+}
+
+/// Feeds 1700 tokens in micro-batches; the rows of the last one that `wanted` picks are queries.
+fn long_prompt(engine: &mut LlamaEngine<'_>, wanted: impl Fn(u32) -> bool) -> Observation {
+    let (mut cells, mut seen) = (Vec::new(), Observation::default());
+    let tokens: Vec<i32> = (0..1700).map(|i| (i * 7919 + i * i) % 1000 + 3).collect();
+    let places: Vec<Pos> = (0..1700).collect();
+    for (tokens, pos) in tokens.chunks(425).zip(places.chunks(425)) {
+        let last = pos[0] == 1275;
+        let queries: Vec<u32> = (0..425).filter(|&row| last && wanted(row)).collect();
+        let batch = Batch {
+            input: Input::Tokens(tokens),
+            pos,
+            queries: &queries,
+            logits: last,
+        };
+        engine.decode(batch, &mut cells, &mut seen).unwrap();
+    }
+    seen
+}
+
+/// Wide enough that the rows are computed in several pieces, the last one shorter.
+#[test]
+fn many_rows_over_grouped_heads_agree_with_the_callback() {
+    let dir = tempfile::tempdir().unwrap();
+    for width in [64, 96] {
+        let path = dir.path().join(format!("{width}.gguf"));
+        grouped(&path, width);
+        let model = load(&path);
+        for (kinds, layers) in [
+            ((CacheType::F16, CacheType::F16), &[0][..]),
+            ((CacheType::Q8_0, CacheType::Q8_0), &[0]),
+            ((CacheType::F16, CacheType::F16), &[0, 1]),
+        ] {
+            let mut options = tapped(FlashAttention::On, kinds, layers);
+            options.n_ctx = 2048;
+            options.n_batch = 512;
+            let mut theirs = engine(&model, called_back(options.clone()));
+            for stride in [1, 4] {
+                let wanted = |row: u32| row.is_multiple_of(stride);
+                theirs.clear();
+                let expected = long_prompt(&mut theirs, wanted);
+                // Scores of rows add up to one.
+                let total: f32 = expected.sum.iter().sum();
+                assert!((total - expected.queries.len() as f32).abs() < 0.01);
+                let even = 1.0 / 1700.0;
+                assert!(expected.max.iter().any(|&a| a > 5.0 * even), "not sharp");
+                for flash in [FlashAttention::On, FlashAttention::Off] {
+                    if flash == FlashAttention::Off && kinds.1.is_quantized() {
+                        continue;
+                    }
+                    let mut options = options.clone();
+                    options.flash_attention = flash;
+                    let seen = long_prompt(&mut engine(&model, options), wanted);
+                    let error = difference(&seen, &expected);
+                    // A flash attention of F16 values lies below layer 1.
+                    let tolerance = if layers.len() == 1 { 1e-4 } else { 5e-3 };
+                    assert!(
+                        error < tolerance,
+                        "{width} {kinds:?} {layers:?} {stride} {flash:?}: {error}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Bits of the logits after a prompt and after each of some tokens.
+fn trace(model: &Model, options: ContextOptions, queries: bool) -> Vec<Vec<u32>> {
+    let mut engine = engine(model, options);
+    let bits = |engine: &LlamaEngine<'_>| -> Vec<u32> {
+        let logits = engine.logits().unwrap();
+        logits.iter().map(|x| x.to_bits()).collect()
+    };
+    let (mut cells, mut seen) = (Vec::new(), Observation::default());
+    let tokens: Vec<i32> = (0..300).map(|i| 100 + i).collect();
+    let places: Vec<Pos> = (0..300).collect();
+    let rows: Vec<u32> = (200..290).collect();
+    let batch = Batch {
+        input: Input::Tokens(&tokens),
+        pos: &places,
+        queries: if queries { &rows } else { &[] },
+        logits: true,
+    };
+    engine.decode(batch, &mut cells, &mut seen).unwrap();
+    let mut all = vec![bits(&engine)];
+    for pos in 300..316 {
+        let batch = Batch {
+            input: Input::Tokens(&[pos]),
+            pos: &[pos],
+            // Now and then, so that graphs with and without taps follow each other.
+            queries: if queries && pos % 3 > 0 { &[0] } else { &[] },
+            logits: true,
+        };
+        engine.decode(batch, &mut cells, &mut seen).unwrap();
+        assert_eq!(seen.sum.is_empty(), batch.queries.is_empty());
+        all.push(bits(&engine));
+    }
+    all
+}
+
+#[test]
+fn taps_leave_every_bit_of_the_logits() {
+    let model = load(&repository("models/tiny-phi3v-Q8_0.gguf"));
+    for flash in [FlashAttention::On, FlashAttention::Off] {
+        for kinds in KINDS {
+            if flash == FlashAttention::Off && kinds.1.is_quantized() {
+                continue;
+            }
+            let without = trace(&model, tapped(flash, kinds, &[]), false);
+            assert_eq!(without.len(), 17);
+            for layers in [&[0][..], &[1, 4], &[0, 1, 2, 3, 4, 5]] {
+                for queries in [false, true] {
+                    let with = trace(&model, tapped(flash, kinds, layers), queries);
+                    assert!(with == without, "{flash:?} {kinds:?} {layers:?} {queries}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_tapped_is_refused() {
+    let model = load(&repository("models/tiny-phi3v-Q8_0.gguf"));
+    let kinds = (CacheType::F16, CacheType::F16);
+    let mut options = tapped(FlashAttention::On, kinds, &[0]);
+    options.n_ubatch = 4;
+    let mut engine = engine(&model, options);
+    let mut decode = |n: i32, queries: &[u32]| {
+        let tokens: Vec<i32> = (0..n).collect();
+        let batch = Batch {
+            input: Input::Tokens(&tokens),
+            pos: &tokens,
+            queries,
+            logits: true,
+        };
+        let mut seen = Observation::default();
+        let done = engine.decode(batch, &mut Vec::new(), &mut seen);
+        engine.clear();
+        done.map(|()| seen.sum.iter().sum::<f32>())
+            .map_err(|e| e.to_string())
+    };
+    for (n, queries, expected) in [
+        // The scores of two micro-batches.
+        (5, &[0, 4][..], "scores of 5 rows in batches of 4"),
+        // Rows that there are not, or in disorder.
+        (3, &[3], "did not appear in the graph"),
+        (3, &[2, 1], "no such layer or row"),
+        (3, &[u32::MAX], "no such layer or row"),
+    ] {
+        let text = decode(n, queries).unwrap_err();
+        assert!(text.contains(expected) && !text.contains('\n'), "{text}");
+    }
+    // None of it stays behind.
+    assert!((decode(3, &[1, 2]).unwrap() - 2.0).abs() < 1e-3);
+    assert!(decode(5, &[]).unwrap() == 0.0);
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("text.gguf");
+    crate::others::gemma3_text().write(&path);
+    let model = load(&path);
+    let sampler = hae::llama::SamplerOptions::GREEDY;
+    let text = LlamaEngine::new(&model, tapped(FlashAttention::On, kinds, &[0]), &sampler)
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(text.contains("memory cannot be read"), "{text}");
+}
