@@ -177,7 +177,6 @@ impl ContextArgs {
         }
         let n_threads = self.n_threads()?;
         Ok(ContextOptions {
-            kv_size: None,
             n_ctx,
             n_batch: self.batch_size.min(n_ctx),
             n_ubatch: self.ubatch_size.min(n_ctx),

@@ -44,8 +44,6 @@ pub struct LlamaEngine<'m> {
     pub(super) on_device: Option<SequenceState>,
     /// Whether the last batch asked for logits: reading absent ones would end the process.
     has_logits: bool,
-    /// What the host needs to restore the copy of the sequence that is on the device.
-    pub(super) on_device: Option<SequenceState>,
     rows: Rows,
 }
 
@@ -159,7 +157,8 @@ impl<'m> LlamaEngine<'m> {
             Error::llama(
                 "llama_init_from_model",
                 format!(
-                    "no context of {n_cells} cells: {}",
+                    "no context of {} cells: {}",
+                    options.n_ctx,
                     log::take_reason(&e.to_string())
                 ),
             )

@@ -12,9 +12,10 @@ use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 use crate::model::{converted, engine, exact, load};
 
 fn decode(engine: &mut LlamaEngine<'_>, tokens: &[i32], pos: Pos) {
+    let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();
     let batch = Batch {
         input: Input::Tokens(tokens),
-        pos,
+        pos: &positions,
         queries: &[],
         logits: true,
     };
@@ -97,7 +98,7 @@ fn a_copy_on_the_device_outlives_a_resize() {
     let before = contents(&mut engine);
     engine.save_on_device().unwrap();
     for n in [256, 768, 512, 1024] {
-        engine.compact(&mut Vec::new()).unwrap();
+        engine.compact_cells(&mut Vec::new()).unwrap();
         assert_eq!(engine.resize(n).unwrap(), n);
         // Copied from the same place as the first time, but for the buffer.
         engine.save_on_device().unwrap();
