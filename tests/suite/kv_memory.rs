@@ -12,7 +12,7 @@ use crate::model::{engine, exact};
 use crate::wide;
 
 const CHILD: &str = "HAE_TEST_KV_MEMORY";
-const N_LAYER: u32 = 8;
+const N_LAYER: u32 = 6;
 const MIB: u64 = 1 << 20;
 
 /// Whether this is the process of its own; otherwise starts that and checks how it ends.
@@ -115,7 +115,7 @@ fn memory_goes_back_to_the_system() {
     let model = model();
     let mut engine = engine(&model, options(true, 2048));
     engine.resize_by_hand();
-    fill(&mut engine, 0, 300);
+    fill(&mut engine, 0, 100);
     let layer = |cells: u64| bytes(cells) / u64::from(N_LAYER);
     // Page tables, graphs, what the allocator keeps of small blocks.
     let slack = 6 * MIB;
@@ -161,8 +161,8 @@ fn a_cache_that_cannot_grow_stays_as_it_is() {
             }
             let mut engine = engine(&model, options);
             engine.resize_by_hand();
-            fill(&mut engine, 0, 400);
-            engine.remove(&[40..90, 200..233]).unwrap();
+            fill(&mut engine, 0, 200);
+            engine.remove(&[40..90, 120..133]).unwrap();
             engine.compact_cells(&mut Vec::new()).unwrap();
             if kv_size == 0 {
                 // As large as it may get: less, so that there is something to grow to.
@@ -171,8 +171,8 @@ fn a_cache_that_cannot_grow_stays_as_it_is() {
             let before = contents(&mut engine);
             let allocated = engine.kv_bytes().allocated;
 
-            // Three of the eight layers fit.
-            limit(Some(status("VmSize:") + bytes(4096) * 3 / 8 + 8 * MIB));
+            // Three of the six layers fit.
+            limit(Some(status("VmSize:") + bytes(4096) / 2 + 8 * MIB));
             let refused = engine.resize(4096).unwrap_err().to_string();
             limit(None);
             println!("flash {flash}: {refused}");
@@ -180,12 +180,12 @@ fn a_cache_that_cannot_grow_stays_as_it_is() {
             assert_eq!(engine.cells_now().unwrap(), 512);
             assert_eq!(engine.kv_bytes().allocated, allocated);
             assert!(contents(&mut engine) == before);
-            fill(&mut engine, 400, 50);
+            fill(&mut engine, 200, 50);
 
             let before = contents(&mut engine);
             engine.resize(4096).unwrap();
             assert!(contents(&mut engine) == before);
-            fill(&mut engine, 450, 300);
+            fill(&mut engine, 250, 50);
         }
     }
 }
@@ -199,7 +199,7 @@ fn a_cache_shrinks_without_memory_to_do_it() {
     for flash in [true, false] {
         let mut engine = engine(&model, options(flash, 4096));
         engine.resize_by_hand();
-        fill(&mut engine, 0, 400);
+        fill(&mut engine, 0, 150);
         let before = contents(&mut engine);
         let large = engine.kv_bytes().allocated;
 
@@ -212,7 +212,7 @@ fn a_cache_shrinks_without_memory_to_do_it() {
         let kept = engine.kv_bytes().allocated;
         println!("flash {flash}: {} of {} MiB kept", kept / MIB, large / MIB);
         assert_eq!(kept, large);
-        fill(&mut engine, 400, 100);
+        fill(&mut engine, 150, 50);
 
         let before = contents(&mut engine);
         for n in [768, 4096, 512] {
