@@ -114,7 +114,9 @@ fn main() {
     let path = dir.path().join("wide.gguf");
     wide::write(&path, N_LAYER);
     let model = Model::load(&path, &ModelOptions::default()).expect("a model");
-    println!("{KEPT} kept of {FILLED} cells, {N_LAYER} layers, F16, {THREADS} threads; medians of {ROUNDS}");
+    println!(
+        "{KEPT} kept of {FILLED} cells, {N_LAYER} layers, F16, {THREADS} threads; medians of {ROUNDS}"
+    );
     for flash in [true, false] {
         let mut engine = engine(&model, flash);
         let names = ["compact", "shrink to 1024", "grow to 2560"];
@@ -137,12 +139,16 @@ fn main() {
             done.expect("a larger cache");
             times[2].push(ms);
         }
-        println!("\nflash attention {flash}, {n_moves} moves");
+        let kept = wide::LAYER_BYTES * u64::from(N_LAYER) * KEPT as u64 / (1 << 20);
+        println!("\nflash attention {flash}: {n_moves} moves, {kept} MiB kept");
         for (name, times) in names.iter().zip(&mut times) {
             println!("{name:>16}: {:8.1} ms", median(times));
         }
         let (before, after) = (median(&mut before), median(&mut after));
-        println!("{:>16}: {before:8.1} ms before, {after:.1} after", "a token");
+        println!(
+            "{:>16}: {before:8.1} ms before, {after:.1} after",
+            "a token"
+        );
         if before > after {
             let tokens = median(&mut times[0]) / (before - after);
             println!("{:>16}: after {tokens:.1} tokens", "compacting pays");

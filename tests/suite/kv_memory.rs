@@ -76,20 +76,38 @@ fn options(flash: bool, kv_size: u32) -> ContextOptions {
     }
 }
 
-fn fill(engine: &mut LlamaEngine<'_>, from: Pos, n: Pos) {
-    for pos in (from..from + n).step_by(50) {
-        let positions: Vec<Pos> = (pos..pos + 50).collect();
-        let tokens: Vec<i32> = positions.iter().map(|p| p * 13 % wide::VOCAB as i32).collect();
-        let batch = Batch {
-            input: Input::Tokens(&tokens),
-            pos: &positions,
-            queries: &[],
-            logits: true,
-        };
-        engine
-            .decode(batch, &mut Vec::new(), &mut Observation::default())
-            .unwrap();
+/// Decodes a few tokens.
+fn decode(engine: &mut LlamaEngine<'_>, from: Pos) {
+    let positions: Vec<Pos> = (from..from + 4).collect();
+    let batch = Batch {
+        input: Input::Tokens(&[1, 20, 37, 5]),
+        pos: &positions,
+        queries: &[],
+        logits: true,
+    };
+    engine
+        .decode(batch, &mut Vec::new(), &mut Observation::default())
+        .unwrap();
+}
+
+/// Fills an empty cache without computing it: rows of small numbers, each its own.
+fn fill(engine: &mut LlamaEngine<'_>, n: Pos) {
+    let mut rows = vec![0; engine.row_bytes().unwrap() * n as usize];
+    let mut seed = 1u64;
+    for value in rows.chunks_mut(2) {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1);
+        // F16 from 1/16 to 1/8.
+        value.copy_from_slice(&(0x2c00 | (seed >> 54) as u16).to_le_bytes());
     }
+    let size = engine.row_bytes().unwrap();
+    for (row, pos) in rows.chunks_mut(size).zip(0i32..) {
+        let place = [pos, 0, 0, 0].map(i32::to_le_bytes);
+        row[..16].copy_from_slice(place.as_flattened());
+    }
+    let positions: Vec<Pos> = (0..n).collect();
+    let mut cells = Vec::new();
+    engine.put_rows(&positions, &rows, &mut cells).unwrap();
+    decode(engine, n);
 }
 
 fn contents(engine: &mut LlamaEngine<'_>) -> BTreeMap<Pos, Vec<u8>> {
@@ -115,7 +133,7 @@ fn memory_goes_back_to_the_system() {
     let model = model();
     let mut engine = engine(&model, options(true, 2048));
     engine.resize_by_hand();
-    fill(&mut engine, 0, 100);
+    fill(&mut engine, 300);
     let layer = |cells: u64| bytes(cells) / u64::from(N_LAYER);
     // Page tables, graphs, what the allocator keeps of small blocks.
     let slack = 6 * MIB;
@@ -161,8 +179,8 @@ fn a_cache_that_cannot_grow_stays_as_it_is() {
             }
             let mut engine = engine(&model, options);
             engine.resize_by_hand();
-            fill(&mut engine, 0, 200);
-            engine.remove(&[40..90, 120..133]).unwrap();
+            fill(&mut engine, 400);
+            engine.remove(&[40..90, 200..233]).unwrap();
             engine.compact_cells(&mut Vec::new()).unwrap();
             if kv_size == 0 {
                 // As large as it may get: less, so that there is something to grow to.
@@ -180,12 +198,12 @@ fn a_cache_that_cannot_grow_stays_as_it_is() {
             assert_eq!(engine.cells_now().unwrap(), 512);
             assert_eq!(engine.kv_bytes().allocated, allocated);
             assert!(contents(&mut engine) == before);
-            fill(&mut engine, 200, 50);
+            decode(&mut engine, 404);
 
             let before = contents(&mut engine);
             engine.resize(4096).unwrap();
             assert!(contents(&mut engine) == before);
-            fill(&mut engine, 250, 50);
+            decode(&mut engine, 408);
         }
     }
 }
@@ -199,7 +217,7 @@ fn a_cache_shrinks_without_memory_to_do_it() {
     for flash in [true, false] {
         let mut engine = engine(&model, options(flash, 4096));
         engine.resize_by_hand();
-        fill(&mut engine, 0, 150);
+        fill(&mut engine, 300);
         let before = contents(&mut engine);
         let large = engine.kv_bytes().allocated;
 
@@ -212,7 +230,7 @@ fn a_cache_shrinks_without_memory_to_do_it() {
         let kept = engine.kv_bytes().allocated;
         println!("flash {flash}: {} of {} MiB kept", kept / MIB, large / MIB);
         assert_eq!(kept, large);
-        fill(&mut engine, 150, 50);
+        decode(&mut engine, 304);
 
         let before = contents(&mut engine);
         for n in [768, 4096, 512] {

@@ -312,7 +312,13 @@ fn mistakes_are_refused() {
         assert_eq!(size, 16 + 6 * 2 * 256 * 4);
         let mut row = vec![0u8; size];
         let data = row.as_mut_ptr().cast();
-        for (cell, bytes) in [(7, size - 1), (7, 0), (40, size), (512, size), (u32::MAX, size)] {
+        for (cell, bytes) in [
+            (7, size - 1),
+            (7, 0),
+            (40, size),
+            (512, size),
+            (u32::MAX, size),
+        ] {
             let got = sys::llama_hae_kv_rows_get(ctx, &raw const cell, 1, data, bytes);
             assert_eq!(got, ARGUMENT, "cell {cell}, {bytes} bytes");
         }
