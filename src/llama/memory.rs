@@ -1,11 +1,29 @@
-//! Whether the machine can hold a cache. llama.cpp asks the system for it and writes zeros, and a
-//! system that promises more than it has then ends the process instead of refusing.
+//! Main memory: whether the machine can hold a cache, and that a smaller one gives some back.
+//!
+//! llama.cpp asks the system for it and writes zeros, and a system that promises more than it has
+//! then ends the process instead of refusing.
 
 use llama_cpp_sys_2 as sys;
 
 use super::options::CacheType;
 use super::{Model, ModelOptions};
 use crate::error::{Error, Result};
+
+/// Lets the buffers of a cache go back to the system when they are freed. glibc takes blocks of more
+/// than 128 KiB from the system one by one and gives them back at once, but with each such block that
+/// is freed it raises this size to the block's own, up to 32 MiB. After that a layer of a cache comes
+/// from the heap and stays in it: a process that had shrunk its cache kept all of the memory. Setting
+/// the size by hand ends the raising.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub(super) fn return_freed_buffers() {
+    // Large enough that what is allocated and freed at every token stays on the heap.
+    const FROM: i32 = 1 << 20;
+    // SAFETY: sets a number of the allocator; glibc takes its own locks.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, FROM) };
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub(super) fn return_freed_buffers() {}
 
 /// Refuses a cache in main memory that would leave no room for the rest.
 ///

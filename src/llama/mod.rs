@@ -50,6 +50,7 @@ fn backend() -> Result<&'static LlamaBackend> {
     BACKEND
         .get_or_init(|| {
             log::install();
+            memory::return_freed_buffers();
             LlamaBackend::init().map_err(|e| e.to_string())
         })
         .as_ref()

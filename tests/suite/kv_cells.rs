@@ -17,6 +17,9 @@ use crate::npz::max_abs_diff;
 
 const N_CTX: u32 = 1024;
 
+/// What llama-hae-kv.cpp asks for: whether to treat main memory like a device's.
+const BY_GRAPH: &str = "LLAMA_HAE_KV_DEVICE";
+
 #[derive(Clone, Debug)]
 enum Step {
     Decode(Vec<i32>),
@@ -222,8 +225,9 @@ impl<'m> Pair<'m> {
 fn run(options: &ContextOptions, cases: u32) -> f64 {
     let (text, _) = converted("f32");
     let model = load(text);
+    let by_graph = std::env::var_os(BY_GRAPH).is_some();
     let mut runner = TestRunner::new(Config {
-        cases,
+        cases: if by_graph { cases / 4 } else { cases },
         max_shrink_iters: 100,
         failure_persistence: None,
         ..Config::default()
@@ -287,4 +291,20 @@ fn cells_quantized() {
     check(true, Q4_0, Q4_0, 8, 1.0);
     check(false, Q8_0, F16, 8, 1.0);
     check(false, Q4_0, F32, 8, 1.0);
+}
+
+/// As above, but cells move by graphs of llama.cpp's, as they do where the cache is on a device.
+#[test]
+fn cells_move_by_graph() {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--nocapture"])
+        .args(["kv_cells::cells_f32", "kv_cells::cells_f16"])
+        .args(["kv_cells::cells_quantized", "kv_streams::two_streams"])
+        .args(["kv_positions::rows_do_not_know_how_v_is_stored"])
+        .env(BY_GRAPH, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    assert!(text.contains("5 passed"), "{text}");
 }

@@ -22,8 +22,14 @@ mod house;
 mod image;
 #[cfg(feature = "kv-patches")]
 mod kv_cells;
+#[cfg(all(feature = "kv-patches", target_os = "linux"))]
+mod kv_memory;
 #[cfg(feature = "kv-patches")]
 mod kv_model;
+#[cfg(feature = "kv-patches")]
+mod kv_positions;
+#[cfg(feature = "kv-patches")]
+mod kv_state;
 #[cfg(feature = "kv-patches")]
 mod kv_streams;
 mod masked;
@@ -44,3 +50,5 @@ mod stock;
 mod taps;
 mod transcript;
 mod understanding;
+#[cfg(all(feature = "kv-patches", target_os = "linux"))]
+mod wide;

@@ -1,0 +1,105 @@
+//! Positions far beyond the cells, and rows that go from one cache to another.
+
+use hae::cache::{Cell, Pos};
+use hae::engine::{Batch, Engine, Input, Observation};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
+
+use crate::model::{converted, engine, exact, load};
+use crate::npz::max_abs_diff;
+
+fn decode(engine: &mut LlamaEngine<'_>, tokens: &[i32], pos: Pos) {
+    let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();
+    let batch = Batch {
+        input: Input::Tokens(tokens),
+        pos: &positions,
+        queries: &[],
+        logits: true,
+    };
+    engine
+        .decode(batch, &mut Vec::new(), &mut Observation::default())
+        .unwrap();
+}
+
+/// The rope factors follow `n_ctx`, and positions go on where the few cells are taken again: past
+/// position 4096, where the model's long factors begin to count, as with a cache of all positions.
+#[test]
+fn a_small_cache_reaches_as_far_as_a_large_one() {
+    let (text, _) = converted("f32");
+    let model = load(text);
+    let large = exact(8192);
+    let small = ContextOptions {
+        kv_size: Some(256),
+        ..large.clone()
+    };
+    let mut twin = engine(&model, large);
+    let mut ours = engine(&model, small);
+    ours.resize_by_hand();
+    let mut worst = 0.0f32;
+    let mut moved = 0;
+    for pos in (0..4300).step_by(50) {
+        let tokens: Vec<i32> = (pos..pos + 50).map(|p| 3 + p * 7 % 900).collect();
+        for engine in [&mut ours, &mut twin] {
+            decode(engine, &tokens, pos);
+            // Of every 50 the last 7 stay for a while, the first 20 always.
+            if pos > 0 {
+                engine.remove(&[pos..pos + 43]).unwrap();
+            }
+            if pos > 500 {
+                engine.remove(&[pos - 457..pos - 450]).unwrap();
+            }
+        }
+        let mut moves = Vec::new();
+        ours.compact_cells(&mut moves).unwrap();
+        moved += moves.len();
+        let error = max_abs_diff(ours.logits().unwrap(), twin.logits().unwrap());
+        worst = worst.max(error);
+    }
+    println!("up to position 4299 in 256 cells, {moved} moves: {worst:.1e}");
+    assert_eq!(ours.cells_now().unwrap(), 256);
+    assert!(moved > 300);
+    assert!(worst < 1e-4, "{worst}");
+}
+
+/// K and V of the first layer do not depend on how attention is computed, only their place in
+/// memory does; and a cache takes the rows of the other kind.
+#[test]
+fn rows_do_not_know_how_v_is_stored() {
+    const PLACE: usize = 16;
+    let (text, _) = converted("f32");
+    let model = load(text);
+    for kind in [CacheType::F32, CacheType::F16, CacheType::Bf16] {
+        let options = |flash_attention| ContextOptions {
+            flash_attention,
+            type_k: kind,
+            type_v: kind,
+            ..exact(512)
+        };
+        let mut across = engine(&model, options(FlashAttention::Off));
+        let mut along = engine(&model, options(FlashAttention::On));
+        let tokens: Vec<i32> = (3..43).collect();
+        decode(&mut across, &tokens, 0);
+        decode(&mut along, &tokens, 0);
+        let cells: Vec<Cell> = (0..40).collect();
+        let (a, b) = (across.rows(&cells).unwrap(), along.rows(&cells).unwrap());
+        let size = across.row_bytes().unwrap();
+        assert_eq!(size, along.row_bytes().unwrap());
+        let layer = (size - PLACE) / 6;
+        for (pos, (a, b)) in (0..).zip(a.chunks(size).zip(b.chunks(size))) {
+            assert_eq!(a[..4], i32::to_le_bytes(pos));
+            assert!(a[..PLACE + layer] == b[..PLACE + layer], "{kind:?}, {pos}");
+        }
+        // The rows of `along`, some of them in other cells, are then the rows of `across`.
+        across.rewind(0, 0).unwrap();
+        let mut order: Vec<usize> = (0..40).collect();
+        order.rotate_left(13);
+        let shuffled: Vec<u8> = order
+            .iter()
+            .flat_map(|&i| b[i * size..][..size].to_vec())
+            .collect();
+        let positions: Vec<Pos> = order.iter().map(|&i| i as Pos).collect();
+        let mut taken = Vec::new();
+        across.put_rows(&positions, &shuffled, &mut taken).unwrap();
+        assert_eq!(taken, cells);
+        assert!(across.rows(&cells).unwrap() == shuffled, "{kind:?}");
+    }
+}
