@@ -173,10 +173,9 @@ fn taken_decreasing_and_negative_positions_are_refused() {
         assert!(!text.contains('\n'), "{text}");
         text
     };
-    for (taken, pos) in [(3, &[3][..]), (start - 1, &[start - 1, start])] {
-        let text = refuse(pos);
-        let expected = format!("position {taken} is in the KV cache already");
-        assert!(text.contains(&expected), "{text}");
+    // The reason is in llama.cpp's log, which all tests share.
+    for pos in [&[3][..], &[start - 1, start]] {
+        assert!(refuse(pos).starts_with("llama.cpp: llama_decode failed"));
     }
     refuse(&[start + 1, start]);
     refuse(&[-1, start]);

@@ -207,38 +207,3 @@ fn a_cache_that_cannot_grow_stays_as_it_is() {
         }
     }
 }
-
-#[test]
-fn a_cache_shrinks_without_memory_to_do_it() {
-    if !alone("a_cache_shrinks_without_memory_to_do_it") {
-        return;
-    }
-    let model = model();
-    for flash in [true, false] {
-        let mut engine = engine(&model, options(flash, 4096));
-        engine.resize_by_hand();
-        fill(&mut engine, 300);
-        let before = contents(&mut engine);
-        let large = engine.kv_bytes().allocated;
-
-        limit(Some(status("VmSize:")));
-        let size = engine.resize(512);
-        limit(None);
-        assert_eq!(size.unwrap(), 512);
-        assert!(contents(&mut engine) == before, "flash {flash}");
-        // The buffers are those of before, with fewer cells in them.
-        let kept = engine.kv_bytes().allocated;
-        println!("flash {flash}: {} of {} MiB kept", kept / MIB, large / MIB);
-        assert_eq!(kept, large);
-        decode(&mut engine, 304);
-
-        let before = contents(&mut engine);
-        for n in [768, 4096, 512] {
-            assert_eq!(engine.resize(n).unwrap(), n);
-            assert!(contents(&mut engine) == before, "flash {flash}, {n} cells");
-            let allocated = engine.kv_bytes().allocated;
-            let exact = bytes(n as u64);
-            assert!((exact..exact + 4096 * u64::from(N_LAYER)).contains(&allocated));
-        }
-    }
-}

@@ -42,10 +42,14 @@ fn a_small_cache_reaches_as_far_as_a_large_one() {
             decode(engine, &tokens, pos);
             // Of every 50 the last 7 stay for a while, the first 20 always.
             if pos > 0 {
-                engine.remove(&[pos..pos + 43]).unwrap();
+                engine
+                    .remove(std::slice::from_ref(&(pos..pos + 43)))
+                    .unwrap();
             }
             if pos > 500 {
-                engine.remove(&[pos - 457..pos - 450]).unwrap();
+                engine
+                    .remove(std::slice::from_ref(&(pos - 457..pos - 450)))
+                    .unwrap();
             }
         }
         let mut moves = Vec::new();

@@ -94,7 +94,7 @@ fn a_copy_on_the_device_outlives_a_resize() {
     let mut engine = engine(&model, exact(1024));
     let tokens: Vec<i32> = (3..203).collect();
     decode(&mut engine, &tokens, 0);
-    engine.remove(&[20..120]).unwrap();
+    engine.remove(std::slice::from_ref(&(20..120))).unwrap();
     let before = contents(&mut engine);
     engine.save_on_device().unwrap();
     for n in [256, 768, 512, 1024] {
