@@ -37,6 +37,12 @@ fn questions() -> (Vec<Value>, usize) {
     }
     assert_eq!(asked_of.values().sum::<usize>(), 657);
     assert_eq!(asked_of.len(), 25, "tasks");
+    for num_crops in [4, 6, 9, 12, 16] {
+        assert!(
+            rows.iter().any(|r| r["num_crops"] == num_crops),
+            "{num_crops} crops"
+        );
+    }
     let scores = json(&repository(&format!("{SET}/scores.json")));
     let wrong = scores["understanding"]["wrong"].as_array().unwrap();
     let right = rows
