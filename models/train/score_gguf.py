@@ -24,7 +24,7 @@ from typing import Any
 from scoring import STORY_LIMITS, Row, Told, chat_scores, read, story_scores, turns_of, understanding_scores
 
 PARTS = ("understanding", "chat", "story")
-ANSWER_LIMIT = 256  # tokens; the longest answer of the sets is a caption of about 200
+ANSWER_LIMIT = 256  # tokens; the longest answer of the sets is a caption of 161
 
 
 def digest(paths: Iterable[Path]) -> str:

@@ -25,6 +25,7 @@ from model import Attention, Phi3V, default_config
 from packed import error
 from preprocess import hd_image, num_image_tokens
 from scoring import score_story, turns_of, wilson
+from table import table
 from tokenizer import Tok, chat
 from world import COLORS, LAYOUTS, SHAPES, make_scene
 
@@ -214,7 +215,8 @@ cells = dict(live=dict(text=20, vision=40), binned=dict(text=0, vision=10), peak
 print(json.dumps(dict(text=" " + text, finish="eog", tokens=dict(prompt=dict(text=16, vision=100), generated=4), kv=dict(cells=cells))))
 """)
     fake.chmod(0o755)
-    words: list[str | Path] = ["-m", fake, "--mmproj", fake, "--hae", fake, "--answers", tmp_path / "a.jsonl", "--out", tmp_path / "scores.json"]
+    words: list[str | Path] = ["-m", fake, "--mmproj", fake, "--hae", fake,
+                               "--answers", tmp_path / "a.jsonl", "--out", tmp_path / "scores.json"]
     failed = program("score_gguf.py", folder, *words, "--", "--kv-policy", "hae", FAIL="1")
     assert failed.returncode and "out of order" in failed.stderr
     with (tmp_path / "a.jsonl").open("a") as f:
@@ -227,6 +229,13 @@ print(json.dumps(dict(text=" " + text, finish="eog", tokens=dict(prompt=dict(tex
     assert got["cells"] == {"end": 0.5833, "most": 1.0, "visual": 0.5}
     other = program("score_gguf.py", folder, *words, "--", "--kv-policy", "full")
     assert other.returncode and "options" in other.stderr
+
+
+def test_the_models_readme_has_the_table_of_the_kept_scores() -> None:
+    readme = (HERE.parent / "README.md").read_text()
+    paths = {"PyTorch F32": HERE.parents[1] / "tests/eval/small-phi3v/test/scores.json", "Q8_0": HERE / "results/Q8_0.json",
+             "Q4_K_M": HERE / "results/Q4_K_M.json", "Q8_0, `hae`": HERE / "results/Q8_0-hae.json"}
+    assert table({name: json.loads(path.read_text()) for name, path in paths.items()}) in readme
 
 
 def test_wilson() -> None:

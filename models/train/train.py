@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors.torch import load_file
@@ -147,6 +147,8 @@ class Trainer:
         right, asked = torch.zeros_like(self.right), torch.zeros_like(self.asked)
         out: dict[str, Any] = {}
         for b in batches:
+            if self.halt:  # who sends SIGTERM does not want to wait for scores
+                break
             with torch.autocast(self.dev.type, torch.bfloat16), torch.compiler.set_stance("force_eager"):
                 r = self.net(b.to(self.dev), 0.0)
             right, asked = right + r.right, asked + r.asked
@@ -156,6 +158,11 @@ class Trainer:
         rates = (right / asked.clamp(min=1)).tolist()
         out["tasks"] = {t: round(x, 3) for t, x, n in zip(TASKS, rates, asked.tolist()) if n}
         return out
+
+    def note(self, batches: list[Batch], file: TextIO) -> None:
+        result = {"minutes": round(self.spent / 60, 2), "step": self.step, **self.score(batches)}
+        if not self.halt:
+            print(json.dumps(result), file=file, flush=True)
 
     def line(self, pace: float, wait: float) -> str:
         kinds = " ".join(f"{k[5:]} {float(v):.3f}/{float(self.meter.get('hit.' + k[5:], 0)):.3f}"
@@ -200,16 +207,13 @@ class Trainer:
                 print(text, flush=True)
                 shown, tokens, waited = now, self.tokens, 0.0
             if time.monotonic() - scored > a.score_every and float(self.done) > a.vision_part:
-                result = {"minutes": round(self.spent / 60, 2), "step": self.step, **self.score(watch)}
-                print(json.dumps(result), file=scores, flush=True)
+                self.note(watch, scores)
                 scored = time.monotonic()
             if time.monotonic() - saved > a.save_every:
                 self.save()
                 saved = time.monotonic()
         self.save()
-        if not self.halt:  # who sends SIGTERM does not want to wait for scores
-            result = {"minutes": round(self.spent / 60, 2), "step": self.step, **self.score(watch)}
-            print(json.dumps(result), file=scores, flush=True)
+        self.note(watch, scores)
 
     # ------------------------------------------------------------------ state
     def save(self) -> None:
@@ -257,11 +261,12 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--show", type=int, default=50, help="steps between progress lines")
     p.add_argument("--score-every", type=float, default=0, help="seconds; 0: 60 on CUDA, 1200 on CPU")
     p.add_argument("--save-every", type=float, default=120, help="seconds")
-    p.add_argument("--watch-scale", type=float, default=1.0, help="size of the periodic held-out scores")
+    p.add_argument("--watch-scale", type=float, default=0, help="size of the periodic held-out scores; 0: 1 on CUDA, 0.2 on CPU")
     a = p.parse_args()
     cuda = torch.device(a.device).type == "cuda"
     a.tokens = a.tokens or (40_000 if cuda else 3_000)
     a.score_every = a.score_every or (60 if cuda else 1200)
+    a.watch_scale = a.watch_scale or (1.0 if cuda else 0.2)
     if a.vision_part is None:
         a.vision_part = 0.0 if a.start else 0.06
     return a
