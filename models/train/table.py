@@ -22,8 +22,9 @@ def percent(share: float) -> str:
 
 
 def interval(share: Scores) -> str:
-    low, high = wilson(round(share["accuracy"] * share["n"]), share["n"])
-    return f"{percent(share['accuracy'])} ({percent(low)} to {percent(high)})"
+    hits, n = round(share["accuracy"] * share["n"]), share["n"]  # what is kept is rounded
+    low, high = wilson(hits, n)
+    return f"{percent(hits / n)} ({percent(low)} to {percent(high)})"
 
 
 def of_story(kind: str, part: str) -> Callable[[Scores], str]:

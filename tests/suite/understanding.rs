@@ -173,10 +173,11 @@ fn the_documents_say_what_was_scored() {
         }
         columns.push(scores);
     }
-    let percent = |x: &Value| {
-        let text = format!("{:.1}", 100.0 * x.as_f64().unwrap());
+    let percent = |x: f64| {
+        let text = format!("{:.1}", 100.0 * x);
         text.trim_end_matches(".0").to_owned()
     };
+    let number = |x: &Value| x.as_f64().unwrap();
     for (row, part, n) in [
         ("**all questions** (657)", "/understanding", 657),
         ("**chat turns** (128)", "/chat", 128),
@@ -186,7 +187,10 @@ fn the_documents_say_what_was_scored() {
             .map(|scores| {
                 let share = scores.pointer(part).unwrap();
                 assert_eq!(share["n"], n);
-                let [mean, low, high] = ["accuracy", "low", "high"].map(|key| percent(&share[key]));
+                // What is kept is rounded.
+                let hits = (number(&share["accuracy"]) * f64::from(n)).round();
+                let mean = percent(hits / f64::from(n));
+                let [low, high] = ["low", "high"].map(|key| percent(number(&share[key])));
                 format!("{mean} ({low} to {high})")
             })
             .collect();
@@ -202,7 +206,7 @@ fn the_documents_say_what_was_scored() {
                 .iter()
                 .map(|scores| {
                     assert_eq!(scores["story"][kind]["n"], n);
-                    percent(&scores["story"][kind][key])
+                    percent(number(&scores["story"][kind][key]))
                 })
                 .collect();
             let expected = format!("| {} |", cells.join(" | "));
