@@ -156,6 +156,9 @@ class LongRope(nn.Module):
             factor = torch.tensor(cfg["rope_scaling"][f"{name}_factor"], dtype=torch.float32)
             self.register_buffer(name, 1.0 / (factor * base), persistent=False)
 
+    short: Tensor
+    long: Tensor
+
     def forward(self, pos: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """pos [n or 1, t], all below ``longest`` -> cos, sin [n or 1, t, 1, head_dim]."""
         freq = self.long if longest > self.orig else self.short

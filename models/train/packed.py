@@ -125,5 +125,6 @@ def error(device: torch.device, dtype: torch.dtype) -> float:
         q, k, v = y.unbind(0)
         out = run(q, k, v, pack)
         out.backward(g.to(out.dtype))
+        assert y.grad is not None
         results.append((out.detach().float(), y.grad.float()))
     return max(float((a - b).norm() / a.norm()) for a, b in zip(*results))

@@ -5,6 +5,7 @@ included (k = 0: nothing ever sees them; k = 1: layer 0 has seen them).  Which a
 
 random     any
 oracle     those that show the cells asked about, filled up with random ones
+blank      the same, filled up with those that show no object at all before random ones: no other object is half seen
 text L     largest attention of layer L from the question's tokens (sum over them, mean over heads: the paper's G)
 last L     largest attention of layer L from the last token of the prompt
 mean ...   the same, averaged over all layers
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from draw import cell_box, num_visual, token_boxes, tokens_of
@@ -32,6 +34,7 @@ from scoring import Row, read, share
 from world import LAYOUTS
 
 SHARES = (0.6, 0.4, 0.3, 0.2, 0.1)
+CONTROLS = ("random", "oracle", "blank")  # what asks no layer
 
 
 def about(r: Row) -> Tensor:
@@ -46,6 +49,21 @@ def separators(r: Row) -> Tensor:
     """The visual tokens that show nothing: ends of rows, and the one before the global view, bool [v]."""
     one = np.isnan(token_boxes(LAYOUTS[r["layout"]])[:, 0])
     return torch.from_numpy(one).repeat(len(r["images"]))
+
+
+def blank(folder: Path, r: Row) -> Tensor:
+    """The visual tokens whose part of the picture has one colour, bool [v]."""
+    out = []
+    for name in r["images"]:
+        art = np.asarray(Image.open(folder / name))
+        for box in token_boxes(LAYOUTS[r["layout"]]):
+            if np.isnan(box[0]):
+                out.append(False)
+                continue
+            x0, y0, x1, y1 = (max(0, int(v)) for v in box)
+            part = art[y0:y1, x0:x1].reshape(-1, 3)
+            out.append(len(part) == 0 or bool((part == part[0]).all()))
+    return torch.tensor(out)
 
 
 def pruned(run: Runner, b: Asked, keep: Tensor, before: int) -> Tensor:
@@ -93,7 +111,7 @@ def variants(share: float, method: str) -> list[tuple[int, bool]]:
     """(before which layer, separators kept) to try at this share."""
     if share == 0.3:
         return [(0, False), (0, True), (1, False), (1, True), (2, False)]
-    return [(0, False), (0, True)] if method in ("random", "oracle") else [(0, False)]
+    return [(0, False), (0, True)] if method in CONTROLS else [(0, False)]
 
 
 def label(method: str, share: float, before: int, kept: bool) -> str:
@@ -113,11 +131,14 @@ def study(run: Runner, folder: Path, tokens: int, shares: tuple[float, ...], lim
         asked = torch.stack([about(r) for r in b.rows]).to(run.dev)
         ends = torch.stack([separators(r) for r in b.rows]).to(run.dev)
         noise = torch.rand(asked.shape, generator=dice).to(run.dev)
-        methods = {"random": noise, "oracle": noise + asked} | scores(run, b)
+        empty = torch.stack([blank(folder, r) for r in b.rows]).to(run.dev)
+        methods = {"random": noise, "oracle": noise + asked, "blank": noise + empty + 2 * asked}
+        if not only or set(only) - set(methods):
+            methods |= scores(run, b)
         methods = {k: v for k, v in methods.items() if not only or k in only}
         hits["full"] |= dict(zip(names, run.right(b, run.full)))
         for method, score in methods.items():
-            if method != "random":
+            if method not in CONTROLS:
                 point_out(points, method, score, asked)
             first = score + ends * (score.max() + 1)
             for s in shares:
@@ -125,9 +146,10 @@ def study(run: Runner, folder: Path, tokens: int, shares: tuple[float, ...], lim
                     keep = largest(first if kept else score, max(1, round(s * score.shape[1])))
                     got = run.right(b, partial(pruned, run, keep=keep, before=before))
                     hits[label(method, s, before, kept)] |= dict(zip(names, got))
-    detail = ["full"] + [label(m, 0.3, i, k) for m in ("random", "oracle") for i, k in ((0, False), (0, True), (1, False))]
+    detail = ["full"] + [label(m, 0.3, *v) for m in CONTROLS for v in variants(0.3, m)]
     return {"n": len(rows), "accuracy": {k: share(list(v.values())) for k, v in hits.items()},
             "by_task": {m: by_task(rows, hits[m]) for m in detail if m in hits},
+            "wrong": {m: [i for i, ok in hits[m].items() if not ok] for m in detail if m in hits and not m.startswith("random")},
             "pointing": {m: {"lift": round(sum(v[::2]) / len(v[::2]), 3), "found_in_30pct": round(sum(v[1::2]) / len(v[1::2]), 3)}
                          for m, v in points.items()}}
 
@@ -164,10 +186,10 @@ def table(result: dict[str, Any], shares: tuple[float, ...]) -> str:
         return f"{100 * hit['accuracy']:.1f}" if hit else "-"
 
     for m in dict.fromkeys(k.split(" @")[0] for k in acc if "@" in k):
-        p = result["pointing"].get(m, {"lift": 1.0, "found_in_30pct": 0.3})
+        p = result["pointing"].get(m)
         cells = [cell(m, s, 0, False) for s in shares] + [cell(m, 0.3, *x) for x in extra]
-        lines.append(f"| {m} | " + " | ".join(cells) + f" | {p['lift']:.1f} | {p['found_in_30pct']:.2f} |")
-    for m in ("random", "oracle"):
+        lines.append(f"| {m} | " + " | ".join(cells) + (f" | {p['lift']:.1f} | {p['found_in_30pct']:.2f} |" if p else " | - | - |"))
+    for m in dict.fromkeys(k.split(" @")[0] for k in acc if "@" in k and k.split(" @")[0] in CONTROLS):
         lines.append(f"{m} with separators: " + ", ".join(f"{s:.0%} {cell(m, s, 0, True)}" for s in shares))
     return "\n".join(lines)
 

@@ -1,13 +1,20 @@
 """Checks of the generators and of the model's training paths against plainer ones: pytest test_train.py"""
 from __future__ import annotations
 
+import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import asking
 import stories
@@ -18,15 +25,17 @@ from model import Attention, Phi3V, default_config
 from packed import error
 from preprocess import hd_image, num_image_tokens
 from scoring import score_story, turns_of, wilson
+from table import table
 from tokenizer import Tok, chat
 from world import COLORS, LAYOUTS, SHAPES, make_scene
 
-TOKENIZER = Path(__file__).parent.parent / "small-phi3v"
+HERE = Path(__file__).parent
+CHECKPOINT = HERE.parent / "small-phi3v"
 
 
 @pytest.fixture(scope="module")
 def tok() -> Tok:
-    return Tok(TOKENIZER)
+    return Tok(CHECKPOINT)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -126,6 +135,107 @@ def test_every_kind_of_batch_trains(tok: Tok, kind: str, pictures: int) -> None:
     result = net(Maker(tok, 100).make(kind, 1, pictures=pictures, n=2), 0.3)
     result.loss.backward()
     assert torch.isfinite(result.loss) and all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+# ----------------------------------------------------------------------------- the trainer as a program
+QUICK = ["--layers", "3", "--vision-layers", "2", "--tokens", "600", "--accumulate", "1", "--workers", "1", "--watch-scale", "0.01",
+         "--device", "cpu", "--show", "1"]
+
+
+def program(name: str, *words: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, HERE / name, *words], capture_output=True, text=True, env=os.environ | more, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, from nothing."""
+    out = tmp_path_factory.mktemp("train") / "run"
+    done = program("train.py", "--out", out, "--minutes", "60", "--steps", "3", *QUICK)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_goes_on_where_it_was(run: Path) -> None:
+    before = torch.load(run / "last.pt")
+    done = program("train.py", "--out", run, "--minutes", "60", "--steps", "5", "--resume", "--device", "cpu", "--tokens", "600",
+                   "--accumulate", "1", "--workers", "1", "--watch-scale", "0.01", "--show", "1")
+    assert done.returncode == 0, done.stderr
+    after = torch.load(run / "last.pt")
+    assert (before["step"], after["step"]) == (3, 5) and after["spent"] > before["spent"] > 0
+    assert after["opt"]["count"] == 5 and after["config"]["num_hidden_layers"] == 3
+    again = program("train.py", "--out", run, "--minutes", "60")
+    assert again.returncode and "--resume" in again.stderr
+
+
+def test_sigterm_saves(run: Path, tmp_path: Path) -> None:
+    words = [sys.executable, str(HERE / "train.py"), "--out", str(tmp_path), "--minutes", "60", "--vision-part", "0", *QUICK]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        line = next(x for x in trainer.stdout if " step " in x)
+        began = time.monotonic()
+        trainer.send_signal(signal.SIGTERM)
+        assert trainer.wait(120) == 0 and time.monotonic() - began < 60
+    saved = torch.load(tmp_path / "last.pt")
+    assert saved["step"] >= int(line.split(" step ")[1].split()[0])
+
+
+def test_a_published_checkpoint_is_a_beginning(tmp_path: Path) -> None:
+    """With no time left nothing is learned, so what is exported is what was given."""
+    done = program("train.py", "--out", tmp_path / "run", "--minutes", "0", "--from", CHECKPOINT, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert program("export.py", tmp_path / "run", tmp_path / "hf").returncode == 0
+    for file in ("tokenizer.json", "tokenizer.model"):
+        assert (tmp_path / "hf" / file).read_bytes() == (CHECKPOINT / file).read_bytes()
+    given, back = (load_file(x / "model.safetensors") for x in (CHECKPOINT, tmp_path / "hf"))
+    assert given.keys() == back.keys() and all(torch.equal(given[k], back[k]) for k in given)
+    assert json.loads((tmp_path / "hf/config.json").read_text()) == json.loads((CHECKPOINT / "config.json").read_text())
+
+
+def test_answers_of_the_runtime_are_kept(tmp_path: Path) -> None:
+    """score_gguf.py against a stand-in for `hae` that knows the answers, but for one; begun twice."""
+    rows = [json.loads(x) for x in (HERE.parents[1] / "tests/eval/small-phi3v/test/understanding.jsonl").read_text().splitlines()][::100]
+    folder, log = tmp_path / "set", tmp_path / "asked"
+    folder.mkdir()
+    (folder / "understanding.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for part in ("chat", "story"):
+        (folder / f"{part}.jsonl").write_text("")
+    know = {r["prompt"] + r["images"][0]: (r["num_crops"], r["answer"] if i else "no") for i, r in enumerate(rows)}
+    (tmp_path / "know.json").write_text(json.dumps(know))
+    fake = tmp_path / "hae"
+    fake.write_text(f"""#!{sys.executable}
+import json, os, sys
+w = sys.argv
+get = lambda flag: w[w.index(flag) + 1]
+open({str(log)!r}, "a").write("x")
+if os.environ.get("FAIL") and os.path.getsize({str(log)!r}) == 4:
+    sys.exit("out of order")
+crops, text = json.load(open({str(tmp_path / "know.json")!r}))[get("-p") + "images/" + os.path.basename(get("--image"))]
+assert int(get("--num-crops")) == crops and get("--temp") == "0" and "--no-conversation" in w and "--kv-policy" in w
+cells = dict(live=dict(text=20, vision=40), binned=dict(text=0, vision=10), peak=120)
+print(json.dumps(dict(text=" " + text, finish="eog", tokens=dict(prompt=dict(text=16, vision=100), generated=4), kv=dict(cells=cells))))
+""")
+    fake.chmod(0o755)
+    words: list[str | Path] = ["-m", fake, "--mmproj", fake, "--hae", fake,
+                               "--answers", tmp_path / "a.jsonl", "--out", tmp_path / "scores.json"]
+    failed = program("score_gguf.py", folder, *words, "--", "--kv-policy", "hae", FAIL="1")
+    assert failed.returncode and "out of order" in failed.stderr
+    with (tmp_path / "a.jsonl").open("a") as f:
+        f.write('{"id": "u0')  # as if it had been killed there
+    done = program("score_gguf.py", folder, *words, "--", "--kv-policy", "hae")
+    assert done.returncode == 0, done.stderr
+    assert log.stat().st_size == len(rows) + 1  # the failed one twice, no other
+    got = json.loads((tmp_path / "scores.json").read_text())["understanding"]
+    assert got["n"] == len(rows) and got["wrong"] == [rows[0]["id"]]
+    assert got["cells"] == {"end": 0.5833, "most": 1.0, "visual": 0.5}
+    other = program("score_gguf.py", folder, *words, "--", "--kv-policy", "full")
+    assert other.returncode and "options" in other.stderr
+
+
+def test_the_models_readme_has_the_table_of_the_kept_scores() -> None:
+    readme = (HERE.parent / "README.md").read_text()
+    paths = {"PyTorch F32": HERE.parents[1] / "tests/eval/small-phi3v/test/scores.json", "Q8_0": HERE / "results/Q8_0.json",
+             "Q4_K_M": HERE / "results/Q4_K_M.json", "Q8_0, `hae`": HERE / "results/Q8_0-hae.json"}
+    assert table({name: json.loads(path.read_text()) for name, path in paths.items()}) in readme
 
 
 def test_wilson() -> None:

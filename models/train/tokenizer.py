@@ -17,6 +17,7 @@ from world import LAYOUTS, make_scene
 SPECIAL = ["<|endoftext|>", "<|assistant|>", *(f"<|placeholder{i}|>" for i in range(1, 5)), "<|system|>",
            "<|end|>", "<|placeholder5|>", "<|placeholder6|>", "<|user|>",
            *(f"<|placeholder{i}|>" for i in range(7, 40)), "<|image|>"]  # offsets as in Phi-3.5-vision
+FILES = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 EXTRA = 64  # rows of the embedding beyond the SentencePiece vocabulary
 TEMPLATE = ("{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + "
             "'<|end|>\n' }}{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' "

@@ -3,7 +3,8 @@
 First the vision tower alone learns to say what each visual token shows (a linear head that is
 thrown away later), then the whole model learns to answer, list, chat and tell stories.  The clock
 rules: the learning rate ends when the minutes do.  SIGTERM saves and leaves; --resume goes on, also
-with other --minutes.  Runs on CUDA or CPU; on a CPU use a few thousand --tokens.
+with other --minutes or on another machine.  --from DIR begins with the weights of a Hugging Face
+directory that export.py wrote; optimiser and clock begin anew.  Runs on CUDA or CPU.
 """
 from __future__ import annotations
 
@@ -11,12 +12,15 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from asking import SINGLE, TASKS
@@ -26,7 +30,7 @@ from learner import Learner
 from model import Attention, default_config
 from optimiser import Muon
 from packed import error
-from tokenizer import Tok, build
+from tokenizer import FILES, Tok, build
 from world import LAYOUTS, SMALL
 
 WATCH_SEED = 3_000_000_000_000  # pictures of the periodic scores; training draws seeds below 2**40
@@ -54,26 +58,44 @@ def flash_works(device: torch.device) -> bool:
 class Trainer:
     def __init__(self, a: argparse.Namespace) -> None:
         self.a, self.out, self.dev = a, Path(a.out), torch.device(a.device)
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not (self.out / "tok/tokenizer.json").exists():
-            build(self.out / "tok")
-        self.tok = Tok(self.out / "tok")
+        self.last = self.out / "last.pt"
+        if a.resume != self.last.exists():
+            sys.exit(f"{self.last}: " + ("not there, expected a run to go on with" if a.resume else
+                                         "a run is here, expected --resume or another --out"))
+        saved = torch.load(self.last, map_location=self.dev) if a.resume else None
+        self.tok = Tok(self.tokenizer())
         self.maker = Maker(self.tok, a.tokens)
         torch.manual_seed(a.seed)
-        self.cfg = default_config(a.layers, a.hidden, a.inner, a.vision_layers, a.vision, self.tok.vocab)
+        self.cfg = (saved["config"] if saved else json.loads((a.start / "config.json").read_text()) if a.start else
+                    default_config(a.layers, a.hidden, a.inner, a.vision_layers, a.vision, self.tok.vocab))
         self.done, self.weight = torch.zeros(()).share_memory_(), torch.ones(len(TASKS)).share_memory_()
         self.step, self.spent, self.tokens, self.pictures, self.starts = 0, 0.0, 0, 0, 0
         self.net = Learner(self.cfg).to(self.dev)
         if self.dev.type == "cuda" and not flash_works(self.dev):
             Attention.flash = False
-        last = a.vision_layers - 1  # the layer after ``layer_idx`` is in the checkpoint and never runs
+        last = self.cfg["img_processor"]["num_hidden_layers"] - 1  # the layer after ``layer_idx`` is in the checkpoint and never runs
         self.opt = Muon([(n, p) for n, p in self.net.named_parameters()
                          if "post_layernorm" not in n and f"encoder.layers.{last}." not in n])
         self.right, self.asked = torch.zeros(len(TASKS), device=self.dev), torch.zeros(len(TASKS), device=self.dev)
         self.meter: dict[str, Tensor] = {}
         self.count: dict[str, int] = dict.fromkeys(KINDS, 0)
+        if saved:
+            self.resume(saved)
+        elif a.start:
+            self.net.model.load_state_dict(load_file(a.start / "model.safetensors", str(self.dev)))
         self.halt = False
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "halt", True))
+
+    def tokenizer(self) -> Path:
+        """The run's own copy, built or taken from where the weights come from."""
+        folder = self.out / "tok"
+        if self.a.start:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                shutil.copy(self.a.start / name, folder / name)
+        elif not all((folder / name).exists() for name in FILES):
+            build(folder)
+        return folder
 
     # ------------------------------------------------------------------ schedule
     def rate(self) -> float:
@@ -90,7 +112,7 @@ class Trainer:
 
     def tick(self, began: float) -> None:
         self.spent = began + time.monotonic() - self.clock
-        self.done.fill_(min(1.0, self.spent / (self.a.minutes * 60)))
+        self.done.fill_(min(1.0, self.spent / max(self.a.minutes * 60, 1e-9)))
 
     # ------------------------------------------------------------------ work
     def see(self, key: str, value: Tensor) -> None:
@@ -125,6 +147,8 @@ class Trainer:
         right, asked = torch.zeros_like(self.right), torch.zeros_like(self.asked)
         out: dict[str, Any] = {}
         for b in batches:
+            if self.halt:  # who sends SIGTERM does not want to wait for scores
+                break
             with torch.autocast(self.dev.type, torch.bfloat16), torch.compiler.set_stance("force_eager"):
                 r = self.net(b.to(self.dev), 0.0)
             right, asked = right + r.right, asked + r.asked
@@ -134,6 +158,11 @@ class Trainer:
         rates = (right / asked.clamp(min=1)).tolist()
         out["tasks"] = {t: round(x, 3) for t, x, n in zip(TASKS, rates, asked.tolist()) if n}
         return out
+
+    def note(self, batches: list[Batch], file: TextIO) -> None:
+        result = {"minutes": round(self.spent / 60, 2), "step": self.step, **self.score(batches)}
+        if not self.halt:
+            print(json.dumps(result), file=file, flush=True)
 
     def line(self, pace: float, wait: float) -> str:
         kinds = " ".join(f"{k[5:]} {float(v):.3f}/{float(self.meter.get('hit.' + k[5:], 0)):.3f}"
@@ -178,15 +207,13 @@ class Trainer:
                 print(text, flush=True)
                 shown, tokens, waited = now, self.tokens, 0.0
             if time.monotonic() - scored > a.score_every and float(self.done) > a.vision_part:
-                result = {"minutes": round(self.spent / 60, 2), "step": self.step, **self.score(watch)}
-                print(json.dumps(result), file=scores, flush=True)
+                self.note(watch, scores)
                 scored = time.monotonic()
             if time.monotonic() - saved > a.save_every:
                 self.save()
                 saved = time.monotonic()
-        result = {"minutes": round(self.spent / 60, 2), "step": self.step, **self.score(watch)}
-        print(json.dumps(result), file=scores, flush=True)
         self.save()
+        self.note(watch, scores)
 
     # ------------------------------------------------------------------ state
     def save(self) -> None:
@@ -197,10 +224,9 @@ class Trainer:
         torch.save({"net": self.net.state_dict(), "opt": opt, "config": self.cfg, "weight": self.weight.clone(),
                     **{k: getattr(self, k) for k in ("step", "spent", "tokens", "pictures", "starts", "count")}},
                    self.out / "last.tmp")
-        os.replace(self.out / "last.tmp", self.out / "last.pt")
+        os.replace(self.out / "last.tmp", self.last)
 
-    def resume(self) -> None:
-        c = torch.load(self.out / "last.pt", map_location=self.dev)
+    def resume(self, c: dict[str, Any]) -> None:
         self.net.load_state_dict(c["net"])
         self.opt.load(c["opt"])
         self.weight.copy_(c["weight"])
@@ -213,17 +239,19 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--out", default="run")
     p.add_argument("--minutes", type=float, default=20, help="of training, counted from nothing over all restarts")
     p.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: only the clock stops it)")
-    p.add_argument("--resume", action="store_true")
+    begin = p.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    begin.add_argument("--from", dest="start", type=Path, metavar="DIR", help="begin with these weights (and their sizes)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--compile", action="store_true", help="torch.compile of the layers")
-    p.add_argument("--tokens", type=int, default=40_000, help="per batch")
+    p.add_argument("--tokens", type=int, default=0, help="per batch; 0: 40000 on CUDA, 3000 on CPU")
     p.add_argument("--accumulate", type=int, default=2, help="batches (of different kinds) per step")
     p.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that draw and write")
     p.add_argument("--peak", type=float, default=0.6, help="rate of the joint phase, relative to the tower phase")
     p.add_argument("--tower", type=float, default=0.5, help="the tower's rate in the joint phase, relative to that")
     p.add_argument("--decay", type=float, default=0.5, help="last share of the joint phase, rate falling to 0")
     p.add_argument("--warmup", type=int, default=50)
-    p.add_argument("--vision-part", type=float, default=0.06, help="share of the time for the tower alone")
+    p.add_argument("--vision-part", type=float, help="share of the time for the tower alone (default: 0.06, none after --from)")
     p.add_argument("--layers", type=int, default=8)
     p.add_argument("--hidden", type=int, default=256)
     p.add_argument("--inner", type=int, default=768)
@@ -231,10 +259,17 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--vision", type=int, default=192)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--show", type=int, default=50, help="steps between progress lines")
-    p.add_argument("--score-every", type=float, default=60, help="seconds")
+    p.add_argument("--score-every", type=float, default=0, help="seconds; 0: 60 on CUDA, 1200 on CPU")
     p.add_argument("--save-every", type=float, default=120, help="seconds")
-    p.add_argument("--watch-scale", type=float, default=1.0, help="size of the periodic held-out scores")
-    return p.parse_args()
+    p.add_argument("--watch-scale", type=float, default=0, help="size of the periodic held-out scores; 0: 1 on CUDA, 0.2 on CPU")
+    a = p.parse_args()
+    cuda = torch.device(a.device).type == "cuda"
+    a.tokens = a.tokens or (40_000 if cuda else 3_000)
+    a.score_every = a.score_every or (60 if cuda else 1200)
+    a.watch_scale = a.watch_scale or (1.0 if cuda else 0.2)
+    if a.vision_part is None:
+        a.vision_part = 0.0 if a.start else 0.06
+    return a
 
 
 def main() -> None:
@@ -246,8 +281,6 @@ def main() -> None:
     t = Trainer(a)
     (t.out / "train.pid").write_text(str(os.getpid()))
     (t.out / "config.json").write_text(json.dumps(t.cfg, indent=2))
-    if a.resume:
-        t.resume()
     t.run()
 
 

@@ -110,3 +110,29 @@ fn the_program_passes_the_number_on() {
     let line = refusal(&[&args[..], &["--image", picture]].concat());
     assert!(line.contains("but the context holds 1024"), "{line}");
 }
+
+fn text_of(value: &serde_json::Value) -> &str {
+    value.as_str().unwrap()
+}
+
+/// Wide, tall, padded and large pictures, as PyTorch answers them.
+#[test]
+fn the_program_answers_about_pictures_of_up_to_16_crops() {
+    let index = json(&golden("small-phi3v/index.json"));
+    let prompts = index["prompts"].as_array().unwrap();
+    let large = prompts.iter().filter(|row| row["num_crops"] != 4);
+    let mut seen = Vec::new();
+    for row in large {
+        let text = |key: &str| text_of(&row[key]);
+        let num_crops = row["num_crops"].to_string();
+        let name = format!("small-phi3v/{}", text_of(&row["images"][0]));
+        let picture = golden(&name);
+        let image = ["run", "--image", picture.to_str().unwrap()];
+        let prompt = ["--no-conversation", "-p", text("prompt"), "--temp", "0"];
+        let crops = ["--num-crops", &num_crops];
+        let answer = answer(&[&image[..], &crops, &prompt].concat());
+        assert_eq!(answer.trim(), text("greedy_text"), "{}", text("id"));
+        seen.push(row["num_crops"].as_u64().unwrap());
+    }
+    assert_eq!(seen, [6, 6, 9, 16]);
+}

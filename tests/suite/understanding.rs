@@ -1,7 +1,8 @@
 //! Questions about pictures of the small model's test set, answered by the quantized files.
 //!
-//! Every fifth question of each task, so that the suite stays quick; the whole set, chats and
-//! stories are scored by `models/train/score_gguf.py`.
+//! Every fifth question of each task, so that the suite stays quick. The whole set, chats and
+//! stories are scored by `models/train/score_gguf.py`, whose scores are kept in
+//! `models/train/results`; the last test holds the documents to them.
 
 use std::collections::HashMap;
 
@@ -37,6 +38,12 @@ fn questions() -> (Vec<Value>, usize) {
     }
     assert_eq!(asked_of.values().sum::<usize>(), 657);
     assert_eq!(asked_of.len(), 25, "tasks");
+    for num_crops in [4, 6, 9, 12, 16] {
+        assert!(
+            rows.iter().any(|r| r["num_crops"] == num_crops),
+            "{num_crops} crops"
+        );
+    }
     let scores = json(&repository(&format!("{SET}/scores.json")));
     let wrong = scores["understanding"]["wrong"].as_array().unwrap();
     let right = rows
@@ -144,4 +151,75 @@ fn q4_k_m_understands_as_pytorch_does() {
 fn hae_understands_better_than_a_random_choice() {
     let (ours, _, asked) = score(TEXT, "hae");
     assert!(ours as f64 > 0.9 * asked as f64);
+}
+
+/// The figures of the documents are those of the kept scores, and these were measured on the kept
+/// files and the whole set.
+#[test]
+fn the_documents_say_what_was_scored() {
+    let text = |path: &str| std::fs::read_to_string(repository(path)).unwrap();
+    let sums = text("models/SHA256SUMS");
+    let (readme, models) = (text("README.md"), text("models/README.md"));
+    let mut columns = vec![json(&repository(&format!("{SET}/scores.json")))];
+    for (name, file) in [
+        ("Q8_0", "small-phi3v-Q8_0.gguf"),
+        ("Q4_K_M", "small-phi3v-Q4_K_M.gguf"),
+        ("Q8_0-hae", "small-phi3v-Q8_0.gguf"),
+    ] {
+        let scores = json(&repository(&format!("models/train/results/{name}.json")));
+        for (key, file) in [("model", file), ("mmproj", "mmproj-small-phi3v-F16.gguf")] {
+            let line = format!("{}  {file}\n", scores[key].as_str().unwrap());
+            assert!(sums.contains(&line), "{name}: {file} is another one");
+        }
+        columns.push(scores);
+    }
+    let percent = |x: f64| {
+        let text = format!("{:.1}", 100.0 * x);
+        text.trim_end_matches(".0").to_owned()
+    };
+    let number = |x: &Value| x.as_f64().unwrap();
+    for (row, part, n) in [
+        ("**all questions** (657)", "/understanding", 657),
+        ("**chat turns** (128)", "/chat", 128),
+    ] {
+        let cells: Vec<String> = columns
+            .iter()
+            .map(|scores| {
+                let share = scores.pointer(part).unwrap();
+                assert_eq!(share["n"], n);
+                // What is kept is rounded.
+                let hits = (number(&share["accuracy"]) * f64::from(n)).round();
+                let mean = percent(hits / f64::from(n));
+                let [low, high] = ["low", "high"].map(|key| percent(number(&share[key])));
+                format!("{mean} ({low} to {high})")
+            })
+            .collect();
+        let expected = format!("| {row} | {} |", cells.join(" | "));
+        assert!(models.contains(&expected), "models/README.md: {expected}");
+        for cell in &cells[1..] {
+            assert!(readme.contains(cell.as_str()), "README.md: {cell}");
+        }
+    }
+    let no_ddes = json(&repository("models/train/results/Q8_0-hae-no-ddes.json"));
+    for (kind, n) in [("story", 20), ("saga", 8)] {
+        let alone = percent(number(&no_ddes["story"][kind]["recall"]));
+        assert!(
+            readme.contains(&alone) && models.contains(&alone),
+            "{alone}"
+        );
+        for key in ["recall", "precision"] {
+            let cells: Vec<String> = columns
+                .iter()
+                .map(|scores| {
+                    assert_eq!(scores["story"][kind]["n"], n);
+                    percent(number(&scores["story"][kind][key]))
+                })
+                .collect();
+            let expected = format!("| {} |", cells.join(" | "));
+            assert!(
+                models.contains(&expected),
+                "models/README.md: {kind} {key} {expected}"
+            );
+        }
+    }
 }
