@@ -1,4 +1,4 @@
-//! The chores of the repository: `cargo xtask setup | vendor | demo | model | test`.
+//! The chores of the repository: `cargo xtask setup | vendor | demo | model | test | sanitize`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -7,6 +7,7 @@ mod layout;
 mod libclang;
 mod patch;
 mod pin;
+mod sanitize;
 mod setup;
 mod steps;
 mod vendor;
@@ -49,6 +50,12 @@ enum Command {
     },
     /// Set up and run every check and test
     Test,
+    /// Run the tests of the cache with llama.cpp under the address and undefined-behaviour
+    /// sanitizers (Linux)
+    Sanitize {
+        /// Tests whose names contain one of these, in the place of the usual ones
+        filters: Vec<String>,
+    },
 }
 
 #[derive(Subcommand)]
@@ -79,6 +86,7 @@ fn main() -> ExitCode {
             which: Which::Full { args },
         } => steps::full_model(root, &args),
         Command::Test => steps::test(root),
+        Command::Sanitize { filters } => sanitize::run(root, &filters),
     };
     match done {
         Ok(code) => ExitCode::from(code),

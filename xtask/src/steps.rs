@@ -1,6 +1,7 @@
 //! `cargo xtask demo`, `model` and `test`: set up, then run plain cargo commands, which are
 //! printed so that each can be repeated by itself.
 
+use std::ffi::OsString;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
 
@@ -125,6 +126,18 @@ fn components(root: &Path) -> Result<()> {
 }
 
 fn cargo(root: &Path, args: &[&str]) -> Result<ExitStatus> {
+    cargo_with(root, args, &[])
+}
+
+/// Runs cargo with these variables on top of the environment.
+///
+/// # Errors
+/// When it cannot be run.
+pub fn cargo_with(
+    root: &Path,
+    args: &[&str],
+    variables: &[(String, OsString)],
+) -> Result<ExitStatus> {
     eprintln!("$ cargo {}", args.join(" "));
     let mut command = Command::new(pin::cargo());
     command.args(args).current_dir(root);
@@ -136,6 +149,7 @@ fn cargo(root: &Path, args: &[&str]) -> Result<ExitStatus> {
             command.env_remove(name);
         }
     }
+    command.envs(variables.iter().map(|(name, value)| (name, value)));
     command
         .status()
         .with_context(|| format!("cannot run cargo {}", args.join(" ")))
