@@ -1,10 +1,12 @@
-//! The chores of the repository: `cargo xtask setup | vendor | demo | model | test | sanitize`.
+//! The chores of the repository:
+//! `cargo xtask setup | vendor | demo | model | overhead | test | sanitize`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
 
 mod layout;
 mod libclang;
+mod overhead;
 mod patch;
 mod pin;
 mod sanitize;
@@ -48,6 +50,8 @@ enum Command {
         #[command(subcommand)]
         which: Which,
     },
+    /// Time `--kv-policy full` beside llama.cpp as its crate comes, built without patches
+    Overhead(overhead::Args),
     /// Set up and run every check and test
     Test,
     /// Run the tests of the cache with llama.cpp under the address and undefined-behaviour
@@ -85,6 +89,7 @@ fn main() -> ExitCode {
         Command::Model {
             which: Which::Full { args },
         } => steps::full_model(root, &args),
+        Command::Overhead(args) => overhead::run(root, &args).map(|()| 0),
         Command::Test => steps::test(root),
         Command::Sanitize { filters } => sanitize::run(root, &filters),
     };

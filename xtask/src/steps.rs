@@ -125,14 +125,18 @@ fn components(root: &Path) -> Result<()> {
     Ok(())
 }
 
-fn cargo(root: &Path, args: &[&str]) -> Result<ExitStatus> {
+/// Runs a cargo command and prints it first.
+///
+/// # Errors
+/// When cargo cannot be run.
+pub fn cargo(root: &Path, args: &[&str]) -> Result<ExitStatus> {
     cargo_with(root, args, &[])
 }
 
-/// Runs cargo with these variables on top of the environment.
+/// The same with these variables on top of the environment.
 ///
 /// # Errors
-/// When it cannot be run.
+/// When cargo cannot be run.
 pub fn cargo_with(
     root: &Path,
     args: &[&str],
