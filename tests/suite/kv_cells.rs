@@ -225,7 +225,11 @@ fn run(options: &ContextOptions, cases: u32) -> f64 {
     let model = load(text);
     let before = if by_graph() { graphs() } else { 0 };
     let mut runner = TestRunner::new(Config {
-        cases: if by_graph() { cases / 4 } else { cases },
+        cases: if by_graph() {
+            (cases / 4).max(4)
+        } else {
+            cases
+        },
         max_shrink_iters: 100,
         failure_persistence: None,
         ..Config::default()

@@ -315,7 +315,6 @@ fn conversations_f32() {
         (tally.from_host, "from the host"),
         (tally.reopened, "reopened"),
         (tally.cancelled, "cancelled"),
-        (tally.refused, "refused"),
         (tally.pruned_early, "pruned early"),
     ] {
         assert!(n > 0, "nothing {what}");
