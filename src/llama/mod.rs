@@ -2,8 +2,8 @@
 //!
 //! [`Model`] loads a GGUF, [`Vision`] turns pictures into embeddings through mtmd, and
 //! [`LlamaEngine`] implements [`crate::engine::Engine`] on a context whose evaluation callback
-//! ([`observer`]) reads which cell each token went to. How much attention each cell had comes
-//! from nodes in llama.cpp's graph ([`taps`]), or from the callback as well.
+//! (`observer.rs`) reads which cell each token went to. How much attention each cell had comes
+//! from nodes in llama.cpp's graph (`taps.rs`), or from the callback as well.
 
 mod abort;
 #[cfg(feature = "kv-patches")]

@@ -1,7 +1,7 @@
 //! Quantizing a GGUF with `llama_model_quantize`.
 //!
 //! That function catches its own C++ exceptions and returns 1, but asserts on some values of the
-//! metadata; [`check`] refuses those files first. Without an importance matrix llama.cpp refuses
+//! metadata; `check` refuses those files first. Without an importance matrix llama.cpp refuses
 //! the types below about 3 bits, so they are refused here by name.
 
 mod log;

@@ -11,17 +11,15 @@ use hae::{Error, Result};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
+use crate::kv_graphs::{by_graph, graphs};
 use crate::kv_model::Cells;
 use crate::model::{converted, engine, exact, load};
 use crate::npz::max_abs_diff;
 
 const N_CTX: u32 = 1024;
 
-/// What llama-hae-kv.cpp asks for: whether to treat main memory like a device's.
-const BY_GRAPH: &str = "LLAMA_HAE_KV_DEVICE";
-
 #[derive(Clone, Debug)]
-enum Step {
+pub enum Step {
     Decode(Vec<i32>),
     /// Each bit: whether a position goes, repeated over the sequence.
     Remove(u64),
@@ -50,8 +48,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 20..60)
 }
 
-struct Pair<'m> {
-    engine: LlamaEngine<'m>,
+pub struct Pair<'m> {
+    pub engine: LlamaEngine<'m>,
     twin: LlamaEngine<'m>,
     model: Cells,
     /// The largest difference of logits from the twin's so far.
@@ -59,7 +57,7 @@ struct Pair<'m> {
 }
 
 impl<'m> Pair<'m> {
-    fn new(model: &'m Model, options: &ContextOptions) -> Self {
+    pub fn new(model: &'m Model, options: &ContextOptions) -> Self {
         let small = ContextOptions {
             kv_size: Some(256),
             ..options.clone()
@@ -74,7 +72,7 @@ impl<'m> Pair<'m> {
         }
     }
 
-    fn cells(&self) -> Vec<Option<Pos>> {
+    pub fn cells(&self) -> Vec<Option<Pos>> {
         let mut cells = Vec::new();
         self.engine.cell_map(&mut cells).unwrap();
         cells
@@ -82,7 +80,7 @@ impl<'m> Pair<'m> {
 
     /// K and V of each position. What stands before them in a row, its place and its token, is not
     /// all in llama.cpp's own states.
-    fn contents(&mut self) -> BTreeMap<Pos, Vec<u8>> {
+    pub fn contents(&mut self) -> BTreeMap<Pos, Vec<u8>> {
         let entries: Vec<(usize, Pos)> = self.model.entries().collect();
         let cells: Vec<Cell> = entries.iter().map(|&(cell, _)| cell as Cell).collect();
         let rows = self.engine.rows(&cells).unwrap();
@@ -150,7 +148,7 @@ impl<'m> Pair<'m> {
         Ok(())
     }
 
-    fn take(&mut self, step: &Step) -> Result<()> {
+    pub fn take(&mut self, step: &Step) -> Result<()> {
         let before = match step {
             Step::Decode(tokens) => return self.decode(tokens),
             Step::Remove(mask) => return self.remove(self.picked(*mask), true),
@@ -225,9 +223,13 @@ impl<'m> Pair<'m> {
 fn run(options: &ContextOptions, cases: u32) -> f64 {
     let (text, _) = converted("f32");
     let model = load(text);
-    let by_graph = std::env::var_os(BY_GRAPH).is_some();
+    let before = if by_graph() { graphs() } else { 0 };
     let mut runner = TestRunner::new(Config {
-        cases: if by_graph { cases / 4 } else { cases },
+        cases: if by_graph() {
+            (cases / 4).max(4)
+        } else {
+            cases
+        },
         max_shrink_iters: 100,
         failure_persistence: None,
         ..Config::default()
@@ -244,10 +246,11 @@ fn run(options: &ContextOptions, cases: u32) -> f64 {
         Ok(())
     });
     done.unwrap_or_else(|e| panic!("{options:?}: {e}"));
+    assert!(!by_graph() || graphs() > before, "no graph moved a cell");
     worst.get()
 }
 
-fn cache(flash: bool, k: CacheType, v: CacheType) -> ContextOptions {
+pub fn cache(flash: bool, k: CacheType, v: CacheType) -> ContextOptions {
     ContextOptions {
         n_batch: 128,
         n_ubatch: 128,
@@ -291,20 +294,4 @@ fn cells_quantized() {
     check(true, Q4_0, Q4_0, 8, 1.0);
     check(false, Q8_0, F16, 8, 1.0);
     check(false, Q4_0, F32, 8, 1.0);
-}
-
-/// As above, but cells move by graphs of llama.cpp's, as they do where the cache is on a device.
-#[test]
-fn cells_move_by_graph() {
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "--nocapture"])
-        .args(["kv_cells::cells_f32", "kv_cells::cells_f16"])
-        .args(["kv_cells::cells_quantized", "kv_streams::two_streams"])
-        .args(["kv_positions::rows_do_not_know_how_v_is_stored"])
-        .env(BY_GRAPH, "1")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{output:?}");
-    assert!(text.contains("5 passed"), "{text}");
 }

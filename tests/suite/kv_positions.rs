@@ -2,10 +2,11 @@
 
 use hae::cache::{Cell, Pos};
 use hae::engine::{Batch, Engine, Input, Observation};
-use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, RopeFactors};
 
 use crate::model::{converted, engine, exact, load};
 use crate::npz::max_abs_diff;
+use crate::remake::Remake;
 
 fn decode(engine: &mut LlamaEngine<'_>, tokens: &[i32], pos: Pos) {
     let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();
@@ -20,27 +21,50 @@ fn decode(engine: &mut LlamaEngine<'_>, tokens: &[i32], pos: Pos) {
         .unwrap();
 }
 
-/// The rope factors follow `n_ctx`, and positions go on where the few cells are taken again: past
-/// position 4096, where the model's long factors begin to count, as with a cache of all positions.
+/// Positions go on where the few cells are taken again, past position 4096, where longrope's other
+/// factors begin to count: with either set, as in a cache of all positions.
+///
+/// The twin knows nothing of chosen factors. Its file says another original context, by which
+/// llama.cpp's own rule takes the set.
 #[test]
 fn a_small_cache_reaches_as_far_as_a_large_one() {
     let (text, _) = converted("f32");
-    let model = load(text);
-    let large = exact(8192);
-    let small = ContextOptions {
-        kv_size: Some(256),
-        ..large.clone()
-    };
-    let mut twin = engine(&model, large);
-    let mut ours = engine(&model, small);
+    let dir = tempfile::tempdir().unwrap();
+    let mut last = Vec::new();
+    for (rope_factors, original) in [(RopeFactors::Short, 1 << 20), (RopeFactors::Long, 1)] {
+        let path = dir.path().join(format!("{original}.gguf"));
+        let mut file = Remake::read(text);
+        file.set_u32("phi3.rope.scaling.original_context_length", original);
+        file.write(&path);
+        let (model, twins) = (load(text), load(&path));
+        let small = ContextOptions {
+            kv_size: Some(256),
+            rope_factors,
+            ..exact(512)
+        };
+        let large = ContextOptions {
+            rope_factors: RopeFactors::Context,
+            ..exact(8192)
+        };
+        last.push(cross(
+            &mut engine(&model, small),
+            &mut engine(&twins, large),
+        ));
+    }
+    let apart = max_abs_diff(&last[0], &last[1]);
+    assert!(apart > 0.1, "the sets differ by {apart}");
+}
+
+/// Fills `ours` up to position 4299 beside its twin; the last logits.
+fn cross<'m>(ours: &mut LlamaEngine<'m>, twin: &mut LlamaEngine<'m>) -> Vec<f32> {
     ours.resize_by_hand();
     let mut worst = 0.0f32;
     let mut moved = 0;
     for pos in (0..4300).step_by(50) {
         let tokens: Vec<i32> = (pos..pos + 50).map(|p| 3 + p * 7 % 900).collect();
-        for engine in [&mut ours, &mut twin] {
+        for engine in [&mut *ours, &mut *twin] {
             decode(engine, &tokens, pos);
-            // Of every 50 the last 7 stay for a while, the first 20 always.
+            // Of every 50 the last 7 stay for a while, the first 50 always.
             if pos > 0 {
                 engine
                     .remove(std::slice::from_ref(&(pos..pos + 43)))
@@ -62,6 +86,7 @@ fn a_small_cache_reaches_as_far_as_a_large_one() {
     assert_eq!(ours.cells_now().unwrap(), 256);
     assert!(moved > 300);
     assert!(worst < 1e-4, "{worst}");
+    ours.logits().unwrap().to_vec()
 }
 
 /// K and V of the first layer do not depend on how attention is computed, only their place in

@@ -12,7 +12,10 @@ mod convert_metadata;
 mod crops;
 mod damaged;
 mod ddes;
+#[cfg(feature = "kv-patches")]
 mod early;
+#[cfg(feature = "kv-patches")]
+mod failed;
 mod fixture;
 mod full_model;
 mod gguf;
@@ -22,16 +25,24 @@ mod house;
 mod image;
 #[cfg(feature = "kv-patches")]
 mod kv_cells;
+#[cfg(feature = "kv-patches")]
+mod kv_graphs;
 #[cfg(all(feature = "kv-patches", target_os = "linux"))]
 mod kv_memory;
+#[cfg(feature = "kv-patches")]
+mod kv_mirror;
 #[cfg(feature = "kv-patches")]
 mod kv_model;
 #[cfg(feature = "kv-patches")]
 mod kv_positions;
 #[cfg(feature = "kv-patches")]
+mod kv_session;
+#[cfg(feature = "kv-patches")]
 mod kv_state;
 #[cfg(feature = "kv-patches")]
 mod kv_streams;
+#[cfg(feature = "kv-patches")]
+mod kv_twin;
 mod masked;
 mod model;
 mod npz;
@@ -39,16 +50,25 @@ mod others;
 mod parity;
 mod quantize;
 mod random;
+#[cfg(feature = "kv-patches")]
+mod random_llama;
 mod recall;
 mod references;
 mod remake;
+#[cfg(feature = "kv-patches")]
 mod rope;
 mod runtime;
 mod session;
 mod stock;
 #[cfg(feature = "kv-patches")]
 mod taps;
+#[cfg(feature = "kv-patches")]
+mod taps_limits;
+#[cfg(feature = "kv-patches")]
+mod taps_oracle;
 mod transcript;
+#[cfg(feature = "kv-patches")]
+mod two_questions;
 mod understanding;
 #[cfg(all(feature = "kv-patches", target_os = "linux"))]
 mod wide;

@@ -1,8 +1,6 @@
 //! Scores that the graph sums up: against PyTorch's attention, and against the weights that the
 //! evaluation callback reads from an untouched graph without flash attention.
 
-use std::path::Path;
-
 use hae::cache::Pos;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ScoreSource};
@@ -11,7 +9,7 @@ use crate::model::{
     TEXT, converted, engine, exact, goldens, load, load_vision, prefill, repository,
 };
 use crate::npz::{max_abs_diff, read};
-use crate::remake::{Remake, Tensor};
+use crate::random_llama::{Shape, bloom, grok, llama};
 
 const KINDS: [(CacheType, CacheType); 5] = [
     (CacheType::F32, CacheType::F32),
@@ -147,57 +145,6 @@ fn every_cache_type_agrees_with_the_callback() {
     }
 }
 
-/// Two layers, 32 heads of this width on 8 of keys and values, and sharper attention than that
-/// of an untrained model.
-fn grouped(path: &Path, width: u32) {
-    let mut file = Remake::read(&repository(TEXT));
-    file.tensors.clear();
-    file.keys.retain(|(key, _)| !key.starts_with("phi3."));
-    file.set_text("general.architecture", "llama");
-    for (key, value) in [
-        ("context_length", 4096),
-        ("embedding_length", 64),
-        ("feed_forward_length", 96),
-        ("block_count", 2),
-        ("rope.dimension_count", width),
-        ("attention.head_count", 32),
-        ("attention.head_count_kv", 8),
-        ("attention.key_length", width),
-        ("attention.value_length", width),
-    ] {
-        file.set_u32(&format!("llama.{key}"), value);
-    }
-    file.set_f32("llama.attention.layer_norm_rms_epsilon", 1e-5);
-    let (q, kv) = (u64::from(32 * width), u64::from(8 * width));
-    file.tensors = vec![
-        Tensor::random("token_embd.weight", &[64, 1024]),
-        Tensor::ones("output_norm.weight", 64),
-    ];
-    for block in 0..2 {
-        for (part, dims) in [
-            ("attn_q", [64, q]),
-            ("attn_k", [64, kv]),
-            ("attn_v", [64, kv]),
-            ("attn_output", [q, 64]),
-            ("ffn_gate", [64, 96]),
-            ("ffn_up", [64, 96]),
-            ("ffn_down", [96, 64]),
-        ] {
-            let name = format!("blk.{block}.{part}.weight");
-            let mut tensor = Tensor::random(&name, &dims);
-            if ["attn_q", "attn_k"].contains(&part) {
-                tensor.scale(6.0);
-            }
-            file.tensors.push(tensor);
-        }
-        for part in ["attn_norm", "ffn_norm"] {
-            let name = format!("blk.{block}.{part}.weight");
-            file.tensors.push(Tensor::ones(&name, 64));
-        }
-    }
-    file.write(path);
-}
-
 /// Feeds 1700 tokens in micro-batches; the rows of the last one that `wanted` picks are queries.
 fn long_prompt(engine: &mut LlamaEngine<'_>, wanted: impl Fn(u32) -> bool) -> Observation {
     let (mut cells, mut seen) = (Vec::new(), Observation::default());
@@ -223,7 +170,13 @@ fn many_rows_over_grouped_heads_agree_with_the_callback() {
     let dir = tempfile::tempdir().unwrap();
     for width in [64, 96] {
         let path = dir.path().join(format!("{width}.gguf"));
-        grouped(&path, width);
+        let shape = Shape {
+            n_layer: 2,
+            n_head: 32,
+            n_head_kv: 8,
+            width,
+        };
+        llama(&path, shape);
         let model = load(&path);
         for (kinds, layers) in [
             ((CacheType::F16, CacheType::F16), &[0][..]),
@@ -363,4 +316,47 @@ fn what_cannot_be_tapped_is_refused() {
         .unwrap()
         .to_string();
     assert!(text.contains("memory cannot be read"), "{text}");
+}
+
+/// Distances in the place of positions (ALiBi), with flash attention on and off; scores with a cap,
+/// which llama.cpp computes without it.
+#[test]
+fn other_kinds_of_attention_agree_with_the_callback() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokens: Vec<i32> = (0..200).map(|i| (i * 7919 + i * i) % 1000 + 3).collect();
+    let places: Vec<Pos> = (0..200).collect();
+    let rows: Vec<u32> = (100..200).step_by(3).collect();
+    let scores = |model: &Model, options: ContextOptions| {
+        let mut seen = Observation::default();
+        let batch = Batch {
+            input: Input::Tokens(&tokens),
+            pos: &places,
+            queries: &rows,
+            logits: true,
+        };
+        let mut engine = engine(model, options);
+        engine.decode(batch, &mut Vec::new(), &mut seen).unwrap();
+        seen
+    };
+    let path = dir.path().join("model.gguf");
+    let makers: [fn(&std::path::Path); 3] = [
+        |path| bloom(path, 2, 4),
+        |path| bloom(path, 2, 6),
+        |path| grok(path, 2),
+    ];
+    for (i, make) in makers.into_iter().enumerate() {
+        make(&path);
+        let model = load(&path);
+        for flash in [FlashAttention::On, FlashAttention::Off] {
+            for (layers, tolerance) in [(&[0][..], 1e-4), (&[0, 1], 5e-3)] {
+                let options = tapped(flash, (CacheType::F16, CacheType::F16), layers);
+                let expected = scores(&model, called_back(options.clone()));
+                let even = 1.0 / 200.0;
+                assert!(expected.max.iter().any(|&a| a > 3.0 * even), "not sharp");
+                let error = difference(&scores(&model, options), &expected);
+                println!("model {i}, {flash:?}, layers {layers:?}: {error:.1e}");
+                assert!(error < tolerance, "{i} {flash:?} {layers:?}: {error}");
+            }
+        }
+    }
 }

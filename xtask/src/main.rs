@@ -1,4 +1,5 @@
-//! The chores of the repository: `cargo xtask setup | vendor | demo | model | overhead | test`.
+//! The chores of the repository:
+//! `cargo xtask setup | vendor | demo | model | overhead | test | sanitize`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -8,6 +9,7 @@ mod libclang;
 mod overhead;
 mod patch;
 mod pin;
+mod sanitize;
 mod setup;
 mod steps;
 mod vendor;
@@ -52,6 +54,12 @@ enum Command {
     Overhead(overhead::Args),
     /// Set up and run every check and test
     Test,
+    /// Run the tests of the cache with llama.cpp under the address and undefined-behaviour
+    /// sanitizers (Linux)
+    Sanitize {
+        /// Tests whose names contain one of these, in the place of the usual ones
+        filters: Vec<String>,
+    },
 }
 
 #[derive(Subcommand)]
@@ -83,6 +91,7 @@ fn main() -> ExitCode {
         } => steps::full_model(root, &args),
         Command::Overhead(args) => overhead::run(root, &args).map(|()| 0),
         Command::Test => steps::test(root),
+        Command::Sanitize { filters } => sanitize::run(root, &filters),
     };
     match done {
         Ok(code) => ExitCode::from(code),

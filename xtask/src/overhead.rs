@@ -53,7 +53,14 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     vendor::unpatched(root, &root.join("target/unpatched"))?;
     const STOCK: &str = "benches/stock/Cargo.toml";
     let builds: [&[&str]; 2] = [
-        &["build", "--release", "--manifest-path", STOCK, "--target-dir", "target/stock"],
+        &[
+            "build",
+            "--release",
+            "--manifest-path",
+            STOCK,
+            "--target-dir",
+            "target/stock",
+        ],
         &["build", "--release", "--bin", "hae"],
     ];
     for build in builds {
@@ -75,7 +82,10 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     }
     println!("milliseconds     llama.cpp      hae full    ratio");
     for (name, of) in [
-        ("prompt", (|run: &Run| run.prefill) as fn(&Run) -> Option<f64>),
+        (
+            "prompt",
+            (|run: &Run| run.prefill) as fn(&Run) -> Option<f64>,
+        ),
         ("token", |run| run.token),
     ] {
         let columns = runs.each_ref().map(|r| r.iter().filter_map(of).collect());
@@ -90,10 +100,7 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
 
 fn measure(program: &Path, ours: bool, args: &Args) -> Result<Run> {
     let mut command = Command::new(program);
-    let numbers = [
-        ("-d", args.n_depth),
-        ("-t", args.n_threads),
-    ];
+    let numbers = [("-d", args.n_depth), ("-t", args.n_threads)];
     if ours {
         command.args(["bench", "-r", "1", "-o", "jsonl", "--kv-policy", "full"]);
         // Only the one test with both: hae measures lists.

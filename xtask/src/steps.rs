@@ -1,6 +1,7 @@
 //! `cargo xtask demo`, `model` and `test`: set up, then run plain cargo commands, which are
 //! printed so that each can be repeated by itself.
 
+use std::ffi::OsString;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
 
@@ -129,6 +130,18 @@ fn components(root: &Path) -> Result<()> {
 /// # Errors
 /// When cargo cannot be run.
 pub fn cargo(root: &Path, args: &[&str]) -> Result<ExitStatus> {
+    cargo_with(root, args, &[])
+}
+
+/// The same with these variables on top of the environment.
+///
+/// # Errors
+/// When cargo cannot be run.
+pub fn cargo_with(
+    root: &Path,
+    args: &[&str],
+    variables: &[(String, OsString)],
+) -> Result<ExitStatus> {
     eprintln!("$ cargo {}", args.join(" "));
     let mut command = Command::new(pin::cargo());
     command.args(args).current_dir(root);
@@ -140,6 +153,7 @@ pub fn cargo(root: &Path, args: &[&str]) -> Result<ExitStatus> {
             command.env_remove(name);
         }
     }
+    command.envs(variables.iter().map(|(name, value)| (name, value)));
     command
         .status()
         .with_context(|| format!("cannot run cargo {}", args.join(" ")))

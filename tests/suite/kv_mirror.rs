@@ -1,0 +1,242 @@
+//! An engine on the real cache that says of every call beforehand what each cell will hold
+//! ([`crate::kv_model`], and the rule of growing and shrinking in docs/kv-cache.md), and compares
+//! every token's logits with a twin's in which nothing is ever removed, moved or resized
+//! ([`crate::kv_twin`]).
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::rc::Rc;
+
+use hae::cache::{Cell, Pos};
+use hae::engine::{Batch, Engine, KvBytes, Observation, Token};
+use hae::llama::LlamaEngine;
+use hae::{Error, Result};
+
+use crate::kv_model::Cells;
+use crate::kv_twin::Twin;
+use crate::npz::max_abs_diff;
+
+/// Cells by which a cache grows.
+pub const STEP: usize = 256;
+
+/// What all runs of a test did.
+#[derive(Debug, Default)]
+pub struct Tally {
+    pub decoded: usize,
+    pub steps: usize,
+    pub removed: usize,
+    pub moved: usize,
+    pub grown: usize,
+    pub shrunk: usize,
+    pub recalled: usize,
+    pub from_host: usize,
+    pub reopened: usize,
+    pub cancelled: usize,
+    pub refused: usize,
+    pub pruned_early: usize,
+    /// Logits that had to have the same bits.
+    pub exact: usize,
+    /// The largest difference of the others.
+    pub worst: f32,
+}
+
+pub struct Mirrored<'m> {
+    pub engine: LlamaEngine<'m>,
+    pub twin: Twin<'m>,
+    pub cells: Cells,
+    /// All tokens lay in the twin's cells whenever any was computed, so that sums had one order.
+    pub alike: bool,
+    /// An F32 cache without flash attention: what is the same sum has the same bits.
+    pub is_exact: bool,
+    pub tally: Rc<RefCell<Tally>>,
+}
+
+fn padded(n: usize) -> usize {
+    n.max(1).next_multiple_of(STEP)
+}
+
+impl Mirrored<'_> {
+    /// What a cache does that needs room for `n` more.
+    pub fn grow(&mut self, n: usize) {
+        let needed = self.cells.used() + n;
+        if needed > self.cells.cells.len() {
+            assert!(self.cells.resize(padded(needed).min(self.engine.n_cells())));
+            self.tally.borrow_mut().grown += 1;
+        }
+    }
+
+    pub fn check(&self, after: &str) {
+        let mut map = Vec::new();
+        self.engine.cell_map(&mut map).unwrap();
+        assert_eq!(map, self.cells.cells, "after {after}");
+        let mut held: Vec<Pos> = map.iter().flatten().copied().collect();
+        held.sort_unstable();
+        let twins = self.twin.cells();
+        assert!(held.iter().eq(twins.keys()), "after {after}");
+        let bytes = self.engine.kv_bytes();
+        let live = bytes.per_cell * self.cells.cells.len() as u64;
+        // Each layer's buffer may have padding.
+        assert!(
+            (live..live + 6 * 4096).contains(&bytes.allocated),
+            "{bytes:?}"
+        );
+    }
+
+    /// Of a batch that was just computed.
+    fn compare(&mut self, logits: bool) -> Result<()> {
+        let twins = self.twin.cells();
+        let mut entries = self.cells.entries();
+        self.alike &= entries.all(|(cell, pos)| twins.get(&pos) == Some(&cell));
+        if !logits {
+            return Ok(());
+        }
+        let (ours, theirs) = (self.engine.logits()?, self.twin.logits());
+        let mut tally = self.tally.borrow_mut();
+        if self.is_exact && self.alike {
+            let bits = |all: &[f32]| all.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
+            assert!(bits(ours) == bits(theirs), "{}", max_abs_diff(ours, theirs));
+            tally.exact += 1;
+        } else {
+            tally.worst = tally.worst.max(max_abs_diff(ours, theirs));
+        }
+        Ok(())
+    }
+}
+
+impl Engine for Mirrored<'_> {
+    fn decode(
+        &mut self,
+        batch: Batch<'_>,
+        cells: &mut Vec<Cell>,
+        seen: &mut Observation,
+    ) -> Result<()> {
+        let n = batch.input.len();
+        if self.cells.used() + n > self.engine.n_cells() {
+            let refused = self.engine.decode(batch, cells, seen);
+            assert!(
+                matches!(refused, Err(Error::ContextFull { .. })),
+                "{refused:?}"
+            );
+            self.check("a refused batch");
+            return refused;
+        }
+        self.grow(n);
+        let expected = self.cells.insert(batch.pos).unwrap();
+        self.engine.decode(batch, cells, seen)?;
+        assert!(
+            cells.iter().map(|&cell| cell as usize).eq(expected),
+            "cells of {:?}",
+            batch.pos
+        );
+        self.tally.borrow_mut().decoded += n;
+        self.twin.decode(batch);
+        self.check("a batch");
+        self.compare(batch.logits)
+    }
+
+    fn logits(&self) -> Result<&[f32]> {
+        self.engine.logits()
+    }
+
+    fn sample(&mut self) -> Result<Token> {
+        self.engine.sample()
+    }
+
+    fn is_eog(&self, token: Token) -> bool {
+        self.engine.is_eog(token)
+    }
+
+    fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
+        self.engine.piece(token, out)
+    }
+
+    fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
+        self.engine.remove(ranges)?;
+        for range in ranges {
+            self.cells.remove(range.clone());
+            self.twin.hide(range.clone());
+            self.tally.borrow_mut().removed += range.len();
+        }
+        self.check("a removal");
+        Ok(())
+    }
+
+    fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {
+        self.engine.rewind(from, left)?;
+        self.cells.remove(from..Pos::MAX);
+        self.twin.forget_from(from);
+        assert_eq!(self.cells.used(), left);
+        self.check("a rewind");
+        Ok(())
+    }
+
+    fn takes_any_position(&self) -> bool {
+        self.engine.takes_any_position()
+    }
+
+    fn trial(&self, n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
+        self.tally.borrow_mut().pruned_early += 1;
+        self.engine.trial(n_cells)
+    }
+
+    fn make_room(&mut self, n: usize) -> Result<()> {
+        self.grow(n);
+        self.engine.make_room(n)?;
+        self.check("making room");
+        Ok(())
+    }
+
+    fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
+        let (used, span, now) = (self.cells.used(), self.cells.end(), self.cells.cells.len());
+        let too_large = now > used + used / 10 + STEP;
+        let mut expected = Vec::new();
+        if padded(span) > padded(used) || too_large && span > padded(used) {
+            expected = self.cells.compact();
+        }
+        if too_large {
+            assert!(self.cells.resize(padded(used)));
+            self.tally.borrow_mut().shrunk += 1;
+        }
+        self.engine.compact(moves)?;
+        assert_eq!(moves, &expected, "moves");
+        self.tally.borrow_mut().moved += moves.len();
+        self.check("a compaction");
+        Ok(())
+    }
+
+    fn save_rows(&mut self, cells: &[Cell], out: &mut Vec<u8>) -> Result<bool> {
+        self.engine.save_rows(cells, out)
+    }
+
+    fn restore_rows(&mut self, pos: &[Pos], rows: &[u8], cells: &mut Vec<Cell>) -> Result<()> {
+        if self.cells.used() + pos.len() > self.engine.n_cells() {
+            let refused = self.engine.restore_rows(pos, rows, cells);
+            assert!(
+                matches!(refused, Err(Error::ContextFull { .. })),
+                "{refused:?}"
+            );
+            self.check("refused rows");
+            return refused;
+        }
+        self.grow(pos.len());
+        let expected = self.cells.put(pos).unwrap();
+        self.engine.restore_rows(pos, rows, cells)?;
+        assert_eq!(cells, &expected, "cells of rows");
+        pos.iter().for_each(|&pos| self.twin.show(pos));
+        self.tally.borrow_mut().from_host += pos.len();
+        self.check("rows from the host");
+        Ok(())
+    }
+
+    fn n_cells(&self) -> usize {
+        self.engine.n_cells()
+    }
+
+    fn n_batch(&self) -> usize {
+        self.engine.n_batch()
+    }
+
+    fn kv_bytes(&self) -> KvBytes {
+        self.engine.kv_bytes()
+    }
+}

@@ -1,0 +1,336 @@
+//! Whole conversations over the real cache, at random: prompts with pictures that are pruned before
+//! or after they go in, answers under eviction, recall, text that waits on the host, sessions that
+//! are closed and opened again, prompts that are cancelled.
+//!
+//! Every call that reaches the cache goes through [`Mirrored`], which compares cells and logits.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use hae::Error;
+use hae::cache::Pos;
+use hae::controller::Controller;
+use hae::engine::Token;
+use hae::engine::scripted::hashed;
+use hae::generate::{Segment, Session};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model};
+use hae::policy::{DapMode, Limits, Observe, PolicyOptions, create};
+use hae::prompt::Transcript;
+use hae::saved::{ModelIdentity, Saved};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+use crate::fixture;
+use crate::kv_mirror::{Mirrored, STEP, Tally};
+use crate::kv_model::Cells;
+use crate::kv_twin::{LlamaModel, Twin};
+use crate::model::{converted, engine, exact, load};
+use crate::random::options;
+
+const N_CTX: u32 = 768;
+const N_UBATCH: u32 = 48;
+
+/// A user turn.
+#[derive(Clone, Debug)]
+struct Turn {
+    /// Pictures and text, and how many rows each has.
+    prompt: Vec<(bool, usize)>,
+    answer: usize,
+    /// Batches of the prompt after which it is cancelled first.
+    cancel: Option<usize>,
+    /// Whether the session goes through a file after the prompt, and after the answer.
+    reopen: (bool, bool),
+}
+
+fn turns() -> impl Strategy<Value = Vec<Turn>> {
+    let piece = prop_oneof![
+        6 => (1..20usize).prop_map(|n| (false, n)),
+        3 => (20..150usize).prop_map(|n| (true, n)),
+        3 => (1..20usize).prop_map(|n| (true, n)),
+        // More than the cache takes beside a few others.
+        1 => (250..450usize).prop_map(|n| (true, n)),
+    ];
+    let turn = (
+        prop::collection::vec(piece, 1..5),
+        1..8usize,
+        0..40usize,
+        prop::option::weighted(0.15, 0..6usize),
+        (prop::bool::weighted(0.2), prop::bool::weighted(0.3)),
+    );
+    let turn = turn.prop_map(|(mut prompt, question, answer, cancel, reopen)| {
+        prompt.push((false, question));
+        Turn {
+            prompt,
+            answer,
+            cancel,
+            reopen,
+        }
+    });
+    prop::collection::vec(turn, 2..5)
+}
+
+/// Tokens, and pictures whose rows differ except for every ninth, which ends a row of it.
+fn segments(turn: &[(bool, usize)], first_image: u32, n_embd: usize, seed: u64) -> Vec<Segment> {
+    let uniform = |a: usize, b: usize| 1.0 + hashed(seed, a as Pos, b as Pos).ln() / 6.0;
+    let numbered = turn.iter().zip(first_image..);
+    let segment = |(&(picture, n), image): (&(bool, usize), u32)| {
+        let place = image as usize * 1000;
+        if !picture {
+            let token = |i| 3 + (uniform(place + i, 1) * 900.0) as Token;
+            return Segment::Tokens((0..n).map(token).collect());
+        }
+        let row = |i: usize| match i % 9 {
+            8 => 999_000,
+            _ => place + i,
+        };
+        let value = |i: usize| (uniform(row(i / n_embd), 2 + i % n_embd) - 0.5) as f32 * 0.2;
+        Segment::Image {
+            embeddings: (0..n * n_embd).map(value).collect(),
+            n,
+            image,
+            axes: None,
+        }
+    };
+    numbered.map(segment).collect()
+}
+
+struct Run<'m> {
+    model: &'m Model,
+    policy: PolicyOptions,
+    context: ContextOptions,
+    host_bytes: usize,
+    tally: Rc<RefCell<Tally>>,
+}
+
+impl<'m> Run<'m> {
+    fn controller(&self) -> Controller {
+        let limits = Limits {
+            n_layer: self.model.n_layer(),
+            n_cells: N_CTX as usize,
+        };
+        let policy = create("hae", &self.policy, limits).unwrap();
+        Controller::new(policy, N_CTX as usize)
+    }
+
+    fn engine(&self) -> LlamaEngine<'m> {
+        let mut options = self.context.clone();
+        if let Observe::Layers { layers, .. } = self.controller().observe() {
+            options.score_layers.clone_from(layers);
+        }
+        engine(self.model, options)
+    }
+
+    fn start(&self, twins: &'m LlamaModel) -> Session<Mirrored<'m>> {
+        let engine = Mirrored {
+            engine: self.engine(),
+            twin: Twin::new(twins, &self.context),
+            cells: Cells::new(STEP),
+            alike: true,
+            is_exact: self.context.flash_attention == FlashAttention::Off,
+            tally: Rc::clone(&self.tally),
+        };
+        Session::new(engine, self.controller()).with_host_bin(self.host_bytes)
+    }
+
+    /// Through a file, into a context of its own.
+    fn reopen(&self, mut session: Session<Mirrored<'m>>) -> Session<Mirrored<'m>> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("chat.session");
+        let saved = Saved {
+            model: ModelIdentity {
+                arch: self.model.arch().to_owned(),
+                n_layer: self.model.n_layer(),
+                n_embd: self.model.n_embd(),
+                n_vocab: self.model.n_vocab(),
+                bytes: 0,
+            },
+            rope_factors: session.engine.engine.rope_factors(),
+            transcript: Transcript::new(None, None),
+            pending: None,
+            images: 0,
+            ledger: session.controller.ledger().save(),
+            state: session.engine.engine.state().unwrap(),
+            history: session.history().clone(),
+            host_bin: session.host_bin().saved().cloned().collect(),
+        };
+        saved.write(&path).unwrap();
+        let Session { engine, .. } = session;
+        let Mirrored {
+            twin, cells, alike, ..
+        } = engine;
+        let saved = Saved::read(&path).unwrap();
+
+        let n = saved.ledger.entries.len();
+        let mut engine = Mirrored {
+            engine: self.engine(),
+            twin,
+            cells: Cells::new(STEP),
+            alike,
+            is_exact: self.context.flash_attention == FlashAttention::Off,
+            tally: Rc::clone(&self.tally),
+        };
+        engine.grow(n);
+        let order: Vec<Pos> = cells.entries().map(|(_, pos)| pos).collect();
+        let expected = engine.cells.insert(&order).unwrap();
+        let got = engine.engine.restore_bytes(saved.state, n).unwrap();
+        assert!(got.iter().map(|&cell| cell as usize).eq(expected));
+        engine.check("opening a session");
+        let mut controller = self.controller();
+        controller.load(&saved.ledger, &got).unwrap();
+        let mut session = Session::new(engine, controller).with_host_bin(self.host_bytes);
+        session.resume(saved.history, saved.host_bin);
+        self.tally.borrow_mut().reopened += 1;
+        session
+    }
+
+    /// The ledger says of each cell what the cache says.
+    fn assert_in_step(&self, session: &Session<Mirrored<'m>>) {
+        let entries = session.controller.ledger().entries();
+        let held: Vec<(usize, Pos)> = entries.map(|e| (e.cell as usize, e.pos)).collect();
+        let cells: Vec<(usize, Pos)> = session.engine.cells.entries().collect();
+        assert_eq!(held, cells);
+        assert!(session.host_bin().bytes() <= self.host_bytes);
+    }
+
+    fn converse(&self, twins: &'m LlamaModel, turns: &[Turn], seed: u64) {
+        let mut session = self.start(twins);
+        let n_embd = self.model.n_embd();
+        let mut images = 0;
+        for turn in turns {
+            let prompt = segments(&turn.prompt, images, n_embd, seed);
+            images += prompt.len() as u32;
+            if let Some(after) = turn.cancel {
+                let asked = std::cell::Cell::new(0);
+                let cancelled = || asked.replace(asked.get() + 1) >= after;
+                match session.prefill(&prompt, &cancelled) {
+                    Ok(complete) => {
+                        self.tally.borrow_mut().cancelled += usize::from(!complete);
+                        self.assert_in_step(&session);
+                        if complete {
+                            continue;
+                        }
+                    }
+                    Err(Error::PromptTooLong { .. }) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            match session.prefill(&prompt, &|| false) {
+                Ok(complete) => assert!(complete),
+                Err(Error::PromptTooLong { .. }) => {
+                    self.tally.borrow_mut().refused += 1;
+                    self.assert_in_step(&session);
+                    continue;
+                }
+                Err(error) => panic!("{error}"),
+            }
+            self.assert_in_step(&session);
+            if turn.reopen.0 {
+                session = self.reopen(session);
+            }
+            for step in 0..turn.answer {
+                let token = 3 + (hashed(seed, step as Pos, 7) * 1e6) as Token % 900;
+                match session.step(token) {
+                    Ok(()) => self.tally.borrow_mut().steps += 1,
+                    Err(Error::ContextFull { .. }) => break,
+                    Err(error) => panic!("{error}"),
+                }
+                self.assert_in_step(&session);
+            }
+            if turn.reopen.1 {
+                session = self.reopen(session);
+            }
+        }
+        self.tally.borrow_mut().recalled += session.controller.report().recalled;
+    }
+}
+
+/// Random conversations with a cache of this kind; what they did.
+fn conversations(flash: bool, kind: CacheType, cases: u32) -> Tally {
+    let (text, _) = converted("f32");
+    let (model, twins) = (load(text), fixture::load(text));
+    let context = ContextOptions {
+        kv_size: Some(STEP as u32),
+        n_batch: N_UBATCH,
+        n_ubatch: N_UBATCH,
+        flash_attention: match flash {
+            true => FlashAttention::On,
+            false => FlashAttention::Off,
+        },
+        type_k: kind,
+        type_v: kind,
+        ..exact(N_CTX)
+    };
+    let row_bytes = engine(&model, context.clone()).row_bytes().unwrap();
+    let tally = Rc::new(RefCell::new(Tally::default()));
+    let mut runner = TestRunner::new(Config {
+        cases,
+        max_shrink_iters: 60,
+        failure_persistence: None,
+        ..Config::default()
+    });
+    let host = prop_oneof![Just(0), 1..120usize];
+    let drawn = (
+        options(),
+        prop::bool::ANY,
+        prop::bool::weighted(0.8),
+        host,
+        turns(),
+        any::<u64>(),
+    );
+    let done = runner.run(&drawn, |(options, early, recall, host, turns, seed)| {
+        let run = Run {
+            model: &model,
+            policy: PolicyOptions {
+                dap_mode: match early {
+                    true => DapMode::Early,
+                    false => DapMode::Exact,
+                },
+                recall,
+                ..options
+            },
+            context: context.clone(),
+            host_bytes: host * row_bytes,
+            tally: Rc::clone(&tally),
+        };
+        run.converse(&twins, &turns, seed);
+        Ok(())
+    });
+    done.unwrap_or_else(|e| panic!("{e}"));
+    let tally = std::mem::take(&mut *tally.borrow_mut());
+    println!("flash {flash}, {kind:?}: {tally:?}");
+    tally
+}
+
+#[test]
+fn conversations_f32() {
+    let tally = conversations(false, CacheType::F32, 48);
+    assert!(tally.decoded > 5000 && tally.steps > 1000);
+    // Everything that may happen has happened.
+    for (n, what) in [
+        (tally.removed, "removed"),
+        (tally.moved, "moved"),
+        (tally.grown, "grown"),
+        (tally.shrunk, "shrunk"),
+        (tally.recalled, "recalled"),
+        (tally.from_host, "from the host"),
+        (tally.reopened, "reopened"),
+        (tally.cancelled, "cancelled"),
+        (tally.pruned_early, "pruned early"),
+    ] {
+        assert!(n > 0, "nothing {what}");
+    }
+    assert!(tally.exact > 30, "{}", tally.exact);
+    assert!(tally.worst < 1e-4, "{}", tally.worst);
+}
+
+#[test]
+fn conversations_f16() {
+    let tally = conversations(true, CacheType::F16, 16);
+    assert!(tally.worst < 5e-2, "{}", tally.worst);
+}
+
+#[test]
+fn conversations_q8_0() {
+    let tally = conversations(true, CacheType::Q8_0, 12);
+    assert!(tally.worst < 1.0, "{}", tally.worst);
+}

@@ -1,0 +1,132 @@
+//! How large tapped graphs may get, and what cannot be tapped.
+
+use llama_cpp_2::context::LlamaContext;
+use llama_cpp_2::context::params::LlamaContextParams;
+use llama_cpp_2::llama_batch::LlamaBatch;
+use llama_cpp_2::model::LlamaModel;
+use llama_cpp_2::token::LlamaToken;
+use llama_cpp_sys_2 as sys;
+
+use crate::fixture::{backend, load};
+use crate::random_llama::{Shape, llama};
+
+const N_UBATCH: u32 = 512;
+
+fn context(
+    model: &LlamaModel,
+    n_ctx: u32,
+    flash: bool,
+    change: impl FnOnce(&mut sys::llama_context_params),
+) -> LlamaContext<'_> {
+    let mut params = LlamaContextParams::default()
+        .with_n_ctx(std::num::NonZeroU32::new(n_ctx))
+        .with_n_batch(N_UBATCH)
+        .with_n_ubatch(N_UBATCH)
+        .with_n_threads(2)
+        .with_n_threads_batch(2)
+        .with_flash_attention_policy(i32::from(flash));
+    change(params.as_raw_mut());
+    model.new_context(backend(), params).unwrap()
+}
+
+fn tap(ctx: &mut LlamaContext<'_>, layers: &[i32]) -> i32 {
+    // SAFETY: the context is alive, the pointer is to as many values as said.
+    unsafe { sys::llama_hae_taps_set(ctx.as_mut_ptr(), layers.as_ptr(), layers.len()) }
+}
+
+/// Decodes a micro-batch and gives the sum of its rows' scores.
+fn scores(ctx: &mut LlamaContext<'_>, start: i32, rows: &[i32]) -> f64 {
+    let mut batch = LlamaBatch::new(N_UBATCH as usize, 1);
+    for pos in start..start + N_UBATCH as i32 {
+        batch
+            .add(LlamaToken(3 + pos * 7919 % 900), pos, &[0], false)
+            .unwrap();
+    }
+    // SAFETY: the context is alive, the pointers are to as many values as said.
+    unsafe {
+        let done = sys::llama_hae_taps_rows(ctx.as_mut_ptr(), rows.as_ptr(), rows.len());
+        assert_eq!(done, 0);
+    }
+    ctx.decode(&mut batch).unwrap();
+    if rows.is_empty() {
+        return 0.0;
+    }
+    let (mut sum, mut max) = (vec![0.0f32; 8192], vec![0.0f32; 8192]);
+    // SAFETY: as above.
+    let n = unsafe {
+        sys::llama_hae_taps_read(ctx.as_mut_ptr(), sum.as_mut_ptr(), max.as_mut_ptr(), 8192)
+    };
+    assert!(n > start, "{n}");
+    sum.iter().map(|&a| f64::from(a)).sum()
+}
+
+/// ggml ends the process when a graph has more nodes than were reserved. What is reserved counts
+/// pieces of rows in layers, of which the most there can be are here: every layer of 32, and all
+/// rows of a micro-batch but one, so that they are gathered.
+#[test]
+fn the_largest_graphs_fit_what_is_reserved() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("deep.gguf");
+    let shape = Shape {
+        n_layer: 32,
+        n_head: 32,
+        n_head_kv: 8,
+        width: 16,
+    };
+    llama(&path, shape);
+    let model = load(&path);
+    let spread = |n: i32| -> Vec<i32> { (0..n).map(|i| i * 32 / n).collect() };
+    for (n_ctx, flash) in [(8192, true), (512, true), (2048, false)] {
+        let mut ctx = context(&model, n_ctx, flash, |_| {});
+        // Each reserves its worst graph.
+        for n in [1, 2, 3, 5, 9, 16, 17, 31, 32] {
+            assert_eq!(tap(&mut ctx, &spread(n)), 0, "{n} layers, {n_ctx} cells");
+        }
+    }
+    let rows: Vec<i32> = (0..511).collect();
+    let mut ctx = context(&model, 8192, true, |_| {});
+    for (start, n) in [(0, 32), (512, 32), (1024, 32), (1536, 3), (2048, 1)] {
+        assert_eq!(tap(&mut ctx, &spread(n)), 0);
+        let total = scores(&mut ctx, start, &rows);
+        // The scores of a row add up to one.
+        assert!(
+            (total - 511.0).abs() < 0.05,
+            "{n} layers at {start}: {total}"
+        );
+    }
+}
+
+/// A context of the first layers builds no others: asking for their scores is a mistake, not a
+/// failure of each batch.
+#[test]
+fn a_context_of_the_first_layers_taps_only_these() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    let shape = Shape {
+        n_layer: 6,
+        n_head: 4,
+        n_head_kv: 4,
+        width: 16,
+    };
+    llama(&path, shape);
+    let model = load(&path);
+    let mut whole = context(&model, 1024, true, |_| {});
+    assert_eq!(tap(&mut whole, &[0, 5]), 0);
+    assert_eq!(tap(&mut whole, &[6]), sys::LLAMA_HAE_TAPS_ERR_ARGUMENT);
+    assert_eq!(tap(&mut whole, &[-1, 0]), sys::LLAMA_HAE_TAPS_ERR_ARGUMENT);
+    let mut first = context(&model, 1024, true, |params| {
+        params.n_layer_first = 2;
+        params.n_outputs_max = 1;
+    });
+    for layers in [&[2][..], &[0, 5], &[1, 2]] {
+        assert_eq!(
+            tap(&mut first, layers),
+            sys::LLAMA_HAE_TAPS_ERR_ARGUMENT,
+            "{layers:?}"
+        );
+    }
+    assert_eq!(tap(&mut first, &[0, 1]), 0);
+    let rows: Vec<i32> = (0..511).collect();
+    let total = scores(&mut first, 0, &rows);
+    assert!((total - 511.0).abs() < 0.05, "{total}");
+}

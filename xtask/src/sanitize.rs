@@ -1,0 +1,189 @@
+//! `cargo xtask sanitize`: llama.cpp and the tests of what we change in its cache, under the address
+//! and undefined-behaviour sanitizers.
+//!
+//! A stable Rust cannot instrument its own code, and needs not: only `src/llama` is unsafe, and every
+//! pointer that it hands over is checked where C++ follows it. So llama.cpp alone is compiled with
+//! the sanitizers, and the test program is linked with their runtime, whose allocator then also
+//! stands behind Rust's buffers. Builds go into a target folder of their own.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{pin, setup, steps, vendor};
+
+/// What is run when nothing is named: copies of a quantized cache on the device, and the rest of
+/// what patches/ does to caches and graphs. Not `kv_memory`, which limits the address space and
+/// measures what a process holds: the sanitizer's shadow memory is more than either.
+const TESTS: [&str; 8] = [
+    "kv_state::",
+    "kv_cells::",
+    "kv_streams::",
+    "kv_positions::",
+    "failed::",
+    "holes::",
+    "taps::",
+    "taps_limits::",
+];
+
+const SANITIZERS: &str = "-fsanitize=address,undefined";
+
+/// Lets the compiler that links add its runtime, in front of all other libraries: rustc tells it to
+/// add nothing otherwise.
+const LINK: &str = "-C default-linker-libraries=yes";
+
+/// Of llama.cpp: any finding ends the process, and one that only prints would be missed. Line
+/// numbers, and not more optimization than the tests need to end soon. Without C's assert(), as in
+/// every release build: one of ggml's allocator does not hold in llama.cpp as it comes. With a
+/// rotated V cache and K, Q and V computed in one, a single token needs no copy of V where larger
+/// batches do, and takes the place that was planned for the copy without using it.
+const FLAGS: [&str; 6] = [
+    SANITIZERS,
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    "-O1",
+    "-g1",
+    "-DNDEBUG",
+];
+
+/// Builds and runs the tests whose names contain one of `filters`, or the usual ones. 0: all passed
+/// and nothing was found.
+///
+/// # Errors
+/// When this is no Linux, the set-up fails, or cargo cannot be run.
+pub fn run(root: &Path, filters: &[String]) -> Result<u8> {
+    ensure!(
+        cfg!(target_os = "linux"),
+        "the sanitizers are set up for Linux with gcc or clang"
+    );
+    setup::run()?;
+    vendor::run(root)?;
+    let target = host()?;
+    let compiler = |name: &str, usual: &str| std::env::var_os(name).unwrap_or(usual.into());
+    let (cc, cxx) = (compiler("CC", "cc"), compiler("CXX", "c++"));
+    let args = arguments(&target, filters);
+    let environment = environment(&target, cc, cxx);
+    for (name, value) in &environment {
+        eprintln!("$ export {name}='{}'", value.to_string_lossy());
+    }
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let status = steps::cargo_with(root, &args, &environment)?;
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .map_or(1, |code| code.min(1)))
+}
+
+fn arguments(target: &str, filters: &[String]) -> Vec<String> {
+    let mut args: Vec<String> = [
+        "test",
+        "--release",
+        "--locked",
+        "--target-dir",
+        "target/sanitize",
+        // So that build scripts and macros, which run on the way, are not linked with the runtime.
+        "--target",
+        target,
+        "--test",
+        "suite",
+        "--",
+    ]
+    .map(str::to_owned)
+    .into();
+    match filters {
+        [] => args.extend(TESTS.map(str::to_owned)),
+        some => args.extend_from_slice(some),
+    }
+    args
+}
+
+/// What the build and the tests see beside the caller's environment.
+fn environment(target: &str, cc: OsString, cxx: OsString) -> Vec<(String, OsString)> {
+    let linker = format!(
+        "CARGO_TARGET_{}_LINKER",
+        target.to_uppercase().replace('-', "_")
+    );
+    let flags = FLAGS.join(" ");
+    // `detect_leaks` stays on; a stack of frames that says who, not only where.
+    let address =
+        "detect_stack_use_after_return=1:strict_string_checks=1:check_initialization_order=1";
+    let undefined = "print_stacktrace=1";
+    [
+        // The same compiler links, so that the runtime is its own.
+        (linker.as_str(), cxx.clone()),
+        ("CC", cc),
+        ("CXX", cxx),
+        ("LLAMA_LIB_PROFILE", "RelWithDebInfo".into()),
+        ("CMAKE_C_FLAGS_RELWITHDEBINFO", flags.clone().into()),
+        ("CMAKE_CXX_FLAGS_RELWITHDEBINFO", flags.into()),
+        // In the place of what .cargo/config.toml says.
+        (
+            "RUSTFLAGS",
+            format!("-C target-cpu=native {LINK} -C link-arg={SANITIZERS}").into(),
+        ),
+        ("ASAN_OPTIONS", address.into()),
+        ("UBSAN_OPTIONS", undefined.into()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into()
+}
+
+/// The target that rustc compiles for by itself.
+fn host() -> Result<String> {
+    let output = Command::new(pin::cargo())
+        .args(["--version", "--verbose"])
+        .output()
+        .context("cannot run cargo --version")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.lines().find_map(|line| line.strip_prefix("host: ")) {
+        Some(host) => Ok(host.to_owned()),
+        None => bail!("cargo --version --verbose names no host"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FLAGS, SANITIZERS, TESTS, arguments, environment, host};
+
+    #[test]
+    fn the_test_of_states_on_the_device_is_among_the_usual_ones() {
+        let target = host().unwrap();
+        let usual = arguments(&target, &[]);
+        assert!(usual.contains(&"kv_state::".to_owned()));
+        let at = usual.iter().position(|arg| arg == "--").unwrap();
+        assert_eq!(usual[at + 1..], TESTS);
+        let named = arguments(&target, &["holes::".to_owned()]);
+        assert_eq!(named[at + 1..], ["holes::"]);
+        assert_eq!(named[..at], usual[..at]);
+        // A folder of its own: the plain build is not thrown away.
+        assert!(usual.contains(&"target/sanitize".to_owned()));
+    }
+
+    #[test]
+    fn the_same_sanitizers_are_compiled_and_linked() {
+        let all = environment("x86_64-unknown-linux-gnu", "cc".into(), "g++-12".into());
+        let get = |name: &str| {
+            let found = all.iter().find(|(n, _)| n == name);
+            found.unwrap().1.to_str().unwrap()
+        };
+        assert_eq!(
+            get("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER"),
+            "g++-12"
+        );
+        for name in [
+            "CMAKE_C_FLAGS_RELWITHDEBINFO",
+            "CMAKE_CXX_FLAGS_RELWITHDEBINFO",
+        ] {
+            assert_eq!(get(name), FLAGS.join(" "));
+        }
+        assert!(get("CMAKE_C_FLAGS_RELWITHDEBINFO").contains("-fno-sanitize-recover"));
+        assert!(get("RUSTFLAGS").ends_with(&format!("link-arg={SANITIZERS}")));
+        // Nothing is suppressed.
+        for name in ["ASAN_OPTIONS", "UBSAN_OPTIONS"] {
+            assert!(!get(name).contains("suppressions"));
+            assert!(!get(name).contains("halt_on_error=0"));
+        }
+    }
+}
