@@ -199,6 +199,10 @@ pub fn measure<E: Engine>(
 ) -> Result<Option<Sample>> {
     let Watch { now, cancelled } = watch;
     if test.before() > 0 {
+        let unprompted = test.turns.first().filter(|turn| turn.n_prompt == 0);
+        if let Some(turn) = unprompted {
+            session.expect(turn.n_gen);
+        }
         let earlier = Segment::Tokens((0..test.before()).map(|_| tokens()).collect());
         if !session.prefill(&[earlier], cancelled)? {
             return Ok(None);
@@ -233,6 +237,7 @@ pub fn measure<E: Engine>(
                 cancelled,
                 now,
             };
+            session.expect(turn.n_gen);
             let generated = session.generate(&prompt, Some(1), hooks)?;
             if generated.finish == Finish::Cancelled {
                 return Ok(None);

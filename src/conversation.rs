@@ -90,6 +90,8 @@ pub struct PolicyReport {
     pub flushes: usize,
     /// Evicted tokens that came back for a later question.
     pub recalled: usize,
+    /// The most cells that were taken at once outside of prefills: what `--kv-budget` bounds.
+    pub peak_decoding: usize,
 }
 
 /// A model, its cache and what was said.
@@ -274,11 +276,9 @@ impl<'m> Conversation<'m> {
             pending: self.pending,
             images: self.images,
         };
-        let from = self.session.controller.next_pos();
         let answer = self.answer(turn, hooks);
-        let taken_back = answer.as_ref().is_ok_and(|answer| {
-            answer.finish == Finish::Cancelled && self.session.controller.next_pos() == from
-        });
+        let cancelled = |answer: &Answer| answer.finish == Finish::Cancelled;
+        let taken_back = answer.as_ref().is_ok_and(cancelled) && self.session.was_taken_back();
         if taken_back || answer.is_err() {
             self.transcript = before.transcript;
             self.pending = before.pending;
@@ -338,6 +338,7 @@ impl<'m> Conversation<'m> {
                 evicted_in_decoding: report.evicted_in_decoding,
                 flushes: report.flushes,
                 recalled: report.recalled,
+                peak_decoding: report.peak_decoding,
             },
             text: generated.text,
         })
@@ -364,13 +365,15 @@ impl<'m> Conversation<'m> {
         let needed = self.session.controller.ledger().counts().cells()
             + rows
             + usize::from(self.pending.is_some());
-        if needed > n_ctx {
+        // Where older tokens make room, the loop decides.
+        let shifts = self.session.controller.shifts();
+        if needed > n_ctx && !shifts {
             return Err(Error::PromptTooLong { needed, n_ctx });
         }
         let positions = self.session.controller.next_pos() as usize
             + usize::from(self.pending.is_some())
             + pieces.iter().map(Piece::positions).sum::<usize>();
-        if let Some(max) = self.max_positions.filter(|&max| positions > max) {
+        if let Some(max) = self.max_positions.filter(|&max| positions > max && !shifts) {
             let reason = format!(
                 "the short factors reach {max} positions, the prompt ends at {positions}: give long, or a larger -c"
             );

@@ -97,6 +97,9 @@ pub struct Session<E> {
     host_bin: HostBin,
     feed: Feed,
     moves: Vec<(Cell, Cell)>,
+    /// What [`Session::expect`] was told.
+    expected: Option<usize>,
+    taken_back: bool,
 }
 
 impl<E: Engine> Session<E> {
@@ -109,13 +112,26 @@ impl<E: Engine> Session<E> {
             host_bin: HostBin::default(),
             feed: Feed::default(),
             moves: Vec::new(),
+            expected: None,
+            taken_back: false,
         }
+    }
+
+    /// Tells how many tokens will go through the model after the next prompt, for policies that
+    /// leave room for them. [`Session::generate`] takes `n_predict` at its word otherwise.
+    pub fn expect(&mut self, tokens: usize) {
+        self.expected = Some(tokens);
     }
 
     /// Keeps evicted text in this much host memory, to be put back for a later question.
     pub fn with_host_bin(mut self, max_bytes: usize) -> Self {
         self.host_bin = HostBin::new(max_bytes);
         self
+    }
+
+    /// Whether the last prompt did not go in, or was taken out again.
+    pub fn was_taken_back(&self) -> bool {
+        self.taken_back
     }
 
     /// What went in since the cache was last empty, where it can be called back.
@@ -187,6 +203,9 @@ impl<E: Engine> Session<E> {
             now,
         } = hooks;
         let start = now();
+        // The last token of an answer does not go in.
+        let to_come = n_predict.map(|n| n.saturating_sub(1));
+        self.expected = self.expected.or(to_come);
         let Prefilled { complete, probe } = self.prefill_timed(prompt, cancelled, now)?;
         let mut timings = Timings {
             probe,

@@ -259,8 +259,13 @@ impl Setup<'_> {
             (RopeArg::Auto, Some(_)) => return Ok((RopeFactors::Short, Some(from))),
             _ => {}
         }
-        // Without eviction no position lies beyond the cache.
-        let evicts = !context.score_layers.is_empty();
+        // Without eviction no position lies beyond the cache, nor where positions move down.
+        let limits = Limits {
+            n_layer: model.n_layer(),
+            n_cells: n_ctx,
+        };
+        let shifts = policy::create(self.policy.0, self.policy.1, limits)?.shifts();
+        let evicts = context.kv_size.is_some() && !shifts;
         let positions = match (self.model.rope_factors, self.prompt, self.n_predict) {
             (RopeArg::Short, ..) => 0,
             (RopeArg::Long, ..) => usize::MAX,
@@ -280,7 +285,10 @@ impl Setup<'_> {
             if self.model.rope_factors == RopeArg::Long || positions > from {
                 (RopeFactors::Long, None)
             } else {
-                (RopeFactors::Short, Some(from))
+                (
+                    RopeFactors::Short,
+                    (!shifts || n_ctx > from).then_some(from),
+                )
             },
         )
     }
@@ -322,14 +330,16 @@ pub fn for_policy(
         n_cells: context.n_ctx as usize,
     };
     let policy = policy::create(policy.0, policy.1, limits)?;
-    if let Observe::Layers { layers, .. } = policy.observe() {
+    if policy.evicts() {
         if let Some(reason) = model.eviction_obstacle() {
             return Err(Error::Unsupported {
                 policy: policy.name(),
                 reason: reason.into(),
             });
         }
-        context.score_layers = layers;
+        if let Observe::Layers { layers, .. } = policy.observe() {
+            context.score_layers = layers;
+        }
         // `full` allocates all of its cells at once, as llama.cpp does.
         context.kv_size = Some(KV_SIZE_AT_FIRST);
     }

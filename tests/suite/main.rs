@@ -48,6 +48,7 @@ mod model;
 mod npz;
 mod others;
 mod parity;
+mod policies;
 mod quantize;
 mod random;
 #[cfg(feature = "kv-patches")]
