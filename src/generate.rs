@@ -28,7 +28,7 @@ pub use hostbin::{HostBin, Saved};
 pub use prompt::{Axes, Segment};
 
 /// Why a generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Finish {
     /// The model said so.

@@ -19,6 +19,7 @@ pub mod convert;
 pub mod embedded;
 pub mod engine;
 mod error;
+pub mod eval;
 pub mod generate;
 pub mod image;
 #[allow(unsafe_code)]

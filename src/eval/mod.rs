@@ -1,0 +1,9 @@
+//! Questions with known answers, and what a cache policy makes of them.
+//!
+//! [`question`] is a question from any of the [`files`]; [`score`] and [`facts`] judge an answer,
+//! [`distance`] compares a policy's predictions with those of the full cache. What was asked and
+//! answered is a line of [`record`], kept by [`results`] as it comes, and [`summary`] makes shares,
+//! intervals and tests of it with [`stats`]. Nothing here knows a model: whoever has one asks it
+//! (`crate::asker`).
+
+pub mod record;
