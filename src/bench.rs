@@ -258,7 +258,7 @@ impl Work<'_> {
 }
 
 /// Decodes one token and forgets it: the first decode of a context makes its graphs.
-fn wake(engine: &mut LlamaEngine<'_>, token: Token) -> Result<()> {
+pub(crate) fn wake(engine: &mut LlamaEngine<'_>, token: Token) -> Result<()> {
     let batch = Batch {
         input: Input::Tokens(&[token]),
         pos: &[0],

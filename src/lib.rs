@@ -10,6 +10,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod asker;
 pub mod bench;
 pub mod build;
 pub mod cache;
