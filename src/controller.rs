@@ -10,7 +10,7 @@ use std::ops::Range;
 use crate::cache::{Cell, Counts, Ledger, Modality, Pos, SavedLedger, ranges};
 use crate::engine::Observation;
 use crate::error::Result;
-use crate::policy::{DapMode, EvictionPolicy, Observe, Plan};
+use crate::policy::{DapMode, EvictionPolicy, Observe, Plan, Shift};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -61,6 +61,8 @@ pub struct Report {
     pub flushes: usize,
     /// Times that a token came back from the recycle bin.
     pub restores: usize,
+    /// The most cells that were taken at once outside of prefills: what `--kv-budget` bounds.
+    pub peak_decoding: usize,
 }
 
 /// A token that was just removed.
@@ -85,6 +87,7 @@ pub struct Controller {
     evicted_after_prefill: usize,
     evicted_in_decoding: usize,
     flushes: usize,
+    peak_decoding: usize,
 }
 
 impl Controller {
@@ -102,6 +105,7 @@ impl Controller {
                 bin: Vec::with_capacity(n_cells),
                 restore: Vec::with_capacity(n_cells),
                 evict: Vec::with_capacity(n_cells),
+                shift: None,
             },
             evicted: Vec::with_capacity(n_cells),
             positions: Vec::with_capacity(n_cells),
@@ -109,7 +113,13 @@ impl Controller {
             evicted_after_prefill: 0,
             evicted_in_decoding: 0,
             flushes: 0,
+            peak_decoding: 0,
         }
+    }
+
+    /// The policy's name.
+    pub fn policy(&self) -> &'static str {
+        self.policy.name()
     }
 
     pub fn ledger(&self) -> &Ledger {
@@ -136,6 +146,16 @@ impl Controller {
         self.policy.recalls()
     }
 
+    /// Whether the policy moves tokens to other positions.
+    pub fn shifts(&self) -> bool {
+        self.policy.shifts()
+    }
+
+    /// Tells the policy how many tokens will be decoded after the next prompt, if that is known.
+    pub fn expect(&mut self, tokens: Option<usize>) {
+        self.policy.expect(tokens);
+    }
+
     /// The position of the next token, whatever was evicted.
     pub fn next_pos(&self) -> Pos {
         self.ledger.newest().map_or(0, |newest| newest + 1)
@@ -144,6 +164,7 @@ impl Controller {
     /// Starts a user turn: tokens that go in now are the prompt's.
     pub fn begin_turn(&mut self) {
         self.ledger.begin_turn();
+        self.ledger.begin_observation();
         self.phase = Phase::Prefill;
     }
 
@@ -163,6 +184,9 @@ impl Controller {
                 false => self.ledger.insert(cell, pos, modality, image)?,
             }
         }
+        if self.phase == Phase::Decode {
+            self.note_peak();
+        }
         Ok(())
     }
 
@@ -173,7 +197,10 @@ impl Controller {
     pub fn observed(&mut self, seen: &Observation) -> Result<()> {
         let decay = match self.phase {
             Phase::Prefill => 1.0,
-            Phase::Decode => self.decay,
+            Phase::Decode => {
+                self.ledger.begin_observation();
+                self.decay
+            }
         };
         self.ledger.observe(seen, decay)
     }
@@ -206,7 +233,8 @@ impl Controller {
         self.plan.clear();
         self.plan.evict.extend_from_slice(cells);
         self.evicted_after_prefill += cells.len();
-        self.apply()
+        self.apply()?;
+        Ok(&self.ranges)
     }
 
     /// Writes down that evicted tokens are back in the cache.
@@ -251,6 +279,11 @@ impl Controller {
         &self.ranges
     }
 
+    /// What the last plan moves after the removals.
+    pub fn shift(&self) -> Option<Shift> {
+        self.plan.shift
+    }
+
     /// The tokens that the last plan removed.
     pub fn evicted(&self) -> &[Evicted] {
         &self.evicted
@@ -269,7 +302,9 @@ impl Controller {
         }
         self.policy.after_prefill(&self.ledger, &mut self.plan)?;
         self.evicted_after_prefill += self.plan.evict.len();
-        self.apply()
+        self.apply()?;
+        self.note_peak();
+        Ok(&self.ranges)
     }
 
     /// Lets the policy act on a decoded token; otherwise as [`Controller::after_prefill`].
@@ -281,12 +316,19 @@ impl Controller {
         self.policy.after_step(&self.ledger, &mut self.plan)?;
         self.evicted_in_decoding += self.plan.evict.len();
         self.flushes += usize::from(!self.plan.evict.is_empty());
-        self.apply()
+        self.apply()?;
+        Ok(&self.ranges)
+    }
+
+    fn note_peak(&mut self) {
+        let cells = self.ledger.counts().cells();
+        self.peak_decoding = self.peak_decoding.max(cells);
     }
 
     /// The ledger refuses what cannot be: an empty cell, a wrong state, the newest position.
     /// Evictions come first, so that a cell that is also to be binned or restored is found empty.
-    fn apply(&mut self) -> Result<&[Range<Pos>]> {
+    /// What moves to other positions does so last.
+    fn apply(&mut self) -> Result<()> {
         self.positions.clear();
         self.evicted.clear();
         for &cell in &self.plan.evict {
@@ -306,7 +348,10 @@ impl Controller {
             self.ledger.bin(cell)?;
         }
         ranges::coalesce(&mut self.positions, &mut self.ranges);
-        Ok(&self.ranges)
+        match self.plan.shift {
+            Some(Shift { from, by }) => self.ledger.shift(from, by),
+            None => Ok(()),
+        }
     }
 
     /// Goes on from a saved ledger, whose tokens lie in these cells now.
@@ -332,6 +377,7 @@ impl Controller {
         self.evicted_after_prefill = 0;
         self.evicted_in_decoding = 0;
         self.flushes = 0;
+        self.peak_decoding = 0;
     }
 
     pub fn report(&self) -> Report {
@@ -345,6 +391,7 @@ impl Controller {
             flushes: self.flushes,
             restores: cells.restored.total(),
             recalled: cells.recalled.total(),
+            peak_decoding: self.peak_decoding,
         }
     }
 }

@@ -97,6 +97,8 @@ pub struct Session<E> {
     host_bin: HostBin,
     feed: Feed,
     moves: Vec<(Cell, Cell)>,
+    /// What [`Session::expect`] was told.
+    expected: Option<usize>,
 }
 
 impl<E: Engine> Session<E> {
@@ -109,7 +111,14 @@ impl<E: Engine> Session<E> {
             host_bin: HostBin::default(),
             feed: Feed::default(),
             moves: Vec::new(),
+            expected: None,
         }
+    }
+
+    /// Tells how many tokens will go through the model after the next prompt, for policies that
+    /// leave room for them. [`Session::generate`] takes `n_predict` at its word otherwise.
+    pub fn expect(&mut self, tokens: usize) {
+        self.expected = Some(tokens);
     }
 
     /// Keeps evicted text in this much host memory, to be put back for a later question.
@@ -192,6 +201,9 @@ impl<E: Engine> Session<E> {
             now,
         } = hooks;
         let start = now();
+        // The last token of an answer does not go in.
+        let to_come = n_predict.map(|n| n.saturating_sub(1));
+        self.expected = self.expected.or(to_come);
         let Prefilled { complete, probe } = self.prefill_timed(prompt, cancelled, now)?;
         let mut timings = Timings {
             probe,

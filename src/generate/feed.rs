@@ -33,6 +33,8 @@ pub(super) struct Part<'a> {
     /// Which of its positions go in.
     pub keep: &'a dyn Fn(Pos) -> bool,
     pub queries: Option<Queries>,
+    /// Rows of the prompt behind this segment.
+    pub behind: usize,
     /// The prompt ends with this segment: its last row's logits are wanted.
     pub is_last: bool,
 }
@@ -62,7 +64,8 @@ impl Feed {
             }
             left -= rows.len();
             let is_last = part.is_last && left == 0;
-            self.select_queries(part.queries, segment.origin().modality, rows.len(), is_last);
+            let behind = part.behind + left;
+            self.select_queries(part.queries, segment.origin().modality, rows.len(), behind);
             self.pos.clear();
             self.pos
                 .extend(rows.iter().map(|&row| segment.pos(part.base, row)));
@@ -83,15 +86,16 @@ impl Feed {
         wanted: Option<Queries>,
         modality: Modality,
         rows: usize,
-        is_last: bool,
+        behind: usize,
     ) {
         self.queries.clear();
-        let rows = rows as u32;
-        match wanted {
-            Some(Queries::All) if modality == Modality::Text => self.queries.extend(0..rows),
-            Some(Queries::Last) if is_last => self.queries.push(rows - 1),
-            _ => {}
-        }
+        let last = match wanted {
+            Some(Queries::All) if modality == Modality::Text => rows,
+            Some(Queries::Last) => 1usize.saturating_sub(behind),
+            Some(Queries::Window(n)) => n.saturating_sub(behind).min(rows),
+            _ => 0,
+        };
+        self.queries.extend((rows - last) as u32..rows as u32);
     }
 
     fn rows(
