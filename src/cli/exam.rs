@@ -189,7 +189,7 @@ impl Exam<'_> {
         };
         let done = interrupt::answering(|| sitting.all());
         sitting.bar.finish_and_clear();
-        let answers = std::mem::take(&mut sitting.answers);
+        let answers = self.in_order(std::mem::take(&mut sitting.answers), &header);
         Ok(Outcome {
             answers,
             done: done?,
@@ -249,6 +249,20 @@ impl Exam<'_> {
             distance: self.distance,
             contenders: entrants.iter().map(|e| e.contender.clone()).collect(),
         })
+    }
+
+    /// By question, turn and policy: what runs by turns is saved in another order.
+    fn in_order(&self, mut answers: Vec<Answer>, header: &Header) -> Vec<Answer> {
+        let ids = self.questions.iter().map(|q| q.id.as_str());
+        let questions: HashMap<&str, usize> = ids.zip(0..).collect();
+        let names = header.contenders.iter().map(|c| c.name.as_str());
+        let contenders: HashMap<&str, usize> = names.zip(0..).collect();
+        answers.sort_by_key(|a| {
+            let question = questions.get(a.id.as_str());
+            let contender = contenders.get(a.contender.as_str());
+            (question.copied(), a.turn, contender.copied())
+        });
+        answers
     }
 
     fn bar(&self, entrants: usize, done: usize) -> Result<ProgressBar> {
