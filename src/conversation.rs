@@ -276,11 +276,9 @@ impl<'m> Conversation<'m> {
             pending: self.pending,
             images: self.images,
         };
-        let from = self.session.controller.next_pos();
         let answer = self.answer(turn, hooks);
-        let taken_back = answer.as_ref().is_ok_and(|answer| {
-            answer.finish == Finish::Cancelled && self.session.controller.next_pos() == from
-        });
+        let cancelled = |answer: &Answer| answer.finish == Finish::Cancelled;
+        let taken_back = answer.as_ref().is_ok_and(cancelled) && self.session.was_taken_back();
         if taken_back || answer.is_err() {
             self.transcript = before.transcript;
             self.pending = before.pending;

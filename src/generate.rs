@@ -99,6 +99,7 @@ pub struct Session<E> {
     moves: Vec<(Cell, Cell)>,
     /// What [`Session::expect`] was told.
     expected: Option<usize>,
+    taken_back: bool,
 }
 
 impl<E: Engine> Session<E> {
@@ -112,6 +113,7 @@ impl<E: Engine> Session<E> {
             feed: Feed::default(),
             moves: Vec::new(),
             expected: None,
+            taken_back: false,
         }
     }
 
@@ -125,6 +127,11 @@ impl<E: Engine> Session<E> {
     pub fn with_host_bin(mut self, max_bytes: usize) -> Self {
         self.host_bin = HostBin::new(max_bytes);
         self
+    }
+
+    /// Whether the last prompt did not go in, or was taken out again.
+    pub fn was_taken_back(&self) -> bool {
+        self.taken_back
     }
 
     /// What went in since the cache was last empty, where it can be called back.

@@ -46,7 +46,8 @@ impl<E: Engine> Session<E> {
     /// # Errors
     /// [`Error::PromptTooLong`] when what goes in does not fit beside what the cache holds.
     /// [`Error::Option`] for an empty prompt or a misshapen picture, [`Error::Unsupported`] for a
-    /// policy that the engine cannot serve. The cache is unchanged in these cases, and after the engine's own errors if the engine can take tokens back.
+    /// policy that the engine cannot serve. The cache is unchanged in these cases, and after the
+    /// engine's own errors if the engine can take tokens back.
     pub fn prefill(&mut self, prompt: &[Segment], cancelled: &dyn Fn() -> bool) -> Result<bool> {
         let done = self.prefill_timed(prompt, cancelled, &|| Duration::ZERO)?;
         Ok(done.complete)
@@ -59,6 +60,7 @@ impl<E: Engine> Session<E> {
         now: &dyn Fn() -> Duration,
     ) -> Result<Prefilled> {
         let expected = self.expected.take();
+        self.taken_back = true;
         self.check(prompt)?;
         self.controller.expect(expected);
         if self.controller.shifts() {
@@ -100,6 +102,7 @@ impl<E: Engine> Session<E> {
         }
         self.controller.after_prefill(early)?;
         self.remove_planned()?;
+        self.taken_back = false;
         Ok(Prefilled {
             complete: true,
             probe,
