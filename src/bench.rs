@@ -199,8 +199,8 @@ pub fn measure<E: Engine>(
 ) -> Result<Option<Sample>> {
     let Watch { now, cancelled } = watch;
     if test.before() > 0 {
-        let unprompted = test.turns.first().filter(|turn| turn.n_prompt == 0);
-        if let Some(turn) = unprompted {
+        // Without a prompt the first answer goes on from these tokens.
+        if let Some(turn) = test.turns.first().filter(|turn| turn.n_prompt == 0) {
             session.expect(turn.n_gen);
         }
         let earlier = Segment::Tokens((0..test.before()).map(|_| tokens()).collect());
@@ -323,7 +323,7 @@ impl Work<'_> {
 }
 
 /// Decodes one token and forgets it: the first decode of a context makes its graphs.
-fn wake(engine: &mut LlamaEngine<'_>, token: Token) -> Result<()> {
+pub(crate) fn wake(engine: &mut LlamaEngine<'_>, token: Token) -> Result<()> {
     let batch = Batch {
         input: Input::Tokens(&[token]),
         pos: &[0],

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use crate::cache::{Cell, PerModality, Pos};
 use crate::controller::{Controller, Origin};
-use crate::engine::{Engine, Input, Token};
+use crate::engine::{Engine, Input, Observation, Token};
 use crate::error::{Error, Result};
 use feed::Feed;
 use prefill::Prefilled;
@@ -28,7 +28,7 @@ pub use hostbin::{HostBin, Saved};
 pub use prompt::{Axes, Segment};
 
 /// Why a generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Finish {
     /// The model said so.
@@ -142,6 +142,11 @@ impl<E: Engine> Session<E> {
     /// The most bytes that were ever allocated for KV at once, trial runs included.
     pub fn peak_bytes(&self) -> u64 {
         self.feed.peak_bytes
+    }
+
+    /// The attention that was seen in the last batch that asked for it.
+    pub fn seen(&self) -> &Observation {
+        &self.feed.seen
     }
 
     pub fn host_bin(&self) -> &HostBin {

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Norm, Queries};
 use crate::error::{Error, Result};
@@ -71,7 +71,7 @@ impl FromStr for Layers {
 }
 
 /// A number of cells, or a share of those that there are.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Amount {
     Cells(usize),

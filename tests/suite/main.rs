@@ -14,6 +14,10 @@ mod damaged;
 mod ddes;
 #[cfg(feature = "kv-patches")]
 mod early;
+mod eval;
+mod eval_distance;
+mod eval_files;
+mod eval_score;
 #[cfg(feature = "kv-patches")]
 mod failed;
 mod fixture;
