@@ -4,13 +4,20 @@
 //! ([`Controller::inserted`]) and what attention was seen ([`Controller::observed`]), and removes
 //! the ranges that [`Controller::after_prefill`] and [`Controller::after_step`] return. The ledger
 //! then already counts them as gone.
+//!
+//! What it is told and what it decides can be recorded ([`Recorder`]); without a recorder that
+//! costs one comparison a call.
+
+mod record;
 
 use std::ops::Range;
+
+pub use record::{After, Event, Recorder};
 
 use crate::cache::{Cell, Counts, Ledger, Modality, Pos, SavedLedger, ranges};
 use crate::engine::Observation;
 use crate::error::Result;
-use crate::policy::{DapMode, EvictionPolicy, Observe, Plan};
+use crate::policy::{DapMode, EvictionPolicy, Observe, Plan, Queries};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -19,7 +26,7 @@ enum Phase {
 }
 
 /// Where the rows of a batch come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Origin {
     pub modality: Modality,
     /// Which picture, for visual tokens.
@@ -85,6 +92,8 @@ pub struct Controller {
     evicted_after_prefill: usize,
     evicted_in_decoding: usize,
     flushes: usize,
+    recorder: Option<Box<dyn Recorder>>,
+    single_rows: usize,
 }
 
 impl Controller {
@@ -109,6 +118,45 @@ impl Controller {
             evicted_after_prefill: 0,
             evicted_in_decoding: 0,
             flushes: 0,
+            recorder: None,
+            single_rows: 0,
+        }
+    }
+
+    /// Reports everything from now on to `recorder`.
+    pub fn record(&mut self, recorder: Box<dyn Recorder>) {
+        self.recorder = Some(recorder);
+    }
+
+    /// For a recording under a policy that looks at no attention: that of these layers is read
+    /// nevertheless, of every text row. The last `single_rows` rows of a prompt go in one at a
+    /// time, so that each is seen by itself.
+    pub fn observe_for_recorder(&mut self, layers: Vec<u32>, single_rows: usize) {
+        let queries = Queries::All;
+        self.observe = Observe::Layers { layers, queries };
+        self.observes_decoding = true;
+        self.single_rows = single_rows;
+    }
+
+    pub fn is_recorded(&self) -> bool {
+        self.recorder.is_some()
+    }
+
+    /// Tells the recorder what others know: texts and pictures.
+    pub fn tell(&mut self, event: Event<'_>) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.record(event);
+        }
+    }
+
+    /// Ends the recording, if there is one.
+    ///
+    /// # Errors
+    /// What went wrong with it at any time.
+    pub fn finish_recording(&mut self) -> Result<()> {
+        match self.recorder.take() {
+            Some(mut recorder) => recorder.finish(),
+            None => Ok(()),
         }
     }
 
@@ -119,6 +167,11 @@ impl Controller {
     /// The attention that the policy wants of the prompt.
     pub fn observe(&self) -> &Observe {
         &self.observe
+    }
+
+    /// The last rows of a prompt that have to go in one at a time.
+    pub fn single_rows(&self) -> usize {
+        self.single_rows
     }
 
     /// Whether the attention of decoded tokens is wanted too.
@@ -145,6 +198,7 @@ impl Controller {
     pub fn begin_turn(&mut self) {
         self.ledger.begin_turn();
         self.phase = Phase::Prefill;
+        self.tell(Event::Turn);
     }
 
     /// Writes down one batch: the token at position `pos[i]` lies in `cells[i]`.
@@ -163,6 +217,7 @@ impl Controller {
                 false => self.ledger.insert(cell, pos, modality, image)?,
             }
         }
+        self.tell(Event::Inserted { cells, pos, origin });
         Ok(())
     }
 
@@ -175,7 +230,9 @@ impl Controller {
             Phase::Prefill => 1.0,
             Phase::Decode => self.decay,
         };
-        self.ledger.observe(seen, decay)
+        self.ledger.observe(seen, decay)?;
+        self.tell(Event::Observed(seen));
+        Ok(())
     }
 
     /// Asks the policy which visual tokens of a prompt to leave out, by attention that was seen
@@ -189,6 +246,10 @@ impl Controller {
         let pos = |&cell: &Cell| trial.get(cell).map(|entry| entry.pos);
         let mut pruned: Vec<Pos> = self.plan.evict.iter().filter_map(pos).collect();
         pruned.sort_unstable();
+        self.tell(Event::Judged {
+            trial,
+            pruned: &pruned,
+        });
         Ok(pruned)
     }
 
@@ -196,6 +257,7 @@ impl Controller {
     pub fn skipped(&mut self, pos: &[Pos]) {
         self.ledger.skipped(pos);
         self.evicted_after_prefill += pos.len();
+        self.tell(Event::Skipped(pos));
     }
 
     /// Removes these positions before a prompt goes in. Gives them as sorted, disjoint ranges.
@@ -206,7 +268,9 @@ impl Controller {
         self.plan.clear();
         self.plan.evict.extend_from_slice(cells);
         self.evicted_after_prefill += cells.len();
-        self.apply()
+        self.apply()?;
+        self.tell(Event::Removed(cells));
+        Ok(&self.ranges)
     }
 
     /// Writes down that evicted tokens are back in the cache.
@@ -218,6 +282,7 @@ impl Controller {
             self.ledger
                 .recall(cell, pos, origin.modality, origin.image)?;
         }
+        self.tell(Event::Recalled { cells, pos, origin });
         Ok(())
     }
 
@@ -230,12 +295,16 @@ impl Controller {
         for (&cell, _) in cells.iter().zip(separators).filter(|&(_, &is)| is) {
             self.ledger.mark_separator(cell)?;
         }
+        if !separators.is_empty() {
+            self.tell(Event::Separators { cells, separators });
+        }
         Ok(())
     }
 
     /// Lets this turn's question judge the pictures of earlier turns anew.
     pub fn reopen_pictures(&mut self) {
         self.ledger.reopen_pictures();
+        self.tell(Event::Reopened);
     }
 
     /// Follows tokens that the engine moved to other cells.
@@ -243,7 +312,11 @@ impl Controller {
     /// # Errors
     /// As [`Ledger::moved`].
     pub fn moved(&mut self, moves: &[(Cell, Cell)]) -> Result<()> {
-        self.ledger.moved(moves)
+        self.ledger.moved(moves)?;
+        if !moves.is_empty() {
+            self.tell(Event::Moved(moves));
+        }
+        Ok(())
     }
 
     /// The positions that the last plan removed, as sorted, disjoint ranges.
@@ -269,7 +342,8 @@ impl Controller {
         }
         self.policy.after_prefill(&self.ledger, &mut self.plan)?;
         self.evicted_after_prefill += self.plan.evict.len();
-        self.apply()
+        self.planned_after(After::Prompt { pruned })?;
+        Ok(&self.ranges)
     }
 
     /// Lets the policy act on a decoded token; otherwise as [`Controller::after_prefill`].
@@ -281,12 +355,22 @@ impl Controller {
         self.policy.after_step(&self.ledger, &mut self.plan)?;
         self.evicted_in_decoding += self.plan.evict.len();
         self.flushes += usize::from(!self.plan.evict.is_empty());
-        self.apply()
+        self.planned_after(After::Step)?;
+        Ok(&self.ranges)
+    }
+
+    fn planned_after(&mut self, after: After) -> Result<()> {
+        self.apply()?;
+        if let Some(recorder) = &mut self.recorder {
+            let plan = &self.plan;
+            recorder.record(Event::Planned { after, plan });
+        }
+        Ok(())
     }
 
     /// The ledger refuses what cannot be: an empty cell, a wrong state, the newest position.
     /// Evictions come first, so that a cell that is also to be binned or restored is found empty.
-    fn apply(&mut self) -> Result<&[Range<Pos>]> {
+    fn apply(&mut self) -> Result<()> {
         self.positions.clear();
         self.evicted.clear();
         for &cell in &self.plan.evict {
@@ -306,7 +390,7 @@ impl Controller {
             self.ledger.bin(cell)?;
         }
         ranges::coalesce(&mut self.positions, &mut self.ranges);
-        Ok(&self.ranges)
+        Ok(())
     }
 
     /// Goes on from a saved ledger, whose tokens lie in these cells now.
@@ -316,12 +400,15 @@ impl Controller {
     pub fn load(&mut self, saved: &SavedLedger, cells: &[Cell]) -> Result<()> {
         self.clear();
         self.phase = Phase::Decode;
-        self.ledger.load(saved, cells)
+        self.ledger.load(saved, cells)?;
+        self.tell(Event::Loaded { saved, cells });
+        Ok(())
     }
 
     /// Takes back every token from position `from` on and gives the number of cells still in use.
     pub fn rewind(&mut self, from: Pos) -> usize {
         self.ledger.rewind(from);
+        self.tell(Event::Rewound(from));
         self.ledger.counts().cells()
     }
 
@@ -332,6 +419,12 @@ impl Controller {
         self.evicted_after_prefill = 0;
         self.evicted_in_decoding = 0;
         self.flushes = 0;
+        self.tell(Event::Cleared);
+    }
+
+    /// The last plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     pub fn report(&self) -> Report {

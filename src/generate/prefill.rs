@@ -222,13 +222,16 @@ impl<E: Engine> Session<E> {
             return Ok(false);
         }
         self.recall_text()?;
+        self.tell_texts(prompt)?;
         let last = prompt.iter().rposition(|p| !p.segment.is_empty());
+        let single_rows = self.controller.single_rows();
         for (i, Placed { base, segment }) in prompt.iter().enumerate() {
             let part = Part {
                 segment,
                 base: *base,
                 keep: &|pos| order.pruned.binary_search(&pos).is_err(),
                 queries: observe,
+                single_rows: if Some(i) == last { single_rows } else { 0 },
                 is_last: Some(i) == last,
             };
             let controller = &mut self.controller;
@@ -245,6 +248,18 @@ impl<E: Engine> Session<E> {
             }
         }
         Ok(true)
+    }
+
+    /// Tells a recorder what the prompt's tokens say.
+    fn tell_texts(&mut self, prompt: &[Placed<'_>]) -> Result<()> {
+        for placed in prompt {
+            if let Segment::Tokens(tokens) = placed.segment.as_ref() {
+                for (pos, &token) in (placed.base..).zip(tokens) {
+                    self.tell_text(pos, token)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Removes visual tokens of earlier turns that a trial run found useless for this one.
@@ -279,6 +294,7 @@ impl<E: Engine> Session<E> {
                 base: *base,
                 keep: &|pos| recalled.binary_search(&pos).is_ok(),
                 queries: None,
+                single_rows: 0,
                 is_last: false,
             };
             let controller = &mut self.controller;

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Norm, Queries};
 use crate::error::{Error, Result};
@@ -15,7 +15,7 @@ pub struct Limits {
 }
 
 /// Layers whose attention is read.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Layers {
     All,
@@ -71,7 +71,7 @@ impl FromStr for Layers {
 }
 
 /// A number of cells, or a share of those that there are.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Amount {
     Cells(usize),
@@ -114,7 +114,7 @@ impl FromStr for Amount {
 }
 
 /// Which visual tokens DAP drops.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DapRule {
     /// Those below `tau` times the mean global score: `G[j] < tau * mean G`.
@@ -126,7 +126,7 @@ pub enum DapRule {
 }
 
 /// Over which visual tokens the sum, the mean, or the kept amount is taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
     /// All pictures of the turn together.
@@ -136,7 +136,7 @@ pub enum Scope {
 }
 
 /// When DAP acts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DapMode {
     /// The whole prompt goes in, is judged, and what is pruned is removed (the paper).
@@ -147,7 +147,7 @@ pub enum DapMode {
     Early,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DapOptions {
     pub rule: DapRule,
     /// Threshold forms only: a token whose highest attention reaches `alpha` stays
@@ -157,7 +157,8 @@ pub struct DapOptions {
 }
 
 /// Every parameter of every policy; a policy reads those it has.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct PolicyOptions {
     pub layers: Layers,
     pub queries: Queries,
