@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use cli::{Done, bench, convert, demo, interrupt, options, quantize, run};
+use cli::{Done, bench, convert, demo, interrupt, options, quantize, replay, run};
 
 /// Run vision-language GGUFs with a KV cache that stays small.
 #[derive(Debug, Parser)]
@@ -28,6 +28,8 @@ enum Command {
     Demo(Box<demo::Args>),
     /// Measure speed and memory under several cache policies, as llama-bench does
     Bench(Box<bench::Args>),
+    /// Run cache policies on traces of earlier runs, without a model
+    Replay(Box<replay::Args>),
 }
 
 /// Parses the command line and runs it. Exit codes: 0 done, 2 usage or
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
             Command::Quantize(args) => quantize::run(&args),
             Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Replay(args) => replay::run(&args),
         }
     };
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(command)) {

@@ -10,6 +10,7 @@ mod load;
 pub mod options;
 mod output;
 pub mod quantize;
+pub mod replay;
 pub mod run;
 
 use std::io::Write;

@@ -43,7 +43,10 @@ pub enum Event<'a> {
     /// Attention of the batch that just went in.
     Observed(&'a Observation),
     /// A trial run was judged: visual tokens at these positions are not needed.
-    Judged { trial: &'a Ledger, pruned: &'a [Pos] },
+    Judged {
+        trial: &'a Ledger,
+        pruned: &'a [Pos],
+    },
     /// Visual tokens that never went in.
     Skipped(&'a [Pos]),
     /// Cells emptied before a prompt went in.

@@ -129,7 +129,13 @@ impl Layout {
         };
         let n = self.cut.tokens;
         let mut places = Vec::new();
-        grid(&page, View::Crops, page.rows * n, page.cols * n, &mut places);
+        grid(
+            &page,
+            View::Crops,
+            page.rows * n,
+            page.cols * n,
+            &mut places,
+        );
         places.push(Place::Separator);
         grid(&page, View::Whole, n, n, &mut places);
         places

@@ -46,7 +46,9 @@ impl TapeEngine {
     }
 
     fn place(&mut self, pos: Pos) -> Result<Cell> {
-        let slot = usize::try_from(pos).ok().and_then(|i| self.cell_of.get_mut(i));
+        let slot = usize::try_from(pos)
+            .ok()
+            .and_then(|i| self.cell_of.get_mut(i));
         let Some(slot) = slot.filter(|slot| **slot == NOWHERE) else {
             return Err(Error::contract(format!("position {pos} in a replay")));
         };
@@ -63,7 +65,9 @@ impl TapeEngine {
     }
 
     fn drop_pos(&mut self, pos: Pos) {
-        let slot = usize::try_from(pos).ok().and_then(|i| self.cell_of.get_mut(i));
+        let slot = usize::try_from(pos)
+            .ok()
+            .and_then(|i| self.cell_of.get_mut(i));
         if let Some(slot) = slot.filter(|slot| **slot != NOWHERE) {
             let cell = std::mem::replace(slot, NOWHERE);
             self.cells[cell as usize] = None;
@@ -134,7 +138,11 @@ impl Engine for TapeEngine {
             let rows = group.queries.len();
             let lost = if all > 0.0 { 1.0 - held / all } else { 0.0 };
             self.lost.push((rows, lost * rows as f64));
-            if group.queries.iter().all(|q| self.wanted.binary_search(q).is_ok()) {
+            if group
+                .queries
+                .iter()
+                .all(|q| self.wanted.binary_search(q).is_ok())
+            {
                 answered += rows;
                 self.attend(group, held, seen);
             }

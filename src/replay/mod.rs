@@ -5,12 +5,14 @@
 //! trace of `full`. [`verify`] holds a policy against its own decisions. [`Player`] follows a
 //! trace as it was, for reports.
 
+mod compare;
 mod engine;
 mod play;
 mod run;
 mod tape;
 mod verify;
 
+pub use compare::{Row, Setting, Subject, Summary, compare, summarize};
 pub use engine::TapeEngine;
 pub use play::Player;
 pub use run::{Lost, Moment, Replayed, replay};

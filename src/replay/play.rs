@@ -181,5 +181,7 @@ fn highest_cell(records: &[Record]) -> usize {
             _ => &[],
         })
         .max();
-    highest.map_or(0, |&cell| cell as usize + 1).min(2 * tokens + 4096)
+    highest
+        .map_or(0, |&cell| cell as usize + 1)
+        .min(2 * tokens + 4096)
 }

@@ -96,7 +96,12 @@ pub fn replay(
     let mut peak_decoding = 0;
     for turn in &tape.turns {
         session.prefill(&turn.segments, &|| false)?;
-        lost.prompts += session.engine.lost.drain(..).map(|(_, lost)| lost).sum::<f64>();
+        lost.prompts += session
+            .engine
+            .lost
+            .drain(..)
+            .map(|(_, lost)| lost)
+            .sum::<f64>();
         for _ in 0..turn.steps {
             peak_decoding = peak_decoding.max(session.controller.ledger().counts().cells() + 1);
             session.step(0)?;

@@ -53,7 +53,9 @@ pub fn unpack(bytes: &[u8]) -> Result<(Vec<u8>, &[u8]), Broken> {
     // The buffer grows with what comes out, whatever the header promised.
     let mut records = Vec::new();
     let most = unpacked as u64 + 1;
-    let read = DeflateDecoder::new(body).take(most).read_to_end(&mut records);
+    let read = DeflateDecoder::new(body)
+        .take(most)
+        .read_to_end(&mut records);
     match read {
         Err(e) => Err(Broken::Damaged(e.to_string())),
         Ok(n) if n != unpacked => Err(Broken::Damaged(format!(

@@ -14,8 +14,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::controller::Controller;
 use crate::error::{Error, Result};
-use crate::policy::PolicyOptions;
+use crate::policy::{Limits, PolicyOptions};
 
 pub use read::{Cut, Reader, read};
 pub use record::{Jpeg, Record};
@@ -34,6 +35,21 @@ pub const SINGLE_ROWS: usize = 32;
 /// Cells and layers beyond these are no model's; they bound what a reader allocates.
 const MOST_CELLS: usize = 1 << 24;
 const MOST_LAYERS: u32 = 4096;
+
+const FULL: &str = "full";
+
+/// Records what happens under a controller from now on. The engine reads the attention of
+/// `header.layers`.
+///
+/// # Errors
+/// As [`Writer::create`].
+pub fn record(controller: &mut Controller, path: &Path, header: Header) -> Result<()> {
+    if header.is_full() {
+        controller.observe_for_recorder(header.layers.clone(), SINGLE_ROWS);
+    }
+    controller.record(Box::new(Writer::create(path, header)?));
+    Ok(())
+}
 
 /// What a trace begins with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -55,10 +71,34 @@ pub struct Header {
 }
 
 impl Header {
+    /// That of a recording by this version of hae; `model` is the name to show, `layers` are those
+    /// whose attention the engine reads.
+    pub fn new(
+        model: String,
+        limits: Limits,
+        (policy, options): (&str, &PolicyOptions),
+        layers: Vec<u32>,
+    ) -> Self {
+        Header {
+            build: env!("CARGO_PKG_VERSION").into(),
+            model,
+            n_layer: limits.n_layer,
+            n_cells: limits.n_cells,
+            policy: policy.into(),
+            options: options.clone(),
+            layers,
+            // Nobody decided anything by the attention that `full` shows.
+            precision: match policy {
+                FULL => Precision::Rounded,
+                _ => Precision::Exact,
+            },
+        }
+    }
+
     /// Whether the policy kept everything, so that the attention of any other policy's run can
     /// be found in it.
     pub fn is_full(&self) -> bool {
-        self.policy == "full"
+        self.policy == FULL
     }
 
     fn check(&self, path: &Path) -> Result<()> {

@@ -76,7 +76,7 @@ pub enum Record {
 }
 
 impl Record {
-    pub(super) fn of(event: Event<'_>, precision: Precision) -> Self {
+    pub(crate) fn of(event: Event<'_>, precision: Precision) -> Self {
         match event {
             Event::Turn => Record::Turn,
             Event::Text { pos, bytes } => Record::Text {

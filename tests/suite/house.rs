@@ -121,6 +121,8 @@ fn the_controller_knows_nothing_of_llama_or_the_command_line() {
         "controller",
         "generate",
         "image",
+        "replay",
+        "trace",
     ];
     let sources = sources("src");
     let below = |name: &str, module: &str| {

@@ -42,6 +42,7 @@ mod random;
 mod recall;
 mod references;
 mod remake;
+mod replay;
 mod rope;
 mod runtime;
 mod session;
