@@ -17,7 +17,7 @@ const SIZES: [usize; 4] = [1 << 10, 1 << 12, 1 << 14, 1 << 17];
 const BIN: usize = 32;
 
 fn policy(n_cells: usize) -> Box<dyn EvictionPolicy> {
-    let kv_budget = Some(Amount::Cells(n_cells - BIN));
+    let kv_budget = Some(Amount::Cells(n_cells));
     let dap = None;
     let options = PolicyOptions {
         kv_budget,

@@ -146,6 +146,9 @@ pub fn measure<E: Engine>(
     let Watch { now, cancelled } = watch;
     let mut text = |n: usize| Segment::Tokens((0..n).map(|_| tokens()).collect());
     if test.before() > 0 {
+        if test.n_prompt == 0 {
+            session.expect(test.n_gen);
+        }
         if !session.prefill(&[text(test.before())], cancelled)? {
             return Ok(None);
         }
@@ -177,6 +180,7 @@ pub fn measure<E: Engine>(
             cancelled,
             now,
         };
+        session.expect(test.n_gen);
         let generated = session.generate(&prompt, Some(1), hooks)?;
         if generated.finish == Finish::Cancelled {
             return Ok(None);
@@ -258,7 +262,7 @@ impl Work<'_> {
 }
 
 /// Decodes one token and forgets it: the first decode of a context makes its graphs.
-fn wake(engine: &mut LlamaEngine<'_>, token: Token) -> Result<()> {
+pub(crate) fn wake(engine: &mut LlamaEngine<'_>, token: Token) -> Result<()> {
     let batch = Batch {
         input: Input::Tokens(&[token]),
         pos: &[0],

@@ -17,7 +17,7 @@ pub use record::{After, Event, Recorder};
 use crate::cache::{Cell, Counts, Ledger, Modality, Pos, SavedLedger, ranges};
 use crate::engine::Observation;
 use crate::error::Result;
-use crate::policy::{DapMode, EvictionPolicy, Observe, Plan, Queries};
+use crate::policy::{DapMode, EvictionPolicy, Observe, Plan, Queries, Shift};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -68,6 +68,8 @@ pub struct Report {
     pub flushes: usize,
     /// Times that a token came back from the recycle bin.
     pub restores: usize,
+    /// The most cells that were taken at once outside of prefills: what `--kv-budget` bounds.
+    pub peak_decoding: usize,
 }
 
 /// A token that was just removed.
@@ -92,6 +94,7 @@ pub struct Controller {
     evicted_after_prefill: usize,
     evicted_in_decoding: usize,
     flushes: usize,
+    peak_decoding: usize,
     recorder: Option<Box<dyn Recorder>>,
     single_rows: usize,
 }
@@ -111,6 +114,7 @@ impl Controller {
                 bin: Vec::with_capacity(n_cells),
                 restore: Vec::with_capacity(n_cells),
                 evict: Vec::with_capacity(n_cells),
+                shift: None,
             },
             evicted: Vec::with_capacity(n_cells),
             positions: Vec::with_capacity(n_cells),
@@ -118,6 +122,7 @@ impl Controller {
             evicted_after_prefill: 0,
             evicted_in_decoding: 0,
             flushes: 0,
+            peak_decoding: 0,
             recorder: None,
             single_rows: 0,
         }
@@ -129,10 +134,10 @@ impl Controller {
     }
 
     /// For a recording under a policy that looks at no attention: that of these layers is read
-    /// nevertheless, of every text row. The last `single_rows` rows of a prompt go in one at a
-    /// time, so that each is seen by itself.
+    /// nevertheless, of every row. The last `single_rows` rows of a prompt go in one at a time, so
+    /// that each is seen by itself.
     pub fn observe_for_recorder(&mut self, layers: Vec<u32>, single_rows: usize) {
-        let queries = Queries::All;
+        let queries = Queries::EVERY;
         self.observe = Observe::Layers { layers, queries };
         self.observes_decoding = true;
         self.single_rows = single_rows;
@@ -158,6 +163,11 @@ impl Controller {
             Some(mut recorder) => recorder.finish(),
             None => Ok(()),
         }
+    }
+
+    /// The policy's name.
+    pub fn policy(&self) -> &'static str {
+        self.policy.name()
     }
 
     pub fn ledger(&self) -> &Ledger {
@@ -189,6 +199,17 @@ impl Controller {
         self.policy.recalls()
     }
 
+    /// Whether the policy moves tokens to other positions.
+    pub fn shifts(&self) -> bool {
+        self.policy.shifts()
+    }
+
+    /// Tells the policy how many tokens will be decoded after the next prompt, if that is known.
+    pub fn expect(&mut self, tokens: Option<usize>) {
+        self.policy.expect(tokens);
+        self.tell(Event::Expected(tokens));
+    }
+
     /// The position of the next token, whatever was evicted.
     pub fn next_pos(&self) -> Pos {
         self.ledger.newest().map_or(0, |newest| newest + 1)
@@ -197,6 +218,7 @@ impl Controller {
     /// Starts a user turn: tokens that go in now are the prompt's.
     pub fn begin_turn(&mut self) {
         self.ledger.begin_turn();
+        self.ledger.begin_observation();
         self.phase = Phase::Prefill;
         self.tell(Event::Turn);
     }
@@ -218,6 +240,9 @@ impl Controller {
             }
         }
         self.tell(Event::Inserted { cells, pos, origin });
+        if self.phase == Phase::Decode {
+            self.note_peak();
+        }
         Ok(())
     }
 
@@ -228,7 +253,10 @@ impl Controller {
     pub fn observed(&mut self, seen: &Observation) -> Result<()> {
         let decay = match self.phase {
             Phase::Prefill => 1.0,
-            Phase::Decode => self.decay,
+            Phase::Decode => {
+                self.ledger.begin_observation();
+                self.decay
+            }
         };
         self.ledger.observe(seen, decay)?;
         self.tell(Event::Observed(seen));
@@ -324,6 +352,11 @@ impl Controller {
         &self.ranges
     }
 
+    /// What the last plan moves after the removals.
+    pub fn shift(&self) -> Option<Shift> {
+        self.plan.shift
+    }
+
     /// The tokens that the last plan removed.
     pub fn evicted(&self) -> &[Evicted] {
         &self.evicted
@@ -343,6 +376,7 @@ impl Controller {
         self.policy.after_prefill(&self.ledger, &mut self.plan)?;
         self.evicted_after_prefill += self.plan.evict.len();
         self.planned_after(After::Prompt { pruned })?;
+        self.note_peak();
         Ok(&self.ranges)
     }
 
@@ -368,8 +402,14 @@ impl Controller {
         Ok(())
     }
 
+    fn note_peak(&mut self) {
+        let cells = self.ledger.counts().cells();
+        self.peak_decoding = self.peak_decoding.max(cells);
+    }
+
     /// The ledger refuses what cannot be: an empty cell, a wrong state, the newest position.
     /// Evictions come first, so that a cell that is also to be binned or restored is found empty.
+    /// What moves to other positions does so last.
     fn apply(&mut self) -> Result<()> {
         self.positions.clear();
         self.evicted.clear();
@@ -390,7 +430,10 @@ impl Controller {
             self.ledger.bin(cell)?;
         }
         ranges::coalesce(&mut self.positions, &mut self.ranges);
-        Ok(())
+        match self.plan.shift {
+            Some(Shift { from, by }) => self.ledger.shift(from, by),
+            None => Ok(()),
+        }
     }
 
     /// Goes on from a saved ledger, whose tokens lie in these cells now.
@@ -419,6 +462,7 @@ impl Controller {
         self.evicted_after_prefill = 0;
         self.evicted_in_decoding = 0;
         self.flushes = 0;
+        self.peak_decoding = 0;
         self.tell(Event::Cleared);
     }
 
@@ -438,6 +482,7 @@ impl Controller {
             flushes: self.flushes,
             restores: cells.restored.total(),
             recalled: cells.recalled.total(),
+            peak_decoding: self.peak_decoding,
         }
     }
 }

@@ -114,6 +114,20 @@ pub trait Engine {
     /// [`Engine::remove`] this may take the newest position: the next batch starts at `from`.
     fn rewind(&mut self, from: Pos, left: usize) -> Result<()>;
 
+    /// Whether tokens can be moved to other positions.
+    fn can_shift(&self) -> bool {
+        false
+    }
+
+    /// Moves every token at position `from` or behind it down by `by`; no token lies where they
+    /// go. The cached keys follow their positions.
+    ///
+    /// # Errors
+    /// When [`Engine::can_shift`] says no.
+    fn shift(&mut self, _from: Pos, _by: Pos) -> Result<()> {
+        Err(crate::Error::contract("a shift of an engine that cannot"))
+    }
+
     /// Whether a batch may have holes between its positions, and lie before the newest one: what
     /// was evicted can then be decoded again, or left out from the start.
     fn takes_any_position(&self) -> bool {

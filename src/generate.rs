@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use crate::cache::{Cell, PerModality, Pos};
 use crate::controller::{Controller, Event, Origin};
-use crate::engine::{Engine, Input, Token};
+use crate::engine::{Engine, Input, Observation, Token};
 use crate::error::{Error, Result};
 use feed::Feed;
 use prefill::Prefilled;
@@ -28,7 +28,7 @@ pub use hostbin::{HostBin, Saved};
 pub use prompt::{Axes, Segment};
 
 /// Why a generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Finish {
     /// The model said so.
@@ -97,6 +97,8 @@ pub struct Session<E> {
     host_bin: HostBin,
     feed: Feed,
     moves: Vec<(Cell, Cell)>,
+    /// What [`Session::expect`] was told.
+    expected: Option<usize>,
 }
 
 impl<E: Engine> Session<E> {
@@ -109,7 +111,14 @@ impl<E: Engine> Session<E> {
             host_bin: HostBin::default(),
             feed: Feed::default(),
             moves: Vec::new(),
+            expected: None,
         }
+    }
+
+    /// Tells how many tokens will go through the model after the next prompt, for policies that
+    /// leave room for them. [`Session::generate`] takes `n_predict` at its word otherwise.
+    pub fn expect(&mut self, tokens: usize) {
+        self.expected = Some(tokens);
     }
 
     /// Keeps evicted text in this much host memory, to be put back for a later question.
@@ -126,6 +135,11 @@ impl<E: Engine> Session<E> {
     /// The most bytes that were ever allocated for KV at once, trial runs included.
     pub fn peak_bytes(&self) -> u64 {
         self.feed.peak_bytes
+    }
+
+    /// The attention that was seen in the last batch that asked for it.
+    pub fn seen(&self) -> &Observation {
+        &self.feed.seen
     }
 
     pub fn host_bin(&self) -> &HostBin {
@@ -199,6 +213,9 @@ impl<E: Engine> Session<E> {
             now,
         } = hooks;
         let start = now();
+        // The last token of an answer does not go in.
+        let to_come = n_predict.map(|n| n.saturating_sub(1));
+        self.expected = self.expected.or(to_come);
         let Prefilled { complete, probe } = self.prefill_timed(prompt, cancelled, now)?;
         let mut timings = Timings {
             probe,

@@ -10,6 +10,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod asker;
 pub mod bench;
 pub mod build;
 pub mod cache;
@@ -19,6 +20,7 @@ pub mod convert;
 pub mod embedded;
 pub mod engine;
 mod error;
+pub mod eval;
 pub mod generate;
 pub mod image;
 #[allow(unsafe_code)]
@@ -28,6 +30,7 @@ pub mod outfile;
 pub mod policy;
 pub mod prompt;
 pub mod replay;
+pub mod report;
 pub mod saved;
 pub mod tempfiles;
 pub mod trace;

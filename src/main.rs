@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use cli::{Done, bench, convert, demo, interrupt, options, quantize, replay, run};
+use cli::{Done, bench, convert, demo, interrupt, options, quantize, replay, report, run};
 
 /// Run vision-language GGUFs with a KV cache that stays small.
 #[derive(Debug, Parser)]
@@ -30,6 +30,8 @@ enum Command {
     Bench(Box<bench::Args>),
     /// Run cache policies on traces of earlier runs, without a model
     Replay(Box<replay::Args>),
+    /// Show saved results and traces in one HTML file
+    Report(report::Args),
 }
 
 /// Parses the command line and runs it. Exit codes: 0 done, 2 usage or
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
             Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Replay(args) => replay::run(&args),
+            Command::Report(args) => report::run(&args),
         }
     };
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(command)) {

@@ -30,6 +30,10 @@ pub struct Entry {
     pub max: f32,
     /// Exposure: how many query rows could see the token (a real number under a decay).
     pub seen: f32,
+    /// The part of `sum` that came last: from the whole of the newest prompt, or from the newest
+    /// decoding step.
+    #[serde(skip)]
+    pub latest: f32,
 }
 
 /// The occupied cells of a [`super::Ledger`].
@@ -44,6 +48,7 @@ pub struct Entries<'a> {
     pub(super) sum: &'a [f32],
     pub(super) max: &'a [f32],
     pub(super) seen: &'a [f32],
+    pub(super) latest: &'a [f32],
 }
 
 impl Iterator for Entries<'_> {
@@ -64,6 +69,7 @@ impl Iterator for Entries<'_> {
             sum: self.sum[i],
             max: self.max[i],
             seen: self.seen[i],
+            latest: self.latest[i],
         })
     }
 }

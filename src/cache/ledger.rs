@@ -42,6 +42,8 @@ pub struct Ledger {
     max: Vec<f32>,
     /// `[cells]` query rows
     seen: Vec<f32>,
+    /// `[cells]` attention mass since [`Ledger::begin_observation`]
+    latest: Vec<f32>,
     n_cells: usize,
     turn: u32,
     first: Option<Pos>,
@@ -62,6 +64,7 @@ impl Ledger {
             sum: Vec::with_capacity(n_cells),
             max: Vec::with_capacity(n_cells),
             seen: Vec::with_capacity(n_cells),
+            latest: Vec::with_capacity(n_cells),
             n_cells,
             ..Ledger::default()
         }
@@ -139,7 +142,7 @@ impl Ledger {
         for i in 0..self.pos.len() {
             if self.pos[i] != EMPTY && self.modality[i] == Modality::Vision {
                 self.turns[i] = self.turn;
-                (self.sum[i], self.max[i], self.seen[i]) = (0.0, 0.0, 0.0);
+                self.forget(i);
             }
         }
     }
@@ -167,6 +170,7 @@ impl Ledger {
             self.sum[j] = std::mem::take(&mut self.sum[i]);
             self.max[j] = std::mem::take(&mut self.max[i]);
             self.seen[j] = std::mem::take(&mut self.seen[i]);
+            self.latest[j] = std::mem::take(&mut self.latest[i]);
             if let Some((_, newest)) = &mut self.newest
                 && *newest == from
             {
@@ -233,6 +237,7 @@ impl Ledger {
         self.sum.resize(len, 0.0);
         self.max.resize(len, 0.0);
         self.seen.resize(len, 0.0);
+        self.latest.resize(len, 0.0);
     }
 
     /// Empty cells at the end need not be walked over any more.
@@ -246,6 +251,7 @@ impl Ledger {
         self.sum.truncate(len);
         self.max.truncate(len);
         self.seen.truncate(len);
+        self.latest.truncate(len);
     }
 
     /// What [`Ledger::load`] takes.
@@ -276,6 +282,7 @@ impl Ledger {
             (self.state[i], self.turns[i]) = (entry.state, entry.turn);
             self.separator[i] = entry.separator;
             (self.sum[i], self.max[i], self.seen[i]) = (entry.sum, entry.max, entry.seen);
+            self.latest[i] = entry.latest;
         }
         let newest = self.entries().max_by_key(|entry| (entry.pos, entry.cell));
         self.newest = newest.map(|entry| (entry.pos, entry.cell));
@@ -328,16 +335,54 @@ impl Ledger {
             return Err(Error::NanScore { pos: pos[i], value });
         }
 
+        let latest = &mut self.latest[..n];
         for i in 0..n {
             let rows = rows(pos[i]);
             let visible = rows > 0;
-            sum[i] = sum[i] * decay + if visible { add[i] } else { 0.0 };
+            let add = if visible { add[i] } else { 0.0 };
+            latest[i] += add;
+            sum[i] = sum[i] * decay + add;
             max[i] = max[i].max(if visible { peak[i] } else { 0.0 });
             exposure[i] = exposure[i] * decay + rows as f32;
         }
         if decay != 1.0 {
             self.sum[n..].iter_mut().for_each(|sum| *sum *= decay);
             self.seen[n..].iter_mut().for_each(|seen| *seen *= decay);
+        }
+        Ok(())
+    }
+
+    /// What is observed from now on counts as the latest attention.
+    pub fn begin_observation(&mut self) {
+        self.latest.fill(0.0);
+    }
+
+    fn forget(&mut self, i: usize) {
+        (self.sum[i], self.max[i], self.seen[i], self.latest[i]) = (0.0, 0.0, 0.0, 0.0);
+    }
+
+    /// Follows tokens that were moved to other positions: all at `from` or behind it, `by` down.
+    ///
+    /// # Errors
+    /// When a token lies where they go.
+    pub fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
+        let to = from.saturating_sub(by);
+        let in_the_way = self.entries().find(|e| (to..from).contains(&e.pos));
+        if let Some(entry) = in_the_way.filter(|_| by > 0) {
+            let pos = entry.pos;
+            let reason = format!("holds position {pos}, where positions from {from} are to go");
+            return Err(Error::cell(entry.cell, reason));
+        }
+        if by <= 0 || to < 0 {
+            let reason = format!("positions from {from} moved down by {by}");
+            return Err(Error::contract(reason));
+        }
+        // An empty cell's position is below every other.
+        for pos in self.pos.iter_mut().filter(|pos| **pos >= from.max(0)) {
+            *pos -= by;
+        }
+        if let Some((newest, _)) = self.newest.as_mut().filter(|(newest, _)| *newest >= from) {
+            *newest -= by;
         }
         Ok(())
     }
@@ -381,9 +426,8 @@ impl Ledger {
             State::Binned => *self.counts.binned.of_mut(modality) -= 1,
         }
         *self.counts.evicted.of_mut(modality) += 1;
-        let pos = std::mem::replace(&mut self.pos[i], EMPTY);
-        (self.sum[i], self.max[i], self.seen[i]) = (0.0, 0.0, 0.0);
-        Ok(pos)
+        self.forget(i);
+        Ok(std::mem::replace(&mut self.pos[i], EMPTY))
     }
 
     /// Takes back every token from position `from` on, as if it had never been there. The peak
@@ -406,7 +450,7 @@ impl Ledger {
                 State::Binned => *self.counts.binned.of_mut(self.modality[i]) -= 1,
             }
             self.pos[i] = EMPTY;
-            (self.sum[i], self.max[i], self.seen[i]) = (0.0, 0.0, 0.0);
+            self.forget(i);
         }
         if self.newest.is_none() {
             self.first = None;
@@ -471,6 +515,7 @@ impl Ledger {
             sum: &self.sum[..n],
             max: &self.max[..n],
             seen: &self.seen[..n],
+            latest: &self.latest[..n],
             cells,
         }
     }

@@ -356,14 +356,16 @@ pub fn for_policy(
         n_cells: context.n_ctx as usize,
     };
     let policy = policy::create(policy.0, policy.1, limits)?;
-    if let Observe::Layers { layers, .. } = policy.observe() {
+    if policy.evicts() {
         if let Some(reason) = model.eviction_obstacle() {
             return Err(Error::Unsupported {
                 policy: policy.name(),
                 reason: reason.into(),
             });
         }
-        context.score_layers = layers;
+        if let Observe::Layers { layers, .. } = policy.observe() {
+            context.score_layers = layers;
+        }
         // `full` allocates all of its cells at once, as llama.cpp does.
         context.kv_size = Some(KV_SIZE_AT_FIRST);
     }

@@ -11,6 +11,7 @@ pub mod options;
 mod output;
 pub mod quantize;
 pub mod replay;
+pub mod report;
 pub mod run;
 
 use std::io::Write;

@@ -10,7 +10,7 @@ use hae::llama::{
     CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions, ScoreSource,
 };
 use hae::policy::{
-    Amount, DapMode, DapOptions, DapRule, Layers, Norm, PolicyOptions, Queries, Scope,
+    Amount, DapMode, DapOptions, DapRule, Layers, Norm, PolicyOptions, Pooling, Queries, Scope,
 };
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
@@ -306,7 +306,13 @@ enum DapModeArg {
     Early,
 }
 
-/// The parameters of `--kv-policy hae`. The defaults that the help names are those of
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PoolingArg {
+    Avg,
+    Max,
+}
+
+/// The parameters of the policies; each reads those that it has. The defaults that the help names are those of
 /// [`PolicyOptions::default`], which a test compares.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "KV cache policy")]
@@ -315,7 +321,7 @@ pub struct PolicyArgs {
     #[arg(long, value_name = "NAME")]
     kv_preset: Option<String>,
     /// Keep this many visual tokens (64), or this share of them (0.4), by attention
-    /// [default: 0.4]
+    /// [default: what a --kv-budget below 1.0 leaves room for, otherwise 0.4]
     #[arg(long, value_name = "N|SHARE")]
     dap_keep: Option<Amount>,
     /// Drop visual tokens below TAU times the mean attention
@@ -351,18 +357,19 @@ pub struct PolicyArgs {
     /// Multiply scores by this at every step; 1: never forget [default: 1]
     #[arg(long, value_name = "X")]
     score_decay: Option<f64>,
-    /// Live cells while decoding (512), or a share of what the full cache would hold at the end
-    /// of the prompt (0.5) [default: 1.0]
+    /// Cells taken at most once the prompt was pruned, the recycle bin and the token being decoded
+    /// included: a number (512), or a share of what the full cache would hold at the end of the
+    /// prompt (0.5) [default: 1.0]
     #[arg(long, value_name = "N|SHARE")]
     kv_budget: Option<Amount>,
-    /// Cells of the recycle bin, on top of the budget [default: 32]
+    /// Cells of the recycle bin, part of a budget below 1.0 [default: 32]
     #[arg(long, value_name = "N")]
     bin_size: Option<usize>,
     /// Evict nothing while decoding
     #[arg(long, conflicts_with_all = ["kv_budget", "bin_size", "hysteresis", "no_restore"])]
     no_ddes: bool,
-    /// First positions that never leave [default: 4]
-    #[arg(long, value_name = "N")]
+    /// First positions that never leave; for context_shift llama.cpp's --keep [default: 4]
+    #[arg(long, alias = "keep", value_name = "N")]
     sinks: Option<usize>,
     /// Last positions that never leave [default: 16]
     #[arg(long, value_name = "N")]
@@ -377,6 +384,21 @@ pub struct PolicyArgs {
     /// Do not let a new question call evicted tokens back
     #[arg(long, action = ArgAction::SetTrue)]
     no_recall: bool,
+    /// Recent window of h2o: cells, or a share of the budget [default: 0.5]
+    #[arg(long, value_name = "N|SHARE")]
+    h2o_recent: Option<Amount>,
+    /// Last rows of the prompt that judge the others under snapkv [default: 32]
+    #[arg(long, value_name = "N")]
+    snapkv_window: Option<usize>,
+    /// Neighbours that snapkv pools scores over, an odd number [default: 5]
+    #[arg(long, value_name = "N")]
+    snapkv_kernel: Option<usize>,
+    /// How snapkv pools them [default: avg]
+    #[arg(long, value_enum, value_name = "HOW")]
+    snapkv_pooling: Option<PoolingArg>,
+    /// Seed of random and random_visual [default: 0]
+    #[arg(long, value_name = "N")]
+    kv_seed: Option<u64>,
 }
 
 impl PolicyArgs {
@@ -425,6 +447,17 @@ impl PolicyArgs {
             false => self.kv_budget.or(set.kv_budget),
         };
         set.restore &= !self.no_restore;
+        self.h2o_recent.into_iter().for_each(|x| set.h2o_recent = x);
+        let snapkv = &mut set.snapkv;
+        let (window, kernel) = (self.snapkv_window, self.snapkv_kernel);
+        window.into_iter().for_each(|x| snapkv.window = x);
+        kernel.into_iter().for_each(|x| snapkv.kernel = x);
+        match self.snapkv_pooling {
+            Some(PoolingArg::Avg) => snapkv.pooling = Pooling::Avg,
+            Some(PoolingArg::Max) => snapkv.pooling = Pooling::Max,
+            None => {}
+        }
+        self.kv_seed.into_iter().for_each(|x| set.seed = x);
         match self.score_queries {
             Some(QueriesArg::All) => set.queries = Queries::All,
             Some(QueriesArg::Last) => set.queries = Queries::Last,
@@ -490,6 +523,9 @@ mod tests {
             dap_mode,
             recall,
             keep_separators,
+            h2o_recent,
+            snapkv,
+            seed,
         } = PolicyOptions::default();
         assert_eq!(
             (dap_mode, recall, keep_separators),
@@ -498,12 +534,22 @@ mod tests {
         assert_eq!(layers, Layers::All);
         assert_eq!((queries, norm), (Queries::Last, Norm::PerQuery));
         assert!(kv_budget == Some(Amount::Share(1.0)) && restore);
-        let DapRule::Keep(Amount::Share(keep)) = dap.unwrap().rule else {
-            panic!("{dap:?}")
+        assert_eq!(dap.unwrap().rule, DapRule::Auto);
+        assert_eq!(snapkv.pooling, Pooling::Avg);
+        let Amount::Share(h2o_recent) = h2o_recent else {
+            panic!("{h2o_recent:?}")
         };
-        let values = [decay, keep, hysteresis].map(|x| x.to_string());
-        let counts = [bin_size, sinks, recent].map(|x| x.to_string());
-        let named = ["all", "last", "query", "1.0", "exact"].map(str::to_owned);
+        let values = [decay, hysteresis, h2o_recent].map(|x| x.to_string());
+        let counts = [
+            bin_size,
+            sinks,
+            recent,
+            snapkv.window,
+            snapkv.kernel,
+            seed as usize,
+        ]
+        .map(|x| x.to_string());
+        let named = ["all", "last", "query", "1.0", "exact", "avg"].map(str::to_owned);
         for value in values.iter().chain(&counts).chain(&named) {
             let default = format!("[default: {value}]");
             assert!(help.contains(&default), "{default} is not in:\n{help}");

@@ -88,10 +88,7 @@ pub fn run(args: &Args) -> Result<Done> {
 
 fn read(path: &PathBuf, cut: Cut) -> Result<(trace::Header, Vec<trace::Record>)> {
     let mut reader = Reader::open(path, cut)?;
-    let mut records = Vec::new();
-    while let Some(record) = reader.record()? {
-        records.push(record);
-    }
+    let records = reader.rest()?;
     if !reader.is_complete() {
         let shown = path.display();
         note(&format!("hae: {shown}: the run did not come to its end"));

@@ -64,7 +64,9 @@ pub struct Args {
     #[command(flatten)]
     sampler: SamplerArgs,
     /// `full` keeps everything, as llama.cpp does; `hae` prunes visual tokens after the prompt
-    /// (DAP) and, with --kv-budget, evicts through a recycle bin while decoding (DDES)
+    /// (`dap` alone) and evicts through a recycle bin while decoding (`ddes` alone). To compare
+    /// with: random, random_visual, streaming_llm, context_shift, h2o, tova, snapkv, fastv,
+    /// mustdrop
     #[arg(
         long,
         default_value = "full",
@@ -113,7 +115,7 @@ pub fn run(args: &Args) -> Result<Done> {
     if args.kv_policy == "full" && refused != PolicyOptions::default() {
         return Err(Error::option(
             "--kv-policy",
-            "full takes no parameters, expected hae beside these flags",
+            "full takes no parameters, expected another policy beside these flags",
         )
         .into());
     }

@@ -19,6 +19,8 @@ pub enum After {
 /// One thing that happened. In their order the events tell all that a policy ever saw.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'a> {
+    /// How many tokens will be decoded after the next prompt, if that is known.
+    Expected(Option<usize>),
     /// A user turn begins.
     Turn,
     /// The text of the token at a position; it may end inside of a character.

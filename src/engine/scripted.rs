@@ -30,6 +30,10 @@ pub enum Call {
     Sample(Token),
     Remove(Vec<Range<Pos>>),
     Rewind(Pos),
+    Shift {
+        from: Pos,
+        by: Pos,
+    },
 }
 
 /// How much the token at position `query` attends to the one at `key`, before normalisation.
@@ -49,6 +53,7 @@ pub struct Scripted {
     /// `[N_VOCAB]`, of the last row that asked for them.
     logits: Vec<f32>,
     patched: bool,
+    shifts: bool,
     pub calls: Vec<Call>,
 }
 
@@ -65,6 +70,7 @@ impl Scripted {
                 .collect(),
             logits: Vec::new(),
             patched: false,
+            shifts: true,
             calls: Vec::new(),
         }
     }
@@ -73,6 +79,12 @@ impl Scripted {
     /// rows that leave and come back.
     pub fn patched(mut self) -> Self {
         self.patched = true;
+        self
+    }
+
+    /// As a model whose cached keys cannot be moved to other positions.
+    pub fn without_shift(mut self) -> Self {
+        self.shifts = false;
         self
     }
 
@@ -294,6 +306,22 @@ impl Engine for Scripted {
             return Err(Error::contract(format!("{held} cells left, not {left}")));
         }
         self.calls.push(Call::Rewind(from));
+        Ok(())
+    }
+
+    fn can_shift(&self) -> bool {
+        self.shifts
+    }
+
+    fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
+        let held = self.cells.iter().flatten();
+        let free = held.clone().all(|pos| !(from - by..from).contains(pos));
+        if !self.shifts || by <= 0 || !free {
+            return Err(Error::contract(format!("a shift of {from} by {by}")));
+        }
+        let moved = self.cells.iter_mut().flatten().filter(|pos| **pos >= from);
+        moved.for_each(|pos| *pos -= by);
+        self.calls.push(Call::Shift { from, by });
         Ok(())
     }
 

@@ -35,6 +35,8 @@ pub(super) struct Part<'a> {
     pub queries: Option<Queries>,
     /// How many of its last rows go in one at a time.
     pub single_rows: usize,
+    /// Rows of the prompt behind this segment.
+    pub behind: usize,
     /// The prompt ends with this segment: its last row's logits are wanted.
     pub is_last: bool,
 }
@@ -65,7 +67,8 @@ impl Feed {
             }
             left -= rows.len();
             let is_last = part.is_last && left == 0;
-            self.select_queries(part.queries, segment.origin().modality, rows.len(), is_last);
+            let behind = part.behind + left;
+            self.select_queries(part.queries, segment.origin().modality, rows.len(), behind);
             self.pos.clear();
             self.pos
                 .extend(rows.iter().map(|&row| segment.pos(part.base, row)));
@@ -86,15 +89,16 @@ impl Feed {
         wanted: Option<Queries>,
         modality: Modality,
         rows: usize,
-        is_last: bool,
+        behind: usize,
     ) {
         self.queries.clear();
-        let rows = rows as u32;
-        match wanted {
-            Some(Queries::All) if modality == Modality::Text => self.queries.extend(0..rows),
-            Some(Queries::Last) if is_last => self.queries.push(rows - 1),
-            _ => {}
-        }
+        let last = match wanted {
+            Some(Queries::All) if modality == Modality::Text => rows,
+            Some(Queries::Last) => 1usize.saturating_sub(behind),
+            Some(Queries::Window(n)) => n.saturating_sub(behind).min(rows),
+            _ => 0,
+        };
+        self.queries.extend((rows - last) as u32..rows as u32);
     }
 
     fn rows(

@@ -14,7 +14,7 @@ use crate::cache::{Cell, Modality, Pos};
 use crate::controller::Origin;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::policy::{DapMode, Observe};
+use crate::policy::{DapMode, Observe, Shift};
 
 /// How a prefill went.
 #[derive(Clone, Copy, Debug, Default)]
@@ -58,7 +58,9 @@ impl<E: Engine> Session<E> {
         cancelled: &dyn Fn() -> bool,
         now: &dyn Fn() -> Duration,
     ) -> Result<Prefilled> {
+        let expected = self.expected.take();
         self.check(prompt)?;
+        self.controller.expect(expected);
         let from = self.controller.next_pos();
         let prompt = placed(prompt, from);
         let start = (self.controller.dap_mode() == DapMode::Early).then(now);
@@ -171,6 +173,12 @@ impl<E: Engine> Session<E> {
         for segment in prompt {
             segment.check()?;
         }
+        if self.controller.shifts() && !self.engine.can_shift() {
+            return Err(Error::Unsupported {
+                policy: self.controller.policy(),
+                reason: "its cached keys cannot be moved to other positions".into(),
+            });
+        }
         let rows = count(prompt).total();
         if rows == 0 {
             return Err(Error::option(
@@ -225,13 +233,16 @@ impl<E: Engine> Session<E> {
         self.tell_texts(prompt)?;
         let last = prompt.iter().rposition(|p| !p.segment.is_empty());
         let single_rows = self.controller.single_rows();
+        let mut behind: usize = prompt.iter().map(|p| p.segment.len()).sum();
         for (i, Placed { base, segment }) in prompt.iter().enumerate() {
+            behind -= segment.len();
             let part = Part {
                 segment,
+                behind,
                 base: *base,
                 keep: &|pos| order.pruned.binary_search(&pos).is_err(),
                 queries: observe,
-                single_rows: if Some(i) == last { single_rows } else { 0 },
+                single_rows: single_rows.saturating_sub(behind),
                 is_last: Some(i) == last,
             };
             let controller = &mut self.controller;
@@ -295,6 +306,7 @@ impl<E: Engine> Session<E> {
                 keep: &|pos| recalled.binary_search(&pos).is_ok(),
                 queries: None,
                 single_rows: 0,
+                behind: 0,
                 is_last: false,
             };
             let controller = &mut self.controller;
@@ -336,7 +348,8 @@ impl<E: Engine> Session<E> {
     /// Takes what the controller's last plan removed out of the engine, after saving what the
     /// host keeps, and lets the engine move the rest together.
     pub(super) fn remove_planned(&mut self) -> Result<()> {
-        if self.controller.planned().is_empty() {
+        let shift = self.controller.shift();
+        if self.controller.planned().is_empty() && shift.is_none() {
             return Ok(());
         }
         keep_text(
@@ -345,6 +358,9 @@ impl<E: Engine> Session<E> {
             self.controller.evicted(),
         )?;
         self.engine.remove(self.controller.planned())?;
+        if let Some(Shift { from, by }) = shift {
+            self.engine.shift(from, by)?;
+        }
         self.engine.compact(&mut self.moves)?;
         self.controller.moved(&self.moves)
     }

@@ -290,7 +290,7 @@ fn prompts_that_cannot_be() {
 #[test]
 fn positions_pass_the_number_of_cells() {
     let options = PolicyOptions {
-        kv_budget: Some(Amount::Cells(12)),
+        kv_budget: Some(Amount::Cells(16)),
         bin_size: 4,
         sinks: 2,
         recent: 3,

@@ -40,10 +40,15 @@ impl Trial {
         let last = prompt.iter().rposition(|placed| !placed.segment.is_empty());
         let new = prompt.iter().enumerate();
         let old = history.iter().map(|placed| (placed, None, false));
+        let mut behind: usize = prompt.iter().map(|placed| placed.segment.len()).sum();
         for (placed, queries, is_last) in
             old.chain(new.map(|(i, placed)| (placed, Some(queries), Some(i) == last)))
         {
+            if queries.is_some() {
+                behind -= placed.segment.len();
+            }
             let part = Part {
+                behind,
                 segment: &placed.segment,
                 base: placed.base,
                 keep: &|_| true,

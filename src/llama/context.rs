@@ -504,6 +504,28 @@ impl Engine for LlamaEngine<'_> {
         self.recount()
     }
 
+    fn can_shift(&self) -> bool {
+        // SAFETY: the context is alive, the call only reads it.
+        unsafe { sys::llama_memory_can_shift(sys::llama_get_memory(self.raw.as_ptr())) }
+    }
+
+    fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
+        let fail = |reason: &str| Err(Error::llama("llama_memory_seq_add", reason));
+        if !self.can_shift() {
+            return fail("this model's cached keys cannot be moved to other positions");
+        }
+        if by <= 0 || from < by {
+            return fail(&format!("positions from {from} down by {by}"));
+        }
+        // SAFETY: the context is alive; llama.cpp asserts on a memory that cannot shift, which was
+        // asked; no position becomes negative; an end of -1 means "to the end".
+        unsafe {
+            let memory = sys::llama_get_memory(self.ctx.as_mut_ptr());
+            sys::llama_memory_seq_add(memory, SEQ, from, -1, -by);
+        }
+        Ok(())
+    }
+
     #[cfg(feature = "kv-patches")]
     fn takes_any_position(&self) -> bool {
         // Rows of a picture that attend to later ones would see what they came before.

@@ -11,6 +11,8 @@
 //! - `tau`: the threshold as a share of the mean. r * |V| is 0.86 for the paper's 576 visual
 //!   tokens but 3.8 for the 2,509 of a large Phi-3.5-vision picture, so r does not carry over.
 //! - `keep`: a share or a number of tokens that stay, the best by G.
+//! - Under a `--kv-budget` below 1.0 the best by G stay that it leaves room for, or fewer where a
+//!   rule says so. Without a budget and a rule, 0.4 of the visual tokens stay.
 //! - G may be divided by the query rows that could see the token (`Norm::PerQuery`).
 //! - Only the visual tokens of the current turn are judged: the queries were theirs.
 //! - `Scope`: over one picture or over all of the turn.
@@ -20,108 +22,91 @@
 //!   question points at them, but without them what goes in loses its place. After a whole
 //!   prefill the others know their place already, and separators are judged like them.
 //! - A token that no query could see is not judged: there is no evidence against it.
+//!
+//! As a policy of its own, `dap`, it prunes prompts and keeps what is decoded. Its budget leaves
+//! room for the tokens to come, and can be kept only as far as visual tokens can make up for them.
 
-use super::scores::{Candidate, Guard, Norm};
-use super::{Amount, DapMode, DapOptions, DapRule, Plan, PolicyOptions, Scope};
-use crate::cache::{Ledger, Modality, State};
+use super::budget::Budget;
+use super::hae::Hae;
+use super::scores::{Guard, Norm};
+use super::visual::{Pictures, Visual, keep_best};
+use super::{
+    Amount, DapMode, DapOptions, DapRule, EvictionPolicy, Limits, Plan, PolicyOptions, Scope,
+};
+use crate::cache::Ledger;
+use crate::error::Result;
 
-struct Visual {
-    image: Option<u32>,
-    /// Global score G.
-    token: Candidate,
-    /// Individual score M.
-    max: f32,
-    /// Whether the token may leave.
-    open: bool,
+/// What stays without a budget and a rule.
+const KEEP: Amount = Amount::Share(0.4);
+
+pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
+    Ok(Box::new(Hae::dap(options, limits)?))
 }
 
 pub(super) struct Dap {
     options: DapOptions,
     norm: Norm,
-    guard: Guard,
-    keep_separators: bool,
-    visual: Vec<Visual>,
+    budget: Option<Budget>,
+    pictures: Pictures,
 }
 
 impl Dap {
-    pub fn new(dap: DapOptions, options: &PolicyOptions) -> Self {
+    pub fn new(dap: DapOptions, options: &PolicyOptions, budget: Option<Budget>) -> Self {
+        let guard = Guard {
+            sinks: options.sinks,
+            recent: options.recent,
+        };
+        let keep_separators = options.keep_separators && options.dap_mode == DapMode::Early;
         Dap {
             options: dap,
             norm: options.norm,
-            guard: Guard {
-                sinks: options.sinks,
-                recent: options.recent,
-            },
-            keep_separators: options.keep_separators && options.dap_mode == DapMode::Early,
-            visual: Vec::new(),
+            budget,
+            pictures: Pictures::new(guard, keep_separators),
         }
     }
 
-    /// Adds the turn's visual tokens that go to `plan.evict`.
-    pub fn prune(&mut self, cache: &Ledger, plan: &mut Plan) {
-        let open = self.guard.open(cache);
-        let (norm, keep_separators) = (self.norm, self.keep_separators);
-        self.visual.clear();
-        self.visual.extend(
-            cache
-                .entries()
-                .filter(|e| e.modality == Modality::Vision && e.turn == cache.turn())
-                .filter(|e| e.state == State::Live && e.seen > 0.0)
-                .map(|e| Visual {
-                    image: e.image,
-                    token: Candidate {
-                        score: norm.score(&e),
-                        pos: e.pos,
-                        cell: e.cell,
-                    },
-                    max: e.max,
-                    open: open.contains(&e.pos) && !(keep_separators && e.separator),
-                }),
-        );
-        match self.options.scope {
-            Scope::Turn => self.prune_group(0, self.visual.len(), plan),
-            Scope::Image => {
-                self.visual.sort_by_key(|v| v.image);
-                let mut start = 0;
-                while start < self.visual.len() {
-                    let image = self.visual[start].image;
-                    let end = self.visual.partition_point(|v| v.image <= image);
-                    self.prune_group(start, end, plan);
-                    start = end;
+    /// Adds the turn's visual tokens that go to `plan.evict`. `to_come` cells of the budget stay
+    /// free.
+    pub fn prune(&mut self, cache: &Ledger, to_come: Option<usize>, plan: &mut Plan) {
+        let norm = self.norm;
+        let most = self.budget.and_then(|b| b.after_prompt(cache, to_come));
+        let visual = self.pictures.judge(cache, |e| norm.score(e));
+        let rule = match (self.options.rule, most) {
+            (DapRule::Auto, Some(_)) => None,
+            (DapRule::Auto, None) => Some(DapRule::Keep(KEEP)),
+            (rule, _) => Some(rule),
+        };
+        match (rule, self.options.scope) {
+            (None, _) => {}
+            (Some(rule), Scope::Turn) => self.options.prune(rule, visual, plan),
+            (Some(rule), Scope::Image) => {
+                visual.sort_by_key(|v| v.image);
+                for picture in visual.chunk_by_mut(|a, b| a.image == b.image) {
+                    self.options.prune(rule, picture, plan);
                 }
             }
         }
-    }
-
-    fn prune_group(&mut self, start: usize, end: usize, plan: &mut Plan) {
-        let group = &mut self.visual[start..end];
-        let sum: f64 = group.iter().map(|v| f64::from(v.token.score)).sum();
-        let limit = match self.options.rule {
-            DapRule::Tau(tau) => tau * sum / group.len() as f64,
-            DapRule::R(r) => r * sum,
-            DapRule::Keep(keep) => return keep_best(group, keep, plan),
-        };
-        let alpha = self.options.alpha.unwrap_or(f64::INFINITY);
-        let low = |v: &&Visual| f64::from(v.token.score) < limit && f64::from(v.max) < alpha;
-        plan.evict.extend(
-            group
-                .iter()
-                .filter(low)
-                .filter(|v| v.open)
-                .map(|v| v.token.cell),
-        );
+        self.pictures.fit(cache, most, |v| v.token, plan);
     }
 }
 
-/// Evicts all but the best `keep`; something is always kept.
-fn keep_best(group: &mut [Visual], keep: Amount, plan: &mut Plan) {
-    let leave = group.len().saturating_sub(keep.of(group.len()).max(1));
-    group.sort_unstable_by_key(|v| v.token);
-    plan.evict.extend(
-        group
-            .iter()
-            .filter(|v| v.open)
-            .take(leave)
-            .map(|v| v.token.cell),
-    );
+impl DapOptions {
+    /// Prunes tokens that are judged together.
+    fn prune(&self, rule: DapRule, group: &mut [Visual], plan: &mut Plan) {
+        let sum: f64 = group.iter().map(|v| f64::from(v.token.score)).sum();
+        let limit = match rule {
+            DapRule::Tau(tau) => tau * sum / group.len() as f64,
+            DapRule::R(r) => r * sum,
+            DapRule::Keep(keep) => {
+                let keep = keep.of(group.len());
+                return keep_best(group, keep, |v| v.token, plan);
+            }
+            DapRule::Auto => return,
+        };
+        let alpha = self.alpha.unwrap_or(f64::INFINITY);
+        let low = |v: &Visual| f64::from(v.token.score) < limit && f64::from(v.max) < alpha;
+        for token in group.iter_mut().filter(|v| v.open && low(v)) {
+            token.evict(plan);
+        }
+    }
 }

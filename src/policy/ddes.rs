@@ -18,13 +18,24 @@
 //!   than d, begins the next bin.
 //! - When the budget has grown (a share of a longer conversation), binned tokens come back while
 //!   there is room, text first.
+//! - `--kv-budget` is B + d. The bin is smaller where the budget leaves less beside what is
+//!   protected. At a share of 1 B is the prompt's size and the bin comes on top.
 //! - Scores per query row (`Norm::PerQuery`), a decay, sinks and a recent window.
+//!
+//! As a policy of its own, `ddes`, it also brings down prompts that are larger than the budget.
 
 use std::collections::BinaryHeap;
 
+use super::budget::{Budget, went_in};
+use super::hae::Hae;
 use super::scores::{Candidate, Guard, Norm};
-use super::{Amount, Limits, Plan, PolicyOptions};
+use super::{EvictionPolicy, Limits, Plan, PolicyOptions};
 use crate::cache::{Cell, Ledger, Modality, State};
+use crate::error::{Error, Result};
+
+pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
+    Ok(Box::new(Hae::ddes(options, limits)?))
+}
 
 /// In the order in which they leave.
 const CLASSES: [Modality; 2] = [Modality::Vision, Modality::Text];
@@ -49,14 +60,16 @@ struct Class {
 pub(super) struct Ddes {
     norm: Norm,
     guard: Guard,
-    budget: Amount,
-    /// Bounds of B: a share of a short prompt must leave a choice, and B + d must fit.
+    budget: Budget,
+    /// The fewest live cells that leave a choice.
     least: usize,
-    most: usize,
+    n_cells: usize,
     /// B.
     cells: usize,
     /// d.
     bin_size: usize,
+    /// d where the budget allows it.
+    most_binned: usize,
     restore: bool,
     /// 1 + hysteresis.
     factor: f32,
@@ -67,42 +80,60 @@ pub(super) struct Ddes {
 
 impl Ddes {
     /// `options` are valid for `limits`.
-    pub fn new(options: &PolicyOptions, budget: Amount, limits: Limits) -> Self {
-        let Limits { n_cells, .. } = limits;
-        let most = n_cells - options.bin_size;
+    ///
+    /// # Errors
+    /// [`Error::Option`] when the bin does not fit beside what is protected.
+    pub fn new(options: &PolicyOptions, budget: Budget, limits: Limits) -> Result<Self> {
+        let PolicyOptions {
+            sinks,
+            recent,
+            bin_size,
+            ..
+        } = *options;
+        let n_cells = limits.n_cells;
+        let least = sinks + recent + 1;
+        if budget.is_whole() && least.saturating_add(bin_size) > n_cells {
+            let reason = format!(
+                "{least} live cells and a bin of {bin_size} need {}, but the context holds {n_cells}",
+                least.saturating_add(bin_size)
+            );
+            return Err(Error::option("--bin-size", reason));
+        }
         // As much as any step can need, so that none takes memory.
         let class = || Class {
-            binned: Vec::with_capacity(options.bin_size),
+            binned: Vec::with_capacity(bin_size.min(n_cells)),
             ascending: Vec::with_capacity(n_cells),
             lowest: Candidate::LAST,
             open: 0,
         };
-        Ddes {
+        Ok(Ddes {
             norm: options.norm,
-            guard: Guard {
-                sinks: options.sinks,
-                recent: options.recent,
-            },
+            guard: Guard { sinks, recent },
             budget,
-            least: options.least_budget(),
-            most,
-            cells: most,
-            bin_size: options.bin_size,
+            least,
+            n_cells,
+            cells: n_cells,
+            bin_size,
+            most_binned: bin_size,
             restore: options.restore,
             factor: 1.0 + options.hysteresis as f32,
             classes: [class(), class()],
             bin: Vec::with_capacity(n_cells),
-        }
+        })
     }
 
-    /// Sets B for the turn whose prompt is now in the cache. A share counts every position so
-    /// far: the cells that the full cache would hold.
+    /// Sets B and d for the turn whose prompt is now in the cache.
     pub fn set_budget(&mut self, cache: &Ledger) {
-        let prompt = match (cache.first(), cache.newest()) {
-            (Some(first), Some(newest)) => (newest - first) as usize + 1,
-            _ => 0,
-        };
-        self.cells = self.budget.of(prompt).clamp(self.least, self.most);
+        if self.budget.is_whole() {
+            let most = self.n_cells - self.most_binned;
+            self.bin_size = self.most_binned;
+            self.cells = went_in(cache).clamp(self.least, most);
+            return;
+        }
+        let cells = self.budget.cells(cache);
+        // At least 1: no budget is smaller than `least` and the next token.
+        self.bin_size = self.most_binned.min(cells - self.least);
+        self.cells = cells - self.bin_size;
     }
 
     /// Plans one step. `skip` marks cells that leave for another reason and do not count.

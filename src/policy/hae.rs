@@ -1,39 +1,84 @@
 //! `hae`, Hierarchical Adaptive Eviction (arXiv 2602.02197): DAP after each prompt, DDES while
-//! decoding. What each does, and where it departs from the paper, stands in `dap` and `ddes`.
+//! decoding. What each does, and where it departs from the paper, stands in `dap` and `ddes`,
+//! which are policies of their own, too.
+//!
+//! Under a `--kv-budget` below 1.0 pictures pay for it first: DAP leaves as many visual tokens as
+//! fit beside the text and the next token, or fewer where a rule says so, and while decoding DDES
+//! takes visual tokens before text. At no time are more cells taken than the budget says, the bin
+//! included.
 
 use serde_json::{Value, json};
 
+use super::budget::Budget;
 use super::dap::Dap;
 use super::ddes::Ddes;
+use super::scores::Guard;
 use super::{DapMode, EvictionPolicy, Limits, Observe, Plan, PolicyOptions};
 use crate::cache::Ledger;
 use crate::error::Result;
 
-pub struct Hae {
+/// Both parts, or one of them.
+pub(super) struct Hae {
+    name: &'static str,
     options: PolicyOptions,
     layers: Vec<u32>,
     dap: Option<Dap>,
     ddes: Option<Ddes>,
+    /// Tokens to come after the next prompt.
+    to_come: Option<usize>,
     /// `[cells]` what DAP has just given up, so that DDES does not count it.
     pruned: Vec<bool>,
 }
 
 pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
-    Ok(Box::new(Hae::new(options, limits)?))
+    Ok(Box::new(Hae::new("hae", options.clone(), true, limits)?))
 }
 
 impl Hae {
+    /// DAP alone.
+    ///
     /// # Errors
-    /// As [`PolicyOptions::validate`].
-    pub fn new(options: &PolicyOptions, limits: Limits) -> Result<Self> {
+    /// As [`PolicyOptions::validate`] and [`Budget::new`].
+    pub fn dap(options: &PolicyOptions, limits: Limits) -> Result<Self> {
+        let mut options = options.clone();
+        options.dap = options.dap.or(PolicyOptions::default().dap);
+        Hae::new("dap", options, false, limits)
+    }
+
+    /// DDES alone.
+    ///
+    /// # Errors
+    /// As [`PolicyOptions::validate`] and [`Budget::new`].
+    pub fn ddes(options: &PolicyOptions, limits: Limits) -> Result<Self> {
+        let mut options = options.clone();
+        options.dap = None;
+        options.kv_budget = options.kv_budget.or(PolicyOptions::default().kv_budget);
+        Hae::new("ddes", options, true, limits)
+    }
+
+    fn new(
+        name: &'static str,
+        options: PolicyOptions,
+        decoding: bool,
+        limits: Limits,
+    ) -> Result<Self> {
         options.validate(limits)?;
+        let PolicyOptions { sinks, recent, .. } = options;
+        let budget = options
+            .kv_budget
+            .map(|amount| Budget::new(amount, Guard { sinks, recent }, limits))
+            .transpose()?;
+        let ddes = budget
+            .filter(|_| decoding)
+            .map(|budget| Ddes::new(&options, budget, limits))
+            .transpose()?;
         Ok(Hae {
-            options: options.clone(),
+            name,
             layers: options.layers.resolve(limits.n_layer),
-            dap: options.dap.map(|dap| Dap::new(dap, options)),
-            ddes: options
-                .kv_budget
-                .map(|budget| Ddes::new(options, budget, limits)),
+            dap: options.dap.map(|dap| Dap::new(dap, &options, budget)),
+            ddes,
+            options,
+            to_come: None,
             pruned: Vec::new(),
         })
     }
@@ -41,12 +86,17 @@ impl Hae {
 
 impl EvictionPolicy for Hae {
     fn name(&self) -> &'static str {
-        "hae"
+        self.name
     }
 
     fn params(&self) -> Value {
         let mut params = json!(self.options);
         params["layers"] = json!(self.layers);
+        if let Some(params) = params.as_object_mut() {
+            for of_others in ["h2o_recent", "snapkv", "seed"] {
+                params.shift_remove(of_others);
+            }
+        }
         params
     }
 
@@ -79,9 +129,18 @@ impl EvictionPolicy for Hae {
         self.options.recall
     }
 
+    fn expect(&mut self, tokens: Option<usize>) {
+        self.to_come = tokens;
+    }
+
     fn prune(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
+        // What DDES holds the cache at while decoding leaves a cell for the next token.
+        let to_come = match self.ddes {
+            Some(_) => Some(1),
+            None => self.to_come,
+        };
         if let Some(dap) = &mut self.dap {
-            dap.prune(cache, plan);
+            dap.prune(cache, to_come, plan);
         }
         Ok(())
     }

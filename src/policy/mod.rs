@@ -4,23 +4,51 @@
 //! writes a [`Plan`]. The direction of a score is said once, here: **higher is more worth
 //! keeping**.
 
+mod budget;
+mod context_shift;
 mod dap;
 mod ddes;
-pub mod full;
-pub mod hae;
+mod fastv;
+mod full;
+mod greedy;
+mod h2o;
+mod hae;
+mod mustdrop;
 mod options;
+mod random;
 mod scores;
+mod snapkv;
+mod streaming_llm;
+mod tova;
+mod visual;
 
-use crate::cache::{Cell, Ledger};
+use crate::cache::{Cell, Ledger, Pos};
 use crate::error::{Error, Result};
 
-pub use options::{Amount, DapMode, DapOptions, DapRule, Layers, Limits, PolicyOptions, Scope};
+pub use options::{
+    Amount, DapMode, DapOptions, DapRule, Layers, Limits, PolicyOptions, Pooling, Scope,
+    SnapkvOptions,
+};
 pub use scores::Norm;
 
 type Create = fn(&PolicyOptions, Limits) -> Result<Box<dyn EvictionPolicy>>;
 
 /// The policies by the names that `--kv-policy` takes. The one place to add one.
-const POLICIES: &[(&str, Create)] = &[("full", full::create), ("hae", hae::create)];
+const POLICIES: &[(&str, Create)] = &[
+    ("full", full::create),
+    ("hae", hae::create),
+    ("dap", dap::create),
+    ("ddes", ddes::create),
+    ("random", random::create),
+    ("random_visual", random::create_visual),
+    ("streaming_llm", streaming_llm::create),
+    ("context_shift", context_shift::create),
+    ("h2o", h2o::create),
+    ("tova", tova::create),
+    ("snapkv", snapkv::create),
+    ("fastv", fastv::create),
+    ("mustdrop", mustdrop::create),
+];
 
 pub fn names() -> impl Iterator<Item = &'static str> {
     POLICIES.iter().map(|(name, _)| *name)
@@ -66,6 +94,13 @@ pub enum Queries {
     All,
     /// The prompt's last token only.
     Last,
+    /// The last rows of the prompt, this many, text or not.
+    Window(usize),
+}
+
+impl Queries {
+    /// Every row of the prompt, those of pictures included.
+    pub const EVERY: Queries = Queries::Window(usize::MAX);
 }
 
 /// What is to change, in cells; no cell is in it twice. The controller clears it before each call.
@@ -77,6 +112,15 @@ pub struct Plan {
     pub restore: Vec<Cell>,
     /// Cells, live or binned, that are removed for good.
     pub evict: Vec<Cell>,
+    /// What moves after the removals.
+    pub shift: Option<Shift>,
+}
+
+/// Every token at position `from` or behind it moves down by `by` positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shift {
+    pub from: Pos,
+    pub by: Pos,
 }
 
 impl Plan {
@@ -84,10 +128,12 @@ impl Plan {
         self.bin.clear();
         self.restore.clear();
         self.evict.clear();
+        self.shift = None;
     }
 
     pub fn is_empty(&self) -> bool {
-        self.bin.is_empty() && self.restore.is_empty() && self.evict.is_empty()
+        let cells = [&self.bin, &self.restore, &self.evict];
+        cells.iter().all(|cells| cells.is_empty()) && self.shift.is_none()
     }
 }
 
@@ -107,6 +153,21 @@ pub trait EvictionPolicy {
     fn observes_decoding(&self) -> bool {
         self.observe() != Observe::Nothing
     }
+
+    /// Whether it removes tokens at all: a model whose memory cannot spare single ones is refused
+    /// then.
+    fn evicts(&self) -> bool {
+        self.observe() != Observe::Nothing
+    }
+
+    /// Whether it moves tokens to other positions, which not every cache can.
+    fn shifts(&self) -> bool {
+        false
+    }
+
+    /// Called before each prompt: how many tokens will be decoded after it, if that is known. A
+    /// policy that only prunes prompts leaves room for them.
+    fn expect(&mut self, _tokens: Option<usize>) {}
 
     /// What the scores so far are multiplied with at each decoding step; 1 is plain accumulation.
     /// The batches of a prompt count as one observation, whatever their size, and are not decayed.

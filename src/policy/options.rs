@@ -88,7 +88,9 @@ impl Amount {
         }
     }
 
-    fn check(self, flag: &'static str) -> Result<()> {
+    /// # Errors
+    /// [`Error::Option`] for none, or a share that is none.
+    pub(super) fn check(self, flag: &'static str) -> Result<()> {
         match self {
             Amount::Cells(0) => Err(Error::option(flag, "0 cells, expected at least 1")),
             Amount::Share(share) if !(share > 0.0 && share <= 1.0) => Err(Error::option(
@@ -117,6 +119,9 @@ impl FromStr for Amount {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DapRule {
+    /// As many stay as a [`PolicyOptions::kv_budget`] below the whole leaves room for; without
+    /// one, the policy's own share of them.
+    Auto,
     /// Those below `tau` times the mean global score: `G[j] < tau * mean G`.
     Tau(f64),
     /// The paper's form: `G[j] < r * sum G`. The same as `tau = r * |V|`.
@@ -170,10 +175,11 @@ pub struct PolicyOptions {
     pub dap_mode: DapMode,
     /// Whether [`DapMode::Early`] leaves the tokens that separate parts of a picture alone.
     pub keep_separators: bool,
-    /// Live cells while decoding; a share counts the cells that the full cache would hold at
-    /// the end of the prompt. None: no eviction while decoding.
+    /// The most cells that are taken at once from the end of a prompt's pruning on; a share
+    /// counts the cells that the full cache would hold at the end of the prompt. `budget.rs` says
+    /// it in full. None: `hae` evicts nothing while decoding, others as with a share of 1.
     pub kv_budget: Option<Amount>,
-    /// Cells of the recycle bin, on top of the budget.
+    /// Cells of the recycle bin, part of the budget. It is smaller where a budget leaves less.
     pub bin_size: usize,
     /// First positions that never leave.
     pub sinks: usize,
@@ -186,6 +192,40 @@ pub struct PolicyOptions {
     /// Whether a new turn's question judges evicted tokens again: visual ones are decoded again
     /// from their embeddings, text comes from host memory if it was kept there.
     pub recall: bool,
+    /// Recent window of `h2o`, in cells or as a share of the budget.
+    pub h2o_recent: Amount,
+    pub snapkv: SnapkvOptions,
+    /// Of the policies that draw by lot.
+    pub seed: u64,
+}
+
+/// How `snapkv` looks at a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapkvOptions {
+    /// Rows at the end of the prompt that judge the others, and stay.
+    pub window: usize,
+    /// Neighbours over which scores are pooled, the token itself included; odd.
+    pub kernel: usize,
+    pub pooling: Pooling,
+}
+
+/// How neighbours' scores become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pooling {
+    Avg,
+    Max,
+}
+
+/// Those of the authors' program.
+impl Default for SnapkvOptions {
+    fn default() -> Self {
+        SnapkvOptions {
+            window: 32,
+            kernel: 5,
+            pooling: Pooling::Avg,
+        }
+    }
 }
 
 /// Our setting.
@@ -197,7 +237,7 @@ impl Default for PolicyOptions {
             norm: Norm::PerQuery,
             decay: 1.0,
             dap: Some(DapOptions {
-                rule: DapRule::Keep(Amount::Share(0.4)),
+                rule: DapRule::Auto,
                 alpha: None,
                 scope: Scope::Turn,
             }),
@@ -210,6 +250,9 @@ impl Default for PolicyOptions {
             hysteresis: 0.1,
             restore: true,
             recall: true,
+            h2o_recent: Amount::Share(0.5),
+            snapkv: SnapkvOptions::default(),
+            seed: 0,
         }
     }
 }
@@ -264,66 +307,42 @@ impl PolicyOptions {
         }
     }
 
-    /// The fewest live cells that leave a token to choose: everything protected and one more.
-    pub fn least_budget(&self) -> usize {
-        self.sinks.saturating_add(self.recent).saturating_add(1)
-    }
-
+    /// Everything but the budget, which each policy checks against what it protects.
+    ///
     /// # Errors
     /// [`Error::Option`] that names the flag, the value and what was expected.
     pub fn validate(&self, limits: Limits) -> Result<()> {
-        let Limits { n_layer, n_cells } = limits;
-        if let Layers::List(list) = &self.layers {
-            if list.is_empty() {
-                return Err(Error::option(
-                    "--score-layers",
-                    "no layer, expected at least one",
-                ));
-            }
-            if let Some(layer) = list.iter().find(|&&layer| layer >= n_layer) {
-                let last = n_layer.saturating_sub(1);
-                let reason = format!("layer {layer}, but the model's layers are 0 to {last}");
-                return Err(Error::option("--score-layers", reason));
-            }
-        }
+        self.validate_layers(limits.n_layer)?;
         if !(self.decay > 0.0 && self.decay <= 1.0) {
             let reason = format!("{}, expected more than 0, up to 1", self.decay);
             return Err(Error::option("--score-decay", reason));
-        }
-        if let Some(dap) = &self.dap {
-            dap.validate()?;
         }
         if self.bin_size == 0 {
             return Err(Error::option("--bin-size", "0 cells, expected at least 1"));
         }
         at_least_zero("--hysteresis", self.hysteresis)?;
-        match self.kv_budget {
-            Some(budget) => self.validate_budget(budget, n_cells),
-            None => Ok(()),
+        if let Some(dap) = &self.dap {
+            dap.validate()?;
         }
+        Ok(())
     }
 
-    fn validate_budget(&self, budget: Amount, n_cells: usize) -> Result<()> {
-        budget.check("--kv-budget")?;
-        let least = self.least_budget();
-        let cells = match budget {
-            Amount::Cells(cells) => cells,
-            Amount::Share(_) => least,
+    /// # Errors
+    /// As [`PolicyOptions::validate`].
+    pub(super) fn validate_layers(&self, n_layer: u32) -> Result<()> {
+        let Layers::List(list) = &self.layers else {
+            return Ok(());
         };
-        if cells < least {
-            let reason = format!(
-                "{cells} cells, expected at least {least}: {} sinks + {} recent + 1",
-                self.sinks, self.recent
-            );
-            return Err(Error::option("--kv-budget", reason));
+        if list.is_empty() {
+            return Err(Error::option(
+                "--score-layers",
+                "no layer, expected at least one",
+            ));
         }
-        let peak = cells.saturating_add(self.bin_size);
-        if peak > n_cells {
-            let reason = format!(
-                "{cells} cells and a bin of {} need {peak} cells, but the context holds {n_cells}",
-                self.bin_size
-            );
-            return Err(Error::option("--kv-budget", reason));
+        if let Some(layer) = list.iter().find(|&&layer| layer >= n_layer) {
+            let last = n_layer.saturating_sub(1);
+            let reason = format!("layer {layer}, but the model's layers are 0 to {last}");
+            return Err(Error::option("--score-layers", reason));
         }
         Ok(())
     }
@@ -332,6 +351,7 @@ impl PolicyOptions {
 impl DapOptions {
     fn validate(&self) -> Result<()> {
         match self.rule {
+            DapRule::Auto => {}
             DapRule::Tau(tau) => at_least_zero("--dap-tau", tau)?,
             DapRule::R(r) => at_least_zero("--dap-r", r)?,
             DapRule::Keep(keep) => {

@@ -54,9 +54,10 @@ fn with_dap(rule: DapRule, alpha: Option<f64>, scope: Scope) -> PolicyOptions {
     }
 }
 
+/// `cells` live ones and a bin.
 fn with_budget(cells: usize, bin_size: usize) -> PolicyOptions {
     PolicyOptions {
-        kv_budget: Some(Amount::Cells(cells)),
+        kv_budget: Some(Amount::Cells(cells + bin_size)),
         bin_size,
         ..options()
     }
@@ -78,10 +79,11 @@ fn sorted(mut cells: Vec<Cell>) -> Vec<Cell> {
 
 #[test]
 fn unknown_names_list_the_known_ones() {
-    let error = create("snapkv", &options(), LIMITS).err().unwrap();
+    let error = create("lru", &options(), LIMITS).err().unwrap();
     assert_eq!(
         error.to_string(),
-        "--kv-policy: \"snapkv\", expected one of full, hae"
+        "--kv-policy: \"lru\", expected one of full, hae, dap, ddes, random, random_visual, \
+         streaming_llm, context_shift, h2o, tova, snapkv, fastv, mustdrop"
     );
     assert!(names().all(|name| create(name, &options(), LIMITS).unwrap().name() == name));
 }
@@ -290,23 +292,28 @@ fn a_share_is_bounded_by_what_is_protected_and_by_the_context() {
     let ledger = cache("TTTTTTTTTT", &[0.1; 10]);
     let share = |share| PolicyOptions {
         kv_budget: Some(Amount::Share(share)),
-        ..with_budget(1, 9)
+        ..with_budget(1, 3)
     };
-    assert_eq!(prefill(&share(0.5), &ledger).bin.len(), 5);
+    // Half of 10 are 2 live ones and a bin of 3, of which 8 fill two.
+    let plan = prefill(&share(0.5), &ledger);
+    assert_eq!((plan.evict.len(), plan.bin.len()), (6, 2));
     let protected = PolicyOptions {
         sinks: 3,
         recent: 3,
         ..share(0.1)
     };
-    assert_eq!(prefill(&protected, &ledger).bin.len(), 3, "3 + 3 + 1 stay");
+    let plan = prefill(&protected, &ledger);
+    assert_eq!(plan.evict.len(), 3, "3 + 3 + 1 stay, the bin gets one cell");
+    // A whole one is the prompt, with the bin on top.
+    assert!(prefill(&share(1.0), &ledger).is_empty());
     let limits = Limits {
         n_layer: 1,
-        n_cells: 13,
+        n_cells: 12,
     };
     let mut plan = Plan::default();
     create("hae", &share(1.0), limits)
         .unwrap()
         .after_prefill(&ledger, &mut plan)
         .unwrap();
-    assert_eq!(plan.bin.len(), 6, "4 live and a bin of 9");
+    assert_eq!(plan.bin.len(), 1, "9 live and a bin of 3");
 }

@@ -5,6 +5,9 @@
 //! gone, softmax over the same logits is just that for a single head, and close to it for a mean
 //! over heads that lose different shares. What that leaves out is that the queries themselves
 //! would have been others.
+//!
+//! A token of the tape has a number, its position there. Policies that move tokens to other
+//! positions change where it stands, not which it is.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -21,14 +24,18 @@ const NOWHERE: Cell = Cell::MAX;
 pub struct TapeEngine {
     tape: Rc<Tape>,
     n_cells: usize,
-    /// By cell.
-    cells: Vec<Option<Pos>>,
-    /// By position.
+    /// By cell: number and position of its token.
+    cells: Vec<Option<(usize, Pos)>>,
+    /// By number.
     cell_of: Vec<Cell>,
+    /// By position.
+    cell_at: Vec<Cell>,
     free: BinaryHeap<Reverse<Cell>>,
-    /// Query rows of the batches since this was last emptied, and the attention, of 1 for each
-    /// row, that went to tokens no longer held.
-    pub lost: Vec<(usize, f64)>,
+    /// How far the newest token was moved down.
+    shifted: Pos,
+    /// Of each group of query rows in the batches since this was last emptied: the attention, of
+    /// 1 for each row, that went to tokens no longer held.
+    pub lost: Vec<f64>,
     wanted: Vec<Pos>,
 }
 
@@ -36,22 +43,29 @@ impl TapeEngine {
     pub fn new(tape: Rc<Tape>, n_cells: usize) -> Self {
         TapeEngine {
             cell_of: vec![NOWHERE; tape.len()],
+            cell_at: vec![NOWHERE; tape.len()],
             tape,
             n_cells,
             cells: Vec::new(),
             free: BinaryHeap::new(),
+            shifted: 0,
             lost: Vec::new(),
             wanted: Vec::new(),
         }
     }
 
+    /// The number of the token that goes in at a position.
+    fn number(&self, pos: Pos) -> Pos {
+        pos.saturating_add(self.shifted)
+    }
+
     fn place(&mut self, pos: Pos) -> Result<Cell> {
-        let slot = usize::try_from(pos)
-            .ok()
-            .and_then(|i| self.cell_of.get_mut(i));
-        let Some(slot) = slot.filter(|slot| **slot == NOWHERE) else {
+        let index = |pos: Pos| usize::try_from(pos).unwrap_or(usize::MAX);
+        let (number, at) = (index(self.number(pos)), index(pos));
+        let taken = |cells: &[Cell], i: usize| cells.get(i) != Some(&NOWHERE);
+        if taken(&self.cell_of, number) || taken(&self.cell_at, at) {
             return Err(Error::contract(format!("position {pos} in a replay")));
-        };
+        }
         let cell = match self.free.pop() {
             Some(Reverse(cell)) => cell,
             None => {
@@ -59,20 +73,21 @@ impl TapeEngine {
                 (self.cells.len() - 1) as Cell
             }
         };
-        *slot = cell;
-        self.cells[cell as usize] = Some(pos);
+        (self.cell_of[number], self.cell_at[at]) = (cell, cell);
+        self.cells[cell as usize] = Some((number, pos));
         Ok(cell)
     }
 
-    fn drop_pos(&mut self, pos: Pos) {
-        let slot = usize::try_from(pos)
-            .ok()
-            .and_then(|i| self.cell_of.get_mut(i));
-        if let Some(slot) = slot.filter(|slot| **slot != NOWHERE) {
-            let cell = std::mem::replace(slot, NOWHERE);
-            self.cells[cell as usize] = None;
-            self.free.push(Reverse(cell));
+    fn drop_at(&mut self, pos: Pos) {
+        let at = usize::try_from(pos).unwrap_or(usize::MAX);
+        let Some(&cell) = self.cell_at.get(at).filter(|cell| **cell != NOWHERE) else {
+            return;
+        };
+        if let Some((number, _)) = self.cells[cell as usize].take() {
+            self.cell_of[number] = NOWHERE;
         }
+        self.cell_at[at] = NOWHERE;
+        self.free.push(Reverse(cell));
     }
 
     /// The attention of all rows of the group, and the part of it that goes to what is held.
@@ -118,46 +133,47 @@ impl Engine for TapeEngine {
         for &pos in batch.pos {
             cells.push(self.place(pos)?);
         }
-        self.wanted.clear();
         let pos = |&row: &u32| batch.pos[row as usize];
-        self.wanted.extend(batch.queries.iter().map(pos));
+        seen.queries.extend(batch.queries.iter().map(pos));
+        self.wanted.clear();
+        for &pos in &seen.queries {
+            self.wanted.push(pos.saturating_add(self.shifted));
+        }
         if !self.wanted.is_empty() {
             seen.sum.resize(self.cells.len(), 0.0);
             seen.max.resize(self.cells.len(), 0.0);
         }
         let tape = Rc::clone(&self.tape);
-        // A group is complete with its last row.
-        let groups = batch.pos.iter().filter_map(|&pos| {
-            let group = tape.group(pos)?;
-            let whole = batch.pos.first() <= group.queries.first();
-            (whole && group.queries.last() == Some(&pos)).then_some(group)
-        });
         let mut answered = 0;
-        for group in groups {
+        for &pos in batch.pos {
+            let number = self.number(pos);
+            // A group is complete with its last row.
+            let first = batch.pos.first().map(|&first| self.number(first));
+            let Some(group) = tape.group(number).filter(|group| {
+                group.queries.last() == Some(&number) && first <= group.queries.first().copied()
+            }) else {
+                continue;
+            };
             let (all, held) = self.masses(group);
             let rows = group.queries.len();
-            let lost = if all > 0.0 { 1.0 - held / all } else { 0.0 };
-            self.lost.push((rows, lost * rows as f64));
-            if group
-                .queries
-                .iter()
-                .all(|q| self.wanted.binary_search(q).is_ok())
-            {
+            let share = if all > 0.0 { 1.0 - held / all } else { 0.0 };
+            self.lost.push(share * rows as f64);
+            let wanted = |query| self.wanted.binary_search(query).is_ok();
+            if group.queries.iter().all(wanted) {
                 answered += rows;
                 self.attend(group, held, seen);
             }
         }
-        if answered != self.wanted.len() {
-            let (first, last) = (self.wanted.first(), self.wanted.last());
-            return Err(Error::option(
+        match answered == self.wanted.len() {
+            true => Ok(()),
+            false => Err(Error::option(
                 "--kv-policy",
                 format!(
-                    "wants attention of positions {first:?} to {last:?} that the trace does not hold apart from others"
+                    "wants the attention of {} rows, of which the trace holds {answered} by themselves",
+                    self.wanted.len()
                 ),
-            ));
+            )),
         }
-        seen.queries.extend(&self.wanted);
-        Ok(())
     }
 
     fn logits(&self) -> Result<&[f32]> {
@@ -178,14 +194,37 @@ impl Engine for TapeEngine {
 
     fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
         for pos in ranges.iter().cloned().flatten() {
-            self.drop_pos(pos);
+            self.drop_at(pos);
         }
         Ok(())
     }
 
     fn rewind(&mut self, from: Pos, _: usize) -> Result<()> {
-        for pos in from..self.cell_of.len() as Pos {
-            self.drop_pos(pos);
+        for pos in from..self.cell_at.len() as Pos {
+            self.drop_at(pos);
+        }
+        Ok(())
+    }
+
+    fn can_shift(&self) -> bool {
+        true
+    }
+
+    fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
+        let moved = self.cells.iter_mut().flatten();
+        for (_, pos) in moved.filter(|(_, pos)| *pos >= from) {
+            *pos -= by;
+        }
+        self.shifted += by;
+        self.cell_at.fill(NOWHERE);
+        for (cell, token) in self.cells.iter().enumerate() {
+            if let Some((_, pos)) = token {
+                let at = usize::try_from(*pos).unwrap_or(usize::MAX);
+                match self.cell_at.get_mut(at) {
+                    Some(free @ &mut NOWHERE) => *free = cell as Cell,
+                    _ => return Err(Error::contract(format!("a shift of {from} by {by}"))),
+                }
+            }
         }
         Ok(())
     }

@@ -85,6 +85,7 @@ impl Player {
     pub fn take(&mut self, record: &Record) -> Result<Option<Vec<Pos>>> {
         let controller = &mut self.controller;
         match record {
+            Record::Expected(tokens) => controller.expect(*tokens),
             Record::Turn => controller.begin_turn(),
             Record::Inserted { cells, pos, origin } => {
                 same_length(cells, pos)?;
@@ -100,14 +101,22 @@ impl Player {
             Record::Observed { queries, sum, max } => {
                 controller.observed(&Record::observation(queries, sum, max.as_ref()))?;
             }
-            Record::Judged { trial, pruned } => {
+            Record::Judged {
+                trial,
+                latest,
+                pruned,
+            } => {
+                let mut trial = trial.clone();
+                for (entry, &latest) in trial.entries.iter_mut().zip(latest) {
+                    entry.latest = latest;
+                }
                 let cells: Vec<Cell> = trial.entries.iter().map(|entry| entry.cell).collect();
                 let span = cells.iter().max().map_or(0, |&cell| cell as usize + 1);
                 if span > 2 * cells.len() + 4096 {
                     return Err(Error::contract("cells of a trial run far from each other"));
                 }
                 let mut ledger = Ledger::new(span);
-                ledger.load(trial, &cells)?;
+                ledger.load(&trial, &cells)?;
                 if let Some(dictated) = &self.dictated {
                     let judged = ledger.entries().filter(|e| pruned.contains(&e.pos));
                     dictated.borrow_mut().judged = judged.map(|e| e.cell).collect();
@@ -119,18 +128,9 @@ impl Player {
                 controller.remove(cells)?;
             }
             Record::Reopened => controller.reopen_pictures(),
-            Record::Planned {
-                after,
-                bin,
-                restore,
-                evict,
-            } => {
-                if let Some(dictated) = &self.dictated {
-                    dictated.borrow_mut().plan = Plan {
-                        bin: bin.clone(),
-                        restore: restore.clone(),
-                        evict: evict.clone(),
-                    };
+            Record::Planned { after, .. } => {
+                if let (Some(dictated), Some(plan)) = (&self.dictated, record.plan()) {
+                    dictated.borrow_mut().plan = plan;
                 }
                 match after {
                     After::Prompt { pruned } => controller.after_prefill(*pruned)?,

@@ -10,7 +10,7 @@ use crate::cache::Counts;
 use crate::controller::Controller;
 use crate::error::{Error, Result};
 use crate::generate::Session;
-use crate::policy::{self, Layers, Limits, PolicyOptions};
+use crate::policy::{self, EvictionPolicy, Layers, Limits, Observe, PolicyOptions};
 use crate::trace::Header;
 
 /// Attention mass that decoded tokens paid, in the full cache, to tokens that the policy had
@@ -50,7 +50,7 @@ pub struct Replayed {
     pub steps: usize,
     pub lost: Lost,
     pub cells: Counts,
-    /// The most cells at once while decoding: the budget, with the bin behind it.
+    /// The most cells at once outside of prefills: what `--kv-budget` bounds.
     pub peak_decoding: usize,
     pub evicted_after_prefill: usize,
     pub evicted_in_decoding: usize,
@@ -60,8 +60,8 @@ pub struct Replayed {
     pub timeline: Vec<Moment>,
 }
 
-/// Runs a policy on a conversation that a full cache saw. Without layers of their own, `options`
-/// take the trace's.
+/// Runs a policy on a conversation that a full cache saw. A policy that scores by all layers
+/// takes those of the trace.
 ///
 /// # Errors
 /// [`Error::Option`] for options that cannot be, or that ask for what the trace does not hold.
@@ -71,41 +71,24 @@ pub fn replay(
     policy: &str,
     options: &PolicyOptions,
 ) -> Result<Replayed> {
-    let mut options = options.clone();
-    match &options.layers {
-        Layers::List(list) if *list != header.layers => {
-            let reason = format!(
-                "{list:?}, but the trace holds the mean over layers {:?}",
-                header.layers
-            );
-            return Err(Error::option("--score-layers", reason));
-        }
-        _ => options.layers = Layers::List(header.layers.clone()),
-    }
     let n_cells = header.n_cells;
     let limits = Limits {
         n_layer: header.n_layer,
         n_cells,
     };
-    let policy = policy::create(policy, &options, limits)?;
+    let policy = on_layers(header, policy, options, limits)?;
     let controller = Controller::new(policy, n_cells.min(tape.len()));
     let mut session = Session::new(TapeEngine::new(Rc::clone(tape), n_cells), controller);
 
     let mut lost = Lost::default();
     let mut timeline = Vec::with_capacity(tape.steps());
-    let mut peak_decoding = 0;
     for turn in &tape.turns {
+        session.expect(turn.steps);
         session.prefill(&turn.segments, &|| false)?;
-        lost.prompts += session
-            .engine
-            .lost
-            .drain(..)
-            .map(|(_, lost)| lost)
-            .sum::<f64>();
+        lost.prompts += session.engine.lost.drain(..).sum::<f64>();
         for _ in 0..turn.steps {
-            peak_decoding = peak_decoding.max(session.controller.ledger().counts().cells() + 1);
             session.step(0)?;
-            let share: f64 = session.engine.lost.drain(..).map(|(_, lost)| lost).sum();
+            let share: f64 = session.engine.lost.drain(..).sum();
             let counts = session.controller.ledger().counts();
             timeline.push(Moment {
                 live: counts.live.total(),
@@ -129,11 +112,38 @@ pub fn replay(
         steps: timeline.len(),
         lost,
         cells: report.cells,
-        peak_decoding,
+        peak_decoding: report.peak_decoding,
         evicted_after_prefill: report.evicted_after_prefill,
         evicted_in_decoding: report.evicted_in_decoding,
         flushes: report.flushes,
         restores: report.restores,
         timeline,
     })
+}
+
+/// The policy with the trace's layers, unless it has a choice of its own.
+fn on_layers(
+    header: &Header,
+    name: &str,
+    options: &PolicyOptions,
+    limits: Limits,
+) -> Result<Box<dyn EvictionPolicy>> {
+    let mut options = options.clone();
+    let policy = policy::create(name, &options, limits)?;
+    let Observe::Layers { layers, .. } = policy.observe() else {
+        return Ok(policy);
+    };
+    if layers == header.layers {
+        return Ok(policy);
+    }
+    let everything = options.layers == Layers::All && layers == Layers::All.resolve(limits.n_layer);
+    if !everything {
+        let reason = format!(
+            "{name} scores by layers {layers:?}, but the trace holds the mean over {:?}: record those, or give these",
+            header.layers
+        );
+        return Err(Error::option("--score-layers", reason));
+    }
+    options.layers = Layers::List(header.layers.clone());
+    policy::create(name, &options, limits)
 }

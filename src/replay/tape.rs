@@ -101,7 +101,7 @@ impl Builder {
         done: &mut Vec<Tape>,
     ) -> Result<(), String> {
         match record {
-            Record::Text { .. } | Record::Shown { .. } => {}
+            Record::Text { .. } | Record::Shown { .. } | Record::Expected(_) => {}
             Record::Turn => {
                 self.drop_prompt();
                 self.prompt = Some((Vec::new(), self.tape.len()));
@@ -117,13 +117,8 @@ impl Builder {
                 }
             }
             Record::Observed { queries, sum, max } => self.observe(queries, sum, max.as_ref())?,
-            Record::Planned {
-                after,
-                bin,
-                restore,
-                evict,
-            } => {
-                if !(bin.is_empty() && restore.is_empty() && evict.is_empty()) {
+            Record::Planned { after, .. } => {
+                if record.plan().is_some_and(|plan| !plan.is_empty()) {
                     return Err("a full cache gave up tokens".into());
                 }
                 if matches!(after, After::Prompt { .. }) {

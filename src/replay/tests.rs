@@ -43,7 +43,7 @@ fn options() -> PolicyOptions {
 /// A conversation of two turns under a policy, recorded.
 fn recorded(policy: &str, options: &PolicyOptions) -> (Header, Vec<Record>) {
     let limits = Limits {
-        n_layer: 1,
+        n_layer: 2,
         n_cells: N_CELLS,
     };
     let header = Header::new("scripted".into(), limits, (policy, options), vec![0]);
@@ -144,14 +144,14 @@ fn layers_that_are_not_in_the_trace_are_refused() {
     let (header, records) = recorded("full", &PolicyOptions::default());
     let tape = Rc::new(tapes(Path::new("a"), &header, &records).unwrap().remove(0));
     let options = PolicyOptions {
-        layers: policy::Layers::List(vec![3]),
+        layers: policy::Layers::List(vec![1]),
         ..options()
     };
     let line = replay(&header, &tape, "hae", &options)
         .unwrap_err()
         .to_string();
     assert!(
-        line.starts_with("--score-layers: [3], but the trace"),
+        line.starts_with("--score-layers: hae scores by layers [1], but"),
         "{line}"
     );
 }

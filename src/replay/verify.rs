@@ -42,16 +42,10 @@ pub fn verify(path: &Path, header: &Header, records: &[Record]) -> Result<Verifi
             .map_err(|e| Error::file(path, format!("cannot be replayed: {e}")))?;
         let same = match record {
             Record::Judged { pruned, .. } => judged.as_ref() == Some(pruned),
-            Record::Planned {
-                after,
-                bin,
-                restore,
-                evict,
-            } => {
+            Record::Planned { after, .. } => {
                 verified.plans += 1;
                 verified.steps += usize::from(*after == After::Step);
-                let plan = player.controller().plan();
-                plan.bin == *bin && plan.restore == *restore && plan.evict == *evict
+                record.plan().as_ref() == Some(player.controller().plan())
             }
             _ => true,
         };

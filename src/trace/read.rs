@@ -37,10 +37,7 @@ pub struct Reader {
 /// As [`Reader::open`] and [`Reader::record`].
 pub fn read(path: &Path, cut: Cut) -> Result<(Header, Vec<Record>)> {
     let mut reader = Reader::open(path, cut)?;
-    let mut records = Vec::new();
-    while let Some(record) = reader.record()? {
-        records.push(record);
-    }
+    let records = reader.rest()?;
     Ok((reader.header, records))
 }
 
@@ -51,6 +48,14 @@ impl Reader {
     /// [`Error::Io`], or [`Error::File`] when it is no trace, of another version, or damaged.
     pub fn open(path: &Path, cut: Cut) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        Reader::new(path, bytes, cut)
+    }
+
+    /// As [`Reader::open`], for a file that was read; `path` is its name.
+    ///
+    /// # Errors
+    /// As [`Reader::open`].
+    pub fn new(path: &Path, bytes: Vec<u8>, cut: Cut) -> Result<Self> {
         let bad = |reason: String| Error::file(path, reason);
         let rest = bytes
             .strip_prefix(MAGIC)
@@ -114,6 +119,18 @@ impl Reader {
             }
             record => Ok(record),
         }
+    }
+
+    /// All records that are left.
+    ///
+    /// # Errors
+    /// As [`Reader::record`].
+    pub fn rest(&mut self) -> Result<Vec<Record>> {
+        let mut records = Vec::new();
+        while let Some(record) = self.record()? {
+            records.push(record);
+        }
+        Ok(records)
     }
 
     fn next_record(&mut self) -> Result<Option<Record>> {

@@ -8,6 +8,7 @@ use crate::cache::{Cell, Pos, SavedLedger};
 use crate::controller::{After, Event, Origin};
 use crate::engine::Observation;
 use crate::image::{Picture, hd};
+use crate::policy::{Plan, Shift};
 
 /// A picture for reports: not larger than they show it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,6 +23,7 @@ pub struct Jpeg {
 pub enum Record {
     /// The first.
     Header(Box<Header>),
+    Expected(Option<usize>),
     Turn,
     Text {
         pos: Pos,
@@ -48,6 +50,8 @@ pub enum Record {
     },
     Judged {
         trial: SavedLedger,
+        /// Of each entry: what the trial run saw of it last, which sessions do not keep.
+        latest: Vec<f32>,
         pruned: Vec<Pos>,
     },
     Skipped(Vec<Pos>),
@@ -63,6 +67,8 @@ pub enum Record {
         bin: Vec<Cell>,
         restore: Vec<Cell>,
         evict: Vec<Cell>,
+        /// After the removals, tokens from the first number on move down by the second.
+        shift: Option<(Pos, Pos)>,
     },
     Moved(Vec<(Cell, Cell)>),
     Rewound(Pos),
@@ -78,6 +84,7 @@ pub enum Record {
 impl Record {
     pub(crate) fn of(event: Event<'_>, precision: Precision) -> Self {
         match event {
+            Event::Expected(tokens) => Record::Expected(tokens),
             Event::Turn => Record::Turn,
             Event::Text { pos, bytes } => Record::Text {
                 pos,
@@ -104,6 +111,7 @@ impl Record {
             Event::Observed(seen) => observed(seen, precision),
             Event::Judged { trial, pruned } => Record::Judged {
                 trial: trial.save(),
+                latest: trial.entries().map(|entry| entry.latest).collect(),
                 pruned: pruned.to_vec(),
             },
             Event::Skipped(pos) => Record::Skipped(pos.to_vec()),
@@ -119,6 +127,7 @@ impl Record {
                 bin: plan.bin.clone(),
                 restore: plan.restore.clone(),
                 evict: plan.evict.clone(),
+                shift: plan.shift.map(|Shift { from, by }| (from, by)),
             },
             Event::Moved(moves) => Record::Moved(moves.to_vec()),
             Event::Rewound(from) => Record::Rewound(from),
@@ -130,7 +139,26 @@ impl Record {
         }
     }
 
-    /// The observation of an [`Record::Observed`].
+    /// The plan of a [`Record::Planned`].
+    pub fn plan(&self) -> Option<Plan> {
+        match self {
+            Record::Planned {
+                bin,
+                restore,
+                evict,
+                shift,
+                ..
+            } => Some(Plan {
+                bin: bin.clone(),
+                restore: restore.clone(),
+                evict: evict.clone(),
+                shift: shift.map(|(from, by)| Shift { from, by }),
+            }),
+            _ => None,
+        }
+    }
+
+    /// The observation of a [`Record::Observed`].
     pub fn observation(queries: &[Pos], sum: &Values, max: Option<&Values>) -> Observation {
         let sum: Vec<f32> = sum.iter().collect();
         let mut max: Vec<f32> = match max {

@@ -35,7 +35,7 @@ fn decoding_steps_allocate_nothing() {
     let n_cells = 1024;
     for (bin_size, restore) in [(32, true), (32, false), (1, false), (200, true)] {
         let options = PolicyOptions {
-            kv_budget: Some(Amount::Cells(700)),
+            kv_budget: Some(Amount::Cells(700 + bin_size)),
             bin_size,
             restore,
             hysteresis: 0.0,

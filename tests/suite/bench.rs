@@ -330,7 +330,7 @@ fn what_cannot_be_measured_is_refused_in_one_line() {
         ),
         (
             "--kv-budget 9",
-            "--kv-budget: 9 cells, expected at least 21",
+            "--kv-budget: 9 cells, expected at least 22",
         ),
         ("--images x", "--images: \"x\""),
         (

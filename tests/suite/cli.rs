@@ -114,12 +114,12 @@ fn policies_and_their_parameters() {
         ),
         ("--kv-budget 100", "full takes no parameters"),
         (
-            "--kv-policy hae --kv-budget 20",
-            "20 cells, expected at least 21: 4 sinks + 16 recent + 1",
+            "--kv-policy hae --kv-budget 21",
+            "21 cells, expected at least 22: 4 sinks + 16 recent + 1 + the next token",
         ),
         (
-            "--kv-policy hae --kv-budget 500 -c 512",
-            "need 532 cells, but the context holds 512",
+            "--kv-policy hae --kv-budget 600 -c 512",
+            "600 cells, but the context holds 512",
         ),
         ("--kv-policy hae --kv-budget 0", "--kv-budget: 0 cells"),
         (

@@ -20,8 +20,9 @@ struct Spy {
     policy: Box<dyn EvictionPolicy>,
     options: PolicyOptions,
     n_cells: usize,
-    /// B of the turn.
+    /// B and d of the turn.
     budget: usize,
+    bin_size: usize,
     plans: Rc<RefCell<Vec<Plan>>>,
 }
 
@@ -77,7 +78,7 @@ impl Spy {
         let cells = cache.counts().cells() - plan.evict.len();
         let gone = leaving(Modality::Text) + leaving(Modality::Vision);
         let live = cache.counts().live.total() - gone + plan.restore.len();
-        assert!(live <= self.budget && cells < self.budget + self.options.bin_size);
+        assert!(live <= self.budget && cells < self.budget + self.bin_size);
         self.plans.borrow_mut().push(plan.clone());
     }
 }
@@ -109,13 +110,16 @@ impl EvictionPolicy for Spy {
 
     fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> hae::Result<()> {
         let positions = (cache.newest().unwrap() - cache.first().unwrap() + 1) as usize;
-        self.budget = match self.options.kv_budget {
+        let least = self.options.sinks + self.options.recent + 1;
+        let both = match self.options.kv_budget {
             Some(Amount::Cells(cells)) => cells,
-            Some(Amount::Share(share)) => ((share * positions as f64).round() as usize)
-                .max(self.options.sinks + self.options.recent + 1)
-                .min(self.n_cells - self.options.bin_size),
-            None => usize::MAX - self.options.bin_size,
+            Some(Amount::Share(share)) => {
+                ((share * positions as f64).round() as usize).clamp(least + 1, self.n_cells)
+            }
+            None => usize::MAX,
         };
+        self.bin_size = self.options.bin_size.min(both - least);
+        self.budget = both - self.bin_size;
         self.policy.after_prefill(cache, plan)?;
         self.check(cache, plan);
         Ok(())
@@ -123,7 +127,7 @@ impl EvictionPolicy for Spy {
 
     fn after_step(&mut self, cache: &Ledger, plan: &mut Plan) -> hae::Result<()> {
         // Here the new token is in and nothing has left yet: the peak.
-        assert!(cache.counts().cells() <= self.budget + self.options.bin_size);
+        assert!(cache.counts().cells() <= self.budget + self.bin_size);
         self.policy.after_step(cache, plan)?;
         self.check(cache, plan);
         Ok(())
@@ -156,6 +160,7 @@ fn converse(
         options: options.clone(),
         n_cells,
         budget: 0,
+        bin_size: 0,
         plans: plans.clone(),
     };
     let engine = Scripted::new(n_cells, n_batch).with_attention(move |q, k| hashed(seed, q, k));
@@ -296,6 +301,7 @@ fn a_policy_that_plans_the_impossible_is_an_error() {
         bin: bin.to_vec(),
         restore: restore.to_vec(),
         evict: evict.to_vec(),
+        shift: None,
     };
     for (plan, complaint) in [
         (plan(&[], &[], &[3]), "cell 3 holds the newest position 3"),

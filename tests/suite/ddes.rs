@@ -23,7 +23,7 @@ proptest! {
             norm: if per_query { Norm::PerQuery } else { Norm::Sum },
             decay,
             dap: None,
-            kv_budget: Some(Amount::Cells(budget)),
+            kv_budget: Some(Amount::Cells(budget + 1)),
             bin_size: 1,
             sinks: 2,
             recent: 3,
@@ -98,7 +98,7 @@ proptest! {
         let budget = budget + sinks + recent;
         let options = PolicyOptions {
             dap: None,
-            kv_budget: Some(Amount::Cells(budget)),
+            kv_budget: Some(Amount::Cells(budget + bin_size)),
             bin_size,
             sinks,
             recent,

@@ -49,6 +49,7 @@ mod session;
 mod stock;
 #[cfg(feature = "kv-patches")]
 mod taps;
+mod trace;
 mod transcript;
 mod understanding;
 #[cfg(all(feature = "kv-patches", target_os = "linux"))]

@@ -64,7 +64,7 @@ pub fn options() -> impl Strategy<Value = PolicyOptions> {
         |((queries, norm, decay, dap), budget, (bin_size, sinks, recent, hysteresis, restore))| {
             // Budgets are drawn as what they leave beyond the least.
             let kv_budget = budget.map(|budget| match budget {
-                Amount::Cells(more) => Amount::Cells(sinks + recent + 1 + more),
+                Amount::Cells(more) => Amount::Cells(sinks + recent + 1 + bin_size + more),
                 share => share,
             });
             PolicyOptions {

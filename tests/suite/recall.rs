@@ -227,7 +227,7 @@ fn a_prompt_that_early_pruning_makes_fit_goes_in() {
 fn evicted_text_waits_on_the_host() {
     let options = PolicyOptions {
         dap: None,
-        kv_budget: Some(Amount::Cells(12)),
+        kv_budget: Some(Amount::Cells(16)),
         bin_size: 4,
         sinks: 1,
         recent: 4,

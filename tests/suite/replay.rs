@@ -12,7 +12,7 @@ use hae::engine::scripted::{Scripted, hashed};
 use hae::generate::Session;
 use hae::policy::{Layers, Limits, PolicyOptions, create};
 use hae::replay::{Moment, Tape, replay, tapes, verify};
-use hae::trace::{self, Cut, Header, Precision, SINGLE_ROWS, Writer};
+use hae::trace::{self, Cut, Header, Precision, Writer};
 use proptest::prelude::*;
 
 use crate::random::{N_LAYER, Turn, options, prompt, row, turns};
@@ -62,9 +62,10 @@ fn full(turns: &[Turn], seed: u64) -> (Header, Rc<Tape>) {
     // Two attentions that are nearly alike would change places by rounding.
     header.precision = Precision::Exact;
     let mut session = session("full", &options, seed);
+    // Every row by itself: of rows that are seen together each would lose another share.
     session
         .controller
-        .observe_for_recorder(all_layers(), SINGLE_ROWS);
+        .observe_for_recorder(all_layers(), usize::MAX);
     let writer = Writer::create(&path, header.clone()).unwrap();
     session.controller.record(Box::new(writer));
     converse(&mut session, turns, |_, _| {});

@@ -8,7 +8,10 @@ const LIMITS: Limits = Limits {
 fn refused(change: impl FnOnce(&mut PolicyOptions)) -> String {
     let mut options = PolicyOptions::without_ddes();
     change(&mut options);
-    options.validate(LIMITS).unwrap_err().to_string()
+    super::super::create("hae", &options, LIMITS)
+        .err()
+        .unwrap()
+        .to_string()
 }
 
 fn dap(rule: DapRule, alpha: Option<f64>) -> Option<DapOptions> {
@@ -42,12 +45,16 @@ fn refusals_name_the_flag_and_the_value() {
     );
     assert!(refused(|o| o.layers = layers(&[])).starts_with("--score-layers"));
     assert_eq!(
-        refused(|o| o.kv_budget = Some(Amount::Cells(20))),
-        "--kv-budget: 20 cells, expected at least 21: 4 sinks + 16 recent + 1"
+        refused(|o| o.kv_budget = Some(Amount::Cells(21))),
+        "--kv-budget: 21 cells, expected at least 22: 4 sinks + 16 recent + 1 + the next token"
     );
     assert_eq!(
-        refused(|o| o.kv_budget = Some(Amount::Cells(500))),
-        "--kv-budget: 500 cells and a bin of 32 need 532 cells, but the context holds 512"
+        refused(|o| o.kv_budget = Some(Amount::Cells(513))),
+        "--kv-budget: 513 cells, but the context holds 512"
+    );
+    assert_eq!(
+        refused(|o| (o.kv_budget, o.bin_size) = (Some(Amount::Share(1.0)), 500)),
+        "--bin-size: 21 live cells and a bin of 500 need 521, but the context holds 512"
     );
     for share in [0.0, -0.5, 1.01, f64::NAN] {
         assert!(refused(|o| o.kv_budget = Some(Amount::Share(share))).starts_with("--kv-budget"));

@@ -1,0 +1,452 @@
+//! Asks a model one question after the other, under several cache policies by turns.
+//!
+//! Pictures are encoded once for all policies. Policies that want the same of a context share it:
+//! it is emptied before each question, and each question gets a policy in its first state.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::bench::wake;
+use crate::controller::Controller;
+use crate::conversation::segment;
+use crate::engine::{Engine, Token};
+use crate::error::{Error, Result};
+use crate::eval::distance::{self, Followed, Places, Said, Watch};
+use crate::eval::question::Question;
+use crate::eval::record::{self, Distance, Evicted, Kv, Timings};
+use crate::generate::{Finish, Hooks, Segment, Session};
+use crate::image::Picture;
+use crate::llama::{ContextOptions, LlamaEngine, Model, Piece, SamplerOptions, Vision};
+use crate::policy::{self, EvictionPolicy, Limits, PolicyOptions};
+use crate::prompt::{Transcript, place_pictures, tokenize};
+
+/// A policy that is asked.
+#[derive(Clone, Debug)]
+pub struct Entrant {
+    pub contender: record::Contender,
+    pub options: PolicyOptions,
+    /// With what the policy wants of it.
+    pub context: ContextOptions,
+}
+
+/// One answer with its costs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answered {
+    pub text: String,
+    pub finish: Finish,
+    pub tokens: record::Tokens,
+    pub kv: Kv,
+    pub timings: Timings,
+    pub evicted: Evicted,
+}
+
+/// What the full cache says to each turn of a question.
+pub type Reference = Vec<(Said, String)>;
+
+/// A turn's prompt, ready to go in.
+struct Prepared {
+    segments: Vec<Segment>,
+    /// Visual tokens of each picture.
+    images: Vec<usize>,
+    encode: Duration,
+}
+
+/// A conversation on its way.
+struct Talk {
+    transcript: Transcript,
+    pending: Option<Token>,
+}
+
+/// A context and what it was made for.
+struct Stage<'m> {
+    score_layers: Vec<u32>,
+    kv_size: Option<u32>,
+    session: Session<LlamaEngine<'m>>,
+}
+
+pub struct Asker<'m> {
+    model: &'m Model,
+    vision: Option<Vision<'m>>,
+    /// `None`: prompts go in as they are.
+    template: Option<String>,
+    /// Positions that the chosen rope factors reach, if not all.
+    max_positions: Option<usize>,
+    stages: Vec<Stage<'m>>,
+    /// This question's prompts by what they say.
+    prepared: HashMap<String, Rc<Prepared>>,
+    /// Pictures by content, of this question and the one before it.
+    encoded: HashMap<[u8; 32], Encoded>,
+}
+
+struct Encoded {
+    /// As picture 0.
+    segment: Segment,
+    n: usize,
+    time: Duration,
+    used: bool,
+}
+
+impl<'m> Asker<'m> {
+    pub fn new(
+        model: &'m Model,
+        vision: Option<Vision<'m>>,
+        template: Option<String>,
+        max_positions: Option<usize>,
+    ) -> Self {
+        Asker {
+            model,
+            vision,
+            template,
+            max_positions,
+            stages: Vec::new(),
+            prepared: HashMap::new(),
+            encoded: HashMap::new(),
+        }
+    }
+
+    /// Begins with another question.
+    pub fn next_question(&mut self) {
+        self.prepared.clear();
+        self.encoded
+            .retain(|_, encoded| std::mem::take(&mut encoded.used));
+    }
+
+    /// Asks every turn of a question. `n_predict` and `expected` are for each turn; `expected`
+    /// is how many tokens will go through the model after its prompt, if that is known. `None`:
+    /// cancelled.
+    ///
+    /// # Errors
+    /// Those of the pictures, the engine and the policy.
+    pub fn ask(
+        &mut self,
+        entrant: &Entrant,
+        question: &Question,
+        pictures: &[Picture],
+        n_predict: &[usize],
+        expected: Option<&[usize]>,
+        watch: crate::bench::Watch<'_>,
+    ) -> Result<Option<Vec<Answered>>> {
+        let stage = self.stage(&entrant.context, policy_of(entrant))?;
+        let mut talk = self.talk();
+        let mut answers = Vec::new();
+        for turn in 0..question.turns.len() {
+            let (prepared, segments) = self.prompt(&mut talk, question, turn, pictures, watch)?;
+            let n_predict = self.reachable(stage, &segments, n_predict.get(turn).copied())?;
+            let session = &mut self.stages[stage].session;
+            if let Some(&n) = expected.and_then(|all| all.get(turn)) {
+                session.expect(n);
+            }
+            let hooks = Hooks {
+                on_text: &mut |_| {},
+                cancelled: watch.cancelled,
+                now: watch.now,
+            };
+            let generated = session.generate(&segments, n_predict, hooks)?;
+            if generated.finish == Finish::Cancelled {
+                return Ok(None);
+            }
+            talk.transcript.answered(&generated.text);
+            talk.pending = generated.pending;
+            let ms = |d: Duration| d.as_secs_f64() * 1e3;
+            let timings = Timings {
+                vision_encode_ms: ms(prepared.encode),
+                probe_ms: ms(generated.timings.probe),
+                prefill_ms: ms(generated.timings.prefill),
+                ttft_ms: generated
+                    .timings
+                    .first_token
+                    .map(|t| ms(t + prepared.encode)),
+                tpot_ms: generated.timings.per_token().map(ms),
+                decode_ms: ms(generated.timings.decode),
+            };
+            answers.push(Answered {
+                tokens: record::Tokens {
+                    prompt: generated.prompt,
+                    images: prepared.images.clone(),
+                    generated: generated.tokens.len(),
+                },
+                finish: generated.finish,
+                kv: kv(session),
+                evicted: evicted(session),
+                timings,
+                text: generated.text,
+            });
+        }
+        Ok(Some(answers))
+    }
+
+    /// What the full cache says to every turn, greedily, and what it attends to. `context` is
+    /// that of `full`. `None`: cancelled.
+    ///
+    /// # Errors
+    /// As [`Asker::ask`].
+    pub fn reference(
+        &mut self,
+        context: &ContextOptions,
+        question: &Question,
+        pictures: &[Picture],
+        n_predict: &[usize],
+        watch: crate::bench::Watch<'_>,
+    ) -> Result<Option<Reference>> {
+        // Attention is read beside flash attention, by the patches alone.
+        let readable = cfg!(feature = "kv-patches") && self.model.eviction_obstacle().is_none();
+        let n_layer = self.model.n_layer();
+        let mut context = context.clone();
+        let stage = if readable {
+            context.score_layers = (0..n_layer).collect();
+            self.stage(&context, |_| Ok(Box::new(Watch::all(n_layer)) as _))?
+        } else {
+            let full = |limits| policy::create("full", &PolicyOptions::default(), limits);
+            self.stage(&context, full)?
+        };
+        let mut talk = self.talk();
+        let mut reference = Vec::new();
+        for turn in 0..question.turns.len() {
+            let (_, segments) = self.prompt(&mut talk, question, turn, pictures, watch)?;
+            let n_predict = self.reachable(stage, &segments, n_predict.get(turn).copied())?;
+            let session = &mut self.stages[stage].session;
+            let n_predict = n_predict.unwrap_or(usize::MAX);
+            let said = distance::listen(session, &segments, n_predict, watch.cancelled)?;
+            let Some(said) = said else { return Ok(None) };
+            let mut bytes = Vec::new();
+            let last = said.tokens.len() - usize::from(said.ended);
+            for &token in &said.tokens[..last] {
+                session.engine.piece(token, &mut bytes)?;
+            }
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            talk.transcript.answered(&text);
+            talk.pending = said.pending();
+            reference.push((said, text));
+        }
+        Ok(Some(reference))
+    }
+
+    /// How far an entrant's predictions are from the reference, for each turn. `None`: cancelled.
+    ///
+    /// # Errors
+    /// As [`Asker::ask`].
+    pub fn distance(
+        &mut self,
+        entrant: &Entrant,
+        question: &Question,
+        pictures: &[Picture],
+        reference: &Reference,
+        watch: crate::bench::Watch<'_>,
+    ) -> Result<Option<Vec<Option<Distance>>>> {
+        let stage = self.stage(&entrant.context, policy_of(entrant))?;
+        let mut talk = self.talk();
+        let mut places = Places::default();
+        let mut distances = Vec::new();
+        for (turn, (said, text)) in reference.iter().enumerate() {
+            let (_, segments) = self.prompt(&mut talk, question, turn, pictures, watch)?;
+            let session = &mut self.stages[stage].session;
+            session.expect(said.fed().len());
+            let followed =
+                distance::follow(session, &segments, said, &mut places, watch.cancelled)?;
+            let Some(followed) = followed else {
+                return Ok(None);
+            };
+            distances.push(Followed::distance(&followed));
+            talk.transcript.answered(text);
+            talk.pending = said.pending();
+        }
+        Ok(Some(distances))
+    }
+
+    fn talk(&self) -> Talk {
+        Talk {
+            transcript: Transcript::new(self.template.clone(), None),
+            pending: None,
+        }
+    }
+
+    /// An empty session on a context like this one, with a new policy.
+    fn stage(
+        &mut self,
+        context: &ContextOptions,
+        policy: impl Fn(Limits) -> Result<Box<dyn EvictionPolicy>>,
+    ) -> Result<usize> {
+        let like = |stage: &Stage<'_>| {
+            stage.score_layers == context.score_layers && stage.kv_size == context.kv_size
+        };
+        let limits = |engine: &LlamaEngine<'_>| Limits {
+            n_layer: self.model.n_layer(),
+            n_cells: engine.n_cells(),
+        };
+        let Some(at) = self.stages.iter().position(like) else {
+            let mut engine =
+                LlamaEngine::new(self.model, context.clone(), &SamplerOptions::GREEDY)?;
+            wake(&mut engine, 0)?;
+            let controller = Controller::new(policy(limits(&engine))?, engine.n_cells());
+            self.stages.push(Stage {
+                score_layers: context.score_layers.clone(),
+                kv_size: context.kv_size,
+                session: Session::new(engine, controller),
+            });
+            return Ok(self.stages.len() - 1);
+        };
+        let session = &mut self.stages[at].session;
+        session.engine.clear();
+        // Gives back what an earlier question made it grow by.
+        session.engine.compact(&mut Vec::new())?;
+        let policy = policy(limits(&session.engine))?;
+        session.controller = Controller::new(policy, session.engine.n_cells());
+        session.forget();
+        Ok(at)
+    }
+
+    /// The prompt of a turn, and what of it has to go in.
+    fn prompt(
+        &mut self,
+        talk: &mut Talk,
+        question: &Question,
+        turn: usize,
+        pictures: &[Picture],
+        watch: crate::bench::Watch<'_>,
+    ) -> Result<(Rc<Prepared>, Vec<Segment>)> {
+        let pictures = if turn == 0 { pictures } else { &[] };
+        let asked = &question.turns[turn];
+        let text = match (&self.template, &asked.raw) {
+            (None, Some(raw)) => raw,
+            _ => &asked.text,
+        };
+        let start = (watch.now)();
+        let line = self.vision.as_ref().is_some_and(Vision::bos_per_text);
+        let is_new = talk.transcript.is_new();
+        let (content, order) = place_pictures(text, pictures.len(), line)?;
+        let text = talk.transcript.ask(self.model, content)?;
+        let key = format!("{turn} {text}");
+        let prepared = match self.prepared.get(&key) {
+            Some(prepared) => Rc::clone(prepared),
+            None => {
+                let ordered: Vec<&Picture> = order.iter().map(|&i| &pictures[i]).collect();
+                let pieces = tokenize(self.model, self.vision.as_ref(), &text, &ordered, is_new)?;
+                let tokenized = (watch.now)().saturating_sub(start);
+                let prepared = Rc::new(self.encode(pieces, &ordered, tokenized, watch)?);
+                self.prepared.insert(key, Rc::clone(&prepared));
+                prepared
+            }
+        };
+        let pending = talk
+            .pending
+            .take()
+            .map(|token| Segment::Tokens(vec![token]));
+        let segments = pending.into_iter().chain(prepared.segments.iter().cloned());
+        let segments = segments.collect();
+        Ok((prepared, segments))
+    }
+
+    /// Encodes the pictures that are not known yet.
+    fn encode(
+        &mut self,
+        pieces: Vec<Piece>,
+        pictures: &[&Picture],
+        tokenized: Duration,
+        watch: crate::bench::Watch<'_>,
+    ) -> Result<Prepared> {
+        let mut prepared = Prepared {
+            segments: Vec::new(),
+            images: Vec::new(),
+            encode: tokenized,
+        };
+        for piece in pieces {
+            let tokens = match piece {
+                Piece::Text(tokens) => {
+                    prepared.segments.push(Segment::Tokens(tokens));
+                    continue;
+                }
+                Piece::Image(tokens) => tokens,
+            };
+            let number = prepared.images.len();
+            let (Some(vision), Some(picture)) = (&mut self.vision, pictures.get(number)) else {
+                return Err(Error::contract("a picture that was not given"));
+            };
+            let hash = picture.sha256();
+            if !self.encoded.contains_key(&hash) {
+                let start = (watch.now)();
+                let embeddings = vision.encode(&tokens)?;
+                let time = (watch.now)().saturating_sub(start);
+                let encoded = Encoded {
+                    n: tokens.n,
+                    segment: segment(embeddings, 0),
+                    time,
+                    used: true,
+                };
+                self.encoded.insert(hash, encoded);
+            }
+            if let Some(encoded) = self.encoded.get_mut(&hash) {
+                encoded.used = true;
+                prepared.encode += encoded.time;
+                prepared.images.push(encoded.n);
+                prepared
+                    .segments
+                    .push(numbered(&encoded.segment, number as u32));
+            }
+        }
+        Ok(prepared)
+    }
+
+    /// Tokens that may follow this prompt: as many as were asked for, and as the rope factors
+    /// reach.
+    fn reachable(
+        &self,
+        stage: usize,
+        segments: &[Segment],
+        n_predict: Option<usize>,
+    ) -> Result<Option<usize>> {
+        let Some(max) = self.max_positions else {
+            return Ok(n_predict);
+        };
+        let next = self.stages[stage].session.controller.next_pos();
+        let taken = next as usize + segments.iter().map(Segment::positions).sum::<usize>();
+        match max.checked_sub(taken) {
+            Some(left) => Ok(Some(n_predict.map_or(left, |n| n.min(left)))),
+            None => {
+                let reason = format!(
+                    "the short factors reach {max} positions, the prompt ends at {taken}: give long, or a larger -c"
+                );
+                Err(Error::option("--rope-factors", reason))
+            }
+        }
+    }
+}
+
+fn policy_of(entrant: &Entrant) -> impl Fn(Limits) -> Result<Box<dyn EvictionPolicy>> + '_ {
+    move |limits| policy::create(&entrant.contender.policy, &entrant.options, limits)
+}
+
+fn numbered(segment: &Segment, number: u32) -> Segment {
+    let mut segment = segment.clone();
+    if let Segment::Image { image, .. } = &mut segment {
+        *image = number;
+    }
+    segment
+}
+
+fn kv(session: &Session<LlamaEngine<'_>>) -> Kv {
+    let report = session.controller.report();
+    let bytes = session.engine.kv_bytes();
+    Kv {
+        cells: report.cells,
+        peak_decoding: report.peak_decoding,
+        n_cells: session.engine.n_cells(),
+        bytes_per_cell: bytes.per_cell,
+        bytes_in_use: bytes.per_cell * report.cells.cells() as u64,
+        bytes_peak: bytes.per_cell * report.cells.peak as u64,
+        bytes_peak_decoding: bytes.per_cell * report.peak_decoding as u64,
+        bytes_allocated: bytes.allocated,
+        bytes_allocated_peak: session.peak_bytes().max(bytes.allocated),
+    }
+}
+
+fn evicted(session: &Session<LlamaEngine<'_>>) -> Evicted {
+    let report = session.controller.report();
+    Evicted {
+        after_prefill: report.evicted_after_prefill,
+        in_decoding: report.evicted_in_decoding,
+        flushes: report.flushes,
+        restores: report.restores,
+        recalled: report.recalled,
+    }
+}

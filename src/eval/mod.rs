@@ -1,0 +1,17 @@
+//! Questions with known answers, and what a cache policy makes of them.
+//!
+//! [`question`] is a question from any of the [`files`]; [`score`] and [`facts`] judge an answer,
+//! [`distance`] compares a policy's predictions with those of the full cache. What was asked and
+//! answered is a line of [`record`], kept by [`results`] as it comes, and [`summary`] makes shares,
+//! intervals and tests of it with [`stats`]. Nothing here knows a model: [`crate::asker`] has one.
+
+pub mod distance;
+pub mod facts;
+pub mod files;
+pub mod question;
+pub mod record;
+pub mod results;
+pub mod score;
+pub mod split;
+pub mod stats;
+pub mod summary;

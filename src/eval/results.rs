@@ -1,0 +1,230 @@
+//! The file that results are saved to as they come, and read again when a run goes on.
+
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::record::{Answer, Header, Record, VERSION};
+use crate::error::{Error, Result};
+
+/// An open results file.
+#[derive(Debug)]
+pub struct Results {
+    path: PathBuf,
+    file: File,
+    /// Answers that are in it.
+    n: usize,
+}
+
+/// What names an answer in its file.
+pub type Key = (String, usize, String);
+
+impl Results {
+    /// Begins a file, or goes on with one that was begun with the same header. Gives the answers
+    /// that are there already.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::File`] when it is no results file, is damaged before its last
+    /// line, or was made with something else, which the message names.
+    pub fn open(path: &Path, header: &Header) -> Result<(Self, Vec<Answer>)> {
+        let io = |e| Error::io(path, e);
+        // What is no regular file, a device or a pipe, holds nothing to go on with.
+        let regular = std::fs::metadata(path).is_ok_and(|meta| meta.is_file());
+        let mut begun = Vec::new();
+        if regular {
+            let mut file = File::open(path).map_err(io)?;
+            file.read_to_end(&mut begun).map_err(io)?;
+        }
+        // An interrupted write leaves part of a line.
+        let whole = begun
+            .iter()
+            .rposition(|&b| b == b'\n')
+            .map_or(0, |at| at + 1);
+        if whole == 0 && !begun.is_empty() && !begun.starts_with(b"{\"record\":\"header\"") {
+            return Err(Error::file(
+                path,
+                "is there and no results file of hae, expected a new name",
+            ));
+        }
+        let answers = match whole {
+            0 => Vec::new(),
+            _ => {
+                let (found, answers) = parse(path, &begun[..whole])?;
+                if let Some(reason) = mismatch(&found, header) {
+                    return Err(Error::file(path, reason));
+                }
+                answers
+            }
+        };
+        let mut file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .map_err(io)?;
+        if regular && whole < begun.len() {
+            file.set_len(whole as u64).map_err(io)?;
+        }
+        if whole == 0 {
+            write(
+                path,
+                &mut file,
+                &Record::Header(Box::new(header.clone())),
+                0,
+            )?;
+        }
+        let n = answers.len();
+        let path = path.to_owned();
+        Ok((Results { path, file, n }, answers))
+    }
+
+    /// Adds one answer; it is on its way to the disk when this returns.
+    ///
+    /// # Errors
+    /// [`Error::File`] that says why, and how many answers are saved.
+    pub fn add(&mut self, answer: &Answer) -> Result<()> {
+        let record = Record::Answer(Box::new(answer.clone()));
+        write(&self.path, &mut self.file, &record, self.n)?;
+        self.n += 1;
+        Ok(())
+    }
+
+    /// Answers in the file.
+    pub fn len(&self) -> usize {
+        self.n
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.n == 0
+    }
+}
+
+/// One line in one write, so that a full disk leaves at most part of one.
+fn write(path: &Path, file: &mut File, record: &Record, saved: usize) -> Result<()> {
+    let fail = |cause: String| {
+        let s = if saved == 1 { "" } else { "s" };
+        let is = if saved == 1 { "is" } else { "are" };
+        Error::file(path, format!("{cause}; {saved} answer{s} {is} saved in it"))
+    };
+    let mut line = serde_json::to_string(record).map_err(|e| fail(e.to_string()))?;
+    line.push('\n');
+    file.write_all(line.as_bytes())
+        .map_err(|e| fail(e.to_string()))
+}
+
+/// Reads a whole results file.
+///
+/// # Errors
+/// [`Error::Io`], or [`Error::File`] that names the line and what was expected. A file without
+/// answers is no error here.
+pub fn read(path: &Path) -> Result<(Header, Vec<Answer>)> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    let whole = bytes
+        .iter()
+        .rposition(|&b| b == b'\n')
+        .map_or(0, |at| at + 1);
+    parse(path, &bytes[..whole])
+}
+
+fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, Vec<Answer>)> {
+    let wrong = |line: usize, reason: String| Error::file(path, format!("line {line}: {reason}"));
+    let mut header: Option<Header> = None;
+    let mut answers: Vec<Answer> = Vec::new();
+    let mut keys: HashSet<Key> = HashSet::new();
+    let lines = bytes.split(|&b| b == b'\n').enumerate();
+    for (i, line) in lines.filter(|(_, line)| !line.is_empty()) {
+        let record = serde_json::from_slice(line).map_err(|e| {
+            let what = if i == 0 { "a header" } else { "an answer" };
+            wrong(i + 1, format!("{e}, expected {what} of hae's results"))
+        })?;
+        match (record, &header) {
+            (Record::Header(found), None) if found.version <= VERSION => header = Some(*found),
+            (Record::Header(found), None) => {
+                let version = found.version;
+                let reason = format!("results of version {version}, expected at most {VERSION}");
+                return Err(wrong(i + 1, reason));
+            }
+            (Record::Header(_), Some(_)) => {
+                return Err(wrong(i + 1, "a second header, expected an answer".into()));
+            }
+            (Record::Answer(_), None) => {
+                return Err(wrong(i + 1, "an answer, expected the header first".into()));
+            }
+            (Record::Answer(answer), Some(_)) => {
+                if !keys.insert(key(&answer)) {
+                    let reason = format!("{} under {} is there twice", answer.id, answer.contender);
+                    return Err(wrong(i + 1, reason));
+                }
+                answers.push(*answer);
+            }
+        }
+    }
+    match header {
+        Some(header) => Ok((header, answers)),
+        None => Err(Error::file(path, "is empty, expected hae's results")),
+    }
+}
+
+pub fn key(answer: &Answer) -> Key {
+    (answer.id.clone(), answer.turn, answer.contender.clone())
+}
+
+/// What another run did differently, by the first field that is not the same.
+fn mismatch(found: &Header, header: &Header) -> Option<String> {
+    // When it was begun does not matter, nor where the program and the files lay.
+    let fields = |header: &Header| {
+        let mut value = serde_json::to_value(header).unwrap_or(Value::Null);
+        if let Some(fields) = value.as_object_mut() {
+            fields.remove("time");
+            for file in ["model", "mmproj", "questions"] {
+                if let Some(Value::Object(id)) = fields.get_mut(file) {
+                    id.remove("file");
+                }
+            }
+        }
+        value
+    };
+    let (was, is) = (fields(found), fields(header));
+    let (was, is) = (was.as_object()?, is.as_object()?);
+    let differs = is
+        .iter()
+        .find(|(name, value)| was.get(*name) != Some(value));
+    let (name, now) = differs?;
+    let then = was.get(name).unwrap_or(&Value::Null);
+    let (name, then, now) = inner(name, then, now);
+    Some(format!(
+        "was begun with {name} {then}, this run has {now}: expected the same, or another --out"
+    ))
+}
+
+/// The field inside that differs, if they are objects.
+fn inner(name: &str, was: &Value, is: &Value) -> (String, String, String) {
+    if let (Value::Object(was), Value::Object(is)) = (was, is) {
+        let differs = is
+            .iter()
+            .find(|(field, value)| was.get(*field) != Some(value));
+        if let Some((field, value)) = differs {
+            let then = was.get(field).unwrap_or(&Value::Null);
+            return (
+                format!("{name}.{field}"),
+                then.to_string(),
+                value.to_string(),
+            );
+        }
+    }
+    if let (Value::Array(was), Value::Array(is)) = (was, is) {
+        let names = |list: &[Value]| {
+            let names = list
+                .iter()
+                .map(|v| v["name"].as_str().unwrap_or("?").to_owned());
+            names.collect::<Vec<_>>().join(",")
+        };
+        let (then, now) = (names(was), names(is));
+        if then != now {
+            return (name.to_owned(), then, now);
+        }
+    }
+    (name.to_owned(), was.to_string(), is.to_string())
+}

@@ -1,0 +1,149 @@
+//! Shares with intervals, and tests that say whether a difference is one.
+
+use serde::Serialize;
+
+use crate::noise::Noise;
+
+/// Of the standard normal distribution, for 95 %.
+const Z: f64 = 1.96;
+
+/// Hits out of `n`, with the 95 % interval of Wilson (1927).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Share {
+    pub hits: usize,
+    pub n: usize,
+    pub share: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+impl Share {
+    /// Of nothing, everything is possible: 0 to 1.
+    pub fn of(hits: usize, n: usize) -> Self {
+        let (low, high) = match n {
+            0 => (0.0, 1.0),
+            _ => wilson(hits as f64, n as f64),
+        };
+        Share {
+            hits,
+            n,
+            share: hits as f64 / n.max(1) as f64,
+            low,
+            high,
+        }
+    }
+}
+
+fn wilson(hits: f64, n: f64) -> (f64, f64) {
+    let p = hits / n;
+    let d = 1.0 + Z * Z / n;
+    let middle = (p + Z * Z / (2.0 * n)) / d;
+    let half = Z / d * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt();
+    ((middle - half).max(0.0), (middle + half).min(1.0))
+}
+
+/// McNemar's exact test (two-sided, binomial): the probability that chance splits the questions
+/// on which two policies differ at least as unevenly, when neither is better. `first`, `second`:
+/// how many only the one, only the other answers right.
+pub fn mcnemar(first: usize, second: usize) -> f64 {
+    let n = first + second;
+    // Terms of the binomial distribution by their logarithms: 2^-n alone would be 0 for large n.
+    let mut ln_term = -(n as f64) * std::f64::consts::LN_2;
+    let mut tail = 0.0;
+    for k in 0..=first.min(second) {
+        tail += ln_term.exp();
+        ln_term += ((n - k) as f64 / (k + 1) as f64).ln();
+    }
+    (2.0 * tail).min(1.0)
+}
+
+/// Adjusts the p values of several tests (Holm 1979), so that the chance of calling any
+/// difference where there is none stays below the level.
+pub fn holm(p: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..p.len()).collect();
+    order.sort_by(|&a, &b| p[a].total_cmp(&p[b]));
+    let mut adjusted = vec![1.0; p.len()];
+    let mut so_far: f64 = 0.0;
+    for (rank, &i) in order.iter().enumerate() {
+        so_far = so_far.max((p.len() - rank) as f64 * p[i]).min(1.0);
+        adjusted[i] = so_far;
+    }
+    adjusted
+}
+
+/// A difference with the 95 % interval that resampling gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Difference {
+    pub difference: f64,
+    pub low: f64,
+    pub high: f64,
+    pub p: f64,
+}
+
+/// One story under two policies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// Facts that it should state.
+    pub required: usize,
+    /// Those stated under the one and the other.
+    pub first: usize,
+    pub second: usize,
+}
+
+/// Times that the stories are drawn anew.
+pub const RESAMPLES: usize = 10_000;
+
+/// The paired bootstrap: how the share of stated facts differs, second minus first, when the
+/// stories had been others of the same kind. Stories are drawn with both their results.
+///
+/// `p` is twice the smaller share of the draws that lie on one side of 0, those at 0 on both.
+/// `None` of fewer than two stories, which have no spread.
+pub fn bootstrap(pairs: &[Pair], seed: u64) -> Option<Difference> {
+    if pairs.len() < 2 {
+        return None;
+    }
+    let difference = |drawn: &mut dyn Iterator<Item = &Pair>| {
+        let (mut required, mut first, mut second) = (0, 0, 0);
+        for pair in drawn {
+            required += pair.required;
+            first += pair.first;
+            second += pair.second;
+        }
+        (second as f64 - first as f64) / required.max(1) as f64
+    };
+    let mut noise = Noise::new(seed);
+    let mut draws: Vec<f64> = (0..RESAMPLES)
+        .map(|_| difference(&mut (0..pairs.len()).map(|_| &pairs[noise.below(pairs.len())])))
+        .collect();
+    draws.sort_by(f64::total_cmp);
+    let share = |of: &dyn Fn(f64) -> bool| {
+        let n = draws.iter().filter(|&&d| of(d)).count();
+        (n + 1) as f64 / (RESAMPLES + 1) as f64
+    };
+    let tail = share(&|d| d <= 0.0).min(share(&|d| d >= 0.0));
+    Some(Difference {
+        difference: difference(&mut pairs.iter()),
+        low: quantile(&draws, 0.025),
+        high: quantile(&draws, 0.975),
+        p: (2.0 * tail).min(1.0),
+    })
+}
+
+/// Of sorted values, by linear interpolation; 0 of none.
+pub fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let Some(last) = sorted.len().checked_sub(1) else {
+        return 0.0;
+    };
+    let place = share * last as f64;
+    let (low, part) = (place.floor() as usize, place.fract());
+    let high = sorted[(low + 1).min(last)];
+    sorted[low] + part * (high - sorted[low])
+}
+
+/// 0 of none.
+pub fn mean(values: &[f64]) -> f64 {
+    match values.len() {
+        0 => 0.0,
+        n => values.iter().sum::<f64>() / n as f64,
+    }
+}

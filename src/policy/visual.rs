@@ -1,0 +1,102 @@
+//! What policies share that prune the pictures of a prompt: its visual tokens with their scores,
+//! and how many more have to go for a budget.
+
+use super::Plan;
+use super::scores::{Candidate, Guard};
+use crate::cache::{Entry, Ledger, Modality, State};
+
+pub(super) struct Visual {
+    pub image: Option<u32>,
+    pub token: Candidate,
+    /// The most attention that a single query paid.
+    pub max: f32,
+    /// Whether the token may leave, and has not done so yet.
+    pub open: bool,
+    gone: bool,
+}
+
+impl Visual {
+    pub fn evict(&mut self, plan: &mut Plan) {
+        (self.open, self.gone) = (false, true);
+        plan.evict.push(self.token.cell);
+    }
+}
+
+/// The visual tokens of the current turn.
+pub(super) struct Pictures {
+    guard: Guard,
+    /// Whether tokens that separate parts of a picture stay.
+    keep_separators: bool,
+    /// Reused.
+    tokens: Vec<Visual>,
+}
+
+impl Pictures {
+    pub fn new(guard: Guard, keep_separators: bool) -> Self {
+        Pictures {
+            guard,
+            keep_separators,
+            tokens: Vec::new(),
+        }
+    }
+
+    /// Looks at the turn's visual tokens. One that no query could see is left out: there is no
+    /// evidence against it. Nor is one of an earlier turn: the queries were not its.
+    pub fn judge(&mut self, cache: &Ledger, score: impl Fn(&Entry) -> f32) -> &mut [Visual] {
+        let open = self.guard.open(cache);
+        let keep_separators = self.keep_separators;
+        self.tokens.clear();
+        self.tokens.extend(
+            cache
+                .entries()
+                .filter(|e| e.modality == Modality::Vision && e.turn == cache.turn())
+                .filter(|e| e.state == State::Live && e.seen > 0.0)
+                .map(|e| Visual {
+                    image: e.image,
+                    token: Candidate {
+                        score: score(&e),
+                        pos: e.pos,
+                        cell: e.cell,
+                    },
+                    max: e.max,
+                    open: open.contains(&e.pos) && !(keep_separators && e.separator),
+                    gone: false,
+                }),
+        );
+        &mut self.tokens
+    }
+
+    /// Evicts further ones of those that were judged, the first in `order` first, until `most`
+    /// cells are left; something of a picture always is.
+    pub fn fit<K: Ord>(
+        &mut self,
+        cache: &Ledger,
+        most: Option<usize>,
+        order: impl Fn(&Visual) -> K,
+        plan: &mut Plan,
+    ) {
+        let Some(most) = most else { return };
+        let left = cache.counts().cells() - plan.evict.len();
+        let kept = self.tokens.iter().filter(|v| !v.gone).count();
+        let leave = left.saturating_sub(most).min(kept.saturating_sub(1));
+        if leave > 0 {
+            self.tokens.sort_unstable_by_key(order);
+            let open = self.tokens.iter_mut().filter(|v| v.open);
+            open.take(leave).for_each(|v| v.evict(plan));
+        }
+    }
+}
+
+/// Evicts all but `keep` of a group, the first in `order` first; something is always kept, and
+/// what may not leave counts as kept.
+pub(super) fn keep_best<K: Ord>(
+    group: &mut [Visual],
+    keep: usize,
+    order: impl Fn(&Visual) -> K,
+    plan: &mut Plan,
+) {
+    let leave = group.len().saturating_sub(keep.max(1));
+    group.sort_unstable_by_key(order);
+    let open = group.iter_mut().filter(|v| v.open);
+    open.take(leave).for_each(|v| v.evict(plan));
+}
