@@ -7,7 +7,9 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::bench::wake;
+use sha2::{Digest, Sha256};
+
+use crate::bench::{Watch as Clock, wake};
 use crate::controller::Controller;
 use crate::conversation::segment;
 use crate::engine::{Engine, Token};
@@ -125,9 +127,9 @@ impl<'m> Asker<'m> {
         pictures: &[Picture],
         n_predict: &[usize],
         expected: Option<&[usize]>,
-        watch: crate::bench::Watch<'_>,
+        watch: Clock<'_>,
     ) -> Result<Option<Vec<Answered>>> {
-        let stage = self.stage(&entrant.context, policy_of(entrant))?;
+        let stage = self.stage(&entrant.context, policy_of(entrant, question))?;
         let mut talk = self.talk();
         let mut answers = Vec::new();
         for turn in 0..question.turns.len() {
@@ -187,7 +189,7 @@ impl<'m> Asker<'m> {
         question: &Question,
         pictures: &[Picture],
         n_predict: &[usize],
-        watch: crate::bench::Watch<'_>,
+        watch: Clock<'_>,
     ) -> Result<Option<Reference>> {
         // Attention is read beside flash attention, by the patches alone.
         let readable = cfg!(feature = "kv-patches") && self.model.eviction_obstacle().is_none();
@@ -232,9 +234,9 @@ impl<'m> Asker<'m> {
         question: &Question,
         pictures: &[Picture],
         reference: &Reference,
-        watch: crate::bench::Watch<'_>,
+        watch: Clock<'_>,
     ) -> Result<Option<Vec<Option<Distance>>>> {
-        let stage = self.stage(&entrant.context, policy_of(entrant))?;
+        let stage = self.stage(&entrant.context, policy_of(entrant, question))?;
         let mut talk = self.talk();
         let mut places = Places::default();
         let mut distances = Vec::new();
@@ -303,7 +305,7 @@ impl<'m> Asker<'m> {
         question: &Question,
         turn: usize,
         pictures: &[Picture],
-        watch: crate::bench::Watch<'_>,
+        watch: Clock<'_>,
     ) -> Result<(Rc<Prepared>, Vec<Segment>)> {
         let pictures = if turn == 0 { pictures } else { &[] };
         let asked = &question.turns[turn];
@@ -343,7 +345,7 @@ impl<'m> Asker<'m> {
         pieces: Vec<Piece>,
         pictures: &[&Picture],
         tokenized: Duration,
-        watch: crate::bench::Watch<'_>,
+        watch: Clock<'_>,
     ) -> Result<Prepared> {
         let mut prepared = Prepared {
             segments: Vec::new(),
@@ -412,8 +414,17 @@ impl<'m> Asker<'m> {
     }
 }
 
-fn policy_of(entrant: &Entrant) -> impl Fn(Limits) -> Result<Box<dyn EvictionPolicy>> + '_ {
-    move |limits| policy::create(&entrant.contender.policy, &entrant.options, limits)
+/// The policy for this question. One that draws by lot draws anew for each: the same places of
+/// every picture would be a pattern, not chance.
+fn policy_of<'a>(
+    entrant: &'a Entrant,
+    question: &Question,
+) -> impl Fn(Limits) -> Result<Box<dyn EvictionPolicy>> + 'a {
+    let digest = Sha256::digest(&question.id);
+    let number = digest.iter().take(8).fold(0, |n, &b| n << 8 | u64::from(b));
+    let mut options = entrant.options.clone();
+    options.seed ^= number;
+    move |limits| policy::create(&entrant.contender.policy, &options, limits)
 }
 
 fn numbered(segment: &Segment, number: u32) -> Segment {

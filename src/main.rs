@@ -6,7 +6,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use cli::{Done, bench, convert, demo, interrupt, options, quantize, replay, report, run};
+use cli::{
+    Done, bench, compare, convert, demo, eval, interrupt, options, quantize, replay, report, run,
+};
 
 /// Run vision-language GGUFs with a KV cache that stays small.
 #[derive(Debug, Parser)]
@@ -28,14 +30,18 @@ enum Command {
     Demo(Box<demo::Args>),
     /// Measure speed and memory under several cache policies, as llama-bench does
     Bench(Box<bench::Args>),
+    /// Answer a prompt, or a file of them, under several cache policies and budgets, side by side
+    Compare(Box<compare::Args>),
+    /// Score several cache policies on a file of questions with known answers
+    Eval(Box<eval::Args>),
     /// Run cache policies on traces of earlier runs, without a model
     Replay(Box<replay::Args>),
     /// Show saved results and traces in one HTML file
     Report(report::Args),
 }
 
-/// Parses the command line and runs it. Exit codes: 0 done, 2 usage or
-/// run-time error, 130 ended by Ctrl-C; a closed pipe is 0, as for any filter.
+/// Parses the command line and runs it. Exit codes: 0 done, 1 a threshold was
+/// missed, 2 usage or run-time error, 130 ended by Ctrl-C; a closed pipe is 0, as for any filter.
 fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|bug| cli::warn(&format!("a bug in hae: {bug}"))));
     hae::llama::on_abort(|message| {
@@ -52,12 +58,15 @@ fn main() -> ExitCode {
             Command::Quantize(args) => quantize::run(&args),
             Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Compare(args) => compare::run(&args),
+            Command::Eval(args) => eval::run(&args),
             Command::Replay(args) => replay::run(&args),
             Command::Report(args) => report::run(&args),
         }
     };
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(command)) {
         Ok(Ok(Done::Whole)) => ExitCode::SUCCESS,
+        Ok(Ok(Done::Missed)) => ExitCode::from(1),
         Ok(Ok(Done::Interrupted)) => ExitCode::from(cli::INTERRUPTED),
         Ok(Err(e)) if cli::is_broken_pipe(&e) => ExitCode::SUCCESS,
         Ok(Err(e)) => {

@@ -16,6 +16,7 @@ use super::load::{self, Files};
 use super::options::PolicyArgs;
 use super::output::ContextReport;
 use super::{Done, interrupt, warn};
+pub use cases::policies;
 use cases::{Case, Plan, Shape};
 use hae::Error;
 use hae::bench::stats::Summary;

@@ -110,6 +110,26 @@ pub enum Template<'a> {
     Raw,
 }
 
+impl<'a> Template<'a> {
+    /// As `--chat-template` and `--no-conversation` say it.
+    pub fn chosen(name: Option<&'a str>, raw: bool) -> Self {
+        match (name, raw) {
+            (_, true) => Template::Raw,
+            (Some(name), _) => Template::Named(name),
+            (None, _) => Template::Model,
+        }
+    }
+
+    /// Its text; `None` where prompts go in as they are.
+    pub fn of(self, model: &Model) -> Option<String> {
+        match self {
+            Template::Model => model.chat_template(),
+            Template::Named(name) => Some(name.to_owned()),
+            Template::Raw => None,
+        }
+    }
+}
+
 /// What a conversation was made with.
 #[derive(Clone, Debug)]
 pub struct Made {
@@ -124,17 +144,18 @@ impl Setup<'_> {
     pub fn run<R>(&self, f: impl FnOnce(&mut Conversation<'_>, &Made) -> Result<R>) -> Result<R> {
         let start = Instant::now();
         let n_threads = self.context.n_threads()?;
-        let model = self.load_model()?;
-        let vision = self.load_vision(n_threads, &model)?;
+        let model = load_model(self.files, self.model)?;
+        let vision = load_vision(self.files, self.model, n_threads, &model)?;
         self.check_num_crops(vision.as_ref())?;
         let mut context = self.context_options(&model, vision.as_ref())?;
         self.read_for_trace(&mut context, &model)?;
-        let template = match self.template {
-            Template::Model => model.chat_template(),
-            Template::Named(name) => Some(name.to_owned()),
-            Template::Raw => None,
-        };
-        self.check_template(&model, template.as_deref())?;
+        let template = self.template.of(&model);
+        check_template(
+            &model,
+            self.template,
+            template.as_deref(),
+            self.system_prompt,
+        )?;
         let transcript = Transcript::new(template, self.system_prompt.map(str::to_owned));
 
         let (rope, max_positions) =
@@ -200,53 +221,6 @@ impl Setup<'_> {
         options.validate(limits)?;
         context.score_layers = options.layers.resolve(limits.n_layer);
         Ok(())
-    }
-
-    /// A template that cannot be used is better refused now than at the first question.
-    fn check_template(&self, model: &Model, template: Option<&str>) -> Result<()> {
-        let Some(template) = template else {
-            return match self.system_prompt {
-                Some(_) => Err(Error::option(
-                    "-sys",
-                    "the model has no chat template to put it into, name one with --chat-template",
-                )
-                .into()),
-                None => Ok(()),
-            };
-        };
-        let probe = Message {
-            role: "user".into(),
-            content: "?".into(),
-        };
-        match chat::apply(model, template, &[probe], true) {
-            Err(_) if matches!(self.template, Template::Model) => Err(Error::file(
-                model.path(),
-                "llama.cpp does not know its chat template, expected --chat-template with a name such as phi3 or chatml, or --no-conversation",
-            )
-            .into()),
-            result => Ok(result.map(|_| ())?),
-        }
-    }
-
-    fn load_model(&self) -> Result<Model> {
-        let bar = spinner("loading the model");
-        let options = ModelOptions {
-            n_gpu_layers: self.model.gpu_layers,
-        };
-        let model = Model::load(&self.files.model, &options);
-        bar.finish_and_clear();
-        Ok(model?)
-    }
-
-    fn load_vision<'m>(&self, n_threads: i32, model: &'m Model) -> Result<Option<Vision<'m>>> {
-        let Some(path) = &self.files.mmproj else {
-            return Ok(None);
-        };
-        let options = VisionOptions {
-            use_gpu: self.model.gpu_layers != Some(0),
-            n_threads,
-        };
-        Ok(Some(Vision::load(path, model, &options)?))
     }
 
     /// A number that no picture can be cut into is better refused now than at the first picture.
@@ -338,6 +312,64 @@ impl Setup<'_> {
     }
 }
 
+/// A template that cannot be used is better refused now than at the first question. `text` is the
+/// chosen template's, if there is one.
+pub fn check_template(
+    model: &Model,
+    chosen: Template<'_>,
+    text: Option<&str>,
+    system_prompt: Option<&str>,
+) -> Result<()> {
+    let Some(text) = text else {
+        return match system_prompt {
+            Some(_) => Err(Error::option(
+                "-sys",
+                "the model has no chat template to put it into, name one with --chat-template",
+            )
+            .into()),
+            None => Ok(()),
+        };
+    };
+    let probe = Message {
+        role: "user".into(),
+        content: "?".into(),
+    };
+    match chat::apply(model, text, &[probe], true) {
+        Err(_) if matches!(chosen, Template::Model) => Err(Error::file(
+            model.path(),
+            "llama.cpp does not know its chat template, expected --chat-template with a name such as phi3 or chatml, or --no-conversation",
+        )
+        .into()),
+        result => Ok(result.map(|_| ())?),
+    }
+}
+
+pub fn load_model(files: &Files, args: &ModelArgs) -> Result<Model> {
+    let bar = spinner("loading the model");
+    let options = ModelOptions {
+        n_gpu_layers: args.gpu_layers,
+    };
+    let model = Model::load(&files.model, &options);
+    bar.finish_and_clear();
+    Ok(model?)
+}
+
+pub fn load_vision<'m>(
+    files: &Files,
+    args: &ModelArgs,
+    n_threads: i32,
+    model: &'m Model,
+) -> Result<Option<Vision<'m>>> {
+    let Some(path) = &files.mmproj else {
+        return Ok(None);
+    };
+    let options = VisionOptions {
+        use_gpu: args.gpu_layers != Some(0),
+        n_threads,
+    };
+    Ok(Some(Vision::load(path, model, &options)?))
+}
+
 /// Cells that a cache with eviction begins with.
 const KV_SIZE_AT_FIRST: u32 = 256;
 
@@ -382,7 +414,7 @@ pub fn rope_name(rope: RopeFactors, model: &Model, n_ctx: u32) -> &'static str {
 }
 
 /// The cells that llama.cpp makes of `-c`.
-fn padded(n_ctx: u32) -> u32 {
+pub fn padded(n_ctx: u32) -> u32 {
     n_ctx.next_multiple_of(256)
 }
 

@@ -2,9 +2,12 @@
 
 pub mod bench;
 mod chat;
+pub mod compare;
 pub mod convert;
 mod crops;
 pub mod demo;
+pub mod eval;
+mod exam;
 pub mod interrupt;
 mod load;
 pub mod options;
@@ -23,6 +26,8 @@ pub const INTERRUPTED: u8 = 130;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Done {
     Whole,
+    /// All is out, but a threshold was missed.
+    Missed,
     /// Ctrl-C ended it early; what there was is out.
     Interrupted,
 }

@@ -360,8 +360,8 @@ pub struct PolicyArgs {
     /// Cells taken at most once the prompt was pruned, the recycle bin and the token being decoded
     /// included: a number (512), or a share of what the full cache would hold at the end of the
     /// prompt (0.5) [default: 1.0]
-    #[arg(long, value_name = "N|SHARE")]
-    kv_budget: Option<Amount>,
+    #[arg(long, value_name = "N|SHARE", value_delimiter = ',')]
+    kv_budget: Vec<Amount>,
     /// Cells of the recycle bin, part of a budget below 1.0 [default: 32]
     #[arg(long, value_name = "N")]
     bin_size: Option<usize>,
@@ -402,7 +402,25 @@ pub struct PolicyArgs {
 }
 
 impl PolicyArgs {
+    /// Of a command that takes one budget.
     pub fn options(&self) -> Result<PolicyOptions> {
+        match self.kv_budget[..] {
+            [] => self.options_at(None),
+            [budget] => self.options_at(Some(budget)),
+            _ => {
+                let reason = format!("{} values, expected one", self.kv_budget.len());
+                Err(Error::option("--kv-budget", reason).into())
+            }
+        }
+    }
+
+    /// The budgets that were given.
+    pub fn budgets(&self) -> &[Amount] {
+        &self.kv_budget
+    }
+
+    /// As [`PolicyArgs::options`], with this budget in the place of those given.
+    pub fn options_at(&self, budget: Option<Amount>) -> Result<PolicyOptions> {
         let mut options = PolicyOptions::preset(self.kv_preset.as_deref().unwrap_or("default"))?;
         let scope = options.dap.map_or(Scope::Turn, |dap| dap.scope);
         let rule = match (self.dap_keep, self.dap_tau, self.dap_r) {
@@ -444,7 +462,7 @@ impl PolicyArgs {
         self.hysteresis.into_iter().for_each(|x| set.hysteresis = x);
         set.kv_budget = match self.no_ddes {
             true => None,
-            false => self.kv_budget.or(set.kv_budget),
+            false => budget.or(set.kv_budget),
         };
         set.restore &= !self.no_restore;
         self.h2o_recent.into_iter().for_each(|x| set.h2o_recent = x);

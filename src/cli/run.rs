@@ -147,11 +147,7 @@ pub fn run(args: &Args) -> Result<Done> {
         context: &args.context,
         policy: (&args.kv_policy, &policy_options),
         sampler: args.sampler.options(load::clock_seed())?,
-        template: match (&args.chat_template, args.no_conversation) {
-            (_, true) => Template::Raw,
-            (Some(name), _) => Template::Named(name),
-            (None, _) => Template::Model,
-        },
+        template: Template::chosen(args.chat_template.as_deref(), args.no_conversation),
         system_prompt: args.system_prompt.as_deref(),
         prompt: prompt.as_deref(),
         pictures: &pictures,

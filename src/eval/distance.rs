@@ -14,7 +14,7 @@ use crate::cache::{Ledger, Pos};
 use crate::engine::{Engine, Token};
 use crate::error::{Error, Result};
 use crate::generate::{Segment, Session};
-use crate::policy::{EvictionPolicy, Observe, Plan, Queries};
+use crate::policy::{EvictionPolicy, Observe, Plan, Queries, Shift};
 
 /// Keeps everything, as `full` does, and watches where attention goes.
 pub struct Watch {
@@ -45,6 +45,10 @@ impl EvictionPolicy for Watch {
             layers: self.layers.clone(),
             queries: Queries::Last,
         }
+    }
+
+    fn evicts(&self) -> bool {
+        false
     }
 
     fn after_prefill(&mut self, _: &Ledger, _: &mut Plan) -> Result<()> {
@@ -169,7 +173,7 @@ pub fn follow<E: Engine>(
     if !session.prefill(prompt, cancelled)? {
         return Ok(None);
     }
-    places.follow(session);
+    places.follow(session.controller.shift(), session.controller.ledger());
     for (i, (logits, &token)) in said.logits.iter().zip(&said.tokens).enumerate() {
         if cancelled() {
             return Ok(None);
@@ -182,7 +186,7 @@ pub fn follow<E: Engine>(
             }
             places.come(session.controller.next_pos(), 1);
             session.step(said.tokens[fed])?;
-            places.follow(session);
+            places.follow(session.controller.shift(), session.controller.ledger());
         }
         followed.add(logits, session.engine.logits()?, token)?;
     }
@@ -220,7 +224,19 @@ impl Places {
     }
 
     /// Follows what the policy has just moved.
-    fn follow<E: Engine>(&mut self, _session: &Session<E>) {}
+    fn follow(&mut self, shift: Option<Shift>, ledger: &Ledger) {
+        let Some(Shift { from, by }) = shift else {
+            return;
+        };
+        // Where the tokens went that moved nothing was left.
+        let before = |pos: Pos| if pos >= from - by { pos + by } else { pos };
+        let moved = ledger.entries().map(|entry| {
+            let was = before(entry.pos);
+            (entry.pos, self.moved.get(&was).copied().unwrap_or(was))
+        });
+        self.moved = moved.collect();
+        self.behind += by;
+    }
 
     /// Which of the full cache's positions are there.
     fn held(&self, ledger: &Ledger) -> Vec<bool> {

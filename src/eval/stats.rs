@@ -147,3 +147,100 @@ pub fn mean(values: &[f64]) -> f64 {
         n => values.iter().sum::<f64>() / n as f64,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// scipy.stats.binomtest(hits, n).proportion_ci(0.95, "wilson"), whose z has more digits.
+    #[test]
+    fn intervals_are_wilsons() {
+        for (hits, n, low, high) in [
+            (0, 10, 0.0, 0.277_532_799_862_889_24),
+            (129, 135, 0.906_428_641_545_761_9, 0.979_473_891_060_493_2),
+            (135, 135, 0.972_332_047_982_475_1, 1.0),
+            (656, 657, 0.991_429_307_812_077, 0.999_731_266_721_005_9),
+        ] {
+            let share = Share::of(hits, n);
+            let near = |a: f64, b: f64| (a - b).abs() < 2e-5;
+            assert!(near(share.low, low) && near(share.high, high), "{share:?}");
+            assert!(share.low <= share.share && share.share <= share.high);
+        }
+        let nothing = Share::of(0, 0);
+        assert_eq!((nothing.low, nothing.high), (0.0, 1.0));
+    }
+
+    /// scipy.stats.binomtest(min(b, c), b + c, 0.5).pvalue
+    #[test]
+    fn mcnemar_is_scipys_binomial_test() {
+        for (b, c, p) in [
+            (0, 0, 1.0),
+            (0, 1, 1.0),
+            (1, 5, 0.21875),
+            (3, 12, 0.035_156_25),
+            (10, 10, 1.0),
+            (40, 75, 0.001_412_957_498_607_674),
+            (700, 800, 0.010_559_255_466_711_506),
+        ] {
+            let (one, other) = (mcnemar(b, c), mcnemar(c, b));
+            assert_eq!(one, other);
+            assert!(
+                (one - p).abs() < 1e-9 * p.max(1e-3),
+                "{b} {c}: {one}, expected {p}"
+            );
+        }
+        assert!(mcnemar(2, 1500) < 1e-300);
+    }
+
+    /// statsmodels.stats.multitest.multipletests(p, method="holm")
+    #[test]
+    fn holm_is_statsmodels() {
+        let adjusted = holm(&[0.01, 0.04, 0.03, 0.005, 0.8]);
+        for (a, b) in adjusted.iter().zip([0.04, 0.09, 0.09, 0.025, 0.8]) {
+            assert!((a - b).abs() < 1e-12, "{adjusted:?}");
+        }
+        assert!(holm(&[]).is_empty());
+    }
+
+    /// numpy.quantile
+    #[test]
+    fn quantiles_are_numpys() {
+        let values = [1.0, 2.0, 5.0, 10.0];
+        for (share, value) in [
+            (0.0, 1.0),
+            (0.25, 1.75),
+            (0.5, 3.5),
+            (0.99, 9.85),
+            (1.0, 10.0),
+        ] {
+            assert!((quantile(&values, share) - value).abs() < 1e-12, "{share}");
+        }
+        assert_eq!(quantile(&[], 0.5), 0.0);
+    }
+
+    /// With few stories every sample can be counted: all draws of two out of two.
+    #[test]
+    fn the_bootstrap_draws_as_often_as_chance_says() {
+        let pair = |first, second| Pair {
+            required: 100,
+            first,
+            second,
+        };
+        // Draws: both the first (1/4) +0.1, both the second (1/4) -0.3, one each (1/2) -0.1.
+        let drawn = bootstrap(&[pair(50, 60), pair(80, 50)], 7).unwrap();
+        assert!((drawn.difference + 0.1).abs() < 1e-12);
+        assert!((drawn.low + 0.3).abs() < 1e-12 && (drawn.high - 0.1).abs() < 1e-12);
+        // Twice the quarter of draws at or above 0; 4 standard errors of 10,000 draws.
+        assert!((drawn.p - 0.5).abs() < 0.035, "{}", drawn.p);
+        assert_eq!(bootstrap(&[pair(50, 60), pair(80, 50)], 7), Some(drawn));
+
+        let same = bootstrap(&[pair(50, 50), pair(80, 80), pair(1, 1)], 7).unwrap();
+        assert_eq!(
+            (same.difference, same.low, same.high, same.p),
+            (0.0, 0.0, 0.0, 1.0)
+        );
+        let worse: Vec<Pair> = (0..20).map(|i| pair(90, 60 + i)).collect();
+        assert!(bootstrap(&worse, 7).unwrap().p < 0.001);
+        assert_eq!(bootstrap(&worse[..1], 7), None);
+    }
+}

@@ -34,13 +34,16 @@ pub struct Row {
     pub task: String,
     /// Questions answered.
     pub n: usize,
-    /// Those that could be scored.
+    /// Those that could be scored as right or wrong; stories are scored by their facts.
     pub scored: usize,
     pub right: usize,
     pub accuracy: Option<f64>,
     /// Wilson's 95 % interval.
     pub low: Option<f64>,
     pub high: Option<f64>,
+    /// Stories, and those that state every fact and nothing wrong.
+    pub stories: usize,
+    pub stories_whole: usize,
     /// Mentions that stories have to make, and make; statements they make, and true ones.
     pub facts_required: usize,
     pub facts_made: usize,
@@ -182,7 +185,8 @@ fn by_key<'a>(answers: &[&'a Answer]) -> ByKey<'a> {
 
 fn row(contender: &Contender, task: &str, answers: &[&Answer], first: &ByKey<'_>) -> Row {
     let n = answers.len();
-    let scored: Vec<bool> = answers.iter().filter_map(|a| a.right).collect();
+    let asked = answers.iter().filter(|a| a.facts.is_none());
+    let scored: Vec<bool> = asked.filter_map(|a| a.right).collect();
     let share = Share::of(scored.iter().filter(|&&right| right).count(), scored.len());
     let known = (!scored.is_empty()).then_some(share);
     let facts: Vec<_> = answers.iter().filter_map(|a| a.facts.as_ref()).collect();
@@ -214,6 +218,11 @@ fn row(contender: &Contender, task: &str, answers: &[&Answer], first: &ByKey<'_>
         accuracy: known.map(|s| s.share),
         low: known.map(|s| s.low),
         high: known.map(|s| s.high),
+        stories: facts.len(),
+        stories_whole: answers
+            .iter()
+            .filter(|a| a.facts.is_some() && a.right == Some(true))
+            .count(),
         facts_required: required,
         facts_made: made,
         facts_said: said,

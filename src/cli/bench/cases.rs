@@ -113,7 +113,8 @@ impl Plan {
     }
 }
 
-fn policies(given: &[String]) -> Result<Vec<&'static str>> {
+/// Names of policies, none twice.
+pub fn policies(given: &[String]) -> Result<Vec<&'static str>> {
     let known = || policy::names().collect::<Vec<_>>().join(", ");
     let policies = values("--kv-policy", given, |name| {
         policy::names()

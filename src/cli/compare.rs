@@ -1,0 +1,125 @@
+//! `hae compare`: the same prompts under several cache policies and budgets, side by side.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use sha2::{Digest, Sha256};
+
+use super::Done;
+use super::crops::CropArgs;
+use super::exam::{Exam, ExamArgs, Format, print_answers, print_json, print_summary};
+use super::output::FileReport;
+use hae::Error;
+use hae::eval::files::Source;
+use hae::eval::question::{Expected, Image, Question, Turn};
+use hae::eval::record::{FileId, QuestionSet};
+use hae::eval::summary::Summary;
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Lists: values separated by commas. Every policy but full is asked at every --kv-budget."
+)]
+pub struct Args {
+    /// Picture to ask about; repeat for several
+    #[arg(long, value_name = "FILE", requires = "prompt")]
+    image: Vec<PathBuf>,
+    #[command(flatten)]
+    crops: CropArgs,
+    /// The prompt
+    #[arg(
+        short,
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "file"
+    )]
+    prompt: Option<String>,
+    /// File of prompts: JSON lines as for `hae eval`, answers may be missing
+    #[arg(short, long, value_name = "FILE", required_unless_present = "prompt")]
+    file: Option<PathBuf>,
+    /// Times that each policy answers, by turns; times are medians
+    #[arg(short, long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    repetitions: u32,
+    /// Do not measure how far predictions are from the full cache's
+    #[arg(long)]
+    no_distance: bool,
+    #[command(flatten)]
+    exam: ExamArgs,
+}
+
+pub fn run(args: &Args) -> Result<Done> {
+    let num_crops = args.crops.num_crops()?;
+    let (questions, file, format) = match (&args.prompt, &args.file) {
+        (Some(text), _) => prompt(text, &args.image)?,
+        (None, Some(path)) => {
+            let source = Source {
+                path: path.clone(),
+                unanswered: true,
+                ..Source::default()
+            };
+            let (format, questions) = source.read()?;
+            let FileReport { file, sha256 } = FileReport::read(path, &path.display().to_string())?;
+            (questions, FileId { file, sha256 }, format.name())
+        }
+        (None, None) => return Err(Error::option("-p", "expected a prompt, or -f").into()),
+    };
+    let exam = Exam {
+        args: &args.exam,
+        command: "compare",
+        set: QuestionSet {
+            file,
+            format: format.into(),
+            part: None,
+            every: 1,
+            limit: None,
+            n: questions.iter().map(|q| q.turns.len()).sum(),
+        },
+        questions: &questions,
+        num_crops,
+        distance: !args.no_distance,
+        repetitions: args.repetitions as usize,
+    };
+    let outcome = exam.run()?;
+    let summary = Summary::of(&outcome.header, &outcome.answers);
+    match args.exam.output {
+        Format::Json => print_json(&outcome.header, &outcome.answers, &summary)?,
+        format => {
+            if format == Format::Md {
+                print_answers(&outcome.header, &outcome.answers)?;
+            }
+            print_summary(format, &outcome.header, &summary)?;
+        }
+    }
+    Ok(outcome.done)
+}
+
+/// One question that the command line asks.
+fn prompt(text: &str, images: &[PathBuf]) -> Result<(Vec<Question>, FileId, &'static str)> {
+    if text.trim().is_empty() {
+        return Err(Error::option("-p", "is empty, expected a prompt").into());
+    }
+    for path in images {
+        if !path.is_file() {
+            let reason = format!("there is no picture {}", path.display());
+            return Err(Error::option("--image", reason).into());
+        }
+    }
+    let question = Question {
+        id: "prompt".into(),
+        place: "-p".into(),
+        images: images.iter().cloned().map(Image::File).collect(),
+        num_crops: None,
+        turns: vec![Turn {
+            task: "prompt".into(),
+            text: text.into(),
+            raw: Some(text.into()),
+            expected: Expected::Nothing,
+        }],
+    };
+    let names = question.image_names().join("\n");
+    let id = FileId {
+        file: "-p".into(),
+        sha256: format!("{:x}", Sha256::digest(format!("{text}\n{names}"))),
+    };
+    Ok((vec![question], id, "prompt"))
+}
