@@ -58,7 +58,7 @@ pub struct Report {
     pub policy: &'static str,
     pub params: serde_json::Value,
     pub cells: Counts,
-    /// Tokens removed right after prompts.
+    /// Tokens removed before and right after prompts.
     pub evicted_after_prefill: usize,
     /// Tokens removed while decoding.
     pub evicted_in_decoding: usize,
@@ -261,6 +261,20 @@ impl Controller {
         self.ledger.observe(seen, decay)?;
         self.tell(Event::Observed(seen));
         Ok(())
+    }
+
+    /// Lets the policy make room for a prompt of this many rows; otherwise as
+    /// [`Controller::after_prefill`].
+    ///
+    /// # Errors
+    /// As [`Controller::after_prefill`].
+    pub fn before_prefill(&mut self, rows: usize) -> Result<&[Range<Pos>]> {
+        self.plan.clear();
+        self.policy
+            .before_prefill(&self.ledger, rows, &mut self.plan)?;
+        self.evicted_after_prefill += self.plan.evict.len();
+        self.apply()?;
+        Ok(&self.ranges)
     }
 
     /// Asks the policy which visual tokens of a prompt to leave out, by attention that was seen

@@ -90,6 +90,8 @@ pub struct PolicyReport {
     pub flushes: usize,
     /// Evicted tokens that came back for a later question.
     pub recalled: usize,
+    /// The most cells that were taken at once outside of prefills: what `--kv-budget` bounds.
+    pub peak_decoding: usize,
 }
 
 /// A model, its cache and what was said.
@@ -347,6 +349,7 @@ impl<'m> Conversation<'m> {
                 evicted_in_decoding: report.evicted_in_decoding,
                 flushes: report.flushes,
                 recalled: report.recalled,
+                peak_decoding: report.peak_decoding,
             },
             text: generated.text,
         })
@@ -388,13 +391,15 @@ impl<'m> Conversation<'m> {
         let needed = self.session.controller.ledger().counts().cells()
             + rows
             + usize::from(self.pending.is_some());
-        if needed > n_ctx {
+        // Where older tokens make room, the loop decides.
+        let shifts = self.session.controller.shifts();
+        if needed > n_ctx && !shifts {
             return Err(Error::PromptTooLong { needed, n_ctx });
         }
         let positions = self.session.controller.next_pos() as usize
             + usize::from(self.pending.is_some())
             + pieces.iter().map(Piece::positions).sum::<usize>();
-        if let Some(max) = self.max_positions.filter(|&max| positions > max) {
+        if let Some(max) = self.max_positions.filter(|&max| positions > max && !shifts) {
             let reason = format!(
                 "the short factors reach {max} positions, the prompt ends at {positions}: give long, or a larger -c"
             );

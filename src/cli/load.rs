@@ -267,8 +267,13 @@ impl Setup<'_> {
             (RopeArg::Auto, Some(_)) => return Ok((RopeFactors::Short, Some(from))),
             _ => {}
         }
-        // Without eviction no position lies beyond the cache.
-        let evicts = context.kv_size.is_some();
+        // Without eviction no position lies beyond the cache, nor where positions move down.
+        let limits = Limits {
+            n_layer: model.n_layer(),
+            n_cells: n_ctx,
+        };
+        let shifts = policy::create(self.policy.0, self.policy.1, limits)?.shifts();
+        let evicts = context.kv_size.is_some() && !shifts;
         let positions = match (self.model.rope_factors, self.prompt, self.n_predict) {
             (RopeArg::Short, ..) => 0,
             (RopeArg::Long, ..) => usize::MAX,
@@ -288,7 +293,10 @@ impl Setup<'_> {
             if self.model.rope_factors == RopeArg::Long || positions > from {
                 (RopeFactors::Long, None)
             } else {
-                (RopeFactors::Short, Some(from))
+                (
+                    RopeFactors::Short,
+                    (!shifts || n_ctx > from).then_some(from),
+                )
             },
         )
     }

@@ -45,8 +45,8 @@ impl<E: Engine> Session<E> {
     ///
     /// # Errors
     /// [`Error::PromptTooLong`] when what goes in does not fit beside what the cache holds.
-    /// [`Error::Option`] for an empty prompt or a misshapen picture. The cache is unchanged in
-    /// both cases, and after the engine's own errors if the engine can take tokens back.
+    /// [`Error::Option`] for an empty prompt or a misshapen picture, [`Error::Unsupported`] for a
+    /// policy that the engine cannot serve. The cache is unchanged in these cases, and after the engine's own errors if the engine can take tokens back.
     pub fn prefill(&mut self, prompt: &[Segment], cancelled: &dyn Fn() -> bool) -> Result<bool> {
         let done = self.prefill_timed(prompt, cancelled, &|| Duration::ZERO)?;
         Ok(done.complete)
@@ -61,6 +61,11 @@ impl<E: Engine> Session<E> {
         let expected = self.expected.take();
         self.check(prompt)?;
         self.controller.expect(expected);
+        if self.controller.shifts() {
+            let rows = prompt.iter().map(Segment::len).sum();
+            self.controller.before_prefill(rows)?;
+            self.remove_planned()?;
+        }
         let from = self.controller.next_pos();
         let prompt = placed(prompt, from);
         let start = (self.controller.dap_mode() == DapMode::Early).then(now);

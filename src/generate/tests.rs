@@ -114,6 +114,90 @@ fn a_prompt_is_cut_and_queried() {
 }
 
 #[test]
+fn the_last_rows_of_a_prompt_are_queried_wherever_they_lie() {
+    let prompt = [tokens(3), picture(5), tokens(0), tokens(2)];
+    let queried = |window, n_batch| {
+        let mut options = PolicyOptions::default();
+        options.snapkv.window = window;
+        let mut session = session(Scripted::new(32, n_batch), "snapkv", &options);
+        turn(&mut session, &prompt, Some(2), &|| false).0.unwrap();
+        let rows = batches(&session).into_iter();
+        let rows = rows
+            .flat_map(|(pos, .., queries, _)| queries.into_iter().map(move |row| pos + row as Pos));
+        rows.collect::<Vec<_>>()
+    };
+    for n_batch in [1, 2, 4, 16] {
+        assert_eq!(queried(1, n_batch), [9]);
+        assert_eq!(queried(4, n_batch), [6, 7, 8, 9]);
+        assert_eq!(queried(8, n_batch), [2, 3, 4, 5, 6, 7, 8, 9]);
+        assert_eq!(queried(99, n_batch), (0..10).collect::<Vec<_>>());
+    }
+    // h2o looks at all of it, and at what is decoded.
+    let mut session = session(Scripted::new(32, 4), "h2o", &PolicyOptions::default());
+    turn(&mut session, &prompt, Some(2), &|| false).0.unwrap();
+    let rows = batches(&session);
+    assert!(rows.iter().all(|(_, n, _, queries, _)| queries.len() == *n));
+}
+
+#[test]
+fn a_shift_frees_room_and_positions() {
+    let options = PolicyOptions {
+        sinks: 2,
+        ..PolicyOptions::default()
+    };
+    let mut session = session(Scripted::new(16, 8), "context_shift", &options);
+    let generated = turn(&mut session, &[tokens(10)], Some(20), &|| false).0;
+    assert_eq!(generated.unwrap().finish, Finish::Length);
+    let moves = |session: &Session<Scripted>| {
+        let calls = session
+            .engine
+            .calls
+            .iter()
+            .filter(|call| matches!(call, Call::Remove(_) | Call::Shift { .. }));
+        calls.cloned().collect::<Vec<_>>()
+    };
+    // At 15 of 16 cells 13 are left beside the 2 that stay: 6 go.
+    let once = [Call::Remove(vec![2..8]), Call::Shift { from: 8, by: 6 }];
+    assert_eq!(moves(&session)[..2], once);
+    assert_eq!(moves(&session)[2..], [once.clone(), once].concat());
+    assert_eq!(session.controller.next_pos(), 11);
+    // A prompt that does not fit behind 11 tokens: 4 of the 9 go. It fills the context: 7 of 14 go.
+    session.prefill(&[tokens(9)], &|| false).unwrap();
+    assert_eq!(
+        moves(&session)[6..],
+        [
+            Call::Remove(vec![2..6]),
+            Call::Shift { from: 6, by: 4 },
+            Call::Remove(vec![2..9]),
+            Call::Shift { from: 9, by: 7 },
+        ]
+    );
+    let held = session.controller.ledger().entries();
+    let held: Vec<_> = held.map(|e| (e.cell, e.pos)).collect();
+    assert_eq!(held, session.engine.occupied());
+    // One that never fits changes nothing.
+    let before = (session.engine.occupied(), session.engine.calls.len());
+    let error = session.prefill(&[tokens(15)], &|| false).unwrap_err();
+    assert!(matches!(error, Error::PromptTooLong { n_ctx: 16, .. }));
+    assert_eq!(
+        before,
+        (session.engine.occupied(), session.engine.calls.len())
+    );
+}
+
+#[test]
+fn an_engine_that_cannot_shift_is_refused_by_name() {
+    let engine = Scripted::new(16, 8).without_shift();
+    let mut session = session(engine, "context_shift", &PolicyOptions::default());
+    let error = session.prefill(&[tokens(3)], &|| false).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "kv policy context_shift cannot serve this model: its cached keys cannot be moved to other positions"
+    );
+    assert!(session.engine.calls.is_empty());
+}
+
+#[test]
 fn decoding_is_observed_only_for_those_who_decide_in_it() {
     let observed = |options: &PolicyOptions| {
         let mut session = session(Scripted::new(64, 8), "hae", options);

@@ -12,6 +12,7 @@
 //! - It shifts right after the token that leaves room for one more only, llama.cpp right before
 //!   the next one. What that one sees is the same.
 //! - A prompt larger than the budget is halved until it fits, at its end; llama.cpp cuts it before.
+//!   One that does not fit beside the conversation so far shifts as often as it takes.
 //! - llama.cpp refuses to shift with a vision file. Here pictures whose tokens have a position each
 //!   are shifted like text.
 //!
@@ -74,6 +75,14 @@ impl EvictionPolicy for ContextShift {
         true
     }
 
+    fn before_prefill(&mut self, cache: &Ledger, rows: usize, plan: &mut Plan) -> Result<()> {
+        let held = cache.counts().cells();
+        if held + rows > self.n_ctx {
+            self.shift(cache, rows, self.n_ctx, plan);
+        }
+        Ok(())
+    }
+
     fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
         self.cells = match self.budget.is_whole() {
             true => self.n_ctx,
@@ -83,17 +92,27 @@ impl EvictionPolicy for ContextShift {
     }
 
     fn after_step(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
-        let mut left = cache.counts().cells();
-        let held = left;
-        while left + 1 >= self.cells {
+        // With the next token the context would be full.
+        self.shift(cache, 2, self.cells, plan);
+        Ok(())
+    }
+}
+
+impl ContextShift {
+    /// Discards the older half of what is not kept until `rows` more fit into `n_ctx`; nothing
+    /// where they never will.
+    fn shift(&mut self, cache: &Ledger, rows: usize, n_ctx: usize, plan: &mut Plan) {
+        let held = cache.counts().cells();
+        let mut left = held;
+        while left + rows > n_ctx {
             let discard = left.saturating_sub(self.n_keep) / 2;
             if discard == 0 {
-                break;
+                return;
             }
             left -= discard;
         }
         if left == held {
-            return Ok(());
+            return;
         }
         self.tokens.clear();
         self.tokens.extend(cache.entries().map(|e| (e.pos, e.cell)));
@@ -109,6 +128,5 @@ impl EvictionPolicy for ContextShift {
             from,
             by: from - to,
         });
-        Ok(())
     }
 }

@@ -185,6 +185,15 @@ pub trait EvictionPolicy {
         false
     }
 
+    /// Makes room for a prompt of `rows` that goes in next, where it does not fit otherwise.
+    /// Called if it [`EvictionPolicy::shifts`].
+    ///
+    /// # Errors
+    /// As [`EvictionPolicy::prune`].
+    fn before_prefill(&mut self, _cache: &Ledger, _rows: usize, _plan: &mut Plan) -> Result<()> {
+        Ok(())
+    }
+
     /// Which visual tokens of a prompt leave. Called once for each prompt (each user turn), with
     /// its scores in the ledger: that of the cache after the prefill, or that of a trial run of
     /// the first layers before it, whose tokens then never go in.

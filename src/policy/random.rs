@@ -3,7 +3,8 @@
 //!
 //! `random` draws among all tokens that may leave, `random_visual` among the visual ones while
 //! there are any: the control of policies that let pictures go first. Sinks and the recent window
-//! stay, as with the policies that they are compared with. The same seed draws the same tokens.
+//! stay, as with the policies that they are compared with. The same seed draws the same tokens; a
+//! conversation that follows on another in the same process goes on with the stream.
 
 use serde_json::{Value, json};
 

@@ -41,6 +41,7 @@ mod model;
 mod npz;
 mod others;
 mod parity;
+mod policies;
 mod quantize;
 mod random;
 mod recall;

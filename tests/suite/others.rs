@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use hae::llama::gguf::Value;
+use hae::policy;
 use serde_json::Value as Json;
 use tempfile::TempDir;
 
@@ -192,7 +193,7 @@ fn qwen2vl() -> Pair {
 }
 
 #[test]
-fn m_rope_runs_under_full_and_is_refused_for_hae() {
+fn m_rope_runs_under_full_and_is_refused_for_the_others() {
     let pair = qwen2vl();
     let full = pair.json("");
     // 336 / 28 merged patches a side.
@@ -202,11 +203,16 @@ fn m_rope_runs_under_full_and_is_refused_for_hae() {
     // In batches that cut the picture, the positions and so the answer are the same.
     let cut = pair.json("-b 50 -ub 50");
     assert_eq!(cut["text"], full["text"]);
-    let line = refusal(&pair.args("--kv-policy hae"));
-    assert!(
-        line.contains("kv policy hae cannot serve this model: all tokens of a picture share one position (M-RoPE)"),
-        "{line}"
-    );
+    every_policy_is_refused(&pair, "all tokens of a picture share one position (M-RoPE)");
+}
+
+/// Whoever evicts names itself and the reason.
+fn every_policy_is_refused(pair: &Pair, reason: &str) {
+    for name in policy::names().filter(|name| *name != "full") {
+        let line = refusal(&pair.args(&format!("--kv-policy {name}")));
+        let expected = format!("kv policy {name} cannot serve this model: {reason}");
+        assert!(line.contains(&expected), "{line}");
+    }
 }
 
 /// Gemma 3: a sliding window in every other layer here.
@@ -248,17 +254,13 @@ fn gemma3() -> Pair {
 }
 
 #[test]
-fn sliding_windows_run_under_full_and_are_refused_for_hae() {
+fn sliding_windows_run_under_full_and_are_refused_for_the_others() {
     let pair = gemma3();
     let full = pair.json("");
     // 224 / 28 merged patches a side.
     assert_eq!(count(&full, "/tokens/prompt/vision"), 64);
     assert_eq!(count(&full, "/tokens/generated"), 6);
-    let line = refusal(&pair.args("--kv-policy hae"));
-    assert!(
-        line.contains("kv policy hae cannot serve this model: it uses sliding-window attention"),
-        "{line}"
-    );
+    every_policy_is_refused(&pair, "it uses sliding-window attention");
     // A picture cannot be cut where its tokens attend to those behind them.
     let fits = pair.json("-b 64 -ub 64");
     assert_eq!(fits["text"], full["text"]);
@@ -268,5 +270,59 @@ fn sliding_windows_run_under_full_and_are_refused_for_hae() {
             line.contains("-ub: 63 rows, but a picture takes 64 at once with this model"),
             "{line}"
         );
+    }
+}
+
+/// Mamba: a state instead of a cache. There is no vision file for it.
+fn mamba() -> Remake {
+    let mut text = text("mamba");
+    for (key, value) in [
+        ("conv_kernel", 4),
+        ("inner_size", 128),
+        ("state_size", 16),
+        ("time_step_rank", 4),
+    ] {
+        text.set_u32(&format!("mamba.ssm.{key}"), value);
+    }
+    text.tensors.retain(|t| !t.name.starts_with("blk."));
+    for block in 0..2 {
+        let name = |part: &str| format!("blk.{block}.{part}");
+        text.tensors
+            .push(Tensor::ones(&name("attn_norm.weight"), 64));
+        for (part, dims) in [
+            ("ssm_in.weight", &[64, 256][..]),
+            ("ssm_conv1d.weight", &[4, 128]),
+            ("ssm_conv1d.bias", &[128]),
+            ("ssm_x.weight", &[128, 36]),
+            ("ssm_dt.weight", &[4, 128]),
+            ("ssm_dt.bias", &[128]),
+            ("ssm_a", &[16, 128]),
+            ("ssm_d", &[128]),
+            ("ssm_out.weight", &[128, 64]),
+        ] {
+            text.tensors.push(Tensor::random(&name(part), dims));
+        }
+    }
+    text
+}
+
+#[test]
+fn recurrent_models_run_under_full_and_are_refused_for_the_others() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("text.gguf");
+    mamba().write(&path);
+    let args = |more: &str| -> Vec<String> {
+        let model = ["run", "-m", path.to_str().unwrap()].map(str::to_owned);
+        let fixed = "-p What? -n 6 --temp 0 -t 1 -no-cnv -o json ";
+        let words = format!("{fixed}{more}");
+        let words = words.split_whitespace().map(str::to_owned);
+        model.into_iter().chain(words).collect()
+    };
+    let full: Json = serde_json::from_str(&answer(&args(""))).unwrap();
+    assert!(count(&full, "/tokens/generated") > 0);
+    for name in policy::names().filter(|name| *name != "full") {
+        let line = refusal(&args(&format!("--kv-policy {name}")));
+        let expected = format!("kv policy {name} cannot serve this model: its memory is recurrent");
+        assert!(line.contains(&expected), "{line}");
     }
 }

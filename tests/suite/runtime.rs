@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::process::Stdio;
 
+use hae::policy;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -29,6 +30,17 @@ fn run(args: &str) -> String {
 fn json(args: &str) -> Value {
     let text = run(&format!("{args} -o json"));
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+fn number(json: &Value, pointer: &str) -> f64 {
+    json.pointer(pointer)
+        .and_then(Value::as_f64)
+        .unwrap_or_else(|| panic!("{pointer} is no number in {json:#}"))
+}
+
+/// Of both modalities.
+fn total(json: &Value, what: &str) -> f64 {
+    number(json, &format!("/{what}/text")) + number(json, &format!("/{what}/vision"))
 }
 
 const QUESTION: &str = "--image DEMO --temp 0 -p Where+is+the+pink+heart?";
@@ -68,11 +80,6 @@ fn verbose_shows_llama_cpps_log_on_stderr() {
 #[test]
 fn json_says_everything_about_a_run() {
     let full = json(QUESTION);
-    let number = |json: &Value, pointer: &str| {
-        json.pointer(pointer)
-            .and_then(Value::as_f64)
-            .unwrap_or_else(|| panic!("{pointer} is no number in {json:#}"))
-    };
     for pointer in [
         "/tokens/prompt/text",
         "/tokens/prompt/vision",
@@ -104,9 +111,6 @@ fn json_says_everything_about_a_run() {
         assert_eq!(number(&full, pointer), 0.0, "{pointer}");
     }
     // Each number against the others.
-    let total = |json: &Value, what: &str| {
-        number(json, &format!("/{what}/text")) + number(json, &format!("/{what}/vision"))
-    };
     let cells = total(&full, "kv/cells/live");
     assert_eq!(
         cells,
@@ -153,6 +157,48 @@ fn json_says_everything_about_a_run() {
         in_use + total(&hae, "kv/cells/evicted"),
         total(&hae, "tokens/prompt") + number(&hae, "/tokens/generated")
     );
+}
+
+#[test]
+fn every_policy_answers_within_its_budget() {
+    let full = json(&format!("{QUESTION} -n 20"));
+    let prompt = total(&full, "tokens/prompt");
+    for name in policy::names().filter(|name| *name != "full") {
+        let report = json(&format!(
+            "{QUESTION} -n 20 --kv-policy {name} --kv-budget 0.5 --bin-size 8"
+        ));
+        assert_eq!(report["policy"]["name"], name);
+        assert_eq!(report["policy"]["params"]["kv_budget"]["share"], 0.5);
+        assert_eq!(total(&report, "tokens/prompt"), prompt);
+        let peak = number(&report, "/policy/peak_decoding");
+        assert!(peak <= (prompt / 2.0).round(), "{name}: {peak}");
+        let cells = total(&report, "kv/cells/live") + total(&report, "kv/cells/binned");
+        let gone = total(&report, "kv/cells/evicted");
+        assert!(
+            cells <= peak && gone > 0.3 * prompt,
+            "{name}: {cells}, {gone}"
+        );
+        // What the policies judge by says the same of an easy question.
+        let looks = !["random", "random_visual", "streaming_llm", "context_shift"].contains(&name);
+        let text = report["text"].as_str().unwrap().trim();
+        assert!(!looks || text == WHERE_ANSWER, "{name}: {text}");
+    }
+    // The layers that fastv reads cost nothing of what it drops, by a trial run of them.
+    let early = json(&format!(
+        "{QUESTION} -n 20 --kv-policy fastv --kv-budget 0.5 --dap-mode early"
+    ));
+    assert!(number(&early, "/kv/cells/peak") <= (prompt / 2.0).round());
+}
+
+#[test]
+fn a_chat_goes_on_where_the_context_shifts() {
+    let story = "--image DEMO --temp 0 -p Tell+me+a+story -c 256 -n 200";
+    let cut = json(story);
+    assert_eq!(cut["finish"], "context");
+    let report = json(&format!("{story} --kv-policy context_shift"));
+    assert!(report["finish"] != "context");
+    assert!(number(&report, "/policy/peak_decoding") <= 255.0);
+    assert!(number(&report, "/tokens/generated") > number(&cut, "/tokens/generated"));
 }
 
 #[test]

@@ -1,11 +1,11 @@
 //! `full` against llama.cpp driven by hand, with none of this project's code in the way: the
-//! same bits.
+//! same bits. `context_shift` against the calls that llama.cpp's own programs make.
 
 use hae::controller::Controller;
 use hae::engine::Engine;
 use hae::generate::Session;
 use hae::llama::{CacheType, FlashAttention, LlamaEngine, SamplerOptions};
-use hae::policy::{self, Limits, PolicyOptions};
+use hae::policy::{self, Amount, Limits, PolicyOptions};
 use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
@@ -24,8 +24,23 @@ fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|x| x.to_bits()).collect()
 }
 
-/// llama.cpp's own way: mtmd's evaluation of all chunks, then token by token.
-fn by_hand(golden: &crate::model::Golden, flash: bool, sampler: Vec<LlamaSampler>) -> Trace {
+/// How llama.cpp's own programs go on when their context is full: `n_keep` tokens stay, half of
+/// the rest goes. None: the answer ends before.
+#[derive(Clone, Copy)]
+struct Full {
+    n_ctx: i32,
+    n_keep: i32,
+    steps: usize,
+}
+
+/// llama.cpp's own way: mtmd's evaluation of all chunks, then token by token. Gives the number of
+/// shifts, too.
+fn by_hand(
+    golden: &crate::model::Golden,
+    flash: bool,
+    sampler: Vec<LlamaSampler>,
+    full: Option<Full>,
+) -> (Trace, usize) {
     let backend = crate::fixture::backend();
     let model = LlamaModel::load_from_file(backend, repository(TEXT), &LlamaModelParams::default())
         .unwrap();
@@ -73,22 +88,42 @@ fn by_hand(golden: &crate::model::Golden, flash: bool, sampler: Vec<LlamaSampler
     let mut sampler = LlamaSampler::chain(sampler, true);
     let mut trace = Trace::new();
     let mut batch = llama_cpp_2::llama_batch::LlamaBatch::new(1, 1);
-    for pos in (start..).take(STEPS) {
+    let (mut n_past, mut shifts) = (start, 0);
+    for _ in 0..full.map_or(STEPS, |full| full.steps) {
         let logits = bits(context.get_logits_ith(-1));
         let token = sampler.sample(&context, -1);
         trace.push((token.0, logits));
-        if model.vocab().is_eog(token) {
+        if model.vocab().is_eog(token) && full.is_none() {
             break;
         }
+        if let Some(Full { n_ctx, n_keep, .. }) = full
+            && n_past + 1 >= n_ctx
+        {
+            let n_discard = (n_past - n_keep) / 2;
+            let pos = |pos: i32| Some(pos as u32);
+            let (from, to) = (pos(n_keep), pos(n_keep + n_discard));
+            assert!(context.clear_kv_cache_seq(Some(0), from, to).unwrap());
+            context
+                .kv_cache_seq_add(0, to, pos(n_past), -n_discard)
+                .unwrap();
+            n_past -= n_discard;
+            shifts += 1;
+        }
         batch.clear();
-        batch.add(LlamaToken(token.0), pos, &[0], true).unwrap();
+        batch.add(LlamaToken(token.0), n_past, &[0], true).unwrap();
         context.decode(&mut batch).unwrap();
+        n_past += 1;
     }
-    trace
+    (trace, shifts)
 }
 
-/// The same through the controller with `full`.
-fn by_us(golden: &crate::model::Golden, flash: bool, sampler: &SamplerOptions) -> Trace {
+/// The same through the controller, with `full` or with `context_shift`.
+fn by_us(
+    golden: &crate::model::Golden,
+    flash: bool,
+    sampler: &SamplerOptions,
+    full: Option<Full>,
+) -> Trace {
     let model = load(&repository(TEXT));
     let mut vision = load_vision(&repository(VISION), &model);
     let segments = golden.segments(&model, &mut vision);
@@ -106,16 +141,27 @@ fn by_us(golden: &crate::model::Golden, flash: bool, sampler: &SamplerOptions) -
         n_layer: model.n_layer(),
         n_cells: engine.n_cells(),
     };
-    let policy = policy::create("full", &PolicyOptions::default(), limits).unwrap();
+    let (name, policy_options) = match full {
+        None => ("full", PolicyOptions::default()),
+        Some(Full { n_ctx, n_keep, .. }) => (
+            "context_shift",
+            PolicyOptions {
+                kv_budget: Some(Amount::Cells(n_ctx as usize)),
+                sinks: n_keep as usize,
+                ..PolicyOptions::default()
+            },
+        ),
+    };
+    let policy = policy::create(name, &policy_options, limits).unwrap();
     let controller = Controller::new(policy, engine.n_cells());
     let mut session = Session::new(engine, controller);
     assert!(session.prefill(&segments, &|| false).unwrap());
     let mut trace = Trace::new();
-    for _ in 0..STEPS {
+    for _ in 0..full.map_or(STEPS, |full| full.steps) {
         let logits = bits(session.engine.logits().unwrap());
         let token = session.engine.sample().unwrap();
         trace.push((token, logits));
-        if session.engine.is_eog(token) {
+        if session.engine.is_eog(token) && full.is_none() {
             break;
         }
         session.step(token).unwrap();
@@ -149,14 +195,36 @@ fn full_is_llama_cpp_bit_for_bit() {
             continue;
         }
         for flash in [false, true] {
-            let greedy = by_hand(&golden, flash, vec![LlamaSampler::greedy()]);
+            let greedy = by_hand(&golden, flash, vec![LlamaSampler::greedy()], None).0;
             assert!(
-                greedy == by_us(&golden, flash, &SamplerOptions::GREEDY),
+                greedy == by_us(&golden, flash, &SamplerOptions::GREEDY, None),
                 "{}",
                 golden.id()
             );
-            let random = by_hand(&golden, flash, chain());
-            assert!(random == by_us(&golden, flash, &sampled), "{}", golden.id());
+            let random = by_hand(&golden, flash, chain(), None).0;
+            let ours = by_us(&golden, flash, &sampled, None);
+            assert!(random == ours, "{}", golden.id());
         }
+    }
+}
+
+/// The picture goes with the first half: what is kept and what moves, in which order, and from
+/// when on, shows in every bit after it.
+#[test]
+fn context_shift_is_llama_cpps() {
+    let goldens = goldens_of("small-phi3v");
+    let golden = goldens.iter().find(|g| g.id() == "story0").unwrap();
+    for (flash, n_keep) in [(false, 4), (true, 0)] {
+        let full = Some(Full {
+            n_ctx: 300,
+            n_keep,
+            steps: 220,
+        });
+        let (theirs, shifts) = by_hand(golden, flash, vec![LlamaSampler::greedy()], full);
+        assert_eq!(shifts, 2);
+        let ours = by_us(golden, flash, &SamplerOptions::GREEDY, full);
+        let tokens = |trace: &Trace| trace.iter().map(|(token, _)| *token).collect::<Vec<_>>();
+        assert_eq!(tokens(&theirs), tokens(&ours));
+        assert!(theirs == ours, "the same logits");
     }
 }

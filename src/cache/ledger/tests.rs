@@ -228,3 +228,56 @@ fn rewinding_takes_back_the_end() {
     assert_eq!((ledger.newest(), ledger.first()), (None, None));
     assert_eq!(ledger.counts().cells(), 0);
 }
+
+#[test]
+fn the_latest_attention_is_that_of_the_newest_observation() {
+    let mut ledger = three();
+    let latest = |ledger: &Ledger| ledger.entries().map(|e| e.latest).collect::<Vec<_>>();
+    // The batches of one prompt add up, without a decay.
+    ledger.begin_observation();
+    ledger
+        .observe(&observation(&[0.5, 0.0, 0.5], &[0.5; 3], &[1]), 0.5)
+        .unwrap();
+    ledger
+        .observe(&observation(&[0.25, 0.5, 0.25], &[0.5; 3], &[2]), 0.5)
+        .unwrap();
+    assert_eq!(latest(&ledger), [0.75, 0.5, 0.75]);
+    ledger.begin_observation();
+    ledger
+        .observe(&observation(&[0.25, 0.5, 0.25], &[0.5; 3], &[2]), 1.0)
+        .unwrap();
+    assert_eq!(latest(&ledger), [0.25, 0.5, 0.25]);
+    // A token takes it along, and leaves nothing behind.
+    ledger.remove(0).unwrap();
+    ledger.moved(&[(2, 0)]).unwrap();
+    assert_eq!(latest(&ledger), [0.25, 0.5]);
+    ledger.insert(2, 3, Modality::Text, None).unwrap();
+    assert_eq!(latest(&ledger), [0.25, 0.5, 0.0]);
+}
+
+#[test]
+fn positions_move_down_into_a_gap_only() {
+    let mut ledger = Ledger::new(8);
+    for pos in 0..6 {
+        ledger
+            .insert(pos as Cell, pos, Modality::Text, None)
+            .unwrap();
+    }
+    let positions = |ledger: &Ledger| ledger.entries().map(|e| e.pos).collect::<Vec<_>>();
+    assert!(
+        message(ledger.shift(4, 2)).contains("cell 2 holds position 2, where positions from 4")
+    );
+    ledger.remove(2).unwrap();
+    assert!(message(ledger.shift(4, 2)).contains("cell 3 holds position 3"));
+    ledger.remove(3).unwrap();
+    for (from, by) in [(4, 0), (4, -1), (1, 2)] {
+        assert!(ledger.shift(from, by).is_err(), "{from} by {by}");
+    }
+    assert_eq!(positions(&ledger), [0, 1, 4, 5]);
+    ledger.shift(4, 2).unwrap();
+    assert_eq!(positions(&ledger), [0, 1, 2, 3]);
+    assert_eq!((ledger.first(), ledger.newest()), (Some(0), Some(3)));
+    // The newest is still known by its cell.
+    assert!(message(ledger.remove(5)).contains("newest position 3"));
+    ledger.insert(2, 4, Modality::Text, None).unwrap();
+}
