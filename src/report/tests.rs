@@ -198,3 +198,95 @@ fn a_picture_that_is_not_as_its_layout_says_is_shown_plain() {
     let page = page_of(&records);
     assert!(page.contains("198 visual tokens; where they lie"), "{page}");
 }
+
+fn results(right: &[(&str, [bool; 4])]) -> Results {
+    let contender = |name: &str| {
+        let (policy, budget) = name.split_once('@').unwrap_or((name, ""));
+        let budget: Option<f64> = budget.parse().ok();
+        serde_json::json!({
+            "name": name, "policy": policy, "params": {},
+            "budget": budget.map(|share| serde_json::json!({ "share": share })),
+        })
+    };
+    let contenders: Vec<_> = right.iter().map(|(name, _)| contender(name)).collect();
+    let header = serde_json::json!({
+        "version": 1, "command": "eval", "time": 0, "build": { "version": "0.1.0" },
+        "model": { "file": "m.gguf", "sha256": "" }, "mmproj": null,
+        "questions": {
+            "file": "q.jsonl", "sha256": "", "format": "jsonl", "part": null, "every": 1,
+            "limit": null, "n": 4,
+        },
+        "context": {}, "seed": 1, "n_predict": null, "distance": false,
+        "contenders": contenders,
+    });
+    let counts = serde_json::json!({ "text": 10, "vision": 20 });
+    let answers = right.iter().enumerate().flat_map(|(i, (name, right))| {
+        let contender = contender(name);
+        let (counts, scale) = (&counts, 1 + 3 / (i as u64 + 1));
+        right.iter().enumerate().map(move |(q, &right)| {
+            let answer = serde_json::json!({
+                "id": format!("q{q}"), "turn": 0, "task": if q < 2 { "where" } else { "count" },
+                "contender": contender["name"], "policy": contender["policy"],
+                "budget": contender["budget"], "images": [], "num_crops": null, "prompt": "?",
+                "expected": ["a"], "answer": "a", "right": right, "chosen": null, "facts": null,
+                "finish": "eog",
+                "tokens": { "prompt": counts, "images": [20], "generated": 3 },
+                "kv": {
+                    "cells": {
+                        "live": counts, "binned": counts, "evicted": counts, "restored": counts,
+                        "recalled": counts, "peak": 60,
+                    },
+                    "peak_decoding": 50, "n_cells": 256, "bytes_per_cell": 1000,
+                    "bytes_in_use": scale << 20, "bytes_peak": scale << 21,
+                    "bytes_peak_decoding": scale << 20, "bytes_allocated": 1 << 22,
+                    "bytes_allocated_peak": 1 << 22,
+                },
+                "timings": {
+                    "vision_encode_ms": 1.0, "probe_ms": 0.0, "prefill_ms": 20.0,
+                    "ttft_ms": 21.0, "tpot_ms": 2.5, "decode_ms": 9.0,
+                },
+                "evicted": {
+                    "after_prefill": 1, "in_decoding": 2, "flushes": 1, "restores": 0,
+                    "recalled": 0,
+                },
+                "distance": null, "trace": format!("t{q}.trace"),
+            });
+            serde_json::from_value(answer).unwrap()
+        })
+    });
+    Results {
+        path: "results & more.jsonl".into(),
+        header: serde_json::from_value(header).unwrap(),
+        answers: answers.collect(),
+    }
+}
+
+#[test]
+fn results_are_a_table_and_charts() {
+    let results = results(&[
+        ("full", [true; 4]),
+        ("hae@0.4", [true, true, true, false]),
+        ("random@0.4", [true, false, false, false]),
+    ]);
+    assert_eq!(results.traces().count(), 4, "each once");
+    let page = html(&[results], &[]).unwrap();
+    assert!(page.contains("results &amp; more.jsonl"));
+    for (policy, right, mib) in [("full", "100.0", "4.00"), ("hae@0.4", "75.0", "2.00")] {
+        let row = page.split("<tr>").find(|row| row.contains(policy)).unwrap();
+        assert!(row.contains(&format!("<td>{right}</td>")), "{row}");
+        assert!(row.contains(&format!("<td>{mib}</td>")), "{row}");
+    }
+    // One dot for each contender, in its colour, and bars for both times.
+    assert_eq!(page.matches("<circle").count(), 3);
+    assert_eq!(page.matches("<svg class=\"chart\"").count(), 3);
+    for ink in 0..3 {
+        assert!(page.contains(&format!("fill=\"var(--c{ink})\"")), "{ink}");
+    }
+    // By task: all of "where", half of "count".
+    let tasks = page.split("Right answers by task").nth(1).unwrap();
+    let row = tasks
+        .split("<tr>")
+        .find(|row| row.contains("hae@0.4"))
+        .unwrap();
+    assert!(row.contains("<td>50.0</td><td>100.0</td>"), "{row}");
+}

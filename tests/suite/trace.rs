@@ -134,8 +134,10 @@ fn a_policy_is_held_against_its_own_decisions() {
         let path = path.to_str().unwrap();
         let checked = replayed(&[path]);
         let verified = &checked[0]["verified"];
-        assert_eq!(verified["steps"], STEPS as u64, "{policy:?}");
-        assert_eq!(verified["plans"], STEPS as u64 + 1);
+        let steps = verified["steps"].as_u64().unwrap();
+        // Some stories end early.
+        assert!((20..=STEPS as u64).contains(&steps), "{policy:?}");
+        assert_eq!(verified["plans"], steps + 1);
         let line = refusal(&["replay", path, "--kv-policy", "h2o"]);
         assert!(line.contains("a.trace: was recorded under"), "{line}");
         // A cut file is refused, or taken as far as it goes.
@@ -191,6 +193,23 @@ fn what_cannot_be_shown_or_replayed() {
     std::fs::write(&other, "{}\n").unwrap();
     let line = refusal(&["report", "-o", &page]);
     assert!(line.contains("report: nothing to show"), "{line}");
+    // The header of results without a single answer.
+    let empty = file("empty.jsonl");
+    let header = serde_json::json!({
+        "record": "header", "version": 1, "command": "eval", "time": 0, "build": {},
+        "model": { "file": "m", "sha256": "" }, "mmproj": null,
+        "questions": {
+            "file": "q", "sha256": "", "format": "jsonl", "part": null, "every": 1,
+            "limit": null, "n": 0,
+        },
+        "context": {}, "seed": 0, "n_predict": null, "distance": false, "contenders": [],
+    });
+    std::fs::write(&empty, format!("{header}\n")).unwrap();
+    let line = refusal(&["report", &empty, "-o", &page]);
+    assert!(
+        line.ends_with("empty.jsonl: holds no results, expected at least one"),
+        "{line}"
+    );
     let line = refusal(&["report", &other, "-o", &page]);
     assert!(line.contains("other: line 1: "), "{line}");
     let line = refusal(&["report", "--trace", &other, "-o", &page]);
