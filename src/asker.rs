@@ -4,6 +4,7 @@
 //! it is emptied before each question, and each question gets a policy in its first state.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -365,26 +366,25 @@ impl<'m> Asker<'m> {
                 return Err(Error::contract("a picture that was not given"));
             };
             let hash = picture.sha256();
-            if !self.encoded.contains_key(&hash) {
-                let start = (watch.now)();
-                let embeddings = vision.encode(&tokens)?;
-                let time = (watch.now)().saturating_sub(start);
-                let encoded = Encoded {
-                    n: tokens.n,
-                    segment: segment(embeddings, 0),
-                    time,
-                    used: true,
-                };
-                self.encoded.insert(hash, encoded);
-            }
-            if let Some(encoded) = self.encoded.get_mut(&hash) {
-                encoded.used = true;
-                prepared.encode += encoded.time;
-                prepared.images.push(encoded.n);
-                prepared
-                    .segments
-                    .push(numbered(&encoded.segment, number as u32));
-            }
+            let encoded = match self.encoded.entry(hash) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(place) => {
+                    let start = (watch.now)();
+                    let embeddings = vision.encode(&tokens)?;
+                    let time = (watch.now)().saturating_sub(start);
+                    place.insert(Encoded {
+                        n: tokens.n,
+                        segment: segment(embeddings, 0),
+                        time,
+                        used: true,
+                    })
+                }
+            };
+            encoded.used = true;
+            prepared.encode += encoded.time;
+            prepared.images.push(encoded.n);
+            let number = u32::try_from(number).unwrap_or(u32::MAX);
+            prepared.segments.push(numbered(&encoded.segment, number));
         }
         Ok(prepared)
     }

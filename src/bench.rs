@@ -4,14 +4,16 @@
 //! One [`Work`] is one repetition in a context of its own. Whoever compares policies runs them by
 //! turns ([`turns`]), so that a machine that gets busier or hotter does not favour one of them.
 
+mod energy;
 mod memory;
 mod pictures;
 mod record;
 pub mod stats;
+mod workload;
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::cache::{Counts, PerModality};
 use crate::controller::Controller;
@@ -21,29 +23,64 @@ use crate::generate::{Finish, Generated, Hooks, Segment, Session};
 use crate::llama::{ContextOptions, LlamaEngine, Model, SamplerOptions, Vision};
 use crate::noise::Noise;
 use crate::policy::{self, Limits, PolicyOptions};
+use energy::Energy;
 use memory::PeakRss;
 
 pub use pictures::Pictures;
 pub use record::{Field, Hardware, Kind, METRICS, Metric, Record, Settings, Subject};
+pub use workload::Workload;
 
 /// What a test feeds and asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Test {
+    /// A workload's name; other tests are called after their numbers.
+    pub workload: Option<String>,
     /// Text tokens that are in the cache before anything is timed, from an earlier turn.
     pub n_depth: usize,
+    /// One after the other in one conversation.
+    pub turns: Vec<Turn>,
+}
+
+/// A prompt and the tokens after it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Turn {
+    /// Pictures of the prompt.
+    #[serde(rename = "images", default)]
+    pub n_images: usize,
     /// Text tokens of the prompt, behind its pictures; 0: no prompt is timed.
+    #[serde(rename = "prompt", default)]
     pub n_prompt: usize,
     /// Tokens decoded one by one after it.
+    #[serde(rename = "generate", default)]
     pub n_gen: usize,
-    /// Pictures of the prompt.
-    pub n_images: usize,
 }
 
 impl Test {
+    fn sum(&self, of: fn(&Turn) -> usize) -> usize {
+        self.turns.iter().map(of).fold(0, usize::saturating_add)
+    }
+
+    /// Text tokens of all prompts.
+    pub fn n_prompt(&self) -> usize {
+        self.sum(|turn| turn.n_prompt)
+    }
+
+    /// Tokens decoded in all.
+    pub fn n_gen(&self) -> usize {
+        self.sum(|turn| turn.n_gen)
+    }
+
+    /// Pictures of all prompts.
+    pub fn n_images(&self) -> usize {
+        self.sum(|turn| turn.n_images)
+    }
+
     /// Tokens that go in before the clock starts. Decoding needs one to go on from.
     fn before(&self) -> usize {
-        match (self.n_depth, self.n_prompt) {
-            (0, 0) => 1,
+        let prompted = self.turns.first().is_some_and(|turn| turn.n_prompt > 0);
+        match (self.n_depth, prompted) {
+            (0, false) => 1,
             (depth, _) => depth,
         }
     }
@@ -52,9 +89,9 @@ impl Test {
     pub fn cells(&self, image_tokens: usize) -> usize {
         [
             self.before(),
-            self.n_images.saturating_mul(image_tokens),
-            self.n_prompt,
-            self.n_gen,
+            self.n_images().saturating_mul(image_tokens),
+            self.n_prompt(),
+            self.n_gen(),
         ]
         .iter()
         .fold(0, |sum, n| sum.saturating_add(*n))
@@ -62,20 +99,29 @@ impl Test {
 
     /// The same kinds of work, shorter: what a machine has to do once, it has done afterwards.
     pub fn warm_up(&self) -> Self {
+        let turns = self.turns.iter().take(2).map(|&turn| Turn {
+            n_gen: turn.n_gen.min(2),
+            ..turn
+        });
         Test {
+            workload: None,
             n_depth: 0,
-            n_gen: self.n_gen.min(2),
-            ..self.clone()
+            turns: turns.collect(),
         }
     }
 
-    /// llama-bench's name of it: `pp512`, `tg128 @ d4096`, and with pictures `2img+pp512+tg128`.
+    /// A workload's own name, or llama-bench's: `pp512`, `tg128 @ d4096`, and with pictures
+    /// `2img+pp512+tg128`.
     pub fn name(&self) -> String {
+        if let Some(name) = &self.workload {
+            return name.clone();
+        }
         let part = |n: usize, text: String| (n > 0).then_some(text);
+        let (images, prompt, generated) = (self.n_images(), self.n_prompt(), self.n_gen());
         let parts = [
-            part(self.n_images, format!("{}img", self.n_images)),
-            part(self.n_prompt, format!("pp{}", self.n_prompt)),
-            part(self.n_gen, format!("tg{}", self.n_gen)),
+            part(images, format!("{images}img")),
+            part(prompt, format!("pp{prompt}")),
+            part(generated, format!("tg{generated}")),
         ];
         let name = parts.into_iter().flatten().collect::<Vec<_>>().join("+");
         match self.n_depth {
@@ -88,7 +134,7 @@ impl Test {
 /// One repetition's figures.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
-    /// Cutting up and encoding the pictures.
+    /// Cutting up and encoding the pictures; this and the next three over all turns.
     pub encode: Duration,
     /// The trial run that judges the prompt before it goes in.
     pub probe: Duration,
@@ -105,12 +151,20 @@ pub struct Sample {
     pub allocated_peak: u64,
     /// `None` where the system does not tell.
     pub peak_rss: Option<u64>,
+    /// Energy of the processor packages over the run, everybody's work on them included; `None`
+    /// where the system does not tell.
+    pub joules: Option<f64>,
 }
 
 impl Sample {
     /// From the prompt to its first token.
     pub fn ttft(&self) -> Option<Duration> {
         (self.prompt.total() > 0).then(|| self.encode + self.probe + self.prefill)
+    }
+
+    /// All of it but the encoding of pictures, which no policy changes.
+    pub fn total(&self) -> Duration {
+        self.probe + self.prefill + self.decode
     }
 
     /// The mean time of a decoded token.
@@ -128,8 +182,8 @@ pub struct Watch<'a> {
     pub cancelled: &'a dyn Fn() -> bool,
 }
 
-/// Runs a test on an empty session. `pictures` gives the prompt's pictures, encoded. `None`:
-/// cancelled.
+/// Runs a test on an empty session. `pictures` gives the next prompt's pictures, so many of them,
+/// encoded. `None`: cancelled.
 ///
 /// Every time ends when logits are there: until then an accelerator may still be computing.
 /// Decoded tokens are random, too, so that every repetition decodes as many.
@@ -140,16 +194,17 @@ pub fn measure<E: Engine>(
     session: &mut Session<E>,
     test: &Test,
     tokens: &mut dyn FnMut() -> Token,
-    pictures: &mut dyn FnMut() -> Result<Vec<Segment>>,
+    pictures: &mut dyn FnMut(usize) -> Result<Vec<Segment>>,
     watch: Watch<'_>,
 ) -> Result<Option<Sample>> {
     let Watch { now, cancelled } = watch;
-    let mut text = |n: usize| Segment::Tokens((0..n).map(|_| tokens()).collect());
     if test.before() > 0 {
-        if test.n_prompt == 0 {
-            session.expect(test.n_gen);
+        // Without a prompt the first answer goes on from these tokens.
+        if let Some(turn) = test.turns.first().filter(|turn| turn.n_prompt == 0) {
+            session.expect(turn.n_gen);
         }
-        if !session.prefill(&[text(test.before())], cancelled)? {
+        let earlier = Segment::Tokens((0..test.before()).map(|_| tokens()).collect());
+        if !session.prefill(&[earlier], cancelled)? {
             return Ok(None);
         }
         session.engine.logits()?;
@@ -166,44 +221,48 @@ pub fn measure<E: Engine>(
         kv: KvBytes::default(),
         allocated_peak: 0,
         peak_rss: None,
+        joules: None,
     };
-    if test.n_prompt > 0 {
-        let question = text(test.n_prompt);
-        let start = now();
-        let mut prompt = pictures()?;
-        if test.n_images > 0 {
-            sample.encode = now().saturating_sub(start);
+    for turn in &test.turns {
+        if turn.n_prompt > 0 {
+            let question = Segment::Tokens((0..turn.n_prompt).map(|_| tokens()).collect());
+            let start = now();
+            let mut prompt = pictures(turn.n_images)?;
+            if turn.n_images > 0 {
+                sample.encode += now().saturating_sub(start);
+            }
+            prompt.push(question);
+            let hooks = Hooks {
+                on_text: &mut |_| {},
+                cancelled,
+                now,
+            };
+            session.expect(turn.n_gen);
+            let generated = session.generate(&prompt, Some(1), hooks)?;
+            if generated.finish == Finish::Cancelled {
+                return Ok(None);
+            }
+            let Generated {
+                prompt, timings, ..
+            } = generated;
+            sample.probe += timings.probe;
+            let to_first = timings.first_token.unwrap_or(timings.prefill);
+            sample.prefill += to_first.saturating_sub(timings.probe);
+            sample.prompt.text += prompt.text;
+            sample.prompt.vision += prompt.vision;
         }
-        prompt.push(question);
-        let hooks = Hooks {
-            on_text: &mut |_| {},
-            cancelled,
-            now,
-        };
-        session.expect(test.n_gen);
-        let generated = session.generate(&prompt, Some(1), hooks)?;
-        if generated.finish == Finish::Cancelled {
-            return Ok(None);
-        }
-        let Generated {
-            prompt, timings, ..
-        } = generated;
-        sample.probe = timings.probe;
-        let to_first = timings.first_token.unwrap_or(timings.prefill);
-        sample.prefill = to_first.saturating_sub(timings.probe);
-        sample.prompt = prompt;
-    }
 
-    let start = now();
-    for _ in 0..test.n_gen {
-        if cancelled() {
-            return Ok(None);
+        let start = now();
+        for _ in 0..turn.n_gen {
+            if cancelled() {
+                return Ok(None);
+            }
+            session.step(tokens())?;
+            session.engine.logits()?;
+            sample.steps += 1;
         }
-        session.step(tokens())?;
-        session.engine.logits()?;
-        sample.steps += 1;
+        sample.decode += now().saturating_sub(start);
     }
-    sample.decode = now().saturating_sub(start);
     sample.cells = session.controller.ledger().counts();
     sample.kv = session.engine.kv_bytes();
     sample.allocated_peak = session.peak_bytes().max(sample.kv.allocated);
@@ -246,8 +305,9 @@ impl Work<'_> {
         wake(&mut engine, tokens())?;
         let controller = Controller::new(policy, engine.n_cells());
         let mut session = Session::new(engine, controller);
-        let mut pictures = self.pictures.make(self.test.n_images, model, self.seed);
-        let mut encode = || pictures.encode(vision.as_deref_mut());
+        let mut pictures = self.pictures.make(self.test.n_images(), model, self.seed);
+        let mut encode = |n| pictures.encode(n, vision.as_deref_mut());
+        let energy = Energy::start();
         let sample = measure(&mut session, self.test, &mut tokens, &mut encode, watch)?;
         Ok(sample.map(|sample| Sample {
             // Embeddings were made before the clock started.
@@ -256,6 +316,7 @@ impl Work<'_> {
                 Pictures::Embeddings { .. } => Duration::ZERO,
             },
             peak_rss: rss.bytes(),
+            joules: energy.joules(),
             ..sample
         }))
     }

@@ -1,6 +1,9 @@
 //! Pictures that show nothing: noise for a vision encoder, or noise in place of its output where
 //! the model has none.
 
+use std::iter::Enumerate;
+use std::vec::IntoIter;
+
 use crate::error::{Error, Result};
 use crate::generate::Segment;
 use crate::image::{Limits, Picture};
@@ -63,11 +66,10 @@ impl Pictures {
                 width,
                 height,
                 num_crops,
-            } => Made::Pixels(
-                seeds
-                    .map(|seed| noise(width, height, num_crops, seed))
-                    .collect(),
-            ),
+            } => {
+                let pictures = seeds.map(|seed| noise(width, height, num_crops, seed));
+                Made::Pixels(pictures.collect::<Vec<_>>().into_iter().enumerate())
+            }
             Pictures::Embeddings { n: rows } => {
                 let images = (0..).zip(seeds);
                 let values = rows.saturating_mul(model.n_embd());
@@ -80,30 +82,35 @@ impl Pictures {
                         axes: None,
                     }
                 });
-                Made::Segments(segments.collect())
+                Made::Segments(segments.collect::<Vec<_>>().into_iter())
             }
         }
     }
 }
 
-/// The pictures of one prompt.
+/// The pictures of all prompts of a test that were not shown yet.
 pub(super) enum Made {
-    Pixels(Vec<Picture>),
-    Segments(Vec<Segment>),
+    Pixels(Enumerate<IntoIter<Picture>>),
+    Segments(IntoIter<Segment>),
 }
 
 impl Made {
-    /// What a prompt takes for them. The second time embeddings are gone.
-    pub(super) fn encode(&mut self, vision: Option<&mut Vision<'_>>) -> Result<Vec<Segment>> {
+    /// What the next prompt takes for its `n` pictures.
+    pub(super) fn encode(
+        &mut self,
+        n: usize,
+        vision: Option<&mut Vision<'_>>,
+    ) -> Result<Vec<Segment>> {
         let pictures = match self {
-            Made::Segments(segments) => return Ok(std::mem::take(segments)),
-            Made::Pixels(pictures) if pictures.is_empty() => return Ok(Vec::new()),
-            Made::Pixels(pictures) => pictures,
+            Made::Segments(segments) => return Ok(segments.take(n).collect()),
+            Made::Pixels(_) if n == 0 => return Ok(Vec::new()),
+            Made::Pixels(pictures) => pictures.take(n),
         };
         let vision = vision.ok_or_else(no_vision)?;
         let mut segments = Vec::new();
-        for (image, picture) in (0..).zip(pictures) {
-            for piece in cut(vision, picture)? {
+        for (image, picture) in pictures {
+            let image = u32::try_from(image).unwrap_or(u32::MAX);
+            for piece in cut(vision, &picture)? {
                 segments.push(match piece {
                     Piece::Text(tokens) => Segment::Tokens(tokens),
                     Piece::Image(tokens) => {

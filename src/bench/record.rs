@@ -112,7 +112,7 @@ fn per_second(n: usize, d: Duration) -> Option<f64> {
 }
 
 /// The columns that have a spread.
-pub const METRICS: [Metric; 7] = [
+pub const METRICS: [Metric; 9] = [
     Metric {
         name: "encode_ms",
         of: |s| (!s.encode.is_zero()).then(|| ms(s.encode)),
@@ -134,12 +134,20 @@ pub const METRICS: [Metric; 7] = [
         of: |s| s.tpot().map(ms),
     },
     Metric {
+        name: "total_ms",
+        of: |s| s.ttft().map(|_| ms(s.total())),
+    },
+    Metric {
         name: "prompt_tokens_per_s",
         of: |s| per_second(s.prompt.total(), s.probe + s.prefill),
     },
     Metric {
         name: "gen_tokens_per_s",
         of: |s| per_second(s.steps, s.decode),
+    },
+    Metric {
+        name: "joules",
+        of: |s| s.joules,
     },
 ];
 
@@ -275,11 +283,12 @@ impl Record {
         all.text("kv_policy", self.policy);
         all.text("kv_params", &self.params);
         all.text("test", self.test.name());
-        all.integer("n_prompt", self.test.n_prompt);
-        all.integer("n_gen", self.test.n_gen);
+        all.integer("n_prompt", self.test.n_prompt());
+        all.integer("n_gen", self.test.n_gen());
         all.integer("n_depth", self.test.n_depth);
-        all.integer("n_images", self.test.n_images);
-        let shown = self.test.n_images > 0;
+        all.integer("n_images", self.test.n_images());
+        all.integer("n_turns", self.test.turns.len());
+        let shown = self.test.n_images() > 0;
         let (width, height, crops) = match self.pictures {
             Pictures::Noise {
                 width,
@@ -319,6 +328,10 @@ impl Record {
         all.text("compared_with", self.first.as_ref().map(|(name, _)| name));
         all.summary("ttft_ratio", self.ratio(|s| s.ttft().map(ms)));
         all.summary("tpot_ratio", self.ratio(|s| s.tpot().map(ms)));
+        all.summary(
+            "total_ratio",
+            self.ratio(|s| s.ttft().map(|_| ms(s.total()))),
+        );
         all.integer("noisy", u8::from(self.noisy().next().is_some()));
     }
 

@@ -35,16 +35,22 @@ fn run(session: &mut Session<Scripted>, test: &Test, images: usize) -> Option<Sa
         image,
         axes: None,
     };
-    let mut pictures = || Ok((0..images as u32).map(picture).collect());
+    let mut pictures = |n| {
+        assert_eq!(n, images);
+        Ok((0..images as u32).map(picture).collect())
+    };
     measure(session, test, &mut || 7, &mut pictures, watch).unwrap()
 }
 
-const fn test(n_depth: usize, n_prompt: usize, n_gen: usize, n_images: usize) -> Test {
+fn test(n_depth: usize, n_prompt: usize, n_gen: usize, n_images: usize) -> Test {
     Test {
+        workload: None,
         n_depth,
-        n_prompt,
-        n_gen,
-        n_images,
+        turns: vec![Turn {
+            n_images,
+            n_prompt,
+            n_gen,
+        }],
     }
 }
 
@@ -70,15 +76,36 @@ fn a_test_feeds_what_its_name_says() {
         let mut session = session("full", &full, 64);
         let sample = run(&mut session, &test, images).unwrap();
         assert_eq!(rows(&session), expected, "{}", test.name());
-        assert_eq!(sample.steps, test.n_gen);
-        assert_eq!(sample.prompt.text, test.n_prompt);
+        assert_eq!(sample.steps, test.n_gen());
+        assert_eq!(sample.prompt.text, test.n_prompt());
         assert_eq!(sample.prompt.vision, 8 * images);
         // Nothing is evicted, so every row is a cell, and there is just enough room.
         assert_eq!(sample.cells.cells(), test.cells(8));
         assert_eq!(sample.cells.cells(), rows(&session).iter().sum::<usize>());
-        assert_eq!(sample.ttft().is_some(), test.n_prompt > 0);
-        assert_eq!(sample.tpot().is_some(), test.n_gen > 0);
+        assert_eq!(sample.ttft().is_some(), test.n_prompt() > 0);
+        assert_eq!(sample.tpot().is_some(), test.n_gen() > 0);
     }
+}
+
+#[test]
+fn turns_follow_one_another_in_one_conversation() {
+    let chat = Test {
+        turns: vec![
+            Turn {
+                n_images: 1,
+                n_prompt: 3,
+                n_gen: 2,
+            };
+            3
+        ],
+        ..test(0, 0, 0, 0)
+    };
+    let mut session = session("full", &PolicyOptions::default(), 64);
+    let sample = run(&mut session, &chat, 1).unwrap();
+    assert_eq!(rows(&session), [8, 3, 1, 1].repeat(3));
+    assert_eq!((sample.prompt.vision, sample.prompt.text), (24, 9));
+    assert_eq!((sample.steps, sample.cells.cells()), (6, chat.cells(8)));
+    assert_eq!(sample.total(), sample.prefill + sample.decode);
 }
 
 #[test]
@@ -131,7 +158,7 @@ fn a_cancelled_test_gives_nothing() {
             &mut session,
             &test(4, 4, 4, 0),
             &mut || 7,
-            &mut || Ok(Vec::new()),
+            &mut |_| Ok(Vec::new()),
             watch,
         );
         assert_eq!(sample.unwrap(), None, "{stop_at}");

@@ -48,12 +48,16 @@ pub struct Args {
     /// Cache policies, list; they are measured by turns and compared with the first
     #[arg(long, value_name = "NAME", default_value = "full,hae")]
     kv_policy: Vec<String>,
-    /// Tokens of a prompt, list; 0: no such test
-    #[arg(short = 'p', long, value_name = "N", default_value = "512")]
+    /// Tokens of a prompt, list; 0: no such test [default: 512, none with --workload]
+    #[arg(short = 'p', long, value_name = "N")]
     n_prompt: Vec<String>,
-    /// Tokens to generate, list; 0: no such test
-    #[arg(short = 'n', long, value_name = "N", default_value = "128")]
+    /// Tokens to generate, list; 0: no such test [default: 128, none with --workload]
+    #[arg(short = 'n', long, value_name = "N")]
     n_gen: Vec<String>,
+    /// A conversation of several turns, from a file such as those in benches/workloads; repeat for
+    /// several
+    #[arg(long, value_name = "FILE")]
+    workload: Vec<PathBuf>,
     /// -pg: a prompt and an answer after it; repeat for several
     #[arg(long, value_name = "PP,TG")]
     pg: Vec<String>,
@@ -211,7 +215,7 @@ impl Bench<'_> {
         let mut ready = Vec::new();
         for &shape in &plan.shapes {
             for case in &plan.cases {
-                let image_tokens = match case.test.n_images {
+                let image_tokens = match case.test.n_images() {
                     0 => 0,
                     _ => case.pictures.tokens(vision.as_ref())?,
                 };

@@ -17,6 +17,7 @@ use hae::eval::summary::Summary;
 
 #[derive(Debug, clap::Args)]
 #[command(
+    allow_negative_numbers = true,
     after_help = "Lists: values separated by commas. Every policy but full is asked at every --kv-budget."
 )]
 pub struct Args {

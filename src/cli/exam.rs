@@ -518,16 +518,8 @@ impl Sitting<'_, '_> {
     fn failed(&self, question: &Question, entrant: Option<&Entrant>, e: Error) -> anyhow::Error {
         let Question { id, place, .. } = question;
         let under = entrant.map_or_else(String::new, |e| format!(" under {}", e.contender.name));
-        let saved = match (&self.results, &self.exam.args.out) {
-            (Some(results), Some(path)) => {
-                format!(
-                    "; {} answers are saved in {}",
-                    results.len(),
-                    path.display()
-                )
-            }
-            _ => String::new(),
-        };
+        let saved = self.results.as_ref().map(Results::saved);
+        let saved = saved.map_or_else(String::new, |saved| format!("; {saved}"));
         anyhow!("{place}, question {id}{under}: {e}{saved}")
     }
 }

@@ -199,8 +199,7 @@ fn lost(attention: &[f32], held: &[bool]) -> f64 {
     let past = &attention[..attention.len().saturating_sub(1)];
     let paid = past.iter().enumerate();
     paid.filter(|(pos, _)| !held.get(*pos).copied().unwrap_or(false))
-        .map(|(_, &paid)| f64::from(paid))
-        .sum()
+        .fold(0.0, |sum, (_, &paid)| sum + f64::from(paid))
 }
 
 /// Which of the full cache's positions a policy's tokens come from: the same, unless the policy

@@ -91,23 +91,23 @@ impl Results {
         Ok(())
     }
 
-    /// Answers in the file.
-    pub fn len(&self) -> usize {
-        self.n
+    /// What messages say about what is in it.
+    pub fn saved(&self) -> String {
+        format!("{} in {}", saved_answers(self.n), self.path.display())
     }
+}
 
-    pub fn is_empty(&self) -> bool {
-        self.n == 0
+fn saved_answers(n: usize) -> String {
+    match n {
+        1 => "1 answer is saved".into(),
+        n => format!("{n} answers are saved"),
     }
 }
 
 /// One line in one write, so that a full disk leaves at most part of one.
 fn write(path: &Path, file: &mut File, record: &Record, saved: usize) -> Result<()> {
-    let fail = |cause: String| {
-        let s = if saved == 1 { "" } else { "s" };
-        let is = if saved == 1 { "is" } else { "are" };
-        Error::file(path, format!("{cause}; {saved} answer{s} {is} saved in it"))
-    };
+    let fail =
+        |cause: String| Error::file(path, format!("{cause}; {} in it", saved_answers(saved)));
     let mut line = serde_json::to_string(record).map_err(|e| fail(e.to_string()))?;
     line.push('\n');
     file.write_all(line.as_bytes())

@@ -91,9 +91,12 @@ fn first_letter(answer: &str, n: usize) -> Option<usize> {
     if alone {
         return option_of(first.to_ascii_uppercase(), n);
     }
-    // "A dog" is no letter, "A." and "(A)" are.
+    // "A dog" is no letter, "A." and "(A)" are, unless "(A) or (B)".
     let marked = match chars.next() {
-        Some(')' | ']') => true,
+        Some(')' | ']') => {
+            let others = (0..n).filter(|&i| answer.contains(&format!("({})", letter(i))));
+            !opened || others.count() < 2
+        }
         Some('.' | ':' | ',' | '\n' | '*') => !opened,
         _ => false,
     };

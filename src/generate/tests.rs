@@ -157,7 +157,8 @@ fn a_shift_frees_room_and_positions() {
         calls.cloned().collect::<Vec<_>>()
     };
     // At 15 of 16 cells 13 are left beside the 2 that stay: 6 go.
-    let once = [Call::Remove(vec![2..8]), Call::Shift { from: 8, by: 6 }];
+    let remove = |to: Pos| Call::Remove(std::iter::once(2..to).collect());
+    let once = [remove(8), Call::Shift { from: 8, by: 6 }];
     assert_eq!(moves(&session)[..2], once);
     assert_eq!(moves(&session)[2..], [once.clone(), once].concat());
     assert_eq!(session.controller.next_pos(), 11);
@@ -166,9 +167,9 @@ fn a_shift_frees_room_and_positions() {
     assert_eq!(
         moves(&session)[6..],
         [
-            Call::Remove(vec![2..6]),
+            remove(6),
             Call::Shift { from: 6, by: 4 },
-            Call::Remove(vec![2..9]),
+            remove(9),
             Call::Shift { from: 9, by: 7 },
         ]
     );

@@ -92,7 +92,7 @@ fn questions_are_scored_and_saved() {
         assert!(number(a, "/kv/bytes_in_use") <= number(a, "/kv/bytes_allocated"));
         assert!(number(a, "/timings/ttft_ms") >= number(a, "/timings/vision_encode_ms"));
         assert_eq!(a["images"][0], set("images/u000.png"));
-        assert!(a["prompt"].as_str().unwrap().ends_with('?'));
+        assert!(!a["prompt"].as_str().unwrap().contains("<|"), "{a}");
         assert_eq!(a["expected"].as_array().unwrap().len(), 1);
         assert_eq!(
             a["right"] == true,
@@ -164,7 +164,7 @@ fn parts_do_not_overlap() {
         let out = folder.path().join(part);
         fs::create_dir(&out).unwrap();
         let args =
-            format!("eval QUESTIONS --part {part} --every 12 --kv-policy full -n 1 --out OUT");
+            format!("eval QUESTIONS --part {part} --every 40 --kv-policy full -n 1 --out OUT");
         run(&args, &out);
         let (header, answers) = records(&out);
         assert_eq!(header["questions"]["part"], format!("{part}:0.5"));
@@ -246,7 +246,7 @@ fn prompts_are_compared() {
     let printed: Value = serde_json::from_str(&answer(&args)).unwrap();
     let answers = printed["answers"].as_array().unwrap();
     assert_eq!(answers.len(), 3);
-    assert_eq!(answers[0]["answer"], "Row 3, column 4");
+    assert_eq!(answers[0]["answer"], " Row 3, column 4");
     assert_eq!(answers[0]["distance"]["kl_mean"], 0.0);
     assert!(answers.iter().all(|a| a["right"].is_null()));
     let (_, saved) = records(folder.path());

@@ -311,13 +311,6 @@ fn distances_are_what_logits_and_attention_say() {
             }
         }
     }
-    let [hae, random] = [&measured[0][0], &measured[1][0]];
-    assert!(
-        hae.kl_mean < random.kl_mean,
-        "{} {}",
-        hae.kl_mean,
-        random.kl_mean
-    );
 }
 
 /// The seed that `hae eval` gives a policy for a question, of the seed 0.

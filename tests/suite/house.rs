@@ -122,7 +122,9 @@ fn the_controller_knows_nothing_of_llama_or_the_command_line() {
         "generate",
         "image",
         "replay",
+        "report",
         "trace",
+        "eval",
     ];
     let sources = sources("src");
     let below = |name: &str, module: &str| {

@@ -1,10 +1,11 @@
-//! The chores of the repository: `cargo xtask setup | vendor | demo | model | test`.
+//! The chores of the repository: `cargo xtask setup | vendor | demo | model | overhead | test`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
 
 mod layout;
 mod libclang;
+mod overhead;
 mod patch;
 mod pin;
 mod setup;
@@ -47,6 +48,8 @@ enum Command {
         #[command(subcommand)]
         which: Which,
     },
+    /// Time `--kv-policy full` beside llama.cpp as its crate comes, built without patches
+    Overhead(overhead::Args),
     /// Set up and run every check and test
     Test,
 }
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Command::Model {
             which: Which::Full { args },
         } => steps::full_model(root, &args),
+        Command::Overhead(args) => overhead::run(root, &args).map(|()| 0),
         Command::Test => steps::test(root),
     };
     match done {

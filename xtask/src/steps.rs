@@ -124,7 +124,11 @@ fn components(root: &Path) -> Result<()> {
     Ok(())
 }
 
-fn cargo(root: &Path, args: &[&str]) -> Result<ExitStatus> {
+/// Runs a cargo command and prints it first.
+///
+/// # Errors
+/// When cargo cannot be run.
+pub fn cargo(root: &Path, args: &[&str]) -> Result<ExitStatus> {
     eprintln!("$ cargo {}", args.join(" "));
     let mut command = Command::new(pin::cargo());
     command.args(args).current_dir(root);

@@ -5,7 +5,7 @@ use super::super::load::Files;
 use super::super::options::{GpuLayers, cache_type, default_threads, gpu_layers};
 use super::lists::{numbers, pairs, size, values};
 use super::{Args, MOST_TOKENS};
-use hae::bench::{Pictures, Test};
+use hae::bench::{Pictures, Test, Turn, Workload};
 use hae::llama::gguf::header;
 use hae::llama::{CacheType, FlashAttention};
 use hae::policy::{self, PolicyOptions};
@@ -31,7 +31,7 @@ pub struct Case {
 impl Case {
     /// Whether it needs a vision file.
     pub fn encodes(&self) -> bool {
-        self.test.n_images > 0 && matches!(self.pictures, Pictures::Noise { .. })
+        self.test.n_images() > 0 && matches!(self.pictures, Pictures::Noise { .. })
     }
 }
 
@@ -190,8 +190,12 @@ fn shapes(args: &Args) -> Result<Vec<Shape>> {
 /// answers without any.
 fn cases(args: &Args, num_crops: Option<u32>) -> Result<Vec<Case>> {
     let list = |flag, given: &[String]| numbers(flag, given, 0, MOST_TOKENS);
-    let n_prompt = list("-p", &args.n_prompt)?;
-    let n_gen = list("-n", &args.n_gen)?;
+    let or = |given: &[String], default: &str| match given {
+        [] if args.workload.is_empty() => vec![default.to_owned()],
+        given => given.to_vec(),
+    };
+    let n_prompt = list("-p", &or(&args.n_prompt, "512"))?;
+    let n_gen = list("-n", &or(&args.n_gen, "128"))?;
     let n_depth = list("-d", &args.n_depth)?;
     let n_images = numbers("--images", &args.images, 0, 1000)?;
     let pg = pairs("-pg", &args.pg)?;
@@ -228,15 +232,27 @@ fn cases(args: &Args, num_crops: Option<u32>) -> Result<Vec<Case>> {
                 };
                 cases.extend(kinds.iter().map(|&pictures| Case {
                     test: Test {
+                        workload: None,
                         n_depth: depth as usize,
-                        n_prompt: prompt as usize,
-                        n_gen: generated as usize,
-                        n_images: n_images as usize,
+                        turns: vec![Turn {
+                            n_prompt: prompt as usize,
+                            n_gen: generated as usize,
+                            n_images: n_images as usize,
+                        }],
                     },
                     pictures,
                 }));
             }
         }
+    }
+    for file in &args.workload {
+        let workload = Workload::read(file)?;
+        let chosen = workload.image_tokens.map(|n| Pictures::Embeddings { n });
+        let pictures = chosen.unwrap_or(kinds[0]);
+        cases.push(Case {
+            test: workload.test(),
+            pictures,
+        });
     }
     if cases.is_empty() {
         return Err(Error::option("-p, -n", "0, expected at least one test"));

@@ -179,6 +179,7 @@ fn table(records: &[Record]) -> Table {
             "gen_tokens_per_s" => "gen t/s".to_owned(),
             "ttft_ms" => "TTFT ms".to_owned(),
             "tpot_ms" => "TPOT ms".to_owned(),
+            "joules" => "J".to_owned(),
             name => name.replace('_', " "),
         };
         add(&title, true, &|r| shown(r.summary(metric.of)));
@@ -190,6 +191,9 @@ fn table(records: &[Record]) -> Table {
         });
         add(&format!("TPOT / {name}"), true, &|r| {
             ratio(r.ratio(|s| s.tpot().map(|d| d.as_secs_f64())))
+        });
+        add(&format!("total / {name}"), true, &|r| {
+            ratio(r.ratio(|s| s.ttft().map(|_| s.total().as_secs_f64())))
         });
     }
     let mib = |of: fn(&Sample) -> u64| {

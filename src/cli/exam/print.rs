@@ -251,6 +251,9 @@ fn overall(rows: &[&Row], asked: usize, first: &str) -> Table {
     columns.table()
 }
 
+/// With more columns than this, a table by task leaves the intervals out.
+const WITH_INTERVALS: usize = 4;
+
 /// A row for each task, a column for each contender; empty where there is one task only.
 fn by_task(summary: &Summary, overall: &[&Row]) -> String {
     let mut tasks: Vec<&str> = summary.rows.iter().map(|r| r.task.as_str()).collect();
@@ -276,6 +279,7 @@ fn by_task(summary: &Summary, overall: &[&Row]) -> String {
             let row = cell(task, &contender.contender);
             row.map_or_else(String::new, |r| match r.recall {
                 Some(recall) if r.accuracy.is_none() => percent(recall),
+                _ if overall.len() > WITH_INTERVALS => shown(r.accuracy, percent),
                 _ => with_interval(r),
             })
         });

@@ -43,7 +43,10 @@ impl Engine for Sums {
         seen: &mut Observation,
     ) -> Result<()> {
         self.inner.decode(batch, cells, seen)?;
-        let held: Vec<Pos> = self.inner.occupied().iter().map(|&(_, pos)| pos).collect();
+        let occupied = self.inner.occupied();
+        let mut held: Vec<Pos> = occupied.iter().map(|&(_, pos)| pos).collect();
+        // The order in which floats are summed up matters.
+        held.sort_unstable();
         self.logits = (0..N_VOCAB).map(|token| logit(token, &held)).collect();
         if held.iter().any(|&pos| pos >= self.ends) {
             self.logits[EOG as usize] = 1e3;
@@ -173,7 +176,11 @@ fn said() -> Said {
 }
 
 fn softmax(logits: &[f32]) -> Vec<f64> {
-    let powers: Vec<f64> = logits.iter().map(|&x| f64::from(x).exp()).collect();
+    let most = f64::from(logits.iter().copied().fold(f32::MIN, f32::max));
+    let powers: Vec<f64> = logits
+        .iter()
+        .map(|&x| (f64::from(x) - most).exp())
+        .collect();
     let sum: f64 = powers.iter().sum();
     powers.iter().map(|x| x / sum).collect()
 }
@@ -232,9 +239,7 @@ fn distances_are_what_the_formulas_say() {
         let logits = |held: &[Pos]| -> Vec<f32> {
             let mut logits: Vec<f32> = (0..N_VOCAB).map(|t| logit(t, held)).collect();
             logits[EOG as usize] = if newest >= 30 { 1e3 } else { -1e3 };
-            // exp would not be finite otherwise; softmax does not change.
-            let most = logits.iter().copied().fold(f32::MIN, f32::max);
-            logits.iter().map(|x| x - most).collect()
+            logits
         };
         let (p, q) = (softmax(&logits(&all)), softmax(&logits(&held)));
         let terms = p.iter().zip(&q).filter(|(p, _)| **p > 0.0);

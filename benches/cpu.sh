@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# The figures of docs/performance.md on two CPU cores: policies by turns in one process.
+#
+#   cargo xtask model full && cargo build --release --benches --bin hae
+#   benches/cpu.sh target/release/hae models/full/phi-3.5-random-Q4_0.gguf OUT [PART...]
+#
+# PART: taps, early, story, chat, quantized; all of them without one. One JSON line a test in OUT/PART.jsonl.
+# Wants a quiet machine and, for all parts, about an hour.
+set -u
+hae=$(realpath "$1") model=$(realpath "$2") out=$(realpath -m "$3")
+shift 3
+cd "$(dirname "$0")/.." || exit 2
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(taps early story chat quantized)
+rounds=${ROUNDS:-3} threads=${THREADS:-2}
+mkdir -p "$out"
+
+bench() { # PART NAME ARGUMENTS...
+    local part=$1 name=$2
+    shift 2
+    echo "$(date +%T) $part: $name" >&2
+    "$hae" bench -m "$model" -t "$threads" -r "$rounds" -o jsonl -v "$@" 2>"$out/$part-$name.log" \
+        >>"$out/$part.jsonl" || tail -n 3 "$out/$part-$name.log" >&2
+}
+
+# Nothing leaves the cache before 32 tokens are decoded: what differs is the taps.
+taps() {
+    for layers in 0 16 12-19 all; do
+        bench taps "decode-$layers" -p 0 -n 24 -d 1024,4096 --kv-policy full,hae --no-dap \
+            --kv-budget 1.0 --score-layers "$layers"
+    done
+    for queries in last all; do
+        bench taps "prefill-$queries" -p 64 -n 0 --images 1 --image-tokens 757 --kv-policy full,hae \
+            --no-ddes --dap-keep 1.0 --score-layers 0 --score-queries "$queries"
+    done
+}
+
+# A picture of 2,509 tokens and a question, 60 % of the visual tokens pruned before they go in.
+early() {
+    for layers in 0 1 3 7; do
+        bench early "$layers" -p 64 -n 0 --images 1 --image-tokens 2509 --kv-policy full,hae \
+            --dap-mode early --dap-keep 0.4 --no-ddes --score-layers "$layers" --score-queries all
+    done
+}
+
+# Five pictures and a story about them; the same about one; the first again, pruned after the prompt.
+story() {
+    for name in story-512 story-2048 story-one-picture; do
+        bench story "$name" --workload "benches/workloads/$name.json" --kv-policy full,hae \
+            --dap-mode early --dap-keep 0.3 --kv-budget 0.3 --score-layers 2
+    done
+    bench story exact --workload benches/workloads/story-512.json --kv-policy full,hae \
+        --dap-keep 0.3 --kv-budget 0.3 --score-layers 2
+}
+
+chat() {
+    bench chat chat --workload benches/workloads/chat.json --kv-policy full,hae --dap-mode early \
+        --kv-budget 0.4 --score-layers 2
+}
+
+# A quantized cache on top of eviction, against llama.cpp's F16.
+quantized() {
+    for kind in f16 q8_0; do
+        bench quantized "$kind" --workload benches/workloads/story-512.json --kv-policy full,hae \
+            --dap-mode early --dap-keep 0.4 --kv-budget 0.4 --score-layers 2 -ctk "$kind" -ctv "$kind"
+    done
+}
+
+for part in "${parts[@]}"; do
+    case $part in
+        taps | early | story | chat | quantized) "$part" ;;
+        *)
+            echo "$part: expected taps, early, story, chat or quantized" >&2
+            exit 2
+            ;;
+    esac
+done
