@@ -4,13 +4,20 @@
 //! ([`Controller::inserted`]) and what attention was seen ([`Controller::observed`]), and removes
 //! the ranges that [`Controller::after_prefill`] and [`Controller::after_step`] return. The ledger
 //! then already counts them as gone.
+//!
+//! What it is told and what it decides can be recorded ([`Recorder`]); without a recorder that
+//! costs one comparison a call.
+
+mod record;
 
 use std::ops::Range;
+
+pub use record::{After, Event, Recorder};
 
 use crate::cache::{Cell, Counts, Ledger, Modality, Pos, SavedLedger, ranges};
 use crate::engine::Observation;
 use crate::error::Result;
-use crate::policy::{DapMode, EvictionPolicy, Observe, Plan, Shift};
+use crate::policy::{DapMode, EvictionPolicy, Observe, Plan, Queries, Shift};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -19,7 +26,7 @@ enum Phase {
 }
 
 /// Where the rows of a batch come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Origin {
     pub modality: Modality,
     /// Which picture, for visual tokens.
@@ -88,6 +95,8 @@ pub struct Controller {
     evicted_in_decoding: usize,
     flushes: usize,
     peak_decoding: usize,
+    recorder: Option<Box<dyn Recorder>>,
+    single_rows: usize,
 }
 
 impl Controller {
@@ -114,6 +123,45 @@ impl Controller {
             evicted_in_decoding: 0,
             flushes: 0,
             peak_decoding: 0,
+            recorder: None,
+            single_rows: 0,
+        }
+    }
+
+    /// Reports everything from now on to `recorder`.
+    pub fn record(&mut self, recorder: Box<dyn Recorder>) {
+        self.recorder = Some(recorder);
+    }
+
+    /// For a recording under a policy that looks at no attention: that of these layers is read
+    /// nevertheless, of every row. The last `single_rows` rows of a prompt go in one at a time, so
+    /// that each is seen by itself.
+    pub fn observe_for_recorder(&mut self, layers: Vec<u32>, single_rows: usize) {
+        let queries = Queries::EVERY;
+        self.observe = Observe::Layers { layers, queries };
+        self.observes_decoding = true;
+        self.single_rows = single_rows;
+    }
+
+    pub fn is_recorded(&self) -> bool {
+        self.recorder.is_some()
+    }
+
+    /// Tells the recorder what others know: texts and pictures.
+    pub fn tell(&mut self, event: Event<'_>) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.record(event);
+        }
+    }
+
+    /// Ends the recording, if there is one.
+    ///
+    /// # Errors
+    /// What went wrong with it at any time.
+    pub fn finish_recording(&mut self) -> Result<()> {
+        match self.recorder.take() {
+            Some(mut recorder) => recorder.finish(),
+            None => Ok(()),
         }
     }
 
@@ -129,6 +177,11 @@ impl Controller {
     /// The attention that the policy wants of the prompt.
     pub fn observe(&self) -> &Observe {
         &self.observe
+    }
+
+    /// The last rows of a prompt that have to go in one at a time.
+    pub fn single_rows(&self) -> usize {
+        self.single_rows
     }
 
     /// Whether the attention of decoded tokens is wanted too.
@@ -154,6 +207,7 @@ impl Controller {
     /// Tells the policy how many tokens will be decoded after the next prompt, if that is known.
     pub fn expect(&mut self, tokens: Option<usize>) {
         self.policy.expect(tokens);
+        self.tell(Event::Expected(tokens));
     }
 
     /// The position of the next token, whatever was evicted.
@@ -166,6 +220,7 @@ impl Controller {
         self.ledger.begin_turn();
         self.ledger.begin_observation();
         self.phase = Phase::Prefill;
+        self.tell(Event::Turn);
     }
 
     /// Writes down one batch: the token at position `pos[i]` lies in `cells[i]`.
@@ -184,6 +239,7 @@ impl Controller {
                 false => self.ledger.insert(cell, pos, modality, image)?,
             }
         }
+        self.tell(Event::Inserted { cells, pos, origin });
         if self.phase == Phase::Decode {
             self.note_peak();
         }
@@ -202,7 +258,9 @@ impl Controller {
                 self.decay
             }
         };
-        self.ledger.observe(seen, decay)
+        self.ledger.observe(seen, decay)?;
+        self.tell(Event::Observed(seen));
+        Ok(())
     }
 
     /// Lets the policy make room for a prompt of this many rows; otherwise as
@@ -230,6 +288,10 @@ impl Controller {
         let pos = |&cell: &Cell| trial.get(cell).map(|entry| entry.pos);
         let mut pruned: Vec<Pos> = self.plan.evict.iter().filter_map(pos).collect();
         pruned.sort_unstable();
+        self.tell(Event::Judged {
+            trial,
+            pruned: &pruned,
+        });
         Ok(pruned)
     }
 
@@ -237,6 +299,7 @@ impl Controller {
     pub fn skipped(&mut self, pos: &[Pos]) {
         self.ledger.skipped(pos);
         self.evicted_after_prefill += pos.len();
+        self.tell(Event::Skipped(pos));
     }
 
     /// Removes these positions before a prompt goes in. Gives them as sorted, disjoint ranges.
@@ -248,6 +311,7 @@ impl Controller {
         self.plan.evict.extend_from_slice(cells);
         self.evicted_after_prefill += cells.len();
         self.apply()?;
+        self.tell(Event::Removed(cells));
         Ok(&self.ranges)
     }
 
@@ -260,6 +324,7 @@ impl Controller {
             self.ledger
                 .recall(cell, pos, origin.modality, origin.image)?;
         }
+        self.tell(Event::Recalled { cells, pos, origin });
         Ok(())
     }
 
@@ -272,12 +337,16 @@ impl Controller {
         for (&cell, _) in cells.iter().zip(separators).filter(|&(_, &is)| is) {
             self.ledger.mark_separator(cell)?;
         }
+        if !separators.is_empty() {
+            self.tell(Event::Separators { cells, separators });
+        }
         Ok(())
     }
 
     /// Lets this turn's question judge the pictures of earlier turns anew.
     pub fn reopen_pictures(&mut self) {
         self.ledger.reopen_pictures();
+        self.tell(Event::Reopened);
     }
 
     /// Follows tokens that the engine moved to other cells.
@@ -285,7 +354,11 @@ impl Controller {
     /// # Errors
     /// As [`Ledger::moved`].
     pub fn moved(&mut self, moves: &[(Cell, Cell)]) -> Result<()> {
-        self.ledger.moved(moves)
+        self.ledger.moved(moves)?;
+        if !moves.is_empty() {
+            self.tell(Event::Moved(moves));
+        }
+        Ok(())
     }
 
     /// The positions that the last plan removed, as sorted, disjoint ranges.
@@ -316,7 +389,7 @@ impl Controller {
         }
         self.policy.after_prefill(&self.ledger, &mut self.plan)?;
         self.evicted_after_prefill += self.plan.evict.len();
-        self.apply()?;
+        self.planned_after(After::Prompt { pruned })?;
         self.note_peak();
         Ok(&self.ranges)
     }
@@ -330,8 +403,17 @@ impl Controller {
         self.policy.after_step(&self.ledger, &mut self.plan)?;
         self.evicted_in_decoding += self.plan.evict.len();
         self.flushes += usize::from(!self.plan.evict.is_empty());
-        self.apply()?;
+        self.planned_after(After::Step)?;
         Ok(&self.ranges)
+    }
+
+    fn planned_after(&mut self, after: After) -> Result<()> {
+        self.apply()?;
+        if let Some(recorder) = &mut self.recorder {
+            let plan = &self.plan;
+            recorder.record(Event::Planned { after, plan });
+        }
+        Ok(())
     }
 
     fn note_peak(&mut self) {
@@ -375,12 +457,15 @@ impl Controller {
     pub fn load(&mut self, saved: &SavedLedger, cells: &[Cell]) -> Result<()> {
         self.clear();
         self.phase = Phase::Decode;
-        self.ledger.load(saved, cells)
+        self.ledger.load(saved, cells)?;
+        self.tell(Event::Loaded { saved, cells });
+        Ok(())
     }
 
     /// Takes back every token from position `from` on and gives the number of cells still in use.
     pub fn rewind(&mut self, from: Pos) -> usize {
         self.ledger.rewind(from);
+        self.tell(Event::Rewound(from));
         self.ledger.counts().cells()
     }
 
@@ -392,6 +477,12 @@ impl Controller {
         self.evicted_in_decoding = 0;
         self.flushes = 0;
         self.peak_decoding = 0;
+        self.tell(Event::Cleared);
+    }
+
+    /// The last plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     pub fn report(&self) -> Report {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::cache::{Counts, PerModality, Pos};
-use crate::controller::Controller;
+use crate::controller::{Controller, Event};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::{Axes, Finish, Hooks, Segment, Session};
@@ -226,6 +226,14 @@ impl<'m> Conversation<'m> {
         Ok(())
     }
 
+    /// Ends the recording of a trace, if there is one.
+    ///
+    /// # Errors
+    /// As [`Controller::finish_recording`].
+    pub fn finish_recording(&mut self) -> Result<()> {
+        self.session.controller.finish_recording()
+    }
+
     /// The position that the next token takes, whatever was evicted.
     pub fn next_pos(&self) -> Pos {
         self.session.controller.next_pos()
@@ -298,6 +306,7 @@ impl<'m> Conversation<'m> {
         let pieces = tokenize(model, self.vision.as_ref(), &text, &pictures, is_new)?;
         self.check_fit(&pieces)?;
 
+        self.tell_pictures(&pictures);
         let (segments, images) = self.encode(pieces, hooks.cancelled)?;
         let encoded = (hooks.now)();
         let left = self.positions_left(&segments);
@@ -342,6 +351,21 @@ impl<'m> Conversation<'m> {
             },
             text: generated.text,
         })
+    }
+
+    /// Tells a recorder what is shown; the pictures take the next numbers.
+    fn tell_pictures(&mut self, pictures: &[&Picture]) {
+        if !self.session.controller.is_recorded() {
+            return;
+        }
+        for (image, picture) in (self.images..).zip(pictures) {
+            let layout = self.vision.as_ref().and_then(|v| v.hd_layout(picture));
+            self.session.controller.tell(Event::Shown {
+                image,
+                picture,
+                layout,
+            });
+        }
     }
 
     /// Checks the size of a prompt before its pictures are encoded.

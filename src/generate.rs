@@ -15,7 +15,7 @@ mod utf8;
 use std::time::Duration;
 
 use crate::cache::{Cell, PerModality, Pos};
-use crate::controller::{Controller, Origin};
+use crate::controller::{Controller, Event, Origin};
 use crate::engine::{Engine, Input, Observation, Token};
 use crate::error::{Error, Result};
 use feed::Feed;
@@ -184,11 +184,23 @@ impl<E: Engine> Session<E> {
         self.controller
             .inserted(&feed.cells, &feed.pos, Origin::TEXT)?;
         self.controller.observed(&feed.seen)?;
+        self.tell_text(pos, token)?;
         if self.remembers() {
             self.history.push_token(pos, token);
         }
         self.controller.after_step()?;
         self.remove_planned()
+    }
+
+    fn tell_text(&mut self, pos: Pos, token: Token) -> Result<()> {
+        if !self.controller.is_recorded() {
+            return Ok(());
+        }
+        let mut bytes = Vec::new();
+        self.engine.piece(token, &mut bytes)?;
+        let bytes = &bytes;
+        self.controller.tell(Event::Text { pos, bytes });
+        Ok(())
     }
 
     /// One turn: the prompt, then tokens until one ends the answer, `n_predict` are out, the

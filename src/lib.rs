@@ -29,7 +29,10 @@ pub mod noise;
 pub mod outfile;
 pub mod policy;
 pub mod prompt;
+pub mod replay;
+pub mod report;
 pub mod saved;
 pub mod tempfiles;
+pub mod trace;
 
 pub use error::{Error, Result};

@@ -6,7 +6,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use cli::{Done, bench, compare, convert, demo, eval, interrupt, options, quantize, run};
+use cli::{
+    Done, bench, compare, convert, demo, eval, interrupt, options, quantize, replay, report, run,
+};
 
 /// Run vision-language GGUFs with a KV cache that stays small.
 #[derive(Debug, Parser)]
@@ -32,6 +34,10 @@ enum Command {
     Compare(Box<compare::Args>),
     /// Score several cache policies on a file of questions with known answers
     Eval(Box<eval::Args>),
+    /// Run cache policies on traces of earlier runs, without a model
+    Replay(Box<replay::Args>),
+    /// Show saved results and traces in one HTML file
+    Report(report::Args),
 }
 
 /// Parses the command line and runs it. Exit codes: 0 done, 1 a threshold was
@@ -54,6 +60,8 @@ fn main() -> ExitCode {
             Command::Bench(args) => bench::run(&args),
             Command::Compare(args) => compare::run(&args),
             Command::Eval(args) => eval::run(&args),
+            Command::Replay(args) => replay::run(&args),
+            Command::Report(args) => report::run(&args),
         }
     };
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(command)) {

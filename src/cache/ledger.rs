@@ -282,6 +282,7 @@ impl Ledger {
             (self.state[i], self.turns[i]) = (entry.state, entry.turn);
             self.separator[i] = entry.separator;
             (self.sum[i], self.max[i], self.seen[i]) = (entry.sum, entry.max, entry.seen);
+            self.latest[i] = entry.latest;
         }
         let newest = self.entries().max_by_key(|entry| (entry.pos, entry.cell));
         self.newest = newest.map(|entry| (entry.pos, entry.cell));

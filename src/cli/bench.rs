@@ -1,7 +1,7 @@
 //! `hae bench`: speed and memory of a model under several cache policies, like llama-bench.
 
 mod cases;
-mod lists;
+pub mod lists;
 mod print;
 
 use std::io::StdoutLock;

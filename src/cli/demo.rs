@@ -128,6 +128,7 @@ fn ask(
         n_predict: Some(args.n_predict as usize),
         session: None,
         bin_host_mib: 0,
+        trace: None,
     };
     setup.run(|conversation, _| {
         let turn = Turn {

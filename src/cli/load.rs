@@ -1,6 +1,6 @@
 //! From flags to a conversation: checks first, then files, then the context.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -21,6 +21,7 @@ use hae::llama::{
 use hae::policy::{self, Limits, Observe, PolicyOptions};
 use hae::prompt::{Transcript, place_pictures, tokenize};
 use hae::saved::Saved;
+use hae::trace;
 
 /// The two files of a model.
 #[derive(Debug)]
@@ -95,6 +96,8 @@ pub struct Setup<'a> {
     pub session: Option<&'a Saved>,
     /// Host memory for evicted text, MiB.
     pub bin_host_mib: u32,
+    /// Where to write what the cache sees and decides.
+    pub trace: Option<&'a Path>,
 }
 
 /// Which chat template to use.
@@ -145,6 +148,7 @@ impl Setup<'_> {
         let vision = load_vision(self.files, self.model, n_threads, &model)?;
         self.check_num_crops(vision.as_ref())?;
         let mut context = self.context_options(&model, vision.as_ref())?;
+        self.read_for_trace(&mut context, &model)?;
         let template = self.template.of(&model);
         check_template(
             &model,
@@ -163,10 +167,19 @@ impl Setup<'_> {
             n_layer: model.n_layer(),
             n_cells: engine.n_cells(),
         };
-        let controller = Controller::new(
+        let mut controller = Controller::new(
             policy::create(self.policy.0, self.policy.1, limits)?,
             engine.n_cells(),
         );
+        if let Some(path) = self.trace {
+            let header = trace::Header::new(
+                self.files.names().0,
+                limits,
+                self.policy,
+                context.score_layers.clone(),
+            );
+            trace::record(&mut controller, path, header)?;
+        }
         let host_bin = usize::try_from(self.bin_host_mib).unwrap_or(0) << 20;
         let mut conversation = Conversation::new(
             engine,
@@ -179,14 +192,35 @@ impl Setup<'_> {
         if let Some(saved) = self.session {
             conversation.resume(saved.clone())?;
         }
-        f(
+        let done = f(
             &mut conversation,
             &Made {
                 context,
                 rope_factors,
                 load: start.elapsed(),
             },
-        )
+        )?;
+        conversation.finish_recording()?;
+        Ok(done)
+    }
+
+    /// A trace of `full` holds attention that the policy itself does not ask for.
+    fn read_for_trace(&self, context: &mut ContextOptions, model: &Model) -> hae::Result<()> {
+        let (policy, options) = self.policy;
+        if self.trace.is_none() || policy != "full" {
+            return Ok(());
+        }
+        if let Some(reason) = model.eviction_obstacle() {
+            let reason = format!("attention by token cannot be read: {reason}");
+            return Err(Error::option("--trace", reason));
+        }
+        let limits = Limits {
+            n_layer: model.n_layer(),
+            n_cells: context.n_ctx as usize,
+        };
+        options.validate(limits)?;
+        context.score_layers = options.layers.resolve(limits.n_layer);
+        Ok(())
     }
 
     /// A number that no picture can be cut into is better refused now than at the first picture.

@@ -13,6 +13,8 @@ mod load;
 pub mod options;
 mod output;
 pub mod quantize;
+pub mod replay;
+pub mod report;
 pub mod run;
 
 use std::io::Write;

@@ -84,6 +84,10 @@ pub struct Args {
         help_heading = "KV cache policy"
     )]
     bin_host_mib: u32,
+    /// Write what the cache saw and decided to FILE, for `hae replay` and `hae report`; it holds the
+    /// text and the pictures, too. With `full`, attention is read and kept as well
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    trace: Option<PathBuf>,
     /// What stdout carries: the answer, or one JSON object at the end
     #[arg(short, long, value_enum, default_value_t = Format::Text, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
@@ -103,7 +107,12 @@ pub fn run(args: &Args) -> Result<Done> {
         super::show_log();
     }
     let policy_options = args.policy.options()?;
-    if args.kv_policy == "full" && policy_options != PolicyOptions::default() {
+    let mut refused = policy_options.clone();
+    if args.trace.is_some() {
+        // What a trace of `full` reads.
+        refused.layers = PolicyOptions::default().layers;
+    }
+    if args.kv_policy == "full" && refused != PolicyOptions::default() {
         return Err(Error::option(
             "--kv-policy",
             "full takes no parameters, expected another policy beside these flags",
@@ -146,6 +155,7 @@ pub fn run(args: &Args) -> Result<Done> {
         n_predict,
         session: session.as_ref(),
         bin_host_mib: args.bin_host_mib,
+        trace: args.trace.as_deref(),
     };
     setup.run(|conversation, made| {
         warn_about_flash_attention(&made.context);

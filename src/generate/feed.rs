@@ -33,6 +33,8 @@ pub(super) struct Part<'a> {
     /// Which of its positions go in.
     pub keep: &'a dyn Fn(Pos) -> bool,
     pub queries: Option<Queries>,
+    /// How many of its last rows go in one at a time.
+    pub single_rows: usize,
     /// Rows of the prompt behind this segment.
     pub behind: usize,
     /// The prompt ends with this segment: its last row's logits are wanted.
@@ -58,7 +60,8 @@ impl Feed {
             .collect();
         let separators = segment.separators();
         let mut left = rows.len();
-        for rows in rows.chunks(n_batch) {
+        let (together, single) = rows.split_at(left - part.single_rows.min(left));
+        for rows in together.chunks(n_batch).chain(single.chunks(1)) {
             if cancelled() {
                 return Ok(false);
             }

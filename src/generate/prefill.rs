@@ -238,7 +238,9 @@ impl<E: Engine> Session<E> {
             return Ok(false);
         }
         self.recall_text()?;
+        self.tell_texts(prompt)?;
         let last = prompt.iter().rposition(|p| !p.segment.is_empty());
+        let single_rows = self.controller.single_rows();
         let mut behind: usize = prompt.iter().map(|p| p.segment.len()).sum();
         for (i, Placed { base, segment }) in prompt.iter().enumerate() {
             behind -= segment.len();
@@ -248,6 +250,7 @@ impl<E: Engine> Session<E> {
                 base: *base,
                 keep: &|pos| order.pruned.binary_search(&pos).is_err(),
                 queries: observe,
+                single_rows: single_rows.saturating_sub(behind),
                 is_last: Some(i) == last,
             };
             let controller = &mut self.controller;
@@ -264,6 +267,18 @@ impl<E: Engine> Session<E> {
             }
         }
         Ok(true)
+    }
+
+    /// Tells a recorder what the prompt's tokens say.
+    fn tell_texts(&mut self, prompt: &[Placed<'_>]) -> Result<()> {
+        for placed in prompt {
+            if let Segment::Tokens(tokens) = placed.segment.as_ref() {
+                for (pos, &token) in (placed.base..).zip(tokens) {
+                    self.tell_text(pos, token)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Removes visual tokens of earlier turns that a trial run found useless for this one.
@@ -298,6 +313,7 @@ impl<E: Engine> Session<E> {
                 base: *base,
                 keep: &|pos| recalled.binary_search(&pos).is_ok(),
                 queries: None,
+                single_rows: 0,
                 behind: 0,
                 is_last: false,
             };

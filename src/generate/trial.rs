@@ -53,6 +53,7 @@ impl Trial {
                 base: placed.base,
                 keep: &|_| true,
                 queries,
+                single_rows: 0,
                 is_last,
             };
             let mut sink = |feed: &Feed, origin: Origin| {

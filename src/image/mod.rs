@@ -7,6 +7,7 @@
 //! preprocessing of Phi-3.5-vision ignores them.
 
 mod decode;
+pub mod hd;
 
 use std::fs::File;
 use std::io::Read;

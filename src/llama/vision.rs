@@ -11,7 +11,7 @@ use super::{Model, log};
 use crate::cache::Pos;
 use crate::engine::Token;
 use crate::error::{Error, Result};
-use crate::image::Picture;
+use crate::image::{Picture, hd};
 
 /// How to load a vision file.
 #[derive(Clone, Copy, Debug)]
@@ -93,6 +93,8 @@ pub struct Vision<'m> {
     model: &'m Model,
     path: PathBuf,
     projector: String,
+    /// How Phi-3.5-vision's pictures are cut.
+    cut: Option<hd::Cut>,
 }
 
 impl Drop for Vision<'_> {
@@ -170,6 +172,7 @@ impl<'m> Vision<'m> {
             ctx,
             model,
             path: path.to_owned(),
+            cut: (projector == "phi3v").then(|| cut(&meta)).flatten(),
             projector,
         };
         // SAFETY: the context is alive.
@@ -211,6 +214,17 @@ impl<'m> Vision<'m> {
             return Err(Error::option("--num-crops", reason));
         }
         Ok(())
+    }
+
+    /// How a picture's tokens lie on it, where that is known.
+    pub fn hd_layout(&self, picture: &Picture) -> Option<hd::Layout> {
+        let mut cut = self.cut?;
+        cut.max_crops = picture.num_crops.unwrap_or(cut.max_crops);
+        Some(hd::Layout {
+            width: picture.width,
+            height: picture.height,
+            cut,
+        })
     }
 
     /// Whether a picture's tokens attend to all of the picture.
@@ -365,6 +379,21 @@ impl<'m> Vision<'m> {
             moves: std::array::from_fn(|axis| here[axis] != further[axis]),
         })
     }
+}
+
+/// The sizes that mtmd has checked.
+fn cut(meta: &Gguf) -> Option<hd::Cut> {
+    let number = |key: &str| {
+        let value = meta.unsigned(&format!("clip.vision.{key}")).ok()?;
+        u32::try_from(value).ok()
+    };
+    let side = number("image_size")?;
+    let patch = number("patch_size")?.checked_mul(number("spatial_merge_size")?)?;
+    Some(hd::Cut {
+        side,
+        tokens: side.checked_div(patch)?,
+        max_crops: number("preproc_max_tiles")?,
+    })
 }
 
 fn bitmap(picture: &Picture) -> Result<Bitmap> {

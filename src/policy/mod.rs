@@ -87,7 +87,7 @@ pub enum Observe {
 }
 
 /// Which rows of the prompt judge the tokens before them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Queries {
     /// Every text token (the paper).

@@ -15,7 +15,7 @@ pub struct Limits {
 }
 
 /// Layers whose attention is read.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Layers {
     All,
@@ -116,7 +116,7 @@ impl FromStr for Amount {
 }
 
 /// Which visual tokens DAP drops.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DapRule {
     /// As many stay as a [`PolicyOptions::kv_budget`] below the whole leaves room for; without
@@ -131,7 +131,7 @@ pub enum DapRule {
 }
 
 /// Over which visual tokens the sum, the mean, or the kept amount is taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
     /// All pictures of the turn together.
@@ -141,7 +141,7 @@ pub enum Scope {
 }
 
 /// When DAP acts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DapMode {
     /// The whole prompt goes in, is judged, and what is pruned is removed (the paper).
@@ -152,7 +152,7 @@ pub enum DapMode {
     Early,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DapOptions {
     pub rule: DapRule,
     /// Threshold forms only: a token whose highest attention reaches `alpha` stays
@@ -162,7 +162,8 @@ pub struct DapOptions {
 }
 
 /// Every parameter of every policy; a policy reads those it has.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct PolicyOptions {
     pub layers: Layers,
     pub queries: Queries,
@@ -192,17 +193,14 @@ pub struct PolicyOptions {
     /// from their embeddings, text comes from host memory if it was kept there.
     pub recall: bool,
     /// Recent window of `h2o`, in cells or as a share of the budget.
-    #[serde(skip)]
     pub h2o_recent: Amount,
-    #[serde(skip)]
     pub snapkv: SnapkvOptions,
     /// Of the policies that draw by lot.
-    #[serde(skip)]
     pub seed: u64,
 }
 
 /// How `snapkv` looks at a prompt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapkvOptions {
     /// Rows at the end of the prompt that judge the others, and stay.
     pub window: usize,
@@ -212,7 +210,7 @@ pub struct SnapkvOptions {
 }
 
 /// How neighbours' scores become one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pooling {
     Avg,

@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::cache::{Cell, Entry, Ledger, Pos};
 
 /// How the attention that a token has gathered becomes its score.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Norm {
     /// The mean over the query rows that could see the token (ours): a young token is not

@@ -125,6 +125,9 @@ fn the_controller_knows_nothing_of_llama_or_the_command_line() {
         "controller",
         "generate",
         "image",
+        "replay",
+        "report",
+        "trace",
         "eval",
     ];
     let sources = sources("src");

@@ -60,6 +60,7 @@ mod random_llama;
 mod recall;
 mod references;
 mod remake;
+mod replay;
 #[cfg(feature = "kv-patches")]
 mod rope;
 mod runtime;
@@ -71,6 +72,7 @@ mod taps;
 mod taps_limits;
 #[cfg(feature = "kv-patches")]
 mod taps_oracle;
+mod trace;
 mod transcript;
 #[cfg(feature = "kv-patches")]
 mod two_questions;

@@ -1,0 +1,187 @@
+//! `hae replay`: policies on traces, without a model.
+
+mod print;
+
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Instant;
+
+use anyhow::Result;
+
+use super::bench::lists::{numbers, values};
+use super::options::PolicyArgs;
+use super::{Done, note};
+use hae::Error;
+use hae::policy::{Amount, PolicyOptions};
+use hae::replay::{Setting, Subject, compare, summarize, tapes, verify};
+use hae::trace::{self, Cut, Reader};
+use print::Format;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Traces that `hae run --trace` wrote
+    #[arg(required = true, value_name = "TRACE")]
+    traces: Vec<PathBuf>,
+    /// Policies to replay on traces of `full`, by name, with a budget if so wished: hae@0.4,h2o@512.
+    /// Without any, the policy that made a trace is held against its own decisions
+    #[arg(long, value_name = "LIST")]
+    kv_policy: Vec<String>,
+    /// Replay ddes and hae with each of these recycle bins, and without one (greedy)
+    #[arg(long, value_name = "LIST", conflicts_with = "bin_size")]
+    bin_sizes: Vec<String>,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    /// Take what there is of a trace that is cut off
+    #[arg(long)]
+    partial: bool,
+    /// A table of means, or every trace by itself, too
+    #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
+    output: Format,
+}
+
+pub fn run(args: &Args) -> Result<Done> {
+    let options = args.policy.options()?;
+    let cut = match args.partial {
+        true => Cut::Accept,
+        false => Cut::Refuse,
+    };
+    if args.kv_policy.is_empty() {
+        if options != PolicyOptions::default() || !args.bin_sizes.is_empty() {
+            let reason = "is not given, expected a policy beside these flags";
+            return Err(Error::option("--kv-policy", reason).into());
+        }
+        return check(args, cut);
+    }
+    let settings = settings(args, &options)?;
+    let mut subjects = Vec::new();
+    for path in &args.traces {
+        let (header, records) = read(path, cut)?;
+        let tapes = tapes(path, &header, &records)?;
+        if tapes.is_empty() {
+            return Err(Error::file(path, "holds no whole prompt to replay").into());
+        }
+        let (header, many) = (Rc::new(header), tapes.len() > 1);
+        for (i, tape) in tapes.into_iter().enumerate() {
+            let name = path.display().to_string();
+            subjects.push(Subject {
+                name: if many {
+                    format!("{name}#{}", i + 1)
+                } else {
+                    name
+                },
+                header: Rc::clone(&header),
+                tape: Rc::new(tape),
+            });
+        }
+    }
+    let start = Instant::now();
+    let rows = compare(&settings, &subjects)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let steps: usize = rows.iter().map(|row| row.replayed.steps).sum();
+    print::comparison(args.output, &rows, &summarize(&settings, &rows))?;
+    note(&format!(
+        "replayed {steps} steps in {seconds:.2} s, {:.0} a second",
+        steps as f64 / seconds.max(1e-9)
+    ));
+    Ok(Done::Whole)
+}
+
+fn read(path: &PathBuf, cut: Cut) -> Result<(trace::Header, Vec<trace::Record>)> {
+    let mut reader = Reader::open(path, cut)?;
+    let records = reader.rest()?;
+    if !reader.is_complete() {
+        let shown = path.display();
+        note(&format!("hae: {shown}: the run did not come to its end"));
+    }
+    Ok((reader.header().clone(), records))
+}
+
+/// Each trace's policy against its own decisions.
+fn check(args: &Args, cut: Cut) -> Result<Done> {
+    let mut checked = Vec::new();
+    for path in &args.traces {
+        let (header, records) = read(path, cut)?;
+        let verified = verify(path, &header, &records)?;
+        if let Some(difference) = verified.difference {
+            let policy = header.policy;
+            let reason = format!("{policy} decides otherwise now: {difference}");
+            return Err(Error::file(path, reason).into());
+        }
+        checked.push((path.display().to_string(), header, verified));
+    }
+    print::checked(args.output, &checked)?;
+    Ok(Done::Whole)
+}
+
+/// `hae@0.4`
+fn policy(text: &str) -> Result<(String, Option<Amount>), String> {
+    let (name, budget) = match text.split_once('@') {
+        Some((name, budget)) => (name, Some(budget.parse()?)),
+        None => (text, None),
+    };
+    if !hae::policy::names().any(|known| known == name) {
+        let known = hae::policy::names().collect::<Vec<_>>().join(", ");
+        return Err(format!("expected one of {known}"));
+    }
+    Ok((name.to_owned(), budget))
+}
+
+fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
+    let bins = match args.bin_sizes.is_empty() {
+        true => Vec::new(),
+        false => numbers("--bin-sizes", &args.bin_sizes, 1, 1 << 20)?,
+    };
+    let mut settings: Vec<Setting> = Vec::new();
+    let mut has_bin = false;
+    for (policy, budget) in values("--kv-policy", &args.kv_policy, policy)? {
+        let mut options = options.clone();
+        options.kv_budget = budget.or(options.kv_budget);
+        let at = match budget {
+            Some(Amount::Cells(cells)) => format!("@{cells}"),
+            Some(Amount::Share(share)) => format!("@{share}"),
+            None => String::new(),
+        };
+        let binned = policy == "hae" || policy == "ddes";
+        has_bin |= binned;
+        if !binned || bins.is_empty() {
+            settings.push(Setting {
+                name: format!("{policy}{at}"),
+                bin_size: binned.then_some(options.bin_size),
+                policy,
+                options,
+                greedy: None,
+            });
+            continue;
+        }
+        let greedy = settings.len();
+        settings.push(Setting {
+            name: format!("{policy}{at} greedy"),
+            policy: policy.clone(),
+            options: PolicyOptions {
+                bin_size: 1,
+                restore: false,
+                ..options.clone()
+            },
+            bin_size: Some(1),
+            greedy: None,
+        });
+        for &bin in &bins {
+            let bin_size = bin as usize;
+            settings.push(Setting {
+                name: format!("{policy}{at} bin {bin}"),
+                policy: policy.clone(),
+                options: PolicyOptions {
+                    bin_size,
+                    ..options.clone()
+                },
+                bin_size: Some(bin_size),
+                greedy: Some(greedy),
+            });
+        }
+    }
+    if !bins.is_empty() && !has_bin {
+        let reason = "no policy with a recycle bin is given, expected hae or ddes";
+        return Err(Error::option("--bin-sizes", reason).into());
+    }
+    Ok(settings)
+}

@@ -1,0 +1,88 @@
+//! What a controller reports to whoever records it: what it was told, and what was decided.
+
+use super::Origin;
+use crate::cache::{Cell, Ledger, Pos, SavedLedger};
+use crate::engine::Observation;
+use crate::error::Result;
+use crate::image::{Picture, hd};
+use crate::policy::Plan;
+
+/// When a plan was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum After {
+    /// After a prompt; `pruned`: its visual tokens had been judged before it went in.
+    Prompt { pruned: bool },
+    /// After a decoded token.
+    Step,
+}
+
+/// One thing that happened. In their order the events tell all that a policy ever saw.
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// How many tokens will be decoded after the next prompt, if that is known.
+    Expected(Option<usize>),
+    /// A user turn begins.
+    Turn,
+    /// The text of the token at a position; it may end inside of a character.
+    Text { pos: Pos, bytes: &'a [u8] },
+    /// A picture as it was shown, and how its tokens lie on it, where that is known.
+    Shown {
+        image: u32,
+        picture: &'a Picture,
+        layout: Option<hd::Layout>,
+    },
+    /// One batch went in: the token at `pos[i]` lies in `cells[i]`.
+    Inserted {
+        cells: &'a [Cell],
+        pos: &'a [Pos],
+        origin: Origin,
+    },
+    /// Which of the cells just filled separate parts of a picture.
+    Separators {
+        cells: &'a [Cell],
+        separators: &'a [bool],
+    },
+    /// Attention of the batch that just went in.
+    Observed(&'a Observation),
+    /// A trial run was judged: visual tokens at these positions are not needed.
+    Judged {
+        trial: &'a Ledger,
+        pruned: &'a [Pos],
+    },
+    /// Visual tokens that never went in.
+    Skipped(&'a [Pos]),
+    /// Cells emptied before a prompt went in.
+    Removed(&'a [Cell]),
+    /// Evicted tokens are back.
+    Recalled {
+        cells: &'a [Cell],
+        pos: &'a [Pos],
+        origin: Origin,
+    },
+    /// Pictures of earlier turns are judged anew.
+    Reopened,
+    /// The policy's decision.
+    Planned { after: After, plan: &'a Plan },
+    /// Tokens moved to other cells, in this order.
+    Moved(&'a [(Cell, Cell)]),
+    /// Tokens from this position on were taken back.
+    Rewound(Pos),
+    /// The cache was emptied.
+    Cleared,
+    /// An earlier conversation goes on.
+    Loaded {
+        saved: &'a SavedLedger,
+        cells: &'a [Cell],
+    },
+}
+
+/// Gets every event. It must not fail in the middle of a run, so errors wait for the end.
+pub trait Recorder {
+    fn record(&mut self, event: Event<'_>);
+
+    /// Nothing more will come.
+    ///
+    /// # Errors
+    /// The first that occurred.
+    fn finish(&mut self) -> Result<()>;
+}
