@@ -21,8 +21,9 @@ hae=$programs/hae
 say() { echo "== $(date +%T) $*"; }
 
 model() { # TYPE
-    [ -f "$models/phi-3.5-random-$1.gguf" ] || "$programs/full_model" --type "$1" --out "$models" >/dev/null
-    echo "$models/phi-3.5-random-$1.gguf"
+    local file=$models/phi-3.5-random-${1^^}.gguf
+    [ -f "$file" ] || "$programs/full_model" --type "$1" --out "$models" >/dev/null
+    echo "$file"
 }
 
 bench() { # FILE ARGUMENTS...
