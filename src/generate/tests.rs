@@ -156,23 +156,17 @@ fn a_shift_frees_room_and_positions() {
             .filter(|call| matches!(call, Call::Remove(_) | Call::Shift { .. }));
         calls.cloned().collect::<Vec<_>>()
     };
-    // At 15 of 16 cells 13 are left beside the 2 that stay: 6 go.
-    let remove = |to: Pos| Call::Remove(std::iter::once(2..to).collect());
-    let once = [remove(8), Call::Shift { from: 8, by: 6 }];
-    assert_eq!(moves(&session)[..2], once);
-    assert_eq!(moves(&session)[2..], [once.clone(), once].concat());
+    // Removals and moves behind the 2 that stay.
+    let shift = |by: Pos| {
+        let (gone, from) = (2..2 + by, 2 + by);
+        [Call::Remove(Vec::from([gone])), Call::Shift { from, by }]
+    };
+    // At 15 of 16 cells there are 13 beside them: 6 go.
+    assert_eq!(moves(&session), [shift(6), shift(6), shift(6)].concat());
     assert_eq!(session.controller.next_pos(), 11);
     // A prompt that does not fit behind 11 tokens: 4 of the 9 go. It fills the context: 7 of 14 go.
     session.prefill(&[tokens(9)], &|| false).unwrap();
-    assert_eq!(
-        moves(&session)[6..],
-        [
-            remove(6),
-            Call::Shift { from: 6, by: 4 },
-            remove(9),
-            Call::Shift { from: 9, by: 7 },
-        ]
-    );
+    assert_eq!(moves(&session)[6..], [shift(4), shift(7)].concat());
     let held = session.controller.ledger().entries();
     let held: Vec<_> = held.map(|e| (e.cell, e.pos)).collect();
     assert_eq!(held, session.engine.occupied());

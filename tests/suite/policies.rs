@@ -72,8 +72,8 @@ impl Plain {
             // Sums are formed by segment, as the engine forms them by batch, so that they round
             // alike.
             let mut sums = vec![0.0f32; rows.len()];
-            for query in 0..rows.len() {
-                if rows[query].1 != segment || !asks(segment, query, rows[query].0) {
+            for (query, &(visual, of)) in rows.iter().enumerate() {
+                if of != segment || !asks(segment, query, visual) {
                     continue;
                 }
                 let keys: Vec<Pos> = (0..=query as Pos).collect();
