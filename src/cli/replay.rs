@@ -2,18 +2,19 @@
 
 mod print;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
 
 use anyhow::Result;
+use clap::ValueEnum;
 
 use super::bench::lists::{numbers, values};
 use super::options::PolicyArgs;
 use super::{Done, note};
 use hae::Error;
 use hae::policy::{Amount, PolicyOptions};
-use hae::replay::{Setting, Subject, compare, summarize, tapes, verify};
+use hae::replay::{Against, Setting, Subject, compare, summarize, tapes, verify};
 use hae::trace::{self, Cut, Reader};
 use print::Format;
 
@@ -29,6 +30,10 @@ pub struct Args {
     /// Replay ddes and hae with each of these recycle bins, and without one (greedy)
     #[arg(long, value_name = "LIST", conflicts_with = "bin_size")]
     bin_sizes: Vec<String>,
+    /// What the greedy policy is given to be compared with a bin of d cells: as many cells at most
+    /// (peak), d/2 fewer, which is as many on average (mean), or d fewer, the live cells (live)
+    #[arg(long, value_enum, default_value_t = AgainstArg::Peak, value_name = "WHAT", requires = "bin_sizes")]
+    against: AgainstArg,
     #[command(flatten)]
     policy: PolicyArgs,
     /// Take what there is of a trace that is cut off
@@ -37,6 +42,23 @@ pub struct Args {
     /// A table of means, or every trace by itself, too
     #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum AgainstArg {
+    Peak,
+    Mean,
+    Live,
+}
+
+impl AgainstArg {
+    fn of(self) -> Against {
+        match self {
+            AgainstArg::Peak => Against::Peak,
+            AgainstArg::Mean => Against::Mean,
+            AgainstArg::Live => Against::Live,
+        }
+    }
 }
 
 pub fn run(args: &Args) -> Result<Done> {
@@ -86,7 +108,7 @@ pub fn run(args: &Args) -> Result<Done> {
     Ok(Done::Whole)
 }
 
-fn read(path: &PathBuf, cut: Cut) -> Result<(trace::Header, Vec<trace::Record>)> {
+fn read(path: &Path, cut: Cut) -> Result<(trace::Header, Vec<trace::Record>)> {
     let mut reader = Reader::open(path, cut)?;
     let records = reader.rest()?;
     if !reader.is_complete() {
@@ -149,21 +171,16 @@ fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
                 bin_size: binned.then_some(options.bin_size),
                 policy,
                 options,
-                greedy: None,
+                against: None,
             });
             continue;
         }
-        let greedy = settings.len();
         settings.push(Setting {
             name: format!("{policy}{at} greedy"),
             policy: policy.clone(),
-            options: PolicyOptions {
-                bin_size: 1,
-                restore: false,
-                ..options.clone()
-            },
+            options: Setting::greedy(&options),
             bin_size: Some(1),
-            greedy: None,
+            against: None,
         });
         for &bin in &bins {
             let bin_size = bin as usize;
@@ -175,7 +192,7 @@ fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
                     ..options.clone()
                 },
                 bin_size: Some(bin_size),
-                greedy: Some(greedy),
+                against: Some(args.against.of()),
             });
         }
     }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::run::{Replayed, replay};
 use super::tape::Tape;
 use crate::error::Result;
-use crate::policy::PolicyOptions;
+use crate::policy::{Amount, PolicyOptions};
 use crate::trace::Header;
 
 /// A policy as it is to be compared.
@@ -19,8 +19,51 @@ pub struct Setting {
     pub options: PolicyOptions,
     /// The recycle bin, for policies that are compared by its size.
     pub bin_size: Option<usize>,
-    /// The setting without a recycle bin that this one is held against.
-    pub greedy: Option<usize>,
+    /// What it is held against: the same without a recycle bin, under this budget.
+    pub against: Option<Against>,
+}
+
+/// The budget of a greedy policy beside one with a bin of d cells. Between two flushes the bin
+/// fills up, so that on average half of it is empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Against {
+    /// The same peak.
+    Peak,
+    /// d / 2 fewer: the same number of cells on average.
+    Mean,
+    /// d fewer: the same live cells.
+    Live,
+}
+
+impl Setting {
+    /// Greedy eviction: a bin of 1 that gives nothing back.
+    pub fn greedy(options: &PolicyOptions) -> PolicyOptions {
+        PolicyOptions {
+            bin_size: 1,
+            restore: false,
+            ..options.clone()
+        }
+    }
+
+    /// The greedy policy that it is held against on a prompt of so many cells.
+    fn rival(&self, prompt: usize) -> Option<PolicyOptions> {
+        let bin = self.options.bin_size;
+        let fewer = match self.against? {
+            Against::Peak => 0,
+            Against::Mean => bin / 2,
+            Against::Live => bin,
+        };
+        let mut rival = Setting::greedy(&self.options);
+        rival.kv_budget = rival.kv_budget.map(|budget| match budget {
+            Amount::Cells(cells) => Amount::Cells(cells.saturating_sub(fewer)),
+            Amount::Share(share) => {
+                let cells = budget.of(prompt).saturating_sub(fewer);
+                let less = cells as f64 / prompt.max(1) as f64;
+                Amount::Share(if fewer > 0 { less } else { share })
+            }
+        });
+        Some(rival)
+    }
 }
 
 /// One conversation of a trace.
@@ -39,7 +82,8 @@ pub struct Row {
     pub bin_size: Option<usize>,
     #[serde(flatten)]
     pub replayed: Replayed,
-    /// Whether it lost less than the greedy policy; none where there is nothing to compare.
+    /// What the greedy policy beside it lost, and whether that is more; none where there is none.
+    pub greedy_lost: Option<f64>,
     pub less_than_greedy: Option<bool>,
 }
 
@@ -57,13 +101,14 @@ pub struct Summary {
     pub lost_worst: f64,
     /// Over a whole trace, the mean of all traces.
     pub lost_total: f64,
+    /// Cells in use, the mean over all decoded tokens.
+    pub cells_mean: f64,
     /// The largest share of the prompt's cells that decoding took at once.
     pub peak_share: f64,
     pub peak_decoding: usize,
     pub flushes: usize,
     pub restores: usize,
-    /// Traces on which it lost less than the greedy policy, of those where the two differ in
-    /// nothing but the bin.
+    /// Traces on which it lost less than the greedy policy beside it.
     pub less_than_greedy: Option<usize>,
     /// Attention lost, over what the greedy policy lost on the same traces.
     pub of_greedy: Option<f64>,
@@ -76,28 +121,19 @@ pub struct Summary {
 pub fn compare(settings: &[Setting], subjects: &[Subject]) -> Result<Vec<Row>> {
     let mut rows = Vec::with_capacity(settings.len() * subjects.len());
     for Subject { name, header, tape } in subjects {
-        let first = rows.len();
-        for Setting {
-            name: setting,
-            policy,
-            options,
-            bin_size,
-            ..
-        } in settings
-        {
+        for setting in settings {
+            let replayed = replay(header, tape, &setting.policy, &setting.options)?;
+            let rival = setting.rival(tape.first_prompt());
+            let rival = rival.map(|options| replay(header, tape, &setting.policy, &options));
+            let greedy_lost = rival.transpose()?.map(|greedy| greedy.lost.total);
             rows.push(Row {
                 trace: name.clone(),
-                setting: setting.clone(),
-                bin_size: *bin_size,
-                replayed: replay(header, tape, policy, options)?,
-                less_than_greedy: None,
+                setting: setting.name.clone(),
+                bin_size: setting.bin_size,
+                less_than_greedy: greedy_lost.map(|greedy| replayed.lost.total < greedy),
+                greedy_lost,
+                replayed,
             });
-        }
-        for (i, setting) in settings.iter().enumerate() {
-            if let Some(greedy) = setting.greedy {
-                let lost = |i: usize| rows[first + i].replayed.lost.total;
-                rows[first + i].less_than_greedy = Some(lost(i) < lost(greedy));
-            }
         }
     }
     Ok(rows)
@@ -110,10 +146,15 @@ pub fn summarize(settings: &[Setting], rows: &[Row]) -> Vec<Summary> {
     let summary = |(i, setting): (usize, &Setting)| {
         let all = |number: fn(&Replayed) -> usize| of(i).map(move |row| number(&row.replayed));
         let (traces, steps) = (of(i).count(), all(|r| r.steps).sum::<usize>());
+        let cells: f64 = of(i)
+            .map(|row| row.replayed.cells_mean * row.replayed.steps as f64)
+            .sum();
         let worst = of(i).map(|row| row.replayed.lost.worst);
         let share =
             |row: &Row| row.replayed.peak_decoding as f64 / row.replayed.prompt.max(1) as f64;
-        let compared = setting.greedy.filter(|_| traces > 0);
+        let greedy: Option<f64> = of(i).map(|row| row.greedy_lost).sum();
+        let greedy = greedy.filter(|_| setting.against.is_some() && traces > 0);
+        let less = |row: &&Row| row.less_than_greedy == Some(true);
         Summary {
             setting: setting.name.clone(),
             policy: of(i).next().map_or("", |row| row.replayed.policy),
@@ -123,17 +164,14 @@ pub fn summarize(settings: &[Setting], rows: &[Row]) -> Vec<Summary> {
             lost_mean: total(i) / steps.max(1) as f64,
             lost_worst: worst.fold(0.0, f64::max),
             lost_total: total(i) / traces.max(1) as f64,
+            cells_mean: cells / steps.max(1) as f64,
             peak_share: of(i).map(share).fold(0.0, f64::max),
             peak_decoding: all(|r| r.peak_decoding).max().unwrap_or(0),
             flushes: all(|r| r.flushes).sum(),
             restores: all(|r| r.restores).sum(),
-            less_than_greedy: compared.map(|_| {
-                of(i)
-                    .filter(|row| row.less_than_greedy == Some(true))
-                    .count()
-            }),
-            of_greedy: compared
-                .map(|greedy| total(i) / total(greedy))
+            less_than_greedy: greedy.map(|_| of(i).filter(less).count()),
+            of_greedy: greedy
+                .map(|greedy| total(i) / greedy)
                 .filter(|ratio| ratio.is_finite()),
         }
     };

@@ -52,6 +52,8 @@ pub struct Replayed {
     pub cells: Counts,
     /// The most cells at once outside of prefills: what `--kv-budget` bounds.
     pub peak_decoding: usize,
+    /// Cells in use, the mean over the decoded tokens.
+    pub cells_mean: f64,
     pub evicted_after_prefill: usize,
     pub evicted_in_decoding: usize,
     pub flushes: usize,
@@ -103,6 +105,7 @@ pub fn replay(
             }
         }
     }
+    let cells: usize = timeline.iter().map(|m: &Moment| m.live + m.binned).sum();
     lost.mean = lost.total / timeline.len().max(1) as f64;
     let report = session.controller.report();
     Ok(Replayed {
@@ -113,6 +116,7 @@ pub fn replay(
         lost,
         cells: report.cells,
         peak_decoding: report.peak_decoding,
+        cells_mean: cells as f64 / timeline.len().max(1) as f64,
         evicted_after_prefill: report.evicted_after_prefill,
         evicted_in_decoding: report.evicted_in_decoding,
         flushes: report.flushes,

@@ -46,6 +46,12 @@ impl Tape {
         self.turns.is_empty()
     }
 
+    /// Positions of the first prompt.
+    pub fn first_prompt(&self) -> usize {
+        let first = self.turns.first().map(|turn| &turn.segments);
+        first.map_or(0, |segments| segments.iter().map(Segment::len).sum())
+    }
+
     /// Decoded tokens.
     pub fn steps(&self) -> usize {
         self.turns.iter().map(|turn| turn.steps).sum()

@@ -179,7 +179,8 @@ fn tokens_that_never_went_in_have_their_places() {
     let Some(Record::Inserted { cells, pos, .. }) = records.get_mut(6) else {
         panic!("{records:?}")
     };
-    (cells.drain(..12), pos.drain(..12));
+    cells.drain(..12);
+    pos.drain(..12);
     let skipped = (BEFORE as Pos..BEFORE as Pos + 12).collect();
     records.insert(8, Record::Skipped(skipped));
     let page = page_of(&records);

@@ -82,8 +82,7 @@ fn real(policy: &str, options: &PolicyOptions, turns: &[Turn], seed: u64) -> Vec
     let mut session = session(policy, options, seed);
     let moments = RefCell::new(Vec::new());
     let mut held: BTreeSet<Pos> = BTreeSet::new();
-    for i in 0..turns.len() {
-        let (segments, steps) = &turns[i];
+    for (i, (segments, steps)) in turns.iter().enumerate() {
         let segments = prompt(segments, 100 * i as u32);
         assert!(session.prefill(&segments, &|| false).unwrap());
         for _ in 0..*steps {

@@ -165,6 +165,11 @@ fn bins_of_several_sizes_are_held_against_none() {
         let compared = row["setting"] != "ddes@0.6 greedy";
         assert_eq!(row["less_than_greedy"].is_u64(), compared);
     }
+    // With as many live cells as the greedy policy, a bin is more of everything.
+    let live = replayed(&[&[path, "--against", "live"][..], &args].concat());
+    for row in &live["summary"].as_array().unwrap()[2..] {
+        assert_eq!(row["less_than_greedy"], 1, "{row}");
+    }
     let table = answer(&[&["replay", path][..], &args].concat());
     assert_eq!(table.lines().count(), 10, "{table}");
     let csv = answer(&[&["replay", path, "-o", "csv"][..], &args].concat());

@@ -80,6 +80,7 @@ fn table(summaries: &[Summary]) -> Table {
         "lost in all",
         "peak cells",
         "of the prompt",
+        "mean cells",
         "flushes",
         "restores",
     ];
@@ -98,6 +99,7 @@ fn table(summaries: &[Summary]) -> Table {
             format!("{:.3}", s.lost_total),
             s.peak_decoding.to_string(),
             format!("{:.2}", s.peak_share),
+            format!("{:.0}", s.cells_mean),
             s.flushes.to_string(),
             s.restores.to_string(),
         ];
@@ -131,6 +133,7 @@ fn csv(rows: &[Row]) -> Result<String> {
         "lost_worst_step",
         "lost_total",
         "peak_decoding",
+        "cells_mean",
         "peak",
         "flushes",
         "restores",
@@ -152,6 +155,7 @@ fn csv(rows: &[Row]) -> Result<String> {
             r.lost.worst_step.to_string(),
             r.lost.total.to_string(),
             r.peak_decoding.to_string(),
+            r.cells_mean.to_string(),
             r.cells.peak.to_string(),
             r.flushes.to_string(),
             r.restores.to_string(),
