@@ -53,6 +53,13 @@ fn padded(n: usize) -> usize {
     n.max(1).next_multiple_of(STEP)
 }
 
+/// Cells to grow to when so many are needed: a step, but a sixteenth of a large cache, which costs
+/// a copy of all of it to change.
+#[cfg(feature = "kv-patches")]
+fn grown(n: usize) -> usize {
+    padded(n) + n / 16 / STEP * STEP
+}
+
 #[cfg(feature = "kv-patches")]
 impl LlamaEngine<'_> {
     /// Looks at the cache again, after something other than a batch has changed it.
@@ -81,7 +88,7 @@ impl LlamaEngine<'_> {
             return Err(Error::ContextFull { n_ctx });
         }
         if needed > self.cells_now()? {
-            self.resize(padded(needed).min(n_ctx))?;
+            self.resize(grown(needed).min(n_ctx))?;
         }
         Ok(())
     }
@@ -125,5 +132,21 @@ impl LlamaEngine<'_> {
 
     pub(super) fn cells_of(&self, _batch: &Batch<'_>, _cells: &mut [Cell]) -> Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(all(test, feature = "kv-patches"))]
+mod tests {
+    use super::{STEP, grown};
+
+    /// What grows is not at once too large again, and large caches do not grow at every step.
+    #[test]
+    fn a_cache_grows_by_less_than_it_may_hold_too_much() {
+        for n in (1..100_000).step_by(37) {
+            let cells = grown(n);
+            assert!(n <= cells && cells < n + n / 10 + STEP, "{n}: {cells}");
+        }
+        assert_eq!([1, 256, 257, 4095].map(grown), [256, 256, 512, 4096]);
+        assert_eq!(grown(16_385), 16_640 + 1024);
     }
 }
