@@ -359,10 +359,11 @@ pub struct PolicyArgs {
     score_decay: Option<f64>,
     /// Cells taken at most once the prompt was pruned, the recycle bin and the token being decoded
     /// included: a number (512), or a share of what the full cache would hold at the end of the
-    /// prompt (0.5) [default: 1.0]
+    /// prompt (0.5) [default: no limit under hae, 1.0 under the policies that need one]
     #[arg(long, value_name = "N|SHARE", value_delimiter = ',')]
     kv_budget: Vec<Amount>,
-    /// Cells of the recycle bin, part of a budget below 1.0 [default: 32]
+    /// Cells of the recycle bin, part of a budget below 1.0; without a budget, beside one of 1.0
+    /// [default: 32]
     #[arg(long, value_name = "N")]
     bin_size: Option<usize>,
     /// Evict nothing while decoding
@@ -460,9 +461,12 @@ impl PolicyArgs {
         self.sinks.into_iter().for_each(|x| set.sinks = x);
         self.recent.into_iter().for_each(|x| set.recent = x);
         self.hysteresis.into_iter().for_each(|x| set.hysteresis = x);
+        // A recycle bin is asked for together with a budget, or takes the whole prompt's cells.
+        let binned = self.bin_size.is_some() || self.hysteresis.is_some() || self.no_restore;
+        let whole = binned.then_some(PolicyOptions::WHOLE_PROMPT);
         set.kv_budget = match self.no_ddes {
             true => None,
-            false => budget.or(set.kv_budget),
+            false => budget.or(set.kv_budget).or(whole),
         };
         set.restore &= !self.no_restore;
         self.h2o_recent.into_iter().for_each(|x| set.h2o_recent = x);
@@ -551,7 +555,7 @@ mod tests {
         );
         assert_eq!(layers, Layers::All);
         assert_eq!((queries, norm), (Queries::Last, Norm::PerQuery));
-        assert!(kv_budget == Some(Amount::Share(1.0)) && restore);
+        assert!(kv_budget.is_none() && restore);
         assert_eq!(dap.unwrap().rule, DapRule::Auto);
         assert_eq!(snapkv.pooling, Pooling::Avg);
         let Amount::Share(h2o_recent) = h2o_recent else {
@@ -567,7 +571,15 @@ mod tests {
             seed as usize,
         ]
         .map(|x| x.to_string());
-        let named = ["all", "last", "query", "1.0", "exact", "avg"].map(str::to_owned);
+        let named = [
+            "all",
+            "last",
+            "query",
+            "no limit under hae, 1.0 under the policies that need one",
+            "exact",
+            "avg",
+        ]
+        .map(str::to_owned);
         for value in values.iter().chain(&counts).chain(&named) {
             let default = format!("[default: {value}]");
             assert!(help.contains(&default), "{default} is not in:\n{help}");

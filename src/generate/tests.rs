@@ -88,13 +88,13 @@ fn a_prompt_is_cut_and_queried() {
         (5, 2, true),
         (7, 1, true),
     ];
-    let full = cuts("full", &PolicyOptions::without_ddes());
+    let full = cuts("full", &PolicyOptions::default());
     assert_eq!(
         full[..5],
         cells.map(|(pos, n, image)| (pos, n, image, vec![], false))
     );
     assert_eq!(full[5..], [(8, 2, false, vec![], true)]);
-    let last = cuts("hae", &PolicyOptions::without_ddes());
+    let last = cuts("hae", &PolicyOptions::default());
     assert!(last[..5].iter().all(|batch| batch.3.is_empty()));
     assert_eq!(last[5], (8, 2, false, vec![1], true));
     let all: Vec<_> = cuts(
@@ -204,12 +204,12 @@ fn decoding_is_observed_only_for_those_who_decide_in_it() {
             .map(|batch| batch.3.len())
             .collect::<Vec<_>>()
     };
-    assert_eq!(observed(&PolicyOptions::without_ddes()), [0, 0]);
+    assert_eq!(observed(&PolicyOptions::default()), [0, 0]);
     let kv_budget = Some(Amount::Cells(30));
     assert_eq!(
         observed(&PolicyOptions {
             kv_budget,
-            ..PolicyOptions::without_ddes()
+            ..PolicyOptions::default()
         }),
         [1, 1]
     );
@@ -236,7 +236,7 @@ fn a_prompt_is_not_decayed() {
 #[test]
 fn an_answer_ends_at_eog_or_at_its_length() {
     let engine = || Scripted::new(32, 8).with_says(|pos| if pos == 5 { 0 } else { 7 });
-    let mut session = session(engine(), "full", &PolicyOptions::without_ddes());
+    let mut session = session(engine(), "full", &PolicyOptions::default());
     let (result, parts) = turn(&mut session, &[tokens(3)], None, &|| false);
     let generated = result.unwrap();
     assert_eq!(
@@ -278,7 +278,7 @@ fn an_answer_ends_at_eog_or_at_its_length() {
 
 #[test]
 fn a_full_context_keeps_the_text() {
-    let mut session = session(Scripted::new(6, 8), "full", &PolicyOptions::without_ddes());
+    let mut session = session(Scripted::new(6, 8), "full", &PolicyOptions::default());
     let generated = turn(&mut session, &[tokens(4)], None, &|| false).0.unwrap();
     assert_eq!(
         (generated.text.as_str(), generated.finish),
@@ -290,7 +290,7 @@ fn a_full_context_keeps_the_text() {
 
 #[test]
 fn cancelling() {
-    let mut session = session(Scripted::new(64, 2), "full", &PolicyOptions::without_ddes());
+    let mut session = session(Scripted::new(64, 2), "full", &PolicyOptions::default());
     let looks = Slot::new(0);
     let at = |n| {
         looks.set(0);
@@ -329,7 +329,7 @@ fn characters_come_whole() {
     let engine = Scripted::new(32, 8)
         .with_pieces(7, &pieces)
         .with_says(|pos| pos % 3 + 7);
-    let mut session = session(engine, "full", &PolicyOptions::without_ddes());
+    let mut session = session(engine, "full", &PolicyOptions::default());
     let (result, parts) = turn(&mut session, &[tokens(1)], Some(3), &|| false);
     assert_eq!(result.unwrap().text, "\u{20ac}\u{fffd}");
     assert_eq!(parts, ["\u{20ac}", "\u{fffd}"]);
@@ -337,7 +337,7 @@ fn characters_come_whole() {
 
 #[test]
 fn prompts_that_cannot_be() {
-    let mut session = session(Scripted::new(8, 4), "hae", &PolicyOptions::without_ddes());
+    let mut session = session(Scripted::new(8, 4), "hae", &PolicyOptions::default());
     let mut refused = |prompt: &[Segment]| {
         let error = turn(&mut session, prompt, None, &|| false).0.unwrap_err();
         assert_eq!(
@@ -373,7 +373,7 @@ fn positions_pass_the_number_of_cells() {
         bin_size: 4,
         sinks: 2,
         recent: 3,
-        ..PolicyOptions::without_ddes()
+        ..PolicyOptions::default()
     };
     let mut session = session(Scripted::new(16, 8), "hae", &options);
     let generated = turn(&mut session, &[tokens(10)], Some(200), &|| false)
@@ -400,7 +400,7 @@ fn a_picture_is_pruned_after_the_prompt() {
     let options = PolicyOptions {
         dap: Some(dap),
         recent: 1,
-        ..PolicyOptions::without_ddes()
+        ..PolicyOptions::default()
     };
     // Only position 5 of the picture matters.
     let attention = |_, key| if key == 5 { 8.0 } else { 1.0 };
@@ -469,7 +469,7 @@ fn an_engine_that_shows_no_attention_is_found_out() {
             self.0.kv_bytes()
         }
     }
-    let scripted = session(Scripted::new(8, 8), "hae", &PolicyOptions::without_ddes());
+    let scripted = session(Scripted::new(8, 8), "hae", &PolicyOptions::default());
     let mut blind = Session::new(Blind(scripted.engine), scripted.controller);
     let error = blind.prefill(&[tokens(2)], &|| false).unwrap_err();
     assert_eq!(
@@ -495,11 +495,7 @@ fn square(rows: usize, n_pos: Pos) -> Segment {
 
 #[test]
 fn rows_of_a_picture_may_share_positions() {
-    let mut session = session(
-        Scripted::new(64, 16),
-        "full",
-        &PolicyOptions::without_ddes(),
-    );
+    let mut session = session(Scripted::new(64, 16), "full", &PolicyOptions::default());
     let prompt = [tokens(3), square(4, 2), tokens(2)];
     assert!(session.prefill(&prompt, &|| false).unwrap());
     assert_eq!(session.controller.next_pos(), 3 + 2 + 2);

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 use super::budget::Budget;
 use super::scores::Guard;
-use super::{Amount, EvictionPolicy, Limits, Observe, Plan, PolicyOptions, Shift};
+use super::{EvictionPolicy, Limits, Observe, Plan, PolicyOptions, Shift};
 use crate::cache::{Cell, Ledger, Pos};
 use crate::error::Result;
 
@@ -43,7 +43,7 @@ pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn 
         sinks: options.sinks,
         recent: 1,
     };
-    let amount = options.kv_budget.unwrap_or(Amount::Share(1.0));
+    let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
     Ok(Box::new(ContextShift {
         budget: Budget::new(amount, guard, limits)?,
         n_ctx: limits.n_cells,

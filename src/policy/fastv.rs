@@ -53,7 +53,7 @@ pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn 
         sinks: 0,
         recent: 1,
     };
-    let amount = options.kv_budget.unwrap_or(Amount::Share(1.0));
+    let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
     let keep_separators = options.keep_separators && options.dap_mode == DapMode::Early;
     Ok(Box::new(Fastv {
         keep,

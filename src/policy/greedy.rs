@@ -3,7 +3,7 @@
 
 use super::budget::Budget;
 use super::scores::{Candidate, Guard};
-use super::{Amount, Limits, Plan, PolicyOptions};
+use super::{Limits, Plan, PolicyOptions};
 use crate::cache::{Entry, Ledger};
 use crate::error::Result;
 
@@ -20,7 +20,7 @@ impl Greedy {
     /// # Errors
     /// As [`Budget::new`].
     pub fn new(options: &PolicyOptions, guard: Guard, limits: Limits) -> Result<Self> {
-        let amount = options.kv_budget.unwrap_or(Amount::Share(1.0));
+        let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
         Ok(Greedy {
             budget: Budget::new(amount, guard, limits)?,
             guard,

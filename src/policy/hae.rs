@@ -52,7 +52,7 @@ impl Hae {
     pub fn ddes(options: &PolicyOptions, limits: Limits) -> Result<Self> {
         let mut options = options.clone();
         options.dap = None;
-        options.kv_budget = options.kv_budget.or(PolicyOptions::default().kv_budget);
+        options.kv_budget = options.kv_budget.or(Some(PolicyOptions::WHOLE_PROMPT));
         Hae::new("ddes", options, true, limits)
     }
 

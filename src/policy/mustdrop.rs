@@ -24,7 +24,7 @@ use super::budget::Budget;
 use super::scores::{Candidate, Guard};
 use super::visual::{Pictures, Visual, keep_best};
 use super::{
-    Amount, DapMode, DapRule, EvictionPolicy, Layers, Limits, Observe, Plan, PolicyOptions, Queries,
+    DapMode, DapRule, EvictionPolicy, Layers, Limits, Observe, Plan, PolicyOptions, Queries,
 };
 use crate::cache::Ledger;
 use crate::error::Result;
@@ -59,7 +59,7 @@ pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn 
         sinks: 0,
         recent: 1,
     };
-    let amount = options.kv_budget.unwrap_or(Amount::Share(1.0));
+    let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
     let keep_separators = options.keep_separators && options.dap_mode == DapMode::Early;
     Ok(Box::new(Mustdrop {
         rule,

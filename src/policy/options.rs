@@ -243,7 +243,7 @@ impl Default for PolicyOptions {
             }),
             dap_mode: DapMode::Exact,
             keep_separators: true,
-            kv_budget: Some(Amount::Share(1.0)),
+            kv_budget: None,
             bin_size: 32,
             sinks: 4,
             recent: 16,
@@ -261,13 +261,8 @@ impl PolicyOptions {
     /// The names that [`PolicyOptions::preset`] takes.
     pub const PRESETS: [&str; 2] = ["default", "paper"];
 
-    /// Our setting without eviction while decoding.
-    pub fn without_ddes() -> Self {
-        PolicyOptions {
-            kv_budget: None,
-            ..PolicyOptions::default()
-        }
-    }
+    /// The budget of policies that cannot do without one: as many cells as the whole prompt.
+    pub const WHOLE_PROMPT: Amount = Amount::Share(1.0);
 
     /// The paper's setting: attention of layer 0, every text token as a query, plain sums, and
     /// its best threshold, r = 0.0015.
@@ -286,6 +281,7 @@ impl PolicyOptions {
                 alpha: None,
                 scope: Scope::Image,
             }),
+            kv_budget: Some(PolicyOptions::WHOLE_PROMPT),
             hysteresis: 0.0,
             ..PolicyOptions::default()
         }

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::budget::Budget;
 use super::scores::{Candidate, Guard};
 use super::{
-    Amount, EvictionPolicy, Limits, Observe, Plan, PolicyOptions, Pooling, Queries, SnapkvOptions,
+    EvictionPolicy, Limits, Observe, Plan, PolicyOptions, Pooling, Queries, SnapkvOptions,
 };
 use crate::cache::Ledger;
 use crate::error::{Error, Result};
@@ -50,7 +50,7 @@ pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn 
         sinks: 0,
         recent: 1,
     };
-    let amount = options.kv_budget.unwrap_or(Amount::Share(1.0));
+    let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
     let layers = options.layers.resolve(limits.n_layer);
     Ok(Box::new(Snapkv {
         options: snapkv,

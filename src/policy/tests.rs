@@ -43,7 +43,7 @@ fn options() -> PolicyOptions {
         sinks: 0,
         recent: 0,
         hysteresis: 0.0,
-        ..PolicyOptions::without_ddes()
+        ..PolicyOptions::default()
     }
 }
 
@@ -96,7 +96,7 @@ fn what_is_observed() {
         layers: vec![0, 1],
         queries: Queries::Last,
     };
-    assert_eq!(observe(&PolicyOptions::without_ddes()), all);
+    assert_eq!(observe(&PolicyOptions::default()), all);
     let first = Observe::Layers {
         layers: vec![0],
         queries: Queries::All,
@@ -108,7 +108,7 @@ fn what_is_observed() {
     );
     // DAP alone decides nothing while decoding.
     let decoding = |o: &PolicyOptions| create("hae", o, LIMITS).unwrap().observes_decoding();
-    assert!(!decoding(&PolicyOptions::without_ddes()));
+    assert!(!decoding(&PolicyOptions::default()));
     assert!(decoding(&with_budget(30, 2)));
 }
 

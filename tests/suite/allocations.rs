@@ -40,7 +40,7 @@ fn decoding_steps_allocate_nothing() {
             restore,
             hysteresis: 0.0,
             decay: 0.9,
-            ..PolicyOptions::without_ddes()
+            ..PolicyOptions::default()
         };
         let policy = create(
             "hae",

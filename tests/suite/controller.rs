@@ -232,7 +232,7 @@ proptest! {
         bad in prop_oneof![Just(f64::NAN), Just(f64::INFINITY)],
     ) {
         let kv_budget = Some(Amount::Cells(40));
-        let options = PolicyOptions { kv_budget, ..PolicyOptions::without_ddes() };
+        let options = PolicyOptions { kv_budget, ..PolicyOptions::default() };
         let rows: usize = turns[0].0.iter().map(|s| s.1).sum();
         let n_cells = 200;
         let policy = create("hae", &options, Limits { n_layer: 1, n_cells }).unwrap();
@@ -257,7 +257,7 @@ fn full_observes_nothing_and_removes_nothing() {
         n_layer: 1,
         n_cells,
     };
-    let policy = create("full", &PolicyOptions::without_ddes(), limits).unwrap();
+    let policy = create("full", &PolicyOptions::default(), limits).unwrap();
     let mut session = Session::new(Scripted::new(n_cells, 8), Controller::new(policy, n_cells));
     session
         .prefill(&prompt(&[(false, 3), (true, 9), (false, 2)], 0), &|| false)

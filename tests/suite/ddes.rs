@@ -28,7 +28,7 @@ proptest! {
             sinks: 2,
             recent: 3,
             restore: false,
-            ..PolicyOptions::without_ddes()
+            ..PolicyOptions::default()
         };
         let mut session = new_session(&options, seed, 300, 16);
         session.prefill(&prompt(&segments, 0), &|| false).unwrap();
@@ -104,7 +104,7 @@ proptest! {
             recent,
             hysteresis,
             restore,
-            ..PolicyOptions::without_ddes()
+            ..PolicyOptions::default()
         };
         let mut plan = Plan::default();
         let mut policy = create("hae", &options, Limits { n_layer: 1, n_cells: 64 }).unwrap();

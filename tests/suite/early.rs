@@ -41,7 +41,7 @@ fn dap(dap_mode: DapMode, layers: &[u32], queries: Queries, rule: DapRule) -> Po
         }),
         dap_mode,
         keep_separators: false,
-        ..PolicyOptions::without_ddes()
+        ..PolicyOptions::default()
     }
 }
 

@@ -49,7 +49,7 @@ fn dap(mode: DapMode, keep: Amount) -> PolicyOptions {
         queries: Queries::Last,
         sinks: 0,
         recent: 0,
-        ..PolicyOptions::without_ddes()
+        ..PolicyOptions::default()
     }
 }
 

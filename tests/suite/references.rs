@@ -24,7 +24,7 @@ proptest! {
         let n_cells = 1000;
         let kv_budget = Some(Amount::Cells(n_cells - 1));
         let options =
-            PolicyOptions { queries, dap: None, kv_budget, bin_size: 1, ..PolicyOptions::without_ddes() };
+            PolicyOptions { queries, dap: None, kv_budget, bin_size: 1, ..PolicyOptions::default() };
         let mut session = new_session(&options, seed, n_cells, n_batch);
         let mut is_query = Vec::new();
         for (turn, (segments, answer)) in turns.iter().enumerate() {
@@ -82,7 +82,7 @@ proptest! {
             dap: Some(DapOptions { rule, alpha, scope }),
             sinks: 2,
             recent: 2,
-            ..PolicyOptions::without_ddes()
+            ..PolicyOptions::default()
         };
         let mut session = new_session(&options, seed, 200, 7);
         session.prefill(&prompt(&segments, 0), &|| false).unwrap();

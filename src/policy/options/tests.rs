@@ -6,7 +6,7 @@ const LIMITS: Limits = Limits {
 };
 
 fn refused(change: impl FnOnce(&mut PolicyOptions)) -> String {
-    let mut options = PolicyOptions::without_ddes();
+    let mut options = PolicyOptions::default();
     change(&mut options);
     super::super::create("hae", &options, LIMITS)
         .err()
