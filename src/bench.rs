@@ -305,6 +305,7 @@ impl Work<'_> {
         wake(&mut engine, tokens())?;
         let controller = Controller::new(policy, engine.n_cells());
         let mut session = Session::new(engine, controller);
+        session.prepare()?;
         let mut pictures = self.pictures.make(self.test.n_images(), model, self.seed);
         let mut encode = |n| pictures.encode(n, vision.as_deref_mut());
         let energy = Energy::start();

@@ -142,6 +142,14 @@ impl<'m> Conversation<'m> {
         }
     }
 
+    /// As [`Session::prepare`].
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn prepare(&mut self) -> Result<()> {
+        self.session.prepare()
+    }
+
     /// Forgets everything that was said and shown.
     pub fn clear(&mut self) {
         self.session.engine.clear();

@@ -140,8 +140,24 @@ pub trait Engine {
     ///
     /// # Errors
     /// When it could be had but there is no memory for it.
-    fn trial(&self, _n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
+    fn trial(&mut self, _n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
         Ok(None)
+    }
+
+    /// The trial run is over: its memory goes back.
+    ///
+    /// # Errors
+    /// The engine's own.
+    fn end_trial(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Trial runs will come: an engine that keeps what is slow to make for them makes it now.
+    ///
+    /// # Errors
+    /// As [`Engine::trial`].
+    fn expect_trials(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// Makes room for `n` more tokens at once, where the cache grows in steps otherwise.

@@ -18,6 +18,7 @@ use crate::cache::{Cell, PerModality, Pos};
 use crate::controller::{Controller, Event, Origin};
 use crate::engine::{Engine, Input, Observation, Token};
 use crate::error::{Error, Result};
+use crate::policy::DapMode;
 use feed::Feed;
 use prefill::Prefilled;
 use prompt::count;
@@ -114,6 +115,17 @@ impl<E: Engine> Session<E> {
             moves: Vec::new(),
             expected: None,
             taken_back: false,
+        }
+    }
+
+    /// Lets the engine make now what trial runs will need, if there will be any.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn prepare(&mut self) -> Result<()> {
+        match self.controller.dap_mode() {
+            DapMode::Early => self.engine.expect_trials(),
+            DapMode::Exact => Ok(()),
         }
     }
 

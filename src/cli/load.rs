@@ -189,6 +189,7 @@ impl Setup<'_> {
             max_positions,
             host_bin,
         );
+        conversation.prepare()?;
         if let Some(saved) = self.session {
             conversation.resume(saved.clone())?;
         }

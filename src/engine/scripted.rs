@@ -54,6 +54,7 @@ pub struct Scripted {
     logits: Vec<f32>,
     patched: bool,
     shifts: bool,
+    trial: Option<Box<Scripted>>,
     pub calls: Vec<Call>,
 }
 
@@ -71,6 +72,7 @@ impl Scripted {
             logits: Vec::new(),
             patched: false,
             shifts: true,
+            trial: None,
             calls: Vec::new(),
         }
     }
@@ -329,13 +331,18 @@ impl Engine for Scripted {
         self.patched
     }
 
-    fn trial(&self, n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
+    fn trial(&mut self, n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
         if !self.patched {
             return Ok(None);
         }
         let mut engine = Scripted::new(n_cells, self.n_batch).patched();
         engine.attention = Rc::clone(&self.attention);
-        Ok(Some(Box::new(engine)))
+        Ok(Some(self.trial.insert(Box::new(engine)).as_mut()))
+    }
+
+    fn end_trial(&mut self) -> Result<()> {
+        self.trial = None;
+        Ok(())
     }
 
     /// The highest tokens into the lowest holes.

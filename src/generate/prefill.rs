@@ -133,10 +133,12 @@ impl<E: Engine> Session<E> {
             let history = self.history.pieces();
             let rows = |all: &[Placed<'_>]| all.iter().map(|p| p.segment.len()).sum::<usize>();
             let n_cells = rows(history) + rows(prompt);
-            if let Some(mut engine) = self.engine.trial(n_cells)? {
-                let trial = Trial::run(engine.as_mut(), history, prompt, queries, cancelled)?;
-                drop(engine);
-                let Some(trial) = trial else { return Ok(None) };
+            if let Some(engine) = self.engine.trial(n_cells)? {
+                let trial = Trial::run(engine, history, prompt, queries, cancelled);
+                self.engine.end_trial()?;
+                let Some(trial) = trial? else {
+                    return Ok(None);
+                };
                 // Both caches were there at once.
                 let both = self.engine.kv_bytes().allocated + trial.bytes;
                 self.feed.peak_bytes = self.feed.peak_bytes.max(both);

@@ -37,13 +37,10 @@ impl Trial {
             bytes: 0,
         };
         let mut feed = Feed::default();
-        let last = prompt.iter().rposition(|placed| !placed.segment.is_empty());
-        let new = prompt.iter().enumerate();
-        let old = history.iter().map(|placed| (placed, None, false));
+        let new = prompt.iter().map(|placed| (placed, Some(queries)));
+        let old = history.iter().map(|placed| (placed, None));
         let mut behind: usize = prompt.iter().map(|placed| placed.segment.len()).sum();
-        for (placed, queries, is_last) in
-            old.chain(new.map(|(i, placed)| (placed, Some(queries), Some(i) == last)))
-        {
+        for (placed, queries) in old.chain(new) {
             if queries.is_some() {
                 behind -= placed.segment.len();
             }
@@ -54,7 +51,8 @@ impl Trial {
                 keep: &|_| true,
                 queries,
                 single_rows: 0,
-                is_last,
+                // It has no logits.
+                is_last: false,
             };
             let mut sink = |feed: &Feed, origin: Origin| {
                 let ledger = &mut trial.ledger;

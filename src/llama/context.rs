@@ -42,6 +42,9 @@ pub struct LlamaEngine<'m> {
     pub(super) room: Room,
     /// What the host needs to restore the copy of the sequence that is on the device.
     pub(super) on_device: Option<SequenceState>,
+    /// A context of the first layers, during a trial run or kept for the next one.
+    #[cfg(feature = "kv-patches")]
+    pub(super) trial: Option<Box<LlamaEngine<'m>>>,
     /// Whether the last batch asked for logits: reading absent ones would end the process.
     has_logits: bool,
     rows: Rows,
@@ -182,6 +185,8 @@ impl<'m> LlamaEngine<'m> {
             model,
             options,
             n_ctx,
+            #[cfg(feature = "kv-patches")]
+            trial: None,
             has_logits: false,
             rows: Rows::default(),
         };
@@ -533,8 +538,18 @@ impl Engine for LlamaEngine<'_> {
     }
 
     #[cfg(feature = "kv-patches")]
-    fn trial(&self, n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
-        trial::engine(self.model, &self.options, n_cells)
+    fn trial(&mut self, n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
+        self.begin_trial(n_cells)
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn end_trial(&mut self) -> Result<()> {
+        self.finish_trial()
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn expect_trials(&mut self) -> Result<()> {
+        self.prepare_trials()
     }
 
     #[cfg(feature = "kv-patches")]

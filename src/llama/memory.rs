@@ -5,8 +5,8 @@
 
 use llama_cpp_sys_2 as sys;
 
+use super::Model;
 use super::options::CacheType;
-use super::{Model, ModelOptions};
 use crate::error::{Error, Result};
 
 /// Lets the buffers of a cache go back to the system when they are freed. glibc takes blocks of more
@@ -36,11 +36,8 @@ pub(super) fn check(
     k: CacheType,
     v: CacheType,
 ) -> Result<()> {
-    // SAFETY: takes nothing.
-    let gpu = unsafe { sys::llama_supports_gpu_offload() };
-    let ModelOptions { n_gpu_layers, .. } = model.options();
     // Layers on a GPU have their cells there; windows and recurrent layers need fewer.
-    if gpu && *n_gpu_layers != Some(0) || model.eviction_obstacle().is_some() {
+    if model.may_use_gpu() || model.eviction_obstacle().is_some() {
         return Ok(());
     }
     match total_memory() {

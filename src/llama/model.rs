@@ -93,6 +93,13 @@ impl Model {
         &self.options
     }
 
+    /// Whether layers of it may be on a GPU.
+    pub(super) fn may_use_gpu(&self) -> bool {
+        // SAFETY: takes nothing.
+        let gpu = unsafe { sys::llama_supports_gpu_offload() };
+        gpu && self.options.n_gpu_layers != Some(0)
+    }
+
     /// `general.architecture`.
     pub fn arch(&self) -> &str {
         &self.arch

@@ -4,7 +4,7 @@ use llama_cpp_sys_2 as sys;
 
 #[cfg(feature = "kv-patches")]
 use {
-    super::{ContextOptions, LlamaEngine, Model, SamplerOptions},
+    super::{ContextOptions, LlamaEngine, SamplerOptions},
     crate::engine::Engine,
     crate::error::Result,
 };
@@ -21,24 +21,69 @@ pub(super) fn set(n_layer_first: Option<u32>, params: &mut sys::llama_context_pa
 #[cfg(not(feature = "kv-patches"))]
 pub(super) fn set(_: Option<u32>, _: &mut sys::llama_context_params) {}
 
-/// An empty engine of the layers up to the last whose attention is read, that computes as one
-/// with `options` does.
+/// Cells that a context made in advance is good for: more than a picture of 16 crops takes.
 #[cfg(feature = "kv-patches")]
-pub(super) fn engine<'m>(
-    model: &'m Model,
-    options: &ContextOptions,
-    n_cells: usize,
-) -> Result<Option<Box<dyn Engine + 'm>>> {
-    let Some(&last) = options.score_layers.last() else {
-        return Ok(None);
-    };
-    let options = ContextOptions {
-        n_ctx: u32::try_from(n_cells).unwrap_or(u32::MAX),
-        kv_size: None,
-        // The smaller cache must not change what llama.cpp's rule says of the real one.
-        rope_factors: options.rope_factors.resolved(model, options.n_ctx),
-        ..options.clone()
-    };
-    let engine = LlamaEngine::of_layers(model, options, &SamplerOptions::GREEDY, Some(last + 1))?;
-    Ok(Some(Box::new(engine)))
+const CELLS_IN_ADVANCE: usize = 4096;
+
+#[cfg(feature = "kv-patches")]
+impl<'m> LlamaEngine<'m> {
+    /// An empty engine of the layers up to the last whose attention is read, that computes as this
+    /// one does.
+    fn trial_engine(&self, n_ctx: usize) -> Result<Option<Box<LlamaEngine<'m>>>> {
+        let Some(&last) = self.options.score_layers.last() else {
+            return Ok(None);
+        };
+        let options = ContextOptions {
+            n_ctx: u32::try_from(n_ctx).unwrap_or(u32::MAX),
+            // One that stays shrinks when it is not needed.
+            kv_size: self.options.kv_size.filter(|_| self.keeps_trial()),
+            // The smaller cache must not change what llama.cpp's rule says of the real one.
+            rope_factors: self.rope_factors(),
+            ..self.options.clone()
+        };
+        let engine = Self::of_layers(self.model, options, &SamplerOptions::GREEDY, Some(last + 1))?;
+        Ok(Some(Box::new(engine)))
+    }
+
+    pub(super) fn begin_trial(&mut self, n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
+        let fits = |engine: &LlamaEngine<'_>| engine.n_ctx >= n_cells;
+        if !self.trial.as_deref().is_some_and(fits) {
+            self.trial = None;
+            // Kept ones are for conversations, which grow.
+            let n_ctx = match self.keeps_trial() {
+                true => n_cells.max((2 * n_cells).max(CELLS_IN_ADVANCE).min(self.n_ctx)),
+                false => n_cells,
+            };
+            self.trial = self.trial_engine(n_ctx)?;
+        }
+        let Some(engine) = self.trial.as_deref_mut() else {
+            return Ok(None);
+        };
+        engine.grow(n_cells)?;
+        Ok(Some(engine))
+    }
+
+    pub(super) fn finish_trial(&mut self) -> Result<()> {
+        if !self.keeps_trial() {
+            self.trial = None;
+        }
+        if let Some(engine) = self.trial.as_deref_mut() {
+            engine.clear();
+            engine.tidy(&mut Vec::new())?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn prepare_trials(&mut self) -> Result<()> {
+        if self.keeps_trial() && self.trial.is_none() {
+            self.trial = self.trial_engine(self.n_ctx.min(CELLS_IN_ADVANCE))?;
+        }
+        Ok(())
+    }
+
+    /// On a GPU a context takes longer to make, queues and libraries with it, than its run takes.
+    /// On a CPU it takes milliseconds, and its buffers are better given back.
+    fn keeps_trial(&self) -> bool {
+        self.options.kv_size.is_some() && self.model.may_use_gpu()
+    }
 }

@@ -37,6 +37,7 @@ pub struct TapeEngine {
     /// 1 for each row, that went to tokens no longer held.
     pub lost: Vec<f64>,
     wanted: Vec<Pos>,
+    trial: Option<Box<TapeEngine>>,
 }
 
 impl TapeEngine {
@@ -51,6 +52,7 @@ impl TapeEngine {
             shifted: 0,
             lost: Vec::new(),
             wanted: Vec::new(),
+            trial: None,
         }
     }
 
@@ -233,9 +235,14 @@ impl Engine for TapeEngine {
         true
     }
 
-    fn trial(&self, n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
+    fn trial(&mut self, n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
         let engine = TapeEngine::new(Rc::clone(&self.tape), n_cells);
-        Ok(Some(Box::new(engine)))
+        Ok(Some(self.trial.insert(Box::new(engine)).as_mut()))
+    }
+
+    fn end_trial(&mut self) -> Result<()> {
+        self.trial = None;
+        Ok(())
     }
 
     fn n_cells(&self) -> usize {

@@ -174,9 +174,13 @@ impl Engine for Mirrored<'_> {
         self.engine.takes_any_position()
     }
 
-    fn trial(&self, n_cells: usize) -> Result<Option<Box<dyn Engine + '_>>> {
+    fn trial(&mut self, n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
         self.tally.borrow_mut().pruned_early += 1;
         self.engine.trial(n_cells)
+    }
+
+    fn end_trial(&mut self) -> Result<()> {
+        self.engine.end_trial()
     }
 
     fn make_room(&mut self, n: usize) -> Result<()> {
