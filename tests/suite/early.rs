@@ -13,6 +13,7 @@ use hae::policy::{
 
 use crate::model::{converted, engine, exact, goldens, load, load_vision};
 use crate::npz::max_abs_diff;
+use crate::precision;
 
 const N_CTX: u32 = 1024;
 
@@ -128,6 +129,6 @@ fn a_recalled_picture_is_the_same_picture() {
     let (_, forgotten) = logits(DapRule::Keep(Amount::Share(0.2)), false);
     assert!(few < all);
     let error = max_abs_diff(&unpruned, &recalled);
-    assert!(error < 1e-3, "{error}");
+    assert!(error < precision::logits(1e-3), "{error}");
     assert!(max_abs_diff(&unpruned, &forgotten) > 0.1, "pruning shows");
 }

@@ -15,6 +15,7 @@ use crate::kv_graphs::{by_graph, graphs};
 use crate::kv_model::Cells;
 use crate::model::{converted, engine, exact, load};
 use crate::npz::max_abs_diff;
+use crate::precision;
 
 const N_CTX: u32 = 1024;
 
@@ -271,7 +272,10 @@ pub fn cache(flash: bool, k: CacheType, v: CacheType) -> ContextOptions {
 fn check(flash: bool, k: CacheType, v: CacheType, cases: u32, tolerance: f64) {
     let worst = run(&cache(flash, k, v), cases);
     println!("flash {flash}, {k:?}, {v:?}: logits differ by at most {worst:.1e}");
-    assert!(worst < tolerance, "{worst}");
+    assert!(
+        worst < f64::from(precision::logits(tolerance as f32)),
+        "{worst}"
+    );
 }
 
 #[test]

@@ -25,6 +25,7 @@ use crate::kv_mirror::{Mirrored, STEP, Tally};
 use crate::kv_model::Cells;
 use crate::kv_twin::{LlamaModel, Twin};
 use crate::model::{converted, engine, exact, load};
+use crate::precision;
 use crate::random::options;
 
 const N_CTX: u32 = 768;
@@ -323,7 +324,7 @@ fn conversations_f32() {
         assert!(n > 0, "nothing {what}");
     }
     assert!(tally.exact > 30, "{}", tally.exact);
-    assert!(tally.worst < 1e-4, "{}", tally.worst);
+    assert!(tally.worst < precision::logits(1e-4), "{}", tally.worst);
 }
 
 #[test]

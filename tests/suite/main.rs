@@ -53,6 +53,7 @@ mod npz;
 mod others;
 mod parity;
 mod policies;
+mod precision;
 mod quantize;
 mod random;
 #[cfg(feature = "kv-patches")]

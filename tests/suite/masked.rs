@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::model::{converted, engine, exact, goldens, load, load_vision, prefill};
 use crate::npz::{self, Array};
+use crate::precision;
 
 #[derive(Debug, Deserialize)]
 pub struct Scenario {
@@ -163,7 +164,11 @@ fn eviction_equals_masked_attention() {
             pos_of_cell[cell] = Some(pos);
 
             let error = npz::max_abs_diff(engine.logits().unwrap(), expected.logits.row(step));
-            assert!(error < 1e-3, "{} step {step}: {error}", s.name);
+            assert!(
+                error < precision::logits(1e-3),
+                "{} step {step}: {error}",
+                s.name
+            );
             if let Some(attention) = &expected.attention {
                 let n = attention.shape[2];
                 let row = attention.row(step);
@@ -175,7 +180,11 @@ fn eviction_equals_masked_attention() {
                 }
                 let mean: Vec<f32> = (0..n).map(|p| (row[p] + row[3 * n + p]) / 2.0).collect();
                 let error = npz::max_abs_diff(&ours, &mean);
-                assert!(error < 1e-4, "{} step {step}: {error}", s.name);
+                assert!(
+                    error < precision::attention(1e-4),
+                    "{} step {step}: {error}",
+                    s.name
+                );
             }
         }
         compared += 1;

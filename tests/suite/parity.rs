@@ -10,6 +10,7 @@ use hae::prompt::Transcript;
 
 use crate::model::{converted_of, engine, exact, goldens_of, load, load_vision, prefill, quiet};
 use crate::npz::{max_abs_diff, read};
+use crate::precision;
 
 const MODELS: [&str; 2] = ["tiny-phi3v", "small-phi3v"];
 
@@ -176,7 +177,7 @@ fn scores_of_visual_tokens_are_pytorchs() {
                 let error = relative_error(&ours, expected[queries].row(layer as usize));
                 println!("{} layer {layer} {queries}: {error:.1e}", golden.id());
                 assert!(
-                    error < 1e-3,
+                    error < precision::attention(1e-3).into(),
                     "{} layer {layer} {queries}: {error}",
                     golden.id()
                 );

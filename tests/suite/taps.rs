@@ -9,6 +9,7 @@ use crate::model::{
     TEXT, converted, engine, exact, goldens, load, load_vision, prefill, repository,
 };
 use crate::npz::{max_abs_diff, read};
+use crate::precision;
 use crate::random_llama::{Shape, bloom, grok, llama};
 
 const KINDS: [(CacheType, CacheType); 5] = [
@@ -73,9 +74,15 @@ fn attention_of_layer_0_is_pytorchs() {
             };
             // A fresh cache fills its cells in order, so cells are positions here.
             let error = max_abs_diff(&seen.max[..n], &over(f32::max));
-            assert!(error < 1e-3, "{flash:?} {queries:?}: {error}");
+            assert!(
+                error < precision::attention(1e-3),
+                "{flash:?} {queries:?}: {error}"
+            );
             let error = max_abs_diff(&seen.sum[..n], &over(|a, b| a + b));
-            assert!(error < 1e-3 * queries.len() as f32, "{flash:?}: {error}");
+            assert!(
+                error < precision::attention(1e-3) * queries.len() as f32,
+                "{flash:?}: {error}"
+            );
             assert!(seen.sum[n..].iter().all(|&a| a == 0.0));
             assert_eq!(seen.sum.len(), seen.max.len());
         }
@@ -122,6 +129,7 @@ fn every_cache_type_agrees_with_the_callback() {
             prefill(&mut ours, &segments, &mut seen, behind);
             assert!(expected.queries.len() > 4);
             let error = difference(&seen, &expected);
+            let tolerance = precision::attention(tolerance);
             assert!(error < tolerance, "{kinds:?} {flash:?} {layers:?}: {error}");
             // Across the border of 256 cells in view, where the graph changes.
             let n_kv = seen.sum.len();
@@ -136,6 +144,7 @@ fn every_cache_type_agrees_with_the_callback() {
                 theirs.decode(batch, &mut cells, &mut expected).unwrap();
                 ours.decode(batch, &mut cells, &mut seen).unwrap();
                 let error = difference(&seen, &expected);
+                let tolerance = precision::attention(tolerance);
                 assert!(error < tolerance, "{kinds:?} {flash:?} {layers:?}: {error}");
                 assert_eq!(seen.sum, seen.max);
                 pos += 1;
@@ -206,6 +215,7 @@ fn many_rows_over_grouped_heads_agree_with_the_callback() {
                     let error = difference(&seen, &expected);
                     // A flash attention of F16 values lies below layer 1.
                     let tolerance = if layers.len() == 1 { 1e-4 } else { 5e-3 };
+                    let tolerance = precision::attention(tolerance);
                     assert!(
                         error < tolerance,
                         "{width} {kinds:?} {layers:?} {stride} {flash:?}: {error}"
@@ -355,6 +365,7 @@ fn other_kinds_of_attention_agree_with_the_callback() {
                 assert!(expected.max.iter().any(|&a| a > 3.0 * even), "not sharp");
                 let error = difference(&scores(&model, options), &expected);
                 println!("model {i}, {flash:?}, layers {layers:?}: {error:.1e}");
+                let tolerance = precision::attention(tolerance);
                 assert!(error < tolerance, "{i} {flash:?} {layers:?}: {error}");
             }
         }

@@ -15,6 +15,7 @@ use llama_cpp_sys_2 as sys;
 
 use crate::fixture::{backend, load};
 use crate::model::{TEXT, repository};
+use crate::precision;
 use crate::random_llama::{Shape, bloom, llama};
 
 /// What the callback gathers: for each layer the mean over heads of each wanted row's weights.
@@ -302,7 +303,11 @@ fn scores_with_distances_instead_of_positions() {
                 println!("{n_head} heads, {kinds:?}, layers {layers:?}: {error:.1e}");
                 // The node gets keys that were rounded to F16, and the mask as well.
                 let tolerance = if kinds.0 == F32 { 5e-3 } else { 1e-5 };
-                assert!(error < tolerance, "{n_head} {kinds:?} {layers:?}: {error}");
+                let tolerance = precision::attention(tolerance);
+                assert!(
+                    error < tolerance.into(),
+                    "{n_head} {kinds:?} {layers:?}: {error}"
+                );
             }
         }
     }
