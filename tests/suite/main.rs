@@ -3,6 +3,7 @@
 mod allocations;
 mod bench;
 mod bin;
+mod calibrate;
 mod chat;
 mod cli;
 mod controller;
