@@ -1,5 +1,5 @@
-//! `hae calibrate` on the small model, and what `hae run` makes of the file. Its scores are held
-//! against those of `hae eval` with the same flags, which asks every question in another way.
+//! `hae calibrate` on the small model. Its scores are held against those of `hae eval` with the same
+//! flags, which asks every question in another way.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,12 +10,12 @@ use tempfile::TempDir;
 use crate::bin::{answer, hae, refusal};
 use crate::model::{TEXT, VISION, repository};
 
-fn path(name: &str) -> String {
+pub fn path(name: &str) -> String {
     repository(name).to_str().unwrap().to_owned()
 }
 
 /// The command line, split at spaces.
-fn words(args: &str) -> Vec<String> {
+pub fn words(args: &str) -> Vec<String> {
     let word = |word: &str| match word {
         "QUESTIONS" => path("tests/eval/small-phi3v/dev/understanding.jsonl"),
         "CHATS" => path("tests/eval/small-phi3v/dev/chat.jsonl"),
@@ -26,7 +26,7 @@ fn words(args: &str) -> Vec<String> {
 }
 
 /// A copy of the model in a folder, to have something beside it.
-fn model(folder: &Path) -> PathBuf {
+pub fn model(folder: &Path) -> PathBuf {
     let model = folder.join("m.gguf");
     fs::copy(repository(TEXT), &model).unwrap();
     model
@@ -36,7 +36,7 @@ fn read(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-fn number(value: &Value, pointer: &str) -> f64 {
+pub fn number(value: &Value, pointer: &str) -> f64 {
     let found = value.pointer(pointer).and_then(Value::as_f64);
     found.unwrap_or_else(|| panic!("{pointer} of {value}"))
 }
@@ -135,17 +135,7 @@ fn a_model_is_calibrated() {
     as_eval(&scores["held_out"]["found"], &test, &found["found"]);
     assert_eq!(scores["tune"]["full"]["right"], 3);
     assert_eq!(scores["held_out"]["full"]["right"], 3);
-    let held_out = |who: &str| {
-        let score = &scores["held_out"][who];
-        (number(score, "/points"), -number(score, "/kl_mean"))
-    };
-    let better = held_out("found") > held_out("defaults");
-    let (chosen, parameters) = match better {
-        true => ("found", &found["found"]),
-        false => ("defaults", &defaults),
-    };
-    assert_eq!(found["chosen"], chosen);
-    assert_eq!(&found["parameters"], parameters);
+    consistent(&found, &table);
     assert_eq!(found["kv_budget"], json!({ "share": 0.3 }));
     assert_eq!(found["tune"]["part"], "tune:0.5");
     assert_eq!(found["held_out"]["part"], "test:0.5");
@@ -153,12 +143,6 @@ fn a_model_is_calibrated() {
     // What stdout and stderr say of it.
     assert!(table.contains("chosen on 3 questions of "), "{table}");
     assert!(table.contains("| hae@0.3 "), "{table}");
-    let said = if better {
-        "Found and kept"
-    } else {
-        "The defaults stay"
-    };
-    assert!(table.contains(said), "{table}");
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(
         stderr.starts_with(&format!("{}: --score-layers ", file.display())),
@@ -168,6 +152,41 @@ fn a_model_is_calibrated() {
     let run = format!("run {asked} --kv-policy hae -p Hello -n 1 -o json");
     let run: Value = serde_json::from_str(&answer(&words(&run))).unwrap();
     assert_eq!(run["policy"]["calibration"], file.to_str().unwrap());
+}
+
+/// What is better on the held-out questions was chosen, and the table says so.
+fn consistent(found: &Value, table: &str) {
+    let held_out = |who: &str| {
+        let score = &found["scores"]["held_out"][who];
+        (number(score, "/points"), -number(score, "/kl_mean"))
+    };
+    let better = held_out("found") > held_out("defaults");
+    let (chosen, said) = match better {
+        true => ("found", "Found and kept"),
+        false => ("defaults", "The defaults stay"),
+    };
+    assert_eq!(found["chosen"], chosen);
+    let parameters = match better {
+        true => &found["found"],
+        false => &found["tried"][0]["parameters"],
+    };
+    assert_eq!(&found["parameters"], parameters);
+    assert!(table.contains(said), "{table}");
+}
+
+/// At budgets that leave next to nothing chance decides, and either may come out.
+#[test]
+fn the_better_one_is_kept() {
+    let folder = TempDir::new().unwrap();
+    for budget in ["0.15", "0.2"] {
+        let out = folder.path().join(budget);
+        let args = format!(
+            "calibrate QUESTIONS --limit 2 --kv-budget {budget} --out {}",
+            out.display()
+        );
+        let table = answer(&words(&args));
+        consistent(&read(&out), &table);
+    }
 }
 
 /// Every turn of a chat counts, and what a chat has evicted is not counted turn by turn.
@@ -202,248 +221,6 @@ fn chats_are_scored_as_eval_scores_them() {
     let defaults = &scores["held_out"]["defaults"];
     assert_eq!(number(defaults, "/evicted"), after_prefill + in_decoding);
     assert_eq!(number(defaults, "/evicted_in_decoding"), in_decoding);
-}
-
-/// A file with parameters that nothing else gives, beside a copy of the model.
-fn made_up(folder: &Path) -> (PathBuf, Value) {
-    let model = model(folder);
-    let out = folder.join("any.json");
-    let args = format!(
-        "calibrate QUESTIONS --limit 1 -n 4 --kv-budget 0.3 -m {} --mmproj {} --out {} -o json",
-        model.display(),
-        path(VISION),
-        out.display()
-    );
-    let mut file: Value = serde_json::from_str(&answer(&words(&args))).unwrap();
-    fs::remove_file(out).unwrap();
-    file["parameters"] = json!({
-        "score_layers": "1", "score_queries": "all", "dap_tau": 0.5, "bin_size": 8
-    });
-    fs::write(folder.join("m.hae.json"), file.to_string()).unwrap();
-    (model, file)
-}
-
-#[test]
-fn run_takes_what_no_flag_says() {
-    let folder = TempDir::new().unwrap();
-    let (model, file) = made_up(folder.path());
-    let beside = folder.path().join("m.hae.json");
-    let base = format!("run -m {} -p Hello -n 1", model.display());
-    // The policy as it was, and stderr.
-    let run = |flags: &str| -> (Value, String) {
-        let output = hae()
-            .args(words(&format!("{base} {flags} -o json")))
-            .output()
-            .unwrap();
-        assert_eq!(output.status.code(), Some(0), "{flags}: {output:?}");
-        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-        (
-            report["policy"].clone(),
-            String::from_utf8(output.stderr).unwrap(),
-        )
-    };
-    let policy = |flags: &str| {
-        let (policy, stderr) = run(flags);
-        assert_eq!(stderr, "", "{flags}");
-        policy
-    };
-    let tau = json!({ "tau": 0.5 });
-    let name = json!(beside);
-    // Flags, then layers, queries, rule, budget, size of the bin, and whether the file is named.
-    let all = json!([0, 1, 2, 3, 4, 5, 6, 7]);
-    let auto = json!("auto");
-    let none = Value::Null;
-    let share = |x: f64| json!({ "share": x });
-    for (flags, layers, queries, rule, budget, bin, named) in [
-        // What is chosen for a budget, and the budget itself, is not taken without it.
-        ("", json!([1]), "all", &auto, none.clone(), 32, true),
-        (
-            "--kv-budget 0.5",
-            json!([1]),
-            "all",
-            &auto,
-            share(0.5),
-            32,
-            true,
-        ),
-        (
-            "--kv-budget 0.3",
-            json!([1]),
-            "all",
-            &tau,
-            share(0.3),
-            8,
-            true,
-        ),
-        (
-            "--kv-budget 0.3 --bin-size 4",
-            json!([1]),
-            "all",
-            &tau,
-            share(0.3),
-            4,
-            true,
-        ),
-        (
-            "--kv-budget 0.3 --dap-keep 9",
-            json!([1]),
-            "all",
-            &json!({ "keep": { "cells": 9 } }),
-            share(0.3),
-            8,
-            true,
-        ),
-        (
-            "--score-layers 0",
-            json!([0]),
-            "all",
-            &auto,
-            none.clone(),
-            32,
-            true,
-        ),
-        (
-            "--score-queries last",
-            json!([1]),
-            "last",
-            &auto,
-            none.clone(),
-            32,
-            true,
-        ),
-        (
-            "--score-layers 0 --score-queries last",
-            json!([0]),
-            "last",
-            &auto,
-            none.clone(),
-            32,
-            false,
-        ),
-        (
-            "--no-calibration",
-            all.clone(),
-            "last",
-            &auto,
-            none.clone(),
-            32,
-            false,
-        ),
-        (
-            "--kv-preset default",
-            all.clone(),
-            "last",
-            &auto,
-            none.clone(),
-            32,
-            false,
-        ),
-        (
-            "--kv-preset paper",
-            json!([0]),
-            "all",
-            &json!({ "r": 0.0015 }),
-            share(1.0),
-            32,
-            false,
-        ),
-    ] {
-        let policy = policy(&format!("--kv-policy hae {flags}"));
-        let params = &policy["params"];
-        assert_eq!(params["layers"], layers, "{flags}");
-        assert_eq!(params["queries"], queries, "{flags}");
-        assert_eq!(&params["dap"]["rule"], rule, "{flags}");
-        assert_eq!(params["kv_budget"], budget, "{flags}");
-        assert_eq!(params["bin_size"], bin, "{flags}");
-        let expected = if named { &name } else { &none };
-        assert_eq!(&policy["calibration"], expected, "{flags}");
-    }
-    for other in ["--kv-policy full", "--kv-policy dap", "--kv-policy h2o"] {
-        assert!(policy(other)["calibration"].is_null(), "{other}");
-    }
-
-    // In text, stderr names it; a chat does so when it is asked.
-    let args = words(&format!("{base} --kv-policy hae --score-layers 0"));
-    let output = hae().args(args).output().unwrap();
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(
-        stderr,
-        format!("{}: --score-queries all\n", beside.display())
-    );
-    let chat = words(&format!("run -m {} --kv-policy hae", model.display()));
-    let output = hae().args(chat).write_stdin("/stats\n").output().unwrap();
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert!(
-        stderr.contains(&format!("calibration: {}\n", beside.display())),
-        "{stderr}"
-    );
-
-    // Of another model: a warning, unless the command line names the file.
-    let mut other = file.clone();
-    other["model"]["sha256"] = json!("0".repeat(64));
-    fs::write(&beside, other.to_string()).unwrap();
-    let (unused, stderr) = run("--kv-policy hae");
-    assert_eq!(unused["params"]["layers"], all);
-    assert!(unused["calibration"].is_null());
-    let expected = "m.hae.json: was made with another model file, ";
-    assert!(
-        stderr.contains(expected) && stderr.lines().count() == 1,
-        "{stderr}"
-    );
-    let elsewhere = folder.path().join("e.json");
-    fs::rename(&beside, &elsewhere).unwrap();
-    let named = format!("--kv-policy hae --calibration {}", elsewhere.display());
-    let line = refusal(&words(&format!("{base} {named}")));
-    assert!(
-        line.contains("e.json: was made with another model file, "),
-        "{line}"
-    );
-
-    // The right one by its name, for the model inside the program, too: it is the same file.
-    fs::write(&elsewhere, file.to_string()).unwrap();
-    assert_eq!(policy(&named)["calibration"], json!(elsewhere));
-    let embedded = words(&format!("run -p Hello -n 1 -o json {named}"));
-    let report: Value = serde_json::from_str(&answer(&embedded)).unwrap();
-    assert_eq!(report["policy"]["params"]["layers"], json!([1]));
-}
-
-#[test]
-fn a_damaged_file_is_named() {
-    let folder = TempDir::new().unwrap();
-    let (model, file) = made_up(folder.path());
-    let beside = folder.path().join("m.hae.json");
-    let base = format!("run -m {} -p Hello -n 1 --kv-policy hae", model.display());
-    let refuses = |text: &str, expected: &str| {
-        fs::write(&beside, text).unwrap();
-        let line = refusal(&words(&base));
-        assert!(
-            line.contains("m.hae.json: ") && line.contains(expected),
-            "{expected}: {line}"
-        );
-        answer(&words(&format!("{base} --no-calibration")));
-    };
-    let changed = |pointer: &str, value: Value| {
-        let mut changed = file.clone();
-        *changed.pointer_mut(pointer).unwrap() = value;
-        changed.to_string()
-    };
-    let text = file.to_string();
-    refuses(&text[..text.len() - 9], "is no calibration of hae: EOF");
-    refuses("", "; --no-calibration goes on without it");
-    refuses(&" ".repeat(3 << 20), "expected at most 1048576 bytes");
-    refuses(
-        &changed("/version", json!(9)),
-        "is of version 9, expected 1",
-    );
-    refuses(
-        &changed("/parameters/bin_size", json!(0)),
-        "--bin-size: 0 cells",
-    );
-    refuses(&changed("/parameters/dap_tau", json!("x")), "invalid type");
-    refuses(
-        &changed("/parameters/score_layers", json!("8")),
-        "--score-layers: layer 8, but the model's layers are 0 to 7",
-    );
 }
 
 #[test]

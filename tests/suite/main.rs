@@ -4,6 +4,7 @@ mod allocations;
 mod bench;
 mod bin;
 mod calibrate;
+mod calibration;
 mod chat;
 mod cli;
 mod controller;
