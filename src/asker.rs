@@ -3,6 +3,8 @@
 //! Pictures are encoded once for all policies. Policies that want the same of a context share it:
 //! it is emptied before each question, and each question gets a policy in its first state.
 
+pub mod attempt;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::rc::Rc;
@@ -237,6 +239,19 @@ impl<'m> Asker<'m> {
         reference: &Reference,
         watch: Clock<'_>,
     ) -> Result<Option<Vec<Option<Distance>>>> {
+        let followed = self.follow(entrant, question, pictures, reference, watch)?;
+        Ok(followed.map(|(distances, _)| distances))
+    }
+
+    /// The same, and what was evicted.
+    fn follow(
+        &mut self,
+        entrant: &Entrant,
+        question: &Question,
+        pictures: &[Picture],
+        reference: &Reference,
+        watch: Clock<'_>,
+    ) -> Result<Option<(Vec<Option<Distance>>, Evicted)>> {
         let stage = self.stage(&entrant.context, policy_of(entrant, question))?;
         let mut talk = self.talk();
         let mut places = Places::default();
@@ -254,7 +269,7 @@ impl<'m> Asker<'m> {
             talk.transcript.answered(text);
             talk.pending = said.pending();
         }
-        Ok(Some(distances))
+        Ok(Some((distances, evicted(&self.stages[stage].session))))
     }
 
     fn talk(&self) -> Talk {
@@ -290,9 +305,7 @@ impl<'m> Asker<'m> {
             return Ok(self.stages.len() - 1);
         };
         let session = &mut self.stages[at].session;
-        session.engine.clear();
-        // Gives back what an earlier question made it grow by.
-        session.engine.compact(&mut Vec::new())?;
+        empty(session)?;
         let policy = policy(limits(&session.engine))?;
         session.controller = Controller::new(policy, session.engine.n_cells());
         session.forget();
@@ -412,6 +425,12 @@ impl<'m> Asker<'m> {
             }
         }
     }
+}
+
+/// Empties a context and gives back what a question made it grow by.
+fn empty(session: &mut Session<LlamaEngine<'_>>) -> Result<()> {
+    session.engine.clear();
+    session.engine.compact(&mut Vec::new())
 }
 
 /// The policy for this question. One that draws by lot draws anew for each: the same places of

@@ -84,6 +84,8 @@ pub struct TimingReport {
 pub struct PolicyReport {
     pub name: &'static str,
     pub params: serde_json::Value,
+    /// The file of `hae calibrate` that parameters were taken from, where one was.
+    pub calibration: Option<String>,
     pub evicted_after_prefill: usize,
     pub evicted_in_decoding: usize,
     /// Decoding steps that emptied the recycle bin.
@@ -351,6 +353,7 @@ impl<'m> Conversation<'m> {
             policy: PolicyReport {
                 name: report.policy,
                 params: report.params,
+                calibration: None,
                 evicted_after_prefill: report.evicted_after_prefill,
                 evicted_in_decoding: report.evicted_in_decoding,
                 flushes: report.flushes,

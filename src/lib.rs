@@ -14,6 +14,7 @@ pub mod asker;
 pub mod bench;
 pub mod build;
 pub mod cache;
+pub mod calibrate;
 pub mod controller;
 pub mod conversation;
 pub mod convert;

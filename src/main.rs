@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use cli::{
-    Done, bench, compare, convert, demo, eval, interrupt, options, quantize, replay, report, run,
+    Done, bench, calibrate, compare, convert, demo, eval, interrupt, options, quantize, replay,
+    report, run,
 };
 
 /// Run vision-language GGUFs with a KV cache that stays small.
@@ -34,6 +35,8 @@ enum Command {
     Compare(Box<compare::Args>),
     /// Score several cache policies on a file of questions with known answers
     Eval(Box<eval::Args>),
+    /// Find the parameters of hae that keep the most of a model's quality at a given memory
+    Calibrate(Box<calibrate::Args>),
     /// Run cache policies on traces of earlier runs, without a model
     Replay(Box<replay::Args>),
     /// Show saved results and traces in one HTML file
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
             Command::Bench(args) => bench::run(&args),
             Command::Compare(args) => compare::run(&args),
             Command::Eval(args) => eval::run(&args),
+            Command::Calibrate(args) => calibrate::run(&args),
             Command::Replay(args) => replay::run(&args),
             Command::Report(args) => report::run(&args),
         }

@@ -26,6 +26,16 @@ const HELP: [&str; 6] = [
     "/quit        leave (so does Ctrl-D); Ctrl-C stops an answer",
 ];
 
+/// What a chat begins with.
+pub struct Start {
+    /// For the first question.
+    pub pictures: Vec<Picture>,
+    pub num_crops: Option<u32>,
+    pub n_predict: Option<usize>,
+    /// The file that parameters of the policy were taken from.
+    pub calibration: Option<String>,
+}
+
 struct Chat<'c, 'm> {
     conversation: &'c mut Conversation<'m>,
     /// Pictures for the next question.
@@ -33,16 +43,18 @@ struct Chat<'c, 'm> {
     /// Crops of the pictures that follow.
     num_crops: Option<u32>,
     n_predict: Option<usize>,
+    calibration: Option<String>,
     last: Option<Answer>,
 }
 
 /// Reads questions until the end of input. A mistake in one of them does not end the chat.
-pub fn chat(
-    conversation: &mut Conversation<'_>,
-    pictures: Vec<Picture>,
-    num_crops: Option<u32>,
-    n_predict: Option<usize>,
-) -> Result<()> {
+pub fn chat(conversation: &mut Conversation<'_>, start: Start) -> Result<()> {
+    let Start {
+        pictures,
+        num_crops,
+        n_predict,
+        calibration,
+    } = start;
     if !pictures.is_empty() && !conversation.has_vision() {
         let reason = "pictures need a vision file, give one with --mmproj";
         return Err(Error::option("--image", reason).into());
@@ -53,6 +65,7 @@ pub fn chat(
         pictures,
         num_crops,
         n_predict,
+        calibration,
         last: None,
     };
     help();
@@ -77,7 +90,12 @@ pub fn chat(
             "/quit" | "/exit" => return Ok(()),
             "/help" => help(),
             "/clear" => chat.clear(),
-            "/stats" => stats(chat.last.as_ref(), &chat.conversation.kv()),
+            "/stats" => {
+                stats(chat.last.as_ref(), &chat.conversation.kv());
+                if let Some(path) = &chat.calibration {
+                    note(&format!("calibration: {path}"));
+                }
+            }
             "/image" => chat.image(rest.trim()),
             "/crops" => chat.crops(rest.trim()),
             _ if command.starts_with('/') => {

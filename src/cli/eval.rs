@@ -1,18 +1,11 @@
 //! `hae eval`: how many questions a model answers under several cache policies.
 
-use std::path::PathBuf;
-
 use anyhow::Result;
-use clap::ValueEnum;
 
-use super::crops::CropArgs;
-use super::exam::{Exam, ExamArgs, Format, print_json, print_summary};
-use super::output::FileReport;
+use super::exam::{Exam, ExamArgs, Format, QuestionArgs, print_json, print_summary};
 use super::{Done, warn};
 use hae::Error;
-use hae::eval::files::{self, Source};
-use hae::eval::record::{FileId, QuestionSet};
-use hae::eval::split::{Part, Selection};
+use hae::eval::split::Part;
 use hae::eval::summary::Summary;
 
 #[derive(Debug, clap::Args)]
@@ -21,30 +14,12 @@ use hae::eval::summary::Summary;
     after_help = "Lists: values separated by commas. Every policy but full is asked at every --kv-budget."
 )]
 pub struct Args {
-    /// Questions with known answers
-    #[arg(value_name = "FILE")]
-    questions: PathBuf,
-    /// How they are written [default: told by the file]
-    #[arg(long, value_enum, value_name = "NAME")]
-    format: Option<FormatArg>,
-    /// Folder of the pictures [default: where the format has them]
-    #[arg(long, value_name = "DIR")]
-    image_dir: Option<PathBuf>,
-    /// ScienceQA: train, val or test [default: test]
-    #[arg(long, value_name = "NAME")]
-    subset: Option<String>,
+    #[command(flatten)]
+    questions: QuestionArgs,
     /// Hold out a part: tune or test, with the share of the pictures that is for tuning, as in
     /// tune:0.3. Which pictures these are follows from their names
     #[arg(long, value_name = "PART[:SHARE]")]
     part: Option<Part>,
-    /// Ask every N-th question of each task
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
-    every: u32,
-    /// Ask the first N of what is left
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
-    limit: Option<u32>,
-    #[command(flatten)]
-    crops: CropArgs,
     /// Measure how far predictions are from the full cache's, which takes two more runs of each
     /// question
     #[arg(long)]
@@ -60,27 +35,6 @@ pub struct Args {
     exam: ExamArgs,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum FormatArg {
-    Jsonl,
-    Gqa,
-    Scienceqa,
-    Mmbench,
-    Mmmu,
-}
-
-impl From<FormatArg> for files::Format {
-    fn from(format: FormatArg) -> Self {
-        match format {
-            FormatArg::Jsonl => files::Format::Jsonl,
-            FormatArg::Gqa => files::Format::Gqa,
-            FormatArg::Scienceqa => files::Format::ScienceQa,
-            FormatArg::Mmbench => files::Format::MmBench,
-            FormatArg::Mmmu => files::Format::Mmmu,
-        }
-    }
-}
-
 pub fn run(args: &Args) -> Result<Done> {
     if let Some(x) = args.min_accuracy.filter(|x| !(0.0..=1.0).contains(x)) {
         let reason = format!("{x}, expected a share from 0 to 1");
@@ -90,39 +44,20 @@ pub fn run(args: &Args) -> Result<Done> {
         let reason = format!("{x}, expected a number of at least 0");
         return Err(Error::option("--max-kl", reason).into());
     }
-    let num_crops = args.crops.num_crops()?;
-    let source = Source {
-        path: args.questions.clone(),
-        format: args.format.map(Into::into),
-        image_dir: args.image_dir.clone(),
-        subset: args.subset.clone(),
-        unanswered: false,
-    };
-    let (format, questions) = source.read()?;
-    let selection = Selection {
-        part: args.part,
-        every: args.every as usize,
-        limit: args.limit.map(|n| n as usize),
-    };
-    let all = questions.len();
-    let questions = selection.of(questions);
+    let num_crops = args.questions.crops.num_crops()?;
+    let file = args.questions.read()?;
+    let (set, questions) = args.questions.select(&file, args.part);
     if questions.is_empty() {
-        let reason = format!("leaves none of {all} questions, expected at least one");
+        let reason = format!(
+            "leaves none of {} questions, expected at least one",
+            file.all.len()
+        );
         return Err(Error::option("--part", reason).into());
     }
-    let FileReport { file, sha256 } =
-        FileReport::read(&args.questions, &args.questions.display().to_string())?;
     let exam = Exam {
         args: &args.exam,
         command: "eval",
-        set: QuestionSet {
-            file: FileId { file, sha256 },
-            format: format.name().into(),
-            part: args.part.map(|part| part.to_string()),
-            every: selection.every,
-            limit: selection.limit,
-            n: questions.iter().map(|q| q.turns.len()).sum(),
-        },
+        set,
         questions: &questions,
         num_crops,
         distance: args.distance || args.max_kl.is_some(),

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::options::{ContextArgs, ModelArgs, RopeArg};
 use hae::Error;
+use hae::calibrate::file::Calibration;
 use hae::controller::Controller;
 use hae::conversation::Conversation;
 use hae::embedded::Embedded;
@@ -58,6 +59,12 @@ impl Files {
                 })
             }
         }
+    }
+
+    /// Where the model's calibration lies, if it has one; the embedded model has no place beside it.
+    pub fn calibration(&self) -> Option<PathBuf> {
+        let own = self.embedded.is_none();
+        own.then(|| Calibration::beside(&self.model))
     }
 
     /// The names to show.

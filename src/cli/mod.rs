@@ -1,6 +1,8 @@
 //! The command line, one file a command. Nothing below this module prints.
 
 pub mod bench;
+pub mod calibrate;
+mod calibration;
 mod chat;
 pub mod compare;
 pub mod convert;

@@ -1,5 +1,7 @@
 //! Flags that several commands share: llama.cpp's names where llama.cpp has one.
 
+pub mod calibrated;
+
 use std::path::PathBuf;
 
 use anyhow::Result;

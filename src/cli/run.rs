@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
+use super::calibration::CalibrationArgs;
+use super::chat::Start;
 use super::crops::CropArgs;
 use super::load::{self, Files, Made, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs};
 use super::output::{ContextReport, FileReport, Report};
-use super::{Done, chat, interrupt, warn};
+use super::{Done, chat, interrupt, note, warn};
 use hae::Error;
 use hae::build::build;
 use hae::conversation::{Answer, Conversation, Turn};
@@ -76,6 +78,8 @@ pub struct Args {
     kv_policy: String,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
     /// Keep evicted text in this much host memory, to be put back for the next question
     #[arg(
         long,
@@ -141,6 +145,13 @@ pub fn run(args: &Args) -> Result<Done> {
         _ => None,
     };
     let files = Files::find(&args.model)?;
+    let calibrated = args
+        .calibration
+        .find(&files, &args.kv_policy, &args.policy)?;
+    let policy_options = match &calibrated {
+        Some(calibrated) => calibrated.options.clone(),
+        None => policy_options,
+    };
     let setup = Setup {
         files: &files,
         model: &args.model,
@@ -157,10 +168,20 @@ pub fn run(args: &Args) -> Result<Done> {
         bin_host_mib: args.bin_host_mib,
         trace: args.trace.as_deref(),
     };
-    setup.run(|conversation, made| {
+    let done = setup.run(|conversation, made| {
         warn_about_flash_attention(&made.context);
+        if let Some(calibrated) = calibrated.as_ref().filter(|_| args.output == Format::Text) {
+            note(&format!("{}: {}", calibrated.path, calibrated.flags()));
+        }
+        let calibration = calibrated.as_ref().map(|c| c.path.clone());
         let Some(text) = &prompt else {
-            chat::chat(conversation, pictures.clone(), num_crops, n_predict)?;
+            let chat = Start {
+                pictures: pictures.clone(),
+                num_crops,
+                n_predict,
+                calibration,
+            };
+            chat::chat(conversation, chat)?;
             keep(conversation, args.session.as_deref())?;
             return Ok(Done::Whole);
         };
@@ -169,7 +190,8 @@ pub fn run(args: &Args) -> Result<Done> {
             pictures: pictures.clone(),
             n_predict,
         };
-        let answer = answer(conversation, &turn, args.output == Format::Text)?;
+        let mut answer = answer(conversation, &turn, args.output == Format::Text)?;
+        answer.policy.calibration = calibration;
         warn_about_end(&answer);
         keep(conversation, args.session.as_deref())?;
         if args.output == Format::Json {
@@ -179,6 +201,10 @@ pub fn run(args: &Args) -> Result<Done> {
             Finish::Cancelled => Done::Interrupted,
             _ => Done::Whole,
         })
+    });
+    done.map_err(|e| match &calibrated {
+        Some(calibrated) => calibrated.blamed(e),
+        None => e,
     })
 }
 

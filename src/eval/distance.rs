@@ -80,6 +80,12 @@ impl Said {
         self.tokens.last().copied().filter(|_| !self.ended)
     }
 
+    /// Bytes that it takes, nearly all of them for logits and attention.
+    pub fn bytes(&self) -> usize {
+        let rows = self.logits.iter().chain(&self.attention);
+        rows.map(|row| size_of_val(row.as_slice())).sum()
+    }
+
     /// Tokens that were fed.
     pub fn fed(&self) -> &[Token] {
         &self.tokens[..self.tokens.len().saturating_sub(1)]

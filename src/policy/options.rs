@@ -37,6 +37,24 @@ impl Layers {
     }
 }
 
+/// As it is read: `all`, or a list with spans.
+impl std::fmt::Display for Layers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Layers::List(list) = self else {
+            return f.write_str("all");
+        };
+        let mut list = list.clone();
+        list.sort_unstable();
+        list.dedup();
+        let spans = list.chunk_by(|a, b| a + 1 == *b).map(|span| match span {
+            [one] => one.to_string(),
+            [first, .., last] => format!("{first}-{last}"),
+            [] => String::new(),
+        });
+        f.write_str(&spans.collect::<Vec<_>>().join(","))
+    }
+}
+
 /// `all`, or numbers and inclusive spans: `0`, `4,7`, `0-3,30`.
 impl FromStr for Layers {
     type Err = String;

@@ -129,6 +129,7 @@ fn the_controller_knows_nothing_of_llama_or_the_command_line() {
         "report",
         "trace",
         "eval",
+        "calibrate",
     ];
     let sources = sources("src");
     let below = |name: &str, module: &str| {

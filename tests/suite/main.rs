@@ -3,6 +3,8 @@
 mod allocations;
 mod bench;
 mod bin;
+mod calibrate;
+mod calibration;
 mod chat;
 mod cli;
 mod controller;

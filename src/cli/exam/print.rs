@@ -22,16 +22,16 @@ pub enum Format {
 
 /// A table's columns, as they come: title, whether to the right, cells.
 #[derive(Default)]
-struct Columns(Vec<(String, bool, Vec<String>)>);
+pub struct Columns(Vec<(String, bool, Vec<String>)>);
 
 impl Columns {
-    fn add<T>(&mut self, title: &str, right: bool, rows: &[T], of: impl Fn(&T) -> String) {
+    pub fn add<T>(&mut self, title: &str, right: bool, rows: &[T], of: impl Fn(&T) -> String) {
         self.0
             .push((title.to_owned(), right, rows.iter().map(of).collect()));
     }
 
     /// The table, without columns that are empty all the way down.
-    fn table(mut self) -> Table {
+    pub fn table(mut self) -> Table {
         self.0
             .retain(|(_, _, cells)| cells.iter().any(|cell| !cell.is_empty()));
         let mut table = Table::new();
@@ -56,7 +56,7 @@ impl Columns {
     }
 }
 
-fn write(text: &str) -> anyhow::Result<()> {
+pub fn write(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
@@ -75,7 +75,7 @@ pub fn print_json(header: &Header, answers: &[Answer], summary: &Summary) -> any
 
 pub fn print_summary(format: Format, header: &Header, summary: &Summary) -> anyhow::Result<()> {
     let text = match format {
-        Format::Md => markdown(header, summary),
+        Format::Md => summary_text(header, summary),
         Format::Json => return print_json(header, &[], summary),
         Format::Jsonl => {
             let mut text = String::new();
@@ -149,7 +149,7 @@ fn one_line(text: &str, most: usize) -> String {
     }
 }
 
-fn markdown(header: &Header, summary: &Summary) -> String {
+pub fn summary_text(header: &Header, summary: &Summary) -> String {
     let rows: Vec<&Row> = summary.overall().collect();
     let asked = header.questions.n;
     let mut text = format!(
@@ -177,7 +177,7 @@ fn first_name(header: &Header) -> &str {
     header.contenders.first().map_or("", |c| c.name.as_str())
 }
 
-fn percent(share: f64) -> String {
+pub fn percent(share: f64) -> String {
     format!("{:.1}", 100.0 * share)
 }
 

@@ -1,0 +1,81 @@
+//! What a policy makes of a question to which the full cache's answer is known: the cheapest way
+//! to a verdict and a distance.
+//!
+//! A policy that is fed the full cache's answer and predicts each of its tokens, the end included,
+//! would have said the same. It is asked for an answer of its own only where it would not.
+
+use super::{Asker, Entrant, Reference, empty};
+use crate::bench::Watch as Clock;
+use crate::error::Result;
+use crate::eval::question::Question;
+use crate::eval::record::{Distance, Evicted};
+use crate::generate::Finish;
+use crate::image::Picture;
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attempt {
+    /// Each turn's answer, and whether the model ended it.
+    pub answers: Vec<(String, bool)>,
+    pub distances: Vec<Option<Distance>>,
+    /// Over the whole conversation, fed the full cache's answers.
+    pub evicted: Evicted,
+}
+
+impl Asker<'_> {
+    /// Asks every turn of a question. `None`: cancelled.
+    ///
+    /// # Errors
+    /// As [`Asker::ask`].
+    pub fn attempt(
+        &mut self,
+        entrant: &Entrant,
+        question: &Question,
+        pictures: &[Picture],
+        n_predict: &[usize],
+        reference: &Reference,
+        watch: Clock<'_>,
+    ) -> Result<Option<Attempt>> {
+        let followed = self.follow(entrant, question, pictures, reference, watch)?;
+        let Some((distances, evicted)) = followed else {
+            return Ok(None);
+        };
+        let same = |d: &Option<Distance>| d.as_ref().is_some_and(|d| d.first_differing.is_none());
+        let answers = if distances.iter().all(same) {
+            answers(reference)
+        } else {
+            let expected: Vec<usize> = reference.iter().map(|(said, _)| said.fed().len()).collect();
+            let expected = Some(&expected[..]);
+            let asked = self.ask(entrant, question, pictures, n_predict, expected, watch)?;
+            let Some(asked) = asked else { return Ok(None) };
+            let answer = |a: super::Answered| (a.text, a.finish == Finish::Eog);
+            asked.into_iter().map(answer).collect()
+        };
+        Ok(Some(Attempt {
+            answers,
+            distances,
+            evicted,
+        }))
+    }
+
+    /// Empties every context, so that those that wait hold no more memory than they began with.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn rest(&mut self) -> Result<()> {
+        for stage in &mut self.stages {
+            empty(&mut stage.session)?;
+        }
+        Ok(())
+    }
+
+    /// Gives all contexts back; those that are wanted again are made anew.
+    pub fn drop_contexts(&mut self) {
+        self.stages.clear();
+    }
+}
+
+/// The full cache's own.
+pub fn answers(reference: &Reference) -> Vec<(String, bool)> {
+    let answer = |(said, text): &(super::Said, String)| (text.clone(), said.ended);
+    reference.iter().map(answer).collect()
+}

@@ -1,0 +1,307 @@
+//! `hae calibrate`: the parameters of `hae` that keep the most of a model's quality at a given
+//! memory, chosen on some questions and checked on others.
+
+mod print;
+mod trials;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::ValueEnum;
+use indicatif::ProgressBar;
+
+use super::exam::{AskArgs, Asked, QuestionArgs, Ready, Sitting, bar, write};
+use super::load::Files;
+use super::{Done, interrupt, note};
+use hae::Error;
+use hae::asker::Entrant;
+use hae::calibrate::file::{Calibration, Chosen, Compared, Scores, VERSION};
+use hae::calibrate::grid::Grid;
+use hae::calibrate::search::{self, Found};
+use hae::calibrate::{Score, Setting};
+use hae::eval::question::Question;
+use hae::eval::record::{Answer, Header, QuestionSet};
+use hae::eval::split::Part;
+use hae::eval::summary::budget_text;
+use hae::outfile::OutFile;
+use hae::policy::{Amount, PolicyOptions};
+use trials::Trials;
+
+const FULL: &str = "full";
+const CALIBRATED: &str = "calibrated";
+
+#[derive(Debug, clap::Args)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "The file is written beside the model, where `hae run --kv-policy hae` finds it."
+)]
+pub struct Args {
+    #[command(flatten)]
+    questions: QuestionArgs,
+    /// Choose on this share of the pictures, check on the others, which --every and --limit thin
+    /// out as well. Which pictures these are follows from their names
+    #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
+    tune: f64,
+    /// Times that the search goes over all parameters; it ends before when one changes nothing
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10), value_name = "N")]
+    passes: u32,
+    /// Memory to choose for: cells taken at most once the prompt was pruned, a number (512), or a
+    /// share of what the full cache would hold at the end of the prompt, below 1
+    #[arg(
+        long,
+        default_value = "0.4",
+        value_name = "N|SHARE",
+        help_heading = "KV cache policy"
+    )]
+    kv_budget: Amount,
+    #[command(flatten)]
+    ask: AskArgs,
+    /// Write the parameters to FILE [default: MODEL.hae.json beside the model]
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    out: Option<PathBuf>,
+    /// What stdout carries: tables, or what FILE holds
+    #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
+    output: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Md,
+    Json,
+}
+
+/// A part of the questions.
+struct Drawn {
+    set: QuestionSet,
+    questions: Vec<Question>,
+}
+
+pub fn run(args: &Args) -> Result<Done> {
+    args.ask.check()?;
+    check_budget(args.kv_budget)?;
+    let num_crops = args.questions.crops.num_crops()?;
+    let (tune, held_out) = draw(args)?;
+    let files = Files::find(&args.ask.model)?;
+    let path = match (&args.out, files.calibration()) {
+        (Some(path), _) => path.clone(),
+        (None, Some(path)) => path,
+        (None, None) => {
+            let reason = "the embedded model has no place beside it, expected the name of a file";
+            return Err(Error::option("--out", reason).into());
+        }
+    };
+    // Better refused now than after the search.
+    let out = Calibration::create(&path)?;
+    let questions = tune.questions.iter().chain(&held_out.questions);
+    args.ask.ready(&files, questions, num_crops, |ready| {
+        let asked = |drawn| asked(args, num_crops, drawn);
+        let job = Job {
+            args,
+            files: &files,
+            tune: &tune,
+            held_out: &held_out,
+            bar: bar(0, 0)?,
+        };
+        let done = interrupt::answering(|| job.run(ready, asked(&tune), asked(&held_out)));
+        job.bar.finish_and_clear();
+        let Some(outcome) = done? else {
+            note("interrupted, nothing was written");
+            return Ok(Done::Interrupted);
+        };
+        outcome.report(args.output, out)?;
+        Ok(Done::Whole)
+    })
+}
+
+fn check_budget(budget: Amount) -> Result<()> {
+    match budget {
+        Amount::Share(share) if !(share > 0.0 && share < 1.0) => {
+            let reason = format!("a share of {share}, expected more than 0, below 1");
+            Err(Error::option("--kv-budget", reason).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The questions to choose on and those to check on.
+fn draw(args: &Args) -> Result<(Drawn, Drawn)> {
+    let share = args.tune;
+    if !(share > 0.0 && share < 1.0) {
+        let reason = format!("{share}, expected a share between 0 and 1");
+        return Err(Error::option("--tune", reason).into());
+    }
+    let file = args.questions.read()?;
+    let part = |tune| -> Result<Drawn> {
+        let (set, questions) = args.questions.select(&file, Some(Part { tune, share }));
+        if questions.is_empty() {
+            let what = if tune { "choose" } else { "check" };
+            let n = file.all.len();
+            let reason = format!("{share} leaves none of {n} questions to {what} on");
+            return Err(Error::option("--tune", reason).into());
+        }
+        Ok(Drawn { set, questions })
+    };
+    Ok((part(true)?, part(false)?))
+}
+
+fn asked<'a>(args: &Args, num_crops: Option<u32>, drawn: &'a Drawn) -> Asked<'a> {
+    Asked {
+        questions: &drawn.questions,
+        num_crops,
+        n_predict: args.ask.n_predict(),
+        distance: true,
+        repetitions: 1,
+    }
+}
+
+/// A calibration under way.
+struct Job<'a> {
+    args: &'a Args,
+    files: &'a Files,
+    tune: &'a Drawn,
+    held_out: &'a Drawn,
+    bar: ProgressBar,
+}
+
+/// What came of it.
+struct Outcome {
+    calibration: Calibration,
+    header: Header,
+    /// On the held-out part.
+    answers: Vec<Answer>,
+}
+
+impl Job<'_> {
+    /// `None`: cancelled.
+    fn run(
+        &self,
+        ready: Ready<'_>,
+        tune: Asked<'_>,
+        held_out: Asked<'_>,
+    ) -> Result<Option<Outcome>> {
+        // What can be wrong with a budget is found before the search.
+        let entrants = self.entrants(&ready, &Setting::default())?;
+        let asked = ("calibrate", &self.held_out.set, true, 0);
+        let ask = &self.args.ask;
+        let mut header = ask.header(asked, self.files, &ready, &entrants)?;
+        let grid = Grid {
+            n_layer: ready.model.n_layer(),
+        };
+        let checks = 3 * held_out.turns();
+        let mut trials = Trials::new(tune, ready, &self.bar, checks);
+        let passes = self.args.passes as usize;
+        let budget = self.args.kv_budget;
+        let found = search::search(grid, passes, |round| trials.round(round, budget))?;
+        let Some(found) = found else { return Ok(None) };
+        let (ready, full) = trials.end();
+
+        let entrants = self.entrants(&ready, &found.best().parameters)?;
+        header.contenders = entrants.iter().map(|e| e.contender.clone()).collect();
+        let mut sitting = Sitting {
+            asked: held_out,
+            context: ready.context,
+            asker: ready.asker,
+            entrants: &entrants,
+            results: None,
+            answers: Vec::new(),
+            known: HashSet::new(),
+            bar: self.bar.clone(),
+        };
+        if sitting.all()? == Done::Interrupted {
+            return Ok(None);
+        }
+        let answers = sitting.in_order();
+        Ok(Some(self.outcome(header, found, full, answers)))
+    }
+
+    /// Who takes the check: `full`, the defaults, and what was found, if that is something else.
+    fn entrants(&self, ready: &Ready<'_>, found: &Setting) -> Result<Vec<Entrant>> {
+        let budget = self.args.kv_budget;
+        let at = |name: &str| format!("{name}@{}", budget_text(budget));
+        let of = |name: &str, setting: &Setting| {
+            ready.entrant(at(name), "hae", Some(budget), setting.options(Some(budget)))
+        };
+        let defaults = Setting::default();
+        let mut all = vec![
+            ready.entrant(FULL.into(), "full", None, PolicyOptions::default())?,
+            of("hae", &defaults)?,
+        ];
+        if *found != defaults {
+            all.push(of(CALIBRATED, found)?);
+        }
+        Ok(all)
+    }
+
+    fn outcome(&self, header: Header, found: Found, full: Score, answers: Vec<Answer>) -> Outcome {
+        let of = |i: usize| {
+            let name = header.contenders.get(i).map(|c| c.name.as_str());
+            Score::of(
+                answers
+                    .iter()
+                    .filter(|a| Some(a.contender.as_str()) == name),
+            )
+        };
+        let other = header.contenders.len() > 2;
+        let checked = Compared {
+            full: of(0),
+            defaults: of(1),
+            found: of(if other { 2 } else { 1 }),
+        };
+        // A search always finds something on the questions that it chose by.
+        let chosen = match checked.found.beats(&checked.defaults) {
+            true => Chosen::Found,
+            false => Chosen::Defaults,
+        };
+        let calibration = Calibration {
+            format: Calibration::format(),
+            version: VERSION,
+            time: header.time,
+            model: header.model.clone(),
+            mmproj: header.mmproj.clone(),
+            tune: self.tune.set.clone(),
+            held_out: self.held_out.set.clone(),
+            kv_budget: self.args.kv_budget,
+            chosen,
+            parameters: match chosen {
+                Chosen::Found => found.best().parameters.clone(),
+                Chosen::Defaults => Setting::default(),
+            },
+            found: found.best().parameters.clone(),
+            scores: Scores {
+                tune: Compared {
+                    full,
+                    defaults: found.defaults().score.clone(),
+                    found: found.best().score.clone(),
+                },
+                held_out: checked,
+            },
+            tried: found.tried,
+            context: header.context.clone(),
+            n_predict: header.n_predict,
+            build: header.build.clone(),
+        };
+        Outcome {
+            calibration,
+            header,
+            answers,
+        }
+    }
+}
+
+impl Outcome {
+    /// Saves it, then shows it.
+    fn report(&self, format: Format, out: OutFile) -> Result<()> {
+        let path = out.target().display().to_string();
+        self.calibration.write(out)?;
+        match format {
+            Format::Md => write(&print::tables(self))?,
+            Format::Json => {
+                let json = serde_json::to_string_pretty(&self.calibration)?;
+                write(&format!("{json}\n"))?;
+            }
+        }
+        note(&format!("{path}: {}", self.calibration.parameters));
+        Ok(())
+    }
+}

@@ -1,0 +1,99 @@
+//! The parameters that `hae calibrate` found, picked up by `hae run`.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, anyhow};
+
+use super::load::Files;
+use super::options::PolicyArgs;
+use super::options::calibrated::Taken;
+use super::output::FileReport;
+use super::warn;
+use hae::Error;
+use hae::calibrate::file::Calibration;
+use hae::policy::PolicyOptions;
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "KV cache policy")]
+pub struct CalibrationArgs {
+    /// With --kv-policy hae: what `hae calibrate` found, for the flags that are not given
+    /// [default: MODEL.hae.json beside the model, if it is there]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["no_calibration", "kv_preset"])]
+    calibration: Option<PathBuf>,
+    /// Take hae's own defaults, whatever is beside the model
+    #[arg(long)]
+    no_calibration: bool,
+}
+
+/// A calibration in use.
+pub struct Calibrated {
+    pub path: String,
+    pub options: PolicyOptions,
+    taken: Vec<Taken>,
+}
+
+impl CalibrationArgs {
+    /// The calibration that gives a flag its value, if there is one. A file for another model is
+    /// named on stderr, and refused where the command line asks for it.
+    pub fn find(
+        &self,
+        files: &Files,
+        kv_policy: &str,
+        policy: &PolicyArgs,
+    ) -> Result<Option<Calibrated>> {
+        let path = match &self.calibration {
+            Some(_) if kv_policy != "hae" => {
+                let reason = format!("is for --kv-policy hae, not for {kv_policy}");
+                return Err(Error::option("--calibration", reason).into());
+            }
+            Some(path) => path.clone(),
+            None if self.no_calibration || policy.has_preset() || kv_policy != "hae" => {
+                return Ok(None);
+            }
+            None => match files.calibration() {
+                Some(path) if path.exists() => path,
+                _ => return Ok(None),
+            },
+        };
+        let asked_for = self.calibration.is_some();
+        let calibration = Calibration::read(&path).map_err(|e| match asked_for {
+            true => anyhow!(e),
+            false => anyhow!("{e}; --no-calibration goes on without it"),
+        })?;
+        let model = FileReport::read(&files.model, &files.names().0)?;
+        if calibration.model.sha256 != model.sha256 {
+            let of = &calibration.model.file;
+            let reason = format!("was made with another model file, {of}");
+            if asked_for {
+                return Err(Error::file(&path, reason).into());
+            }
+            warn(&format!("{}: {reason}, and is not used", path.display()));
+            return Ok(None);
+        }
+        let (options, taken) = policy.calibrated(&calibration)?;
+        let path = path.display().to_string();
+        Ok((!taken.is_empty()).then_some(Calibrated {
+            path,
+            options,
+            taken,
+        }))
+    }
+}
+
+impl Calibrated {
+    /// The flags that it stands in for.
+    pub fn flags(&self) -> String {
+        let flags = self.taken.iter().map(|t| format!("{} {}", t.flag, t.value));
+        flags.collect::<Vec<_>>().join(" ")
+    }
+
+    /// An error with the file in front, where the value came from there.
+    pub fn blamed(&self, e: anyhow::Error) -> anyhow::Error {
+        match e.downcast_ref::<Error>() {
+            Some(Error::Option { name, .. }) if self.taken.iter().any(|t| t.flag == *name) => {
+                anyhow!("{}: {e}", self.path)
+            }
+            _ => e,
+        }
+    }
+}

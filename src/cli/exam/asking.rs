@@ -1,0 +1,241 @@
+//! What every command needs that asks a model questions: the flags, the model made ready, and what
+//! reports say of both.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Result, anyhow};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::cli::load::{self, Files, Template};
+use crate::cli::options::{ContextArgs, ModelArgs, RopeArg};
+use crate::cli::output::{ContextReport, FileReport};
+use hae::Error;
+use hae::asker::{Asker, Entrant};
+use hae::build::build;
+use hae::eval::question::{Expected, Question};
+use hae::eval::record::{Contender, FileId, Header, QuestionSet, VERSION};
+use hae::llama::{ContextOptions, Model, RopeFactors, Vision};
+use hae::policy::{self, Amount, Limits, PolicyOptions};
+
+/// Tokens of an answer at most, and of a story.
+const N_PREDICT: usize = 256;
+const N_PREDICT_STORY: usize = 1536;
+
+#[derive(Debug, clap::Args)]
+pub struct AskArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub context: ContextArgs,
+    /// Tokens of an answer at most [default: 256, for stories 1536]
+    #[arg(short, long, value_name = "N")]
+    n_predict: Option<u32>,
+    /// Name or text of a chat template that llama.cpp knows [default: the model's own]
+    #[arg(long, value_name = "TEMPLATE")]
+    chat_template: Option<String>,
+    /// -no-cnv: use no chat template, prompts go in as they are
+    #[arg(long, alias = "no-cnv", conflicts_with = "chat_template")]
+    no_conversation: bool,
+    /// Show llama.cpp's log on stderr
+    #[arg(short, long, help_heading = "Output")]
+    verbose: bool,
+}
+
+/// A loaded model that can be asked.
+pub struct Ready<'m> {
+    pub model: &'m Model,
+    /// That of `full`.
+    pub context: ContextOptions,
+    pub asker: Asker<'m>,
+}
+
+/// Questions, and how they are asked.
+#[derive(Clone, Copy)]
+pub struct Asked<'a> {
+    pub questions: &'a [Question],
+    /// Of pictures whose question does not say.
+    pub num_crops: Option<u32>,
+    pub n_predict: Option<usize>,
+    /// Whether distances to the full cache are measured.
+    pub distance: bool,
+    pub repetitions: usize,
+}
+
+impl Asked<'_> {
+    /// Tokens of each turn's answer at most.
+    pub fn n_predict(&self, question: &Question) -> Vec<usize> {
+        let limit = |expected: &Expected| match (self.n_predict, expected) {
+            (Some(n), _) => n,
+            (None, Expected::Facts(_)) => N_PREDICT_STORY,
+            (None, _) => N_PREDICT,
+        };
+        question.turns.iter().map(|t| limit(&t.expected)).collect()
+    }
+
+    pub fn turns(&self) -> usize {
+        self.questions.iter().map(|q| q.turns.len()).sum()
+    }
+
+    pub fn pictures(&self, question: &Question) -> hae::Result<Vec<hae::image::Picture>> {
+        let crops = question.num_crops.or(self.num_crops);
+        let images = question.images.iter();
+        images.map(|image| image.load(crops)).collect()
+    }
+}
+
+impl AskArgs {
+    /// What is wrong without a look at any file. Shows llama.cpp's log from here on, if it is
+    /// wanted.
+    pub fn check(&self) -> Result<()> {
+        if self.verbose {
+            crate::cli::show_log();
+        }
+        match self.n_predict {
+            Some(0) => Err(Error::option("-n", "0 tokens, expected at least 1").into()),
+            _ => Ok(()),
+        }
+    }
+
+    pub fn n_predict(&self) -> Option<usize> {
+        self.n_predict.map(|n| n as usize)
+    }
+
+    /// Loads the model and hands it to `f`. All that can be refused before the first question is
+    /// refused here.
+    pub fn ready<'q, R>(
+        &self,
+        files: &Files,
+        questions: impl Iterator<Item = &'q Question>,
+        num_crops: Option<u32>,
+        f: impl FnOnce(Ready<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let n_threads = self.context.n_threads()?;
+        let model = load::load_model(files, &self.model)?;
+        let vision = load::load_vision(files, &self.model, n_threads, &model)?;
+        check_pictures(questions, num_crops, vision.as_ref())?;
+        let chosen = Template::chosen(self.chat_template.as_deref(), self.no_conversation);
+        let template = chosen.of(&model);
+        load::check_template(&model, chosen, template.as_deref(), None)?;
+        let mut context = self.context.options(model.n_ctx_train())?;
+        context.non_causal_images = vision.as_ref().is_some_and(Vision::non_causal);
+        let max_positions = rope(&mut context, self.model.rope_factors, &model);
+        f(Ready {
+            model: &model,
+            context,
+            asker: Asker::new(&model, vision, template, max_positions),
+        })
+    }
+
+    /// What all answers of a run have in common.
+    pub fn header(
+        &self,
+        (command, set, distance, seed): (&str, &QuestionSet, bool, u64),
+        files: &Files,
+        ready: &Ready<'_>,
+        entrants: &[Entrant],
+    ) -> Result<Header> {
+        let id = |path: &Path, name: &str| -> Result<FileId> {
+            let FileReport { file, sha256 } = FileReport::read(path, name)?;
+            Ok(FileId { file, sha256 })
+        };
+        let (name, mmproj) = files.names();
+        let context = &ready.context;
+        let rope = load::rope_name(context.rope_factors, ready.model, context.n_ctx);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Ok(Header {
+            version: VERSION,
+            command: command.into(),
+            time: now.unwrap_or_default().as_secs(),
+            build: serde_json::to_value(build())?,
+            model: id(&files.model, &name)?,
+            mmproj: match files.mmproj.as_deref().zip(mmproj) {
+                Some((path, name)) => Some(id(path, &name)?),
+                None => None,
+            },
+            questions: set.clone(),
+            context: serde_json::to_value(ContextReport::new(context, rope))?,
+            seed,
+            n_predict: self.n_predict(),
+            distance,
+            contenders: entrants.iter().map(|e| e.contender.clone()).collect(),
+        })
+    }
+}
+
+impl Ready<'_> {
+    /// A policy that is to be asked, checked against the model.
+    pub fn entrant(
+        &self,
+        name: String,
+        policy: &str,
+        budget: Option<Amount>,
+        options: PolicyOptions,
+    ) -> Result<Entrant> {
+        let limits = Limits {
+            n_layer: self.model.n_layer(),
+            n_cells: load::padded(self.context.n_ctx) as usize,
+        };
+        Ok(Entrant {
+            contender: Contender {
+                name,
+                policy: policy.into(),
+                budget,
+                params: policy::create(policy, &options, limits)?.params(),
+            },
+            context: load::for_policy(self.context.clone(), self.model, (policy, &options))?,
+            options,
+        })
+    }
+}
+
+/// Pictures and numbers of crops that the model cannot take are better refused now.
+fn check_pictures<'q>(
+    questions: impl Iterator<Item = &'q Question>,
+    num_crops: Option<u32>,
+    vision: Option<&Vision<'_>>,
+) -> Result<()> {
+    let mut checked = HashSet::new();
+    for question in questions.filter(|q| !q.images.is_empty()) {
+        let Some(vision) = vision else {
+            let reason = "pictures need a vision file, give one with --mmproj";
+            return Err(Error::option("--mmproj", reason).into());
+        };
+        let crops = question.num_crops.or(num_crops);
+        if let Some(n) = crops.filter(|&n| checked.insert(n)) {
+            vision
+                .check_num_crops(n)
+                .map_err(|e| anyhow!("{}: {e}", question.place))?;
+        }
+    }
+    Ok(())
+}
+
+/// Sets the rope factors, the same for all policies and questions, and says how far they reach.
+fn rope(context: &mut ContextOptions, rule: RopeArg, model: &Model) -> Option<usize> {
+    let from = model.long_rope_from()?;
+    let long = match rule {
+        RopeArg::Context => return None,
+        RopeArg::Short => false,
+        RopeArg::Long => true,
+        RopeArg::Auto => load::padded(context.n_ctx) > from,
+    };
+    context.rope_factors = if long {
+        RopeFactors::Long
+    } else {
+        RopeFactors::Short
+    };
+    (!long).then_some(from as usize)
+}
+
+/// A bar with the time that is left, for so many answers of which some are there.
+pub fn bar(answers: usize, done: usize) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {elapsed}, {eta} left, {msg}")?;
+    let bar = ProgressBar::new(answers as u64)
+        .with_style(style)
+        .with_position(done as u64);
+    bar.reset_eta();
+    bar.enable_steady_tick(Duration::from_millis(200));
+    Ok(bar)
+}

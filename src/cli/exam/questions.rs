@@ -1,0 +1,104 @@
+//! Which file of questions, and which of them: the flags of the commands that score answers.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use crate::cli::crops::CropArgs;
+use crate::cli::output::FileReport;
+use hae::eval::files::{self, Source};
+use hae::eval::question::Question;
+use hae::eval::record::{FileId, QuestionSet};
+use hae::eval::split::{Part, Selection};
+
+#[derive(Debug, clap::Args)]
+pub struct QuestionArgs {
+    /// Questions with known answers
+    #[arg(value_name = "FILE")]
+    questions: PathBuf,
+    /// How they are written [default: told by the file]
+    #[arg(long, value_enum, value_name = "NAME")]
+    format: Option<FormatArg>,
+    /// Folder of the pictures [default: where the format has them]
+    #[arg(long, value_name = "DIR")]
+    image_dir: Option<PathBuf>,
+    /// ScienceQA: train, val or test [default: test]
+    #[arg(long, value_name = "NAME")]
+    subset: Option<String>,
+    /// Ask every N-th question of each task
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
+    every: u32,
+    /// Ask the first N of what is left
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
+    limit: Option<u32>,
+    #[command(flatten)]
+    pub crops: CropArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum FormatArg {
+    Jsonl,
+    Gqa,
+    Scienceqa,
+    Mmbench,
+    Mmmu,
+}
+
+impl From<FormatArg> for files::Format {
+    fn from(format: FormatArg) -> Self {
+        match format {
+            FormatArg::Jsonl => files::Format::Jsonl,
+            FormatArg::Gqa => files::Format::Gqa,
+            FormatArg::Scienceqa => files::Format::ScienceQa,
+            FormatArg::Mmbench => files::Format::MmBench,
+            FormatArg::Mmmu => files::Format::Mmmu,
+        }
+    }
+}
+
+/// A question file that was read and checked.
+pub struct QuestionFile {
+    id: FileId,
+    format: files::Format,
+    pub all: Vec<Question>,
+}
+
+impl QuestionArgs {
+    pub fn read(&self) -> Result<QuestionFile> {
+        let source = Source {
+            path: self.questions.clone(),
+            format: self.format.map(Into::into),
+            image_dir: self.image_dir.clone(),
+            subset: self.subset.clone(),
+            unanswered: false,
+        };
+        let (format, all) = source.read()?;
+        let FileReport { file, sha256 } =
+            FileReport::read(&self.questions, &self.questions.display().to_string())?;
+        Ok(QuestionFile {
+            id: FileId { file, sha256 },
+            format,
+            all,
+        })
+    }
+
+    /// The questions of a part, and how reports name them.
+    pub fn select(&self, file: &QuestionFile, part: Option<Part>) -> (QuestionSet, Vec<Question>) {
+        let selection = Selection {
+            part,
+            every: self.every as usize,
+            limit: self.limit.map(|n| n as usize),
+        };
+        let questions = selection.of(file.all.clone());
+        let set = QuestionSet {
+            file: file.id.clone(),
+            format: file.format.name().into(),
+            part: part.map(|part| part.to_string()),
+            every: selection.every,
+            limit: selection.limit,
+            n: questions.iter().map(|q| q.turns.len()).sum(),
+        };
+        (set, questions)
+    }
+}

@@ -1,0 +1,264 @@
+//! Questions under several policies by turns, each answer saved as it comes.
+
+use std::collections::{HashMap, HashSet};
+
+use anyhow::{Result, anyhow};
+use indicatif::ProgressBar;
+
+use super::asking::Asked;
+use crate::cli::load;
+use crate::cli::{Done, interrupt};
+use hae::Error;
+use hae::asker::{Answered, Asker, Entrant, Reference};
+use hae::bench::stats::Summary as Quartiles;
+use hae::bench::{Watch, turns};
+use hae::eval::question::Question;
+use hae::eval::record::{Answer, Distance};
+use hae::eval::results::{Key, Results, key};
+use hae::eval::score::judge;
+use hae::generate::Finish;
+use hae::llama::ContextOptions;
+
+/// Questions being asked.
+pub struct Sitting<'e, 'm> {
+    pub asked: Asked<'e>,
+    /// That of `full`.
+    pub context: ContextOptions,
+    pub asker: Asker<'m>,
+    /// The first is what the others are compared with.
+    pub entrants: &'e [Entrant],
+    pub results: Option<Results>,
+    pub answers: Vec<Answer>,
+    /// The answers that are there already.
+    pub known: HashSet<Key>,
+    pub bar: ProgressBar,
+}
+
+impl Sitting<'_, '_> {
+    pub fn all(&mut self) -> Result<Done> {
+        for (i, question) in self.asked.questions.iter().enumerate() {
+            if !self.question(i, question)? {
+                return Ok(Done::Interrupted);
+            }
+        }
+        Ok(Done::Whole)
+    }
+
+    /// Whether this entrant has answered all turns.
+    fn has(&self, entrant: usize, question: &Question) -> bool {
+        let name = &self.entrants[entrant].contender.name;
+        (0..question.turns.len()).all(|turn| {
+            self.known
+                .contains(&(question.id.clone(), turn, name.clone()))
+        })
+    }
+
+    /// One question under all policies that have not answered it yet. False: cancelled.
+    fn question(&mut self, number: usize, question: &Question) -> Result<bool> {
+        let missing: Vec<usize> = (0..self.entrants.len())
+            .filter(|&i| !self.has(i, question))
+            .collect();
+        if missing.is_empty() {
+            return Ok(true);
+        }
+        let now = load::clock();
+        let watch = Watch {
+            now: &now,
+            cancelled: &interrupt::cancelled,
+        };
+        let asked = self.asked;
+        let pictures = asked
+            .pictures(question)
+            .map_err(|e| self.failed(question, None, e))?;
+        let n_predict = asked.n_predict(question);
+        self.asker.next_question();
+
+        let mut reference: Option<Reference> = None;
+        if asked.distance {
+            self.bar.set_message(format!("{} reference", question.id));
+            let said = self
+                .asker
+                .reference(&self.context, question, &pictures, &n_predict, watch);
+            match said.map_err(|e| self.failed(question, None, e))? {
+                Some(said) => reference = Some(said),
+                None => return Ok(false),
+            }
+        }
+        // Policies that prune prompts alone leave room for as long an answer as this.
+        let mut expected = reference
+            .as_ref()
+            .map(|turns| turns.iter().map(|(said, _)| said.fed().len()).collect());
+        if expected.is_none() {
+            expected = self.lengths(question);
+        }
+
+        let mut runs: HashMap<usize, Vec<Vec<Answered>>> = HashMap::new();
+        for round in 0..asked.repetitions {
+            for i in order(&missing, number + round, round == 0) {
+                let entrant = &self.entrants[i];
+                let name = &entrant.contender.name;
+                self.bar.set_message(format!("{} {name}", question.id));
+                let answered = self.asker.ask(
+                    entrant,
+                    question,
+                    &pictures,
+                    &n_predict,
+                    expected.as_deref(),
+                    watch,
+                );
+                let answered = answered.map_err(|e| self.failed(question, Some(entrant), e))?;
+                let Some(answered) = answered else {
+                    return Ok(false);
+                };
+                if i == 0 && expected.is_none() {
+                    expected = Some(answered.iter().map(|a| a.tokens.generated).collect());
+                }
+                runs.entry(i).or_default().push(answered);
+                // Of one run each is saved as soon as it is there.
+                if round + 1 == asked.repetitions {
+                    let runs = runs.remove(&i).unwrap_or_default();
+                    let Some(distances) =
+                        self.distances(i, question, &pictures, reference.as_ref(), watch)?
+                    else {
+                        return Ok(false);
+                    };
+                    self.save(i, question, runs, distances)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// The answers by question, turn and policy: what runs by turns is saved in another order.
+    pub fn in_order(&mut self) -> Vec<Answer> {
+        let mut answers = std::mem::take(&mut self.answers);
+        let ids = self.asked.questions.iter().map(|q| q.id.as_str());
+        let questions: HashMap<&str, usize> = ids.zip(0..).collect();
+        let names = self.entrants.iter().map(|e| e.contender.name.as_str());
+        let contenders: HashMap<&str, usize> = names.zip(0..).collect();
+        answers.sort_by_key(|a| {
+            let question = questions.get(a.id.as_str());
+            let contender = contenders.get(a.contender.as_str());
+            (question.copied(), a.turn, contender.copied())
+        });
+        answers
+    }
+
+    fn distances(
+        &mut self,
+        entrant: usize,
+        question: &Question,
+        pictures: &[hae::image::Picture],
+        reference: Option<&Reference>,
+        watch: Watch<'_>,
+    ) -> Result<Option<Vec<Option<Distance>>>> {
+        let Some(reference) = reference else {
+            return Ok(Some(Vec::new()));
+        };
+        let entrant = &self.entrants[entrant];
+        let distances = self
+            .asker
+            .distance(entrant, question, pictures, reference, watch);
+        distances.map_err(|e| self.failed(question, Some(entrant), e))
+    }
+
+    /// How long the first entrant's saved answers to a question are.
+    fn lengths(&self, question: &Question) -> Option<Vec<usize>> {
+        let first = &self.entrants.first()?.contender.name;
+        (0..question.turns.len())
+            .map(|turn| {
+                let mut own = self.answers.iter().filter(|a| a.contender == *first);
+                let answer = own.find(|a| a.id == question.id && a.turn == turn)?;
+                Some(answer.tokens.generated)
+            })
+            .collect()
+    }
+
+    /// Judges the answers of an entrant's runs, which differ in their times alone.
+    fn save(
+        &mut self,
+        entrant: usize,
+        question: &Question,
+        mut runs: Vec<Vec<Answered>>,
+        mut distances: Vec<Option<Distance>>,
+    ) -> Result<()> {
+        let contender = &self.entrants[entrant].contender;
+        let all = runs.clone();
+        for (turn, asked) in question.turns.iter().enumerate() {
+            let Some(answered) = runs.first_mut().and_then(|run| run.get_mut(turn)) else {
+                continue;
+            };
+            middle(answered, &all, turn);
+            let verdict = judge(
+                &asked.expected,
+                &answered.text,
+                answered.finish == Finish::Eog,
+            );
+            let answer = Answer {
+                id: question.id.clone(),
+                turn,
+                task: asked.task.clone(),
+                contender: contender.name.clone(),
+                policy: contender.policy.clone(),
+                budget: contender.budget,
+                images: question.image_names(),
+                num_crops: question.num_crops.or(self.asked.num_crops),
+                prompt: asked.text.clone(),
+                expected: asked.expected.shown(),
+                answer: answered.text.clone(),
+                right: verdict.right,
+                chosen: verdict.chosen,
+                facts: verdict.facts,
+                finish: answered.finish,
+                tokens: answered.tokens.clone(),
+                kv: answered.kv.clone(),
+                timings: answered.timings.clone(),
+                evicted: answered.evicted.clone(),
+                distance: distances.get_mut(turn).and_then(Option::take),
+                trace: None,
+            };
+            // The earlier turns of a chat that was interrupted are there already.
+            if !self.known.insert(key(&answer)) {
+                continue;
+            }
+            if let Some(results) = &mut self.results {
+                results.add(&answer)?;
+            }
+            self.answers.push(answer);
+            self.bar.inc(1);
+        }
+        Ok(())
+    }
+
+    /// An error with what it happened to and what was saved.
+    fn failed(&self, question: &Question, entrant: Option<&Entrant>, e: Error) -> anyhow::Error {
+        let Question { id, place, .. } = question;
+        let under = entrant.map_or_else(String::new, |e| format!(" under {}", e.contender.name));
+        let saved = self.results.as_ref().map(Results::saved);
+        let saved = saved.map_or_else(String::new, |saved| format!("; {saved}"));
+        anyhow!("{place}, question {id}{under}: {e}{saved}")
+    }
+}
+
+/// The entrants by turns. In the first round the first of all comes first, for the others need to
+/// know how long its answer is.
+fn order(missing: &[usize], turn: usize, first_round: bool) -> Vec<usize> {
+    let fixed = usize::from(first_round && missing.first() == Some(&0));
+    let (first, others) = missing.split_at(fixed);
+    let others_by_turns = turns(others.len(), turn % others.len().max(1)).map(|i| others[i]);
+    first.iter().copied().chain(others_by_turns).collect()
+}
+
+/// Puts the medians of all runs in the place of the first run's times.
+fn middle(answered: &mut Answered, runs: &[Vec<Answered>], turn: usize) {
+    let median = |of: &dyn Fn(&Answered) -> Option<f64>| {
+        let values: Vec<f64> = runs.iter().filter_map(|run| of(run.get(turn)?)).collect();
+        Quartiles::of(&values).map(|quartiles| quartiles.median)
+    };
+    let timings = &mut answered.timings;
+    timings.probe_ms = median(&|a| Some(a.timings.probe_ms)).unwrap_or_default();
+    timings.prefill_ms = median(&|a| Some(a.timings.prefill_ms)).unwrap_or_default();
+    timings.decode_ms = median(&|a| Some(a.timings.decode_ms)).unwrap_or_default();
+    timings.ttft_ms = median(&|a| a.timings.ttft_ms);
+    timings.tpot_ms = median(&|a| a.timings.tpot_ms);
+}
