@@ -187,6 +187,7 @@ impl LlamaEngine<'_> {
             )?;
         }
         log::forget();
+        let _blocks = memory::OwnBlocks::new();
         // SAFETY: the context is alive and borrowed mutably; no graph of it is running.
         let n = unsafe { sys::llama_hae_kv_resize(self.raw.as_ptr(), n_cells) };
         checked(CALL, n)

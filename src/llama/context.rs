@@ -10,6 +10,7 @@ use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
+use super::memory::OwnBlocks;
 use super::observer::{Observer, on_node};
 use super::options::{ContextOptions, FlashAttention};
 use super::room::{self, Room};
@@ -156,6 +157,7 @@ impl<'m> LlamaEngine<'m> {
         }
 
         log::forget();
+        let blocks = OwnBlocks::new();
         let mut ctx = model.inner.new_context(backend()?, params).map_err(|e| {
             Error::llama(
                 "llama_init_from_model",
@@ -170,6 +172,7 @@ impl<'m> LlamaEngine<'m> {
         if options.score_source == ScoreSource::Graph && !options.score_layers.is_empty() {
             ctx = taps::tapped(ctx, &options.score_layers)?;
         }
+        drop(blocks);
         let n_ctx = ctx.n_ctx() as usize;
         let raw = NonNull::new(ctx.as_mut_ptr())
             .ok_or_else(|| Error::llama("llama_init_from_model", "returned null"))?;

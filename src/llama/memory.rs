@@ -9,21 +9,49 @@ use super::Model;
 use super::options::CacheType;
 use crate::error::{Error, Result};
 
-/// Lets the buffers of a cache go back to the system when they are freed. glibc takes blocks of more
-/// than 128 KiB from the system one by one and gives them back at once, but with each such block that
-/// is freed it raises this size to the block's own, up to 32 MiB. After that a layer of a cache comes
-/// from the heap and stays in it: a process that had shrunk its cache kept all of the memory. Setting
-/// the size by hand ends the raising.
+/// Whether blocks of main memory go back to the system as soon as they are freed.
+///
+/// glibc takes large blocks from the system one by one and gives them back at once, but with each such
+/// block that is freed it raises what counts as large to the block's own size, up to 32 MiB. After that
+/// a layer of a cache comes from the heap and stays in it: a process that had shrunk its cache kept
+/// all of the memory. Taking every large block one by one, on the other hand, costs the pages of a
+/// batch of embeddings anew for each batch. So caches are made with a small limit, and everything else
+/// with the one that glibc would have reached by itself.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-pub(super) fn return_freed_buffers() {
-    // Large enough that what is allocated and freed at every token stays on the heap.
-    const FROM: i32 = 1 << 20;
-    // SAFETY: sets a number of the allocator; glibc takes its own locks.
-    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, FROM) };
+fn set_large(bytes: i32) {
+    // SAFETY: sets numbers of the allocator; glibc takes its own locks.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, bytes);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 2 * HEAP_UP_TO);
+    }
 }
 
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-pub(super) fn return_freed_buffers() {}
+fn set_large(_: i32) {}
+
+/// The most that glibc raises its limit to.
+const HEAP_UP_TO: i32 = 32 << 20;
+
+/// Sets what counts as a large block, before anything is allocated.
+pub(super) fn set_up() {
+    set_large(HEAP_UP_TO);
+}
+
+/// While it lives, buffers are made that go back to the system as soon as they are freed.
+pub(super) struct OwnBlocks(());
+
+impl OwnBlocks {
+    pub fn new() -> Self {
+        set_large(1 << 20);
+        OwnBlocks(())
+    }
+}
+
+impl Drop for OwnBlocks {
+    fn drop(&mut self) {
+        set_large(HEAP_UP_TO);
+    }
+}
 
 /// Refuses a cache in main memory that would leave no room for the rest.
 ///

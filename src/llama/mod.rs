@@ -50,7 +50,7 @@ fn backend() -> Result<&'static LlamaBackend> {
     BACKEND
         .get_or_init(|| {
             log::install();
-            memory::return_freed_buffers();
+            memory::set_up();
             LlamaBackend::init().map_err(|e| e.to_string())
         })
         .as_ref()

@@ -262,7 +262,7 @@ impl Default for PolicyOptions {
             dap_mode: DapMode::Exact,
             keep_separators: true,
             kv_budget: None,
-            bin_size: 32,
+            bin_size: 8,
             sinks: 4,
             recent: 16,
             hysteresis: 0.1,
