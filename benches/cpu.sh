@@ -27,7 +27,7 @@ bench() { # PART NAME ARGUMENTS...
 taps() {
     for layers in 0 16 12-19 all; do
         bench taps "decode-$layers" -p 0 -n 24 -d 1024,4096 --kv-policy full,hae --no-dap \
-            --kv-budget 1.0 --score-layers "$layers"
+            --kv-budget 1.0 --bin-size 64 --score-layers "$layers"
     done
     for queries in last all; do
         bench taps "prefill-$queries" -p 64 -n 0 --images 1 --image-tokens 757 --kv-policy full,hae \

@@ -35,12 +35,12 @@ bench() { # FILE ARGUMENTS...
 }
 
 # The tests that compare with PyTorch, numpy, masks, an uncompacted twin, on the GPU.
-# Left out: kv_graphs, which makes main memory look like a device's, and a test that reads a graph's
-# tensors where they lie.
+# Left out: kv_graphs, which makes main memory look like a device's, kv_memory, which watches main memory,
+# and a test that reads a graph's tensors where they lie.
 parity() {
     say parity
     "$programs/suite" --test-threads "${JOBS:-4}" parity:: masked:: taps:: early:: holes:: recall:: session:: \
-        stock:: rope:: kv_ taps_ two_questions:: --skip kv_graphs:: --skip taps_oracle::scores_of_deep_layers \
+        stock:: rope:: kv_ taps_ two_questions:: --skip kv_graphs:: --skip kv_memory:: --skip taps_oracle::scores_of_deep_layers \
         >"$out/parity.txt" 2>&1
     grep -E '^test result|FAILED|panicked' "$out/parity.txt" | sort | uniq | tail -n 40
 }
@@ -58,7 +58,8 @@ speed() {
     local q4 f16
     q4=$(model q4_k_m)
     bench depth-q4_k_m -m "$q4" -p 0 -n 64 -d "$depths" --kv-policy full,hae --no-dap --kv-budget 0.4 --score-layers 16
-    bench taps-q4_k_m -m "$q4" -p 0 -n 31 -d "$depths" --kv-policy full,hae --no-dap --kv-budget 1.0 --score-layers 0
+    bench taps-q4_k_m -m "$q4" -p 0 -n 31 -d "$depths" --kv-policy full,hae --no-dap --kv-budget 1.0 --bin-size 64 \
+        --score-layers 0
     for n in 512 2048; do
         bench "story-$n-q4_k_m" -m "$q4" --workload "benches/workloads/story-$n.json" \
             --kv-policy full,hae --dap-mode early --dap-keep 0.3 --kv-budget 0.3 --score-layers 2

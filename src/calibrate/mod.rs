@@ -164,7 +164,7 @@ mod tests {
         assert_eq!(again.to_string(), setting.to_string());
         assert_eq!(
             Setting::default().to_string(),
-            "--score-layers all --score-queries last --bin-size 32"
+            "--score-layers all --score-queries last --bin-size 8"
         );
         assert_eq!(
             Setting::default().options(None),

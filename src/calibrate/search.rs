@@ -271,7 +271,7 @@ mod tests {
             ..scored(5.0, 0.5)
         });
         assert!(rounds.iter().all(|(stage, _)| *stage != Stage::Bin));
-        assert_eq!(found.best().parameters.bin_size, 32);
+        assert_eq!(found.best().parameters.bin_size, 8);
     }
 
     #[test]

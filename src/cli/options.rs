@@ -365,7 +365,7 @@ pub struct PolicyArgs {
     #[arg(long, value_name = "N|SHARE", value_delimiter = ',')]
     kv_budget: Vec<Amount>,
     /// Cells of the recycle bin, part of a budget below 1.0; without a budget, beside one of 1.0
-    /// [default: 32]
+    /// [default: 8]
     #[arg(long, value_name = "N")]
     bin_size: Option<usize>,
     /// Evict nothing while decoding

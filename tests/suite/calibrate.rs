@@ -100,7 +100,7 @@ fn a_model_is_calibrated() {
         own.map(|t| &t["parameters"]).collect()
     };
     let defaults = json!({
-        "score_layers": "all", "score_queries": "last", "dap_tau": null, "bin_size": 32
+        "score_layers": "all", "score_queries": "last", "dap_tau": null, "bin_size": 8
     });
     assert_eq!(of("defaults"), [&defaults]);
     assert_eq!(tried[0]["parameters"], defaults);

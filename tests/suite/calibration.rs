@@ -23,7 +23,7 @@ fn made_up(folder: &Path) -> (PathBuf, Value) {
     let mut file: Value = serde_json::from_str(&answer(&words(&args))).unwrap();
     fs::remove_file(out).unwrap();
     file["parameters"] = json!({
-        "score_layers": "1", "score_queries": "all", "dap_tau": 0.5, "bin_size": 8
+        "score_layers": "1", "score_queries": "all", "dap_tau": 0.5, "bin_size": 24
     });
     fs::write(folder.join("m.hae.json"), file.to_string()).unwrap();
     (model, file)
@@ -69,7 +69,7 @@ fn run_takes_what_no_flag_says() {
             "all",
             &auto,
             share(0.5),
-            32,
+            8,
             true,
         ),
         (
@@ -78,7 +78,7 @@ fn run_takes_what_no_flag_says() {
             "all",
             &tau,
             share(0.3),
-            8,
+            24,
             true,
         ),
         (
@@ -96,7 +96,7 @@ fn run_takes_what_no_flag_says() {
             "all",
             &json!({ "keep": { "cells": 9 } }),
             share(0.3),
-            8,
+            24,
             true,
         ),
         (
@@ -105,7 +105,7 @@ fn run_takes_what_no_flag_says() {
             "all",
             &auto,
             none.clone(),
-            32,
+            8,
             true,
         ),
         (
@@ -114,7 +114,7 @@ fn run_takes_what_no_flag_says() {
             "last",
             &auto,
             none.clone(),
-            32,
+            8,
             true,
         ),
         (
@@ -123,7 +123,7 @@ fn run_takes_what_no_flag_says() {
             "last",
             &auto,
             none.clone(),
-            32,
+            8,
             false,
         ),
         (
@@ -132,7 +132,7 @@ fn run_takes_what_no_flag_says() {
             "last",
             &auto,
             none.clone(),
-            32,
+            8,
             false,
         ),
         (
@@ -141,7 +141,7 @@ fn run_takes_what_no_flag_says() {
             "last",
             &auto,
             none.clone(),
-            32,
+            8,
             false,
         ),
         (
@@ -150,7 +150,7 @@ fn run_takes_what_no_flag_says() {
             "all",
             &json!({ "r": 0.0015 }),
             share(1.0),
-            32,
+            8,
             false,
         ),
     ] {
