@@ -62,7 +62,7 @@ fn run_takes_what_no_flag_says() {
     let share = |x: f64| json!({ "share": x });
     for (flags, layers, queries, rule, budget, bin, named) in [
         // What is chosen for a budget, and the budget itself, is not taken without it.
-        ("", json!([1]), "all", &auto, none.clone(), 32, true),
+        ("", json!([1]), "all", &auto, none.clone(), 8, true),
         (
             "--kv-budget 0.5",
             json!([1]),
