@@ -40,7 +40,8 @@ bench() { # FILE ARGUMENTS...
 parity() {
     say parity
     "$programs/suite" --test-threads "${JOBS:-4}" parity:: masked:: taps:: early:: holes:: recall:: session:: \
-        stock:: rope:: kv_ taps_ two_questions:: --skip kv_graphs:: --skip kv_memory:: --skip taps_oracle::scores_of_deep_layers \
+        stock:: rope:: kv_ taps_ two_questions:: --skip kv_graphs:: --skip kv_memory:: \
+        --skip taps_oracle::scores_of_deep_layers \
         >"$out/parity.txt" 2>&1
     grep -E '^test result|FAILED|panicked' "$out/parity.txt" | sort | uniq | tail -n 40
 }

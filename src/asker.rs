@@ -227,24 +227,12 @@ impl<'m> Asker<'m> {
         Ok(Some(reference))
     }
 
-    /// How far an entrant's predictions are from the reference, for each turn. `None`: cancelled.
+    /// How far an entrant's predictions are from the reference, for each turn, and what was evicted
+    /// on the way. `None`: cancelled.
     ///
     /// # Errors
     /// As [`Asker::ask`].
     pub fn distance(
-        &mut self,
-        entrant: &Entrant,
-        question: &Question,
-        pictures: &[Picture],
-        reference: &Reference,
-        watch: Clock<'_>,
-    ) -> Result<Option<Vec<Option<Distance>>>> {
-        let followed = self.follow(entrant, question, pictures, reference, watch)?;
-        Ok(followed.map(|(distances, _)| distances))
-    }
-
-    /// The same, and what was evicted.
-    fn follow(
         &mut self,
         entrant: &Entrant,
         question: &Question,

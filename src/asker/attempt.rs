@@ -35,7 +35,7 @@ impl Asker<'_> {
         reference: &Reference,
         watch: Clock<'_>,
     ) -> Result<Option<Attempt>> {
-        let followed = self.follow(entrant, question, pictures, reference, watch)?;
+        let followed = self.distance(entrant, question, pictures, reference, watch)?;
         let Some((distances, evicted)) = followed else {
             return Ok(None);
         };

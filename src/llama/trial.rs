@@ -81,8 +81,8 @@ impl<'m> LlamaEngine<'m> {
         Ok(())
     }
 
-    /// On a GPU a context takes longer to make, queues and libraries with it, than its run takes.
-    /// On a CPU it takes milliseconds, and its buffers are better given back.
+    /// On a GPU a context brings pinned memory, queues and libraries with it. On a CPU it takes
+    /// milliseconds to make, and its buffers are better given back.
     fn keeps_trial(&self) -> bool {
         self.options.kv_size.is_some() && self.model.may_use_gpu()
     }

@@ -96,7 +96,7 @@ fn distances(
         .iter()
         .map(|entrant| {
             let distances = asker.distance(entrant, question, &pictures, &reference, watch());
-            let distances = distances.unwrap().unwrap();
+            let (distances, _) = distances.unwrap().unwrap();
             distances.into_iter().map(Option::unwrap).collect()
         })
         .collect()

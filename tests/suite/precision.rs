@@ -1,9 +1,10 @@
 //! Bounds on rounding, by what computes.
 //!
 //! The tests' bounds are set for a CPU, which multiplies F16 weights with F32 activations. A GPU
-//! rounds activations to F16 as well, next to quantized keys to eight bits, and the order of its sums depends on how many cells are in
-//! view. Its errors are up to a hundred times larger, and still far below what a mistake does: with a
-//! wrong set of tokens logits differ by 0.1 and more (`holes`, `early`).
+//! rounds activations to F16 as well, next to quantized keys to eight bits, and the order of its
+//! sums depends on how many cells are in view. Its errors are up to a hundred times larger, and still
+//! far below what a mistake does: with a wrong set of tokens logits differ by 0.1 and more (`holes`,
+//! `early`).
 
 use std::sync::LazyLock;
 

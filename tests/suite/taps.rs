@@ -144,7 +144,6 @@ fn every_cache_type_agrees_with_the_callback() {
                 theirs.decode(batch, &mut cells, &mut expected).unwrap();
                 ours.decode(batch, &mut cells, &mut seen).unwrap();
                 let error = difference(&seen, &expected);
-                let tolerance = precision::attention(tolerance);
                 assert!(error < tolerance, "{kinds:?} {flash:?} {layers:?}: {error}");
                 assert_eq!(seen.sum, seen.max);
                 pos += 1;

@@ -156,10 +156,11 @@ impl Sitting<'_, '_> {
             return Ok(Some(Vec::new()));
         };
         let entrant = &self.entrants[entrant];
-        let distances = self
+        let followed = self
             .asker
             .distance(entrant, question, pictures, reference, watch);
-        distances.map_err(|e| self.failed(question, Some(entrant), e))
+        let followed = followed.map_err(|e| self.failed(question, Some(entrant), e))?;
+        Ok(followed.map(|(distances, _)| distances))
     }
 
     /// How long the first entrant's saved answers to a question are.

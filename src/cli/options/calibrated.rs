@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::PolicyArgs;
 use hae::calibrate::file::Calibration;
-use hae::policy::{DapOptions, DapRule, PolicyOptions, Scope};
+use hae::policy::{DapRule, PolicyOptions};
 
 /// A flag that was not given, and what a calibration says in its place.
 pub struct Taken {
@@ -44,12 +44,8 @@ impl PolicyArgs {
             || self.dap_r.is_some()
             || self.dap_alpha.is_some()
             || self.no_dap;
-        if let (Some(tau), false) = (found.tau, ruled) {
-            options.dap = Some(DapOptions {
-                rule: DapRule::Tau(tau),
-                alpha: None,
-                scope: Scope::Turn,
-            });
+        if let (Some(tau), false, Some(dap)) = (found.tau, ruled, &mut options.dap) {
+            dap.rule = DapRule::Tau(tau);
             take("--dap-tau", tau.to_string());
         }
         if self.bin_size.is_none() {
