@@ -341,8 +341,8 @@ pub struct PolicyArgs {
     /// layers that the trial run left out (midway) [default: exact]
     #[arg(long, value_enum, value_name = "WHEN")]
     dap_mode: Option<DapModeArg>,
-    /// With --dap-mode early or midway: judge the tokens that separate parts of a picture like any
-    /// other; they stay otherwise
+    /// With --dap-mode early: judge the tokens that separate parts of a picture like any other;
+    /// they stay otherwise
     #[arg(long, action = ArgAction::SetTrue)]
     prune_separators: bool,
     /// Prune no visual tokens

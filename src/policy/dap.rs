@@ -18,9 +18,9 @@
 //! - `Scope`: over one picture or over all of the turn.
 //! - Sinks, the recent window and the newest token stay whatever their score; those that are
 //!   visual count as kept.
-//! - So do, with [`DapMode::Early`], separators (the row ends of Phi-3.5-vision's crops): no
-//!   question points at them, but without them what goes in loses its place. After a whole
-//!   prefill the others know their place already, and separators are judged like them.
+//! - So do, with [`super::DapMode::Early`], separators (the row ends of Phi-3.5-vision's crops): no
+//!   question points at them, but without them what goes in loses its place. After a few layers
+//!   or a whole prefill the others know their place already, and separators are judged like them.
 //! - A token that no query could see is not judged: there is no evidence against it.
 //!
 //! As a policy of its own, `dap`, it prunes prompts and keeps what is decoded. Its budget leaves
@@ -54,7 +54,7 @@ impl Dap {
             sinks: options.sinks,
             recent: options.recent,
         };
-        let keep_separators = options.keep_separators && options.dap_mode.has_trial();
+        let keep_separators = options.keeps_separators();
         Dap {
             options: dap,
             norm: options.norm,

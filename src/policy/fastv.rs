@@ -7,10 +7,10 @@
 //!
 //! Deviations:
 //! - The paper drops the tokens from layer K on and keeps them in the layers before. A cell here
-//!   spans all layers: they are gone from all of them.
-//! - The paper spares the compute of the layers behind K, too. With `--dap-mode early` so do we, by
-//!   a trial run of the first K layers, after which the dropped tokens never go in; with `exact`
-//!   the whole prompt goes in first, and the prompt's own tokens have seen all of the picture.
+//!   spans all layers: what is decoded later sees them in none.
+//! - The paper spares the compute of the layers behind K, too. With `--dap-mode midway` so do we:
+//!   the prompt's tokens see all of the picture in the layers before K, and what is kept of it from
+//!   there on. With `exact` the whole prompt goes in first; with `early` the dropped tokens never do.
 //! - Thresholds (`--dap-tau`, `--dap-r`) are not read.
 
 use serde_json::{Value, json};
@@ -54,7 +54,7 @@ pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn 
         recent: 1,
     };
     let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
-    let keep_separators = options.keep_separators && options.dap_mode.has_trial();
+    let keep_separators = options.keeps_separators();
     Ok(Box::new(Fastv {
         keep,
         mode: options.dap_mode,

@@ -202,8 +202,7 @@ pub struct PolicyOptions {
     /// Pruning of visual tokens. None: off.
     pub dap: Option<DapOptions>,
     pub dap_mode: DapMode,
-    /// Whether [`DapMode::Early`] and [`DapMode::Midway`] leave the tokens that separate parts of
-    /// a picture alone.
+    /// Whether [`DapMode::Early`] leaves the tokens that separate parts of a picture alone.
     pub keep_separators: bool,
     /// The most cells that are taken at once from the end of a prompt's pruning on; a share
     /// counts the cells that the full cache would hold at the end of the prompt. `budget.rs` says
@@ -288,6 +287,11 @@ impl Default for PolicyOptions {
 }
 
 impl PolicyOptions {
+    /// Whether the tokens that separate parts of a picture stay, whatever their score.
+    pub fn keeps_separators(&self) -> bool {
+        self.keep_separators && self.dap_mode == DapMode::Early
+    }
+
     /// The names that [`PolicyOptions::preset`] takes.
     pub const PRESETS: [&str; 2] = ["default", "paper"];
 

@@ -308,7 +308,7 @@ fn row_ends_stay_with_what_is_kept() {
         held(&session, Modality::Vision)
     };
     assert_eq!(kept(true, DapMode::Exact), kept(false, DapMode::Early));
-    assert_eq!(kept(true, DapMode::Midway), kept(true, DapMode::Early));
+    assert_eq!(kept(true, DapMode::Midway), kept(false, DapMode::Early));
     let with = kept(true, DapMode::Early);
     assert!(
         [0, 4, 9, 14].iter().all(|pos| with.contains(pos)),
