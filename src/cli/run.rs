@@ -12,7 +12,7 @@ use super::chat::Start;
 use super::crops::CropArgs;
 use super::load::{self, Files, Made, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs};
-use super::output::{ContextReport, FileReport, Report};
+use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, note, warn};
 use hae::Error;
 use hae::build::build;
@@ -217,19 +217,12 @@ fn keep(conversation: &mut Conversation<'_>, session: Option<&Path>) -> Result<(
 }
 
 fn print_json(answer: &Answer, setup: &Setup<'_>, made: &Made) -> Result<()> {
-    let (name, mmproj) = setup.files.names();
     let report = Report {
         answer,
         sampling: setup.sampler,
         context: ContextReport::new(&made.context, made.rope_factors),
-        model: FileReport::read(&setup.files.model, &name)?,
-        mmproj: setup
-            .files
-            .mmproj
-            .as_deref()
-            .zip(mmproj)
-            .map(|(path, name)| FileReport::read(path, &name))
-            .transpose()?,
+        model: setup.files.model_report()?,
+        mmproj: setup.files.mmproj_report()?,
         load_ms: made.load.as_secs_f64() * 1e3,
         build: build(),
     };
