@@ -20,6 +20,7 @@ use hae::conversation::{Answer, Conversation, Turn};
 use hae::generate::{Finish, Hooks};
 use hae::image::{self, Picture};
 use hae::llama::{ContextOptions, FlashAttention};
+use hae::outfile::OutFile;
 use hae::policy::PolicyOptions;
 use hae::saved::Saved;
 
@@ -144,6 +145,10 @@ pub fn run(args: &Args) -> Result<Done> {
         Some(path) if path.exists() => Some(Saved::read(path)?),
         _ => None,
     };
+    if let Some(path) = &args.session {
+        // Better refused now than after the answer.
+        OutFile::create(path)?;
+    }
     let files = Files::find(&args.model)?;
     let calibrated = args
         .calibration
