@@ -22,6 +22,9 @@ pub enum Input<'a> {
         n: usize,
         mrope: Option<&'a [[Pos; 4]]>,
     },
+    /// The tokens in these cells of the trial run's cache, from where it came to: the layers that
+    /// it went through are not computed again. Where [`Engine::trial`] was told so.
+    Trial(&'a [Cell]),
 }
 
 impl Input<'_> {
@@ -30,6 +33,7 @@ impl Input<'_> {
         match self {
             Input::Tokens(t) => t.len(),
             Input::Embeddings { n, .. } => *n,
+            Input::Trial(cells) => cells.len(),
         }
     }
 
@@ -135,13 +139,18 @@ pub trait Engine {
     }
 
     /// An engine for a trial run: the same model, cut off after the last layer whose attention is
-    /// read, with an empty cache of its own for `n_cells` tokens. It has no logits. `None` where
-    /// that cannot be had.
+    /// read, with an empty cache of its own for `n_cells` tokens. It has no logits. With `goes_on`
+    /// its tokens can come as [`Input::Trial`] until it ends. `None` where that cannot be had.
     ///
     /// # Errors
     /// When it could be had but there is no memory for it.
-    fn trial(&mut self, _n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
+    fn trial(&mut self, _n_cells: usize, _goes_on: bool) -> Result<Option<&mut (dyn Engine + '_)>> {
         Ok(None)
+    }
+
+    /// Whether what went through a trial run can go on from there.
+    fn continues_trial(&self) -> bool {
+        false
     }
 
     /// The trial run is over: its memory goes back.

@@ -18,7 +18,6 @@ use crate::cache::{Cell, PerModality, Pos};
 use crate::controller::{Controller, Event, Origin};
 use crate::engine::{Engine, Input, Observation, Token};
 use crate::error::{Error, Result};
-use crate::policy::DapMode;
 use feed::Feed;
 use prefill::Prefilled;
 use prompt::count;
@@ -123,9 +122,9 @@ impl<E: Engine> Session<E> {
     /// # Errors
     /// The engine's own.
     pub fn prepare(&mut self) -> Result<()> {
-        match self.controller.dap_mode() {
-            DapMode::Early => self.engine.expect_trials(),
-            DapMode::Exact => Ok(()),
+        match self.controller.dap_mode().has_trial() {
+            true => self.engine.expect_trials(),
+            false => Ok(()),
         }
     }
 

@@ -306,6 +306,7 @@ enum QueriesArg {
 enum DapModeArg {
     Exact,
     Early,
+    Midway,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -335,12 +336,13 @@ pub struct PolicyArgs {
     /// With --dap-tau or --dap-r: keep a token that any single query gave this much
     #[arg(long, value_name = "A", conflicts_with = "dap_keep")]
     dap_alpha: Option<f64>,
-    /// When visual tokens are dropped: after the whole prompt went in (exact), or before, as a
-    /// trial run of the layers up to the last scoring layer says (early) [default: exact]
+    /// When visual tokens are dropped: after the whole prompt went in (exact), or, as a trial run
+    /// of the layers up to the last scoring layer says, before any went in (early) or before the
+    /// layers that the trial run left out (midway) [default: exact]
     #[arg(long, value_enum, value_name = "WHEN")]
     dap_mode: Option<DapModeArg>,
-    /// With --dap-mode early: judge the tokens that separate parts of a picture like any other;
-    /// they stay otherwise
+    /// With --dap-mode early or midway: judge the tokens that separate parts of a picture like any
+    /// other; they stay otherwise
     #[arg(long, action = ArgAction::SetTrue)]
     prune_separators: bool,
     /// Prune no visual tokens
@@ -449,6 +451,7 @@ impl PolicyArgs {
             options.dap_mode = match mode {
                 DapModeArg::Exact => DapMode::Exact,
                 DapModeArg::Early => DapMode::Early,
+                DapModeArg::Midway => DapMode::Midway,
             };
         }
         options.recall &= !self.no_recall;

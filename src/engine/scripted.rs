@@ -24,6 +24,7 @@ pub enum Call {
         pos: Pos,
         n: usize,
         embeddings: bool,
+        continued: bool,
         queries: Vec<u32>,
         logits: bool,
     },
@@ -55,6 +56,7 @@ pub struct Scripted {
     patched: bool,
     shifts: bool,
     trial: Option<Box<Scripted>>,
+    goes_on: bool,
     pub calls: Vec<Call>,
 }
 
@@ -73,6 +75,7 @@ impl Scripted {
             patched: false,
             shifts: true,
             trial: None,
+            goes_on: false,
             calls: Vec::new(),
         }
     }
@@ -130,6 +133,14 @@ impl Scripted {
     pub fn clear(&mut self) {
         self.cells.fill(None);
         self.logits.clear();
+    }
+
+    /// The positions of a trial run's tokens.
+    fn continued(&self, cells: &[Cell]) -> Result<Vec<Pos>> {
+        let trial = self.trial.as_deref().filter(|trial| trial.goes_on);
+        let at = |&cell: &Cell| trial?.cells.get(cell as usize).copied().flatten();
+        let places: Option<Vec<Pos>> = cells.iter().map(at).collect();
+        places.ok_or_else(|| Error::contract(format!("cells {cells:?} of a trial")))
     }
 
     fn newest(&self) -> Option<Pos> {
@@ -197,8 +208,13 @@ impl Engine for Scripted {
                 .iter()
                 .map(|row| row.iter().copied().fold(0, Pos::max))
                 .collect(),
+            Input::Trial(cells) => self.continued(cells)?,
             _ => batch.pos.to_vec(),
         };
+        if let (Input::Trial(_), true) = (batch.input, places != batch.pos) {
+            let pos = batch.pos;
+            return Err(Error::contract(format!("{places:?} of a trial at {pos:?}")));
+        }
         let expected = |newest: &Pos| newest + 1 != places.iter().copied().fold(Pos::MAX, Pos::min);
         if self.patched {
             let taken = |pos: &&Pos| self.cells.contains(&Some(**pos));
@@ -244,6 +260,7 @@ impl Engine for Scripted {
             pos: batch.pos[0],
             n,
             embeddings: matches!(batch.input, Input::Embeddings { .. }),
+            continued: matches!(batch.input, Input::Trial(_)),
             queries: batch.queries.to_vec(),
             logits: batch.logits,
         });
@@ -331,12 +348,17 @@ impl Engine for Scripted {
         self.patched
     }
 
-    fn trial(&mut self, n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
+    fn continues_trial(&self) -> bool {
+        self.patched
+    }
+
+    fn trial(&mut self, n_cells: usize, goes_on: bool) -> Result<Option<&mut (dyn Engine + '_)>> {
         if !self.patched {
             return Ok(None);
         }
         let mut engine = Scripted::new(n_cells, self.n_batch).patched();
         engine.attention = Rc::clone(&self.attention);
+        engine.goes_on = goes_on;
         Ok(Some(self.trial.insert(Box::new(engine)).as_mut()))
     }
 

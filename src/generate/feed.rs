@@ -1,6 +1,7 @@
 //! From segments to batches: any engine, any part of a segment, at any place.
 
 use super::prompt::Segment;
+use super::trial::Trial;
 use crate::cache::{Cell, Modality, Pos};
 use crate::controller::Origin;
 use crate::engine::{Batch, Engine, Input, Observation, Token};
@@ -19,8 +20,12 @@ pub(super) struct Feed {
     pub seen: Observation,
     /// Whether each row separates parts of a picture; empty for text.
     pub separators: Vec<bool>,
-    /// The most bytes that the engine's cache was ever allocated, after a batch.
+    /// Bytes of another cache that is there meanwhile.
+    pub beside: u64,
+    /// The most bytes that caches were ever allocated, after a batch.
     pub peak_bytes: u64,
+    /// Cells of the trial run that the rows go on from.
+    from: Vec<Cell>,
     tokens: Vec<Token>,
     values: Vec<f32>,
 }
@@ -33,6 +38,8 @@ pub(super) struct Part<'a> {
     /// Which of its positions go in.
     pub keep: &'a dyn Fn(Pos) -> bool,
     pub queries: Option<Queries>,
+    /// What the rows go on from, instead of from their beginnings.
+    pub trial: Option<&'a Trial>,
     /// How many of its last rows go in one at a time.
     pub single_rows: usize,
     /// Rows of the prompt behind this segment.
@@ -111,6 +118,13 @@ impl Feed {
         let (Some(&first), Some(&last)) = (rows.first(), rows.last()) else {
             return Ok(());
         };
+        if let Some(trial) = part.trial {
+            let mut from = std::mem::take(&mut self.from);
+            trial.cells_at(&self.pos, &mut from)?;
+            let done = self.run(engine, Input::Trial(&from), logits);
+            self.from = from;
+            return done;
+        }
         if last - first + 1 == rows.len() {
             let axes = part.segment.axes(part.base, first, last + 1);
             let input = part.segment.rows(first, last + 1, axes.as_deref());
@@ -159,7 +173,8 @@ impl Feed {
             logits,
         };
         engine.decode(batch, &mut self.cells, &mut self.seen)?;
-        self.peak_bytes = self.peak_bytes.max(engine.kv_bytes().allocated);
+        let bytes = engine.kv_bytes().allocated + self.beside;
+        self.peak_bytes = self.peak_bytes.max(bytes);
         let (rows, cells) = (input.len(), self.cells.len());
         if cells != rows {
             return Err(Error::contract(format!(

@@ -35,12 +35,19 @@ struct Order {
     recalled: Vec<Pos>,
 }
 
+impl Order {
+    /// The trial run that tokens go on from.
+    fn goes_on(&self) -> Option<&Trial> {
+        self.trial.as_ref().filter(|trial| trial.goes_on)
+    }
+}
+
 impl<E: Engine> Session<E> {
     /// Takes a prompt in after what the cache holds, and lets the policy act. False: cancelled
     /// on the way; what had gone in was taken out again, and the policy did not act.
     ///
-    /// With [`DapMode::Early`] a trial run of the first layers decides which visual tokens go in
-    /// at all. Where evicted tokens can come back, those of earlier turns are called back first:
+    /// With [`DapMode::Early`] and [`DapMode::Midway`] a trial run of the first layers decides
+    /// which visual tokens go in at all. Where evicted tokens can come back, those of earlier turns are called back first:
     /// all of them, to be judged anew with the prompt, or those that the trial run asks for.
     ///
     /// # Errors
@@ -59,6 +66,22 @@ impl<E: Engine> Session<E> {
         cancelled: &dyn Fn() -> bool,
         now: &dyn Fn() -> Duration,
     ) -> Result<Prefilled> {
+        let done = self.decide_and_take_in(prompt, cancelled, now);
+        if self.controller.dap_mode() != DapMode::Midway {
+            return done;
+        }
+        // A trial run that the prompt goes on from lasts as long as the prompt.
+        self.feed.beside = 0;
+        let ended = self.engine.end_trial();
+        done.and_then(|done| ended.map(|()| done))
+    }
+
+    fn decide_and_take_in(
+        &mut self,
+        prompt: &[Segment],
+        cancelled: &dyn Fn() -> bool,
+        now: &dyn Fn() -> Duration,
+    ) -> Result<Prefilled> {
         let expected = self.expected.take();
         self.taken_back = true;
         self.check(prompt)?;
@@ -70,7 +93,7 @@ impl<E: Engine> Session<E> {
         }
         let from = self.controller.next_pos();
         let prompt = placed(prompt, from);
-        let start = (self.controller.dap_mode() == DapMode::Early).then(now);
+        let start = self.controller.dap_mode().has_trial().then(now);
         let Some(order) = self.decide(&prompt, cancelled)? else {
             return Ok(Prefilled::default());
         };
@@ -93,14 +116,14 @@ impl<E: Engine> Session<E> {
                 self.history.push(placed);
             }
         }
-        let early = order.trial.is_some();
+        let judged = order.trial.is_some();
         if let Some(trial) = &order.trial {
             let new = order.pruned.partition_point(|&pos| pos < from);
             self.controller.skipped(&order.pruned[new..]);
             let seen = trial.seen_by(self.controller.ledger());
             self.controller.observed(&seen)?;
         }
-        self.controller.after_prefill(early)?;
+        self.controller.after_prefill(judged)?;
         self.remove_planned()?;
         self.taken_back = false;
         Ok(Prefilled {
@@ -128,17 +151,27 @@ impl<E: Engine> Session<E> {
         let Observe::Layers { queries, .. } = *self.controller.observe() else {
             return Ok(Some(Order::default()));
         };
-        let early = self.controller.dap_mode() == DapMode::Early && pictures;
-        if early && self.engine.takes_any_position() {
+        let mode = self.controller.dap_mode();
+        if mode.has_trial() && pictures && self.engine.takes_any_position() {
+            let goes_on = mode == DapMode::Midway && self.engine.continues_trial();
             let history = self.history.pieces();
             let rows = |all: &[Placed<'_>]| all.iter().map(|p| p.segment.len()).sum::<usize>();
             let n_cells = rows(history) + rows(prompt);
-            if let Some(engine) = self.engine.trial(n_cells)? {
+            if let Some(engine) = self.engine.trial(n_cells, goes_on)? {
                 let trial = Trial::run(engine, history, prompt, queries, cancelled);
-                self.engine.end_trial()?;
-                let Some(trial) = trial? else {
+                let ended = match goes_on {
+                    true => Ok(()),
+                    false => self.engine.end_trial(),
+                };
+                // The run's own error says more than one that follows from it.
+                let Some(mut trial) = trial? else {
                     return Ok(None);
                 };
+                ended?;
+                trial.goes_on = goes_on;
+                if goes_on {
+                    self.feed.beside = trial.bytes;
+                }
                 // Both caches were there at once.
                 let both = self.engine.kv_bytes().allocated + trial.bytes;
                 self.feed.peak_bytes = self.feed.peak_bytes.max(both);
@@ -236,7 +269,7 @@ impl<E: Engine> Session<E> {
         }
         self.drop_pruned(order)?;
         self.engine.make_room(added)?;
-        if !self.recall(&order.recalled, cancelled)? {
+        if !self.recall(order, cancelled)? {
             return Ok(false);
         }
         self.recall_text()?;
@@ -252,6 +285,7 @@ impl<E: Engine> Session<E> {
                 base: *base,
                 keep: &|pos| order.pruned.binary_search(&pos).is_err(),
                 queries: observe,
+                trial: order.goes_on(),
                 single_rows: single_rows.saturating_sub(behind),
                 is_last: Some(i) == last,
             };
@@ -302,7 +336,8 @@ impl<E: Engine> Session<E> {
     }
 
     /// Decodes evicted visual tokens again, at their old positions. False: cancelled.
-    fn recall(&mut self, recalled: &[Pos], cancelled: &dyn Fn() -> bool) -> Result<bool> {
+    fn recall(&mut self, order: &Order, cancelled: &dyn Fn() -> bool) -> Result<bool> {
+        let recalled = &order.recalled;
         if recalled.is_empty() {
             return Ok(true);
         }
@@ -315,6 +350,7 @@ impl<E: Engine> Session<E> {
                 base: *base,
                 keep: &|pos| recalled.binary_search(&pos).is_ok(),
                 queries: None,
+                trial: order.goes_on(),
                 single_rows: 0,
                 behind: 0,
                 is_last: false,

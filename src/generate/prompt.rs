@@ -110,7 +110,7 @@ impl Segment {
     }
 
     /// Rows `start..end`, for a segment that was checked.
-    pub(super) fn rows<'a>(
+    pub fn rows<'a>(
         &'a self,
         start: usize,
         end: usize,

@@ -67,6 +67,7 @@ fn batches(session: &Session<Scripted>) -> Vec<(Pos, usize, bool, Vec<u32>, bool
                 embeddings,
                 queries,
                 logits,
+                ..
             } => Some((pos, n, embeddings, queries, logits)),
             _ => None,
         });

@@ -6,7 +6,7 @@ use super::history::Placed;
 use crate::cache::{Cell, Ledger, Pos};
 use crate::controller::Origin;
 use crate::engine::{Engine, Observation};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::policy::Queries;
 
 /// What a trial run saw.
@@ -15,6 +15,10 @@ pub(super) struct Trial {
     pub ledger: Ledger,
     /// Positions of the query rows.
     queries: Vec<Pos>,
+    /// Each token's position and cell, ascending.
+    places: Vec<(Pos, Cell)>,
+    /// Whether what is kept goes on from where the run came to.
+    pub goes_on: bool,
     /// Bytes of the run's own cache.
     pub bytes: u64,
 }
@@ -34,6 +38,8 @@ impl Trial {
         let mut trial = Trial {
             ledger: Ledger::new(engine.n_cells()),
             queries: Vec::new(),
+            places: Vec::new(),
+            goes_on: false,
             bytes: 0,
         };
         let mut feed = Feed::default();
@@ -50,6 +56,7 @@ impl Trial {
                 base: placed.base,
                 keep: &|_| true,
                 queries,
+                trial: None,
                 single_rows: 0,
                 // It has no logits.
                 is_last: false,
@@ -58,6 +65,7 @@ impl Trial {
                 let ledger = &mut trial.ledger;
                 for (&cell, &pos) in feed.cells.iter().zip(&feed.pos) {
                     ledger.insert(cell, pos, origin.modality, origin.image)?;
+                    trial.places.push((pos, cell));
                 }
                 for (&cell, _) in feed.cells.iter().zip(&feed.separators).filter(|&(_, &s)| s) {
                     ledger.mark_separator(cell)?;
@@ -69,23 +77,39 @@ impl Trial {
                 return Ok(None);
             }
         }
+        trial.places.sort_unstable();
         trial.bytes = feed.peak_bytes;
         Ok(Some(trial))
     }
 
+    fn cell_at(&self, pos: Pos) -> Option<Cell> {
+        let found = self.places.binary_search_by_key(&pos, |&(pos, _)| pos);
+        found.ok().map(|i| self.places[i].1)
+    }
+
+    /// The run's cells of the tokens at these positions.
+    ///
+    /// # Errors
+    /// For a position that the run has not seen.
+    pub fn cells_at(&self, pos: &[Pos], cells: &mut Vec<Cell>) -> Result<()> {
+        cells.clear();
+        for &pos in pos {
+            let missing = || Error::contract(format!("position {pos} in no trial run"));
+            cells.push(self.cell_at(pos).ok_or_else(missing)?);
+        }
+        Ok(())
+    }
+
     /// The same attention by the cells of another cache: what is absent there is left out.
     pub fn seen_by(&self, cache: &Ledger) -> Observation {
-        let mut by_pos: Vec<(Pos, Cell)> = self.ledger.entries().map(|e| (e.pos, e.cell)).collect();
-        by_pos.sort_unstable();
         let mut seen = Observation {
             sum: vec![0.0; cache.span()],
             max: vec![0.0; cache.span()],
             queries: self.queries.clone(),
         };
         for entry in cache.entries() {
-            let found = by_pos.binary_search_by_key(&entry.pos, |&(pos, _)| pos);
-            let token = found.ok().and_then(|i| self.ledger.get(by_pos[i].1));
-            if let Some(token) = token {
+            let cell = self.cell_at(entry.pos);
+            if let Some(token) = cell.and_then(|cell| self.ledger.get(cell)) {
                 seen.sum[entry.cell as usize] = token.sum;
                 seen.max[entry.cell as usize] = token.max;
             }

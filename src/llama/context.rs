@@ -10,6 +10,8 @@ use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
+#[cfg(feature = "kv-patches")]
+use super::layers::Hidden;
 use super::memory::OwnBlocks;
 use super::observer::{Observer, on_node};
 use super::options::{ContextOptions, FlashAttention};
@@ -46,6 +48,9 @@ pub struct LlamaEngine<'m> {
     /// A context of the first layers, during a trial run or kept for the next one.
     #[cfg(feature = "kv-patches")]
     pub(super) trial: Option<Box<LlamaEngine<'m>>>,
+    /// In a trial run: what its tokens were when they came to the last layer.
+    #[cfg(feature = "kv-patches")]
+    pub(super) hidden: Option<Hidden>,
     /// Whether the last batch asked for logits: reading absent ones would end the process.
     has_logits: bool,
     rows: Rows,
@@ -86,6 +91,9 @@ struct Rows {
     n_seq_id: Vec<i32>,
     seq_id: Vec<*mut sys::llama_seq_id>,
     logits: Vec<i8>,
+    /// What goes on from a trial run.
+    #[cfg(feature = "kv-patches")]
+    hidden: Vec<f32>,
 }
 
 impl<'m> LlamaEngine<'m> {
@@ -190,6 +198,8 @@ impl<'m> LlamaEngine<'m> {
             n_ctx,
             #[cfg(feature = "kv-patches")]
             trial: None,
+            #[cfg(feature = "kv-patches")]
+            hidden: None,
             has_logits: false,
             rows: Rows::default(),
         };
@@ -313,6 +323,20 @@ impl<'m> LlamaEngine<'m> {
                 }
                 (std::ptr::null_mut(), data.as_ptr().cast_mut())
             }
+            #[cfg(feature = "kv-patches")]
+            Input::Trial(cells) => {
+                let trial = self
+                    .trial
+                    .as_deref()
+                    .and_then(|trial| trial.hidden.as_ref());
+                trial
+                    .ok_or_else(Hidden::absent)?
+                    .take(cells, &mut rows.hidden)?;
+                rows.pos.extend(batch.pos);
+                (std::ptr::null_mut(), rows.hidden.as_ptr().cast_mut())
+            }
+            #[cfg(not(feature = "kv-patches"))]
+            Input::Trial(_) => return Err(Error::contract("rows of a trial run that is none")),
         };
         rows.n_seq_id.clear();
         rows.n_seq_id.resize(n, 1);
@@ -370,6 +394,8 @@ impl Engine for LlamaEngine<'_> {
         let tapped = self.begin_taps(&batch)?;
         self.observer.get_mut().begin(batch.queries);
         self.has_logits = false;
+        #[cfg(feature = "kv-patches")]
+        let from = self.go_on(&batch.input)?;
         // From here to the call nothing may return: the context would stay as it is set here.
         if non_causal {
             self.set_causal(false);
@@ -381,6 +407,10 @@ impl Engine for LlamaEngine<'_> {
         let status = unsafe { sys::llama_decode(self.ctx.as_mut_ptr(), raw) };
         if non_causal {
             self.set_causal(true);
+        }
+        #[cfg(feature = "kv-patches")]
+        if from.is_some() {
+            self.set_first_layer(0)?;
         }
         let observed = self.observer.get_mut().finish(cells, seen);
         match status {
@@ -419,6 +449,8 @@ impl Engine for LlamaEngine<'_> {
                 ),
             ));
         }
+        #[cfg(feature = "kv-patches")]
+        self.pass_on(from, cells)?;
         Ok(())
     }
 
@@ -541,8 +573,13 @@ impl Engine for LlamaEngine<'_> {
     }
 
     #[cfg(feature = "kv-patches")]
-    fn trial(&mut self, n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
-        self.begin_trial(n_cells)
+    fn trial(&mut self, n_cells: usize, goes_on: bool) -> Result<Option<&mut (dyn Engine + '_)>> {
+        self.begin_trial(n_cells, goes_on)
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn continues_trial(&self) -> bool {
+        self.takes_any_position() && self.last_score_layer().is_some_and(|il| il > 0)
     }
 
     #[cfg(feature = "kv-patches")]

@@ -13,6 +13,8 @@ mod context;
 mod devices;
 pub mod gguf;
 mod hparams;
+#[cfg(feature = "kv-patches")]
+mod layers;
 pub mod log;
 mod memory;
 mod model;

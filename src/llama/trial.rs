@@ -30,7 +30,7 @@ impl<'m> LlamaEngine<'m> {
     /// An empty engine of the layers up to the last whose attention is read, that computes as this
     /// one does.
     fn trial_engine(&self, n_ctx: usize) -> Result<Option<Box<LlamaEngine<'m>>>> {
-        let Some(&last) = self.options.score_layers.last() else {
+        let Some(last) = self.last_score_layer() else {
             return Ok(None);
         };
         let options = ContextOptions {
@@ -45,7 +45,15 @@ impl<'m> LlamaEngine<'m> {
         Ok(Some(Box::new(engine)))
     }
 
-    pub(super) fn begin_trial(&mut self, n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
+    pub(super) fn last_score_layer(&self) -> Option<u32> {
+        self.options.score_layers.last().copied()
+    }
+
+    pub(super) fn begin_trial(
+        &mut self,
+        n_cells: usize,
+        goes_on: bool,
+    ) -> Result<Option<&mut (dyn Engine + '_)>> {
         let fits = |engine: &LlamaEngine<'_>| engine.n_ctx >= n_cells;
         if !self.trial.as_deref().is_some_and(fits) {
             self.trial = None;
@@ -60,6 +68,7 @@ impl<'m> LlamaEngine<'m> {
             return Ok(None);
         };
         engine.grow(n_cells)?;
+        engine.keep_hidden(goes_on)?;
         Ok(Some(engine))
     }
 
@@ -69,6 +78,7 @@ impl<'m> LlamaEngine<'m> {
         }
         if let Some(engine) = self.trial.as_deref_mut() {
             engine.clear();
+            engine.keep_hidden(false)?;
             engine.tidy(&mut Vec::new())?;
         }
         Ok(())

@@ -30,9 +30,7 @@ use super::budget::Budget;
 use super::hae::Hae;
 use super::scores::{Guard, Norm};
 use super::visual::{Pictures, Visual, keep_best};
-use super::{
-    Amount, DapMode, DapOptions, DapRule, EvictionPolicy, Limits, Plan, PolicyOptions, Scope,
-};
+use super::{Amount, DapOptions, DapRule, EvictionPolicy, Limits, Plan, PolicyOptions, Scope};
 use crate::cache::Ledger;
 use crate::error::Result;
 
@@ -56,7 +54,7 @@ impl Dap {
             sinks: options.sinks,
             recent: options.recent,
         };
-        let keep_separators = options.keep_separators && options.dap_mode == DapMode::Early;
+        let keep_separators = options.keep_separators && options.dap_mode.has_trial();
         Dap {
             options: dap,
             norm: options.norm,

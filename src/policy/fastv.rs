@@ -54,7 +54,7 @@ pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn 
         recent: 1,
     };
     let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
-    let keep_separators = options.keep_separators && options.dap_mode == DapMode::Early;
+    let keep_separators = options.keep_separators && options.dap_mode.has_trial();
     Ok(Box::new(Fastv {
         keep,
         mode: options.dap_mode,

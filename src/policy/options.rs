@@ -168,6 +168,17 @@ pub enum DapMode {
     /// A trial run of the first layers, up to the last scoring layer, judges the prompt; what is
     /// pruned never goes in.
     Early,
+    /// The same trial run judges, and what is kept goes on from where the run came to: what is
+    /// pruned was seen by the layers before the last scoring layer, and by no other. With layer 0
+    /// as the last one this is [`DapMode::Early`].
+    Midway,
+}
+
+impl DapMode {
+    /// Whether a trial run judges the prompt before it goes in.
+    pub fn has_trial(self) -> bool {
+        self != DapMode::Exact
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -191,7 +202,8 @@ pub struct PolicyOptions {
     /// Pruning of visual tokens. None: off.
     pub dap: Option<DapOptions>,
     pub dap_mode: DapMode,
-    /// Whether [`DapMode::Early`] leaves the tokens that separate parts of a picture alone.
+    /// Whether [`DapMode::Early`] and [`DapMode::Midway`] leave the tokens that separate parts of
+    /// a picture alone.
     pub keep_separators: bool,
     /// The most cells that are taken at once from the end of a prompt's pruning on; a share
     /// counts the cells that the full cache would hold at the end of the prompt. `budget.rs` says

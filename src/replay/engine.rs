@@ -235,7 +235,7 @@ impl Engine for TapeEngine {
         true
     }
 
-    fn trial(&mut self, n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
+    fn trial(&mut self, n_cells: usize, _: bool) -> Result<Option<&mut (dyn Engine + '_)>> {
         let engine = TapeEngine::new(Rc::clone(&self.tape), n_cells);
         Ok(Some(self.trial.insert(Box::new(engine)).as_mut()))
     }

@@ -177,9 +177,13 @@ impl Engine for Mirrored<'_> {
         self.engine.takes_any_position()
     }
 
-    fn trial(&mut self, n_cells: usize) -> Result<Option<&mut (dyn Engine + '_)>> {
+    fn trial(&mut self, n_cells: usize, goes_on: bool) -> Result<Option<&mut (dyn Engine + '_)>> {
         self.tally.borrow_mut().pruned_early += 1;
-        self.engine.trial(n_cells)
+        self.engine.trial(n_cells, goes_on)
+    }
+
+    fn continues_trial(&self) -> bool {
+        self.engine.continues_trial()
     }
 
     fn end_trial(&mut self) -> Result<()> {

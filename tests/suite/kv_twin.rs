@@ -66,6 +66,7 @@ impl<'m> Twin<'m> {
         let (token, embd) = match batch.input {
             Input::Tokens(tokens) => (tokens.as_ptr().cast_mut(), std::ptr::null_mut()),
             Input::Embeddings { data, .. } => (std::ptr::null_mut(), data.as_ptr().cast_mut()),
+            Input::Trial(_) => panic!("the twin has no trial runs"),
         };
         let mut pos = batch.pos.to_vec();
         let mut seq = SEEN;

@@ -17,8 +17,10 @@ pub struct Scenario {
     /// Tokens to feed one by one behind the prompt, whatever is sampled.
     pub ids: Vec<i32>,
     pub evictions: Vec<Eviction>,
-    /// Positions of the prompt that are never prefilled; the others keep theirs.
+    /// Positions of the prompt that only the layers before `behind` see, which is none where they
+    /// are never prefilled; the others keep theirs.
     pub holes: Vec<i32>,
+    pub behind: u32,
     /// Whether `attention` of [`Expected`] is there.
     pub attention: bool,
 }
@@ -70,7 +72,7 @@ fn the_oracle_is_whole_and_agrees_with_the_golden_answers() {
     let index: serde_json::Value = serde_json::from_str(&index).unwrap();
     let prompts = index["prompts"].as_array().unwrap();
     let scenarios = scenarios();
-    assert_eq!(scenarios.len(), 24);
+    assert_eq!(scenarios.len(), 30);
     for (s, expected) in &scenarios {
         let steps = s.ids.len();
         assert_eq!(expected.logits.shape, [steps, 1024], "{}", s.name);

@@ -53,17 +53,24 @@ fn dap(mode: DapMode, keep: Amount) -> PolicyOptions {
     }
 }
 
+fn modes() -> impl Strategy<Value = DapMode> {
+    prop_oneof![
+        Just(DapMode::Exact),
+        Just(DapMode::Early),
+        Just(DapMode::Midway)
+    ]
+}
+
 proptest! {
     #[test]
     fn nobody_is_lost_whoever_leaves_and_returns(
         options in options(),
-        early in any::<bool>(),
+        dap_mode in modes(),
         recall in any::<bool>(),
         host in prop_oneof![Just(0), 1..400usize],
         turns in turns(),
         seed in any::<u64>(),
     ) {
-        let dap_mode = if early { DapMode::Early } else { DapMode::Exact };
         let options = PolicyOptions { dap_mode, recall, ..options };
         let n_cells = rows(&turns) + options.sinks + options.recent + 60;
         let mut session = session(&options, seed, n_cells, host);
@@ -90,7 +97,7 @@ proptest! {
 
     /// What a trial run says of the first prompt is what the whole prefill says.
     #[test]
-    fn early_and_exact_keep_the_same_tokens(
+    fn all_modes_keep_the_same_tokens(
         options in options(),
         turns in turns(),
         seed in any::<u64>(),
@@ -105,11 +112,14 @@ proptest! {
             kept.sort_by_key(|entry| entry.0);
             Ok((kept, ledger.counts().evicted, session.engine.n_decoded()))
         };
-        let (exact, early) = (kept(DapMode::Exact)?, kept(DapMode::Early)?);
-        prop_assert_eq!(&exact.0, &early.0);
-        prop_assert_eq!(exact.1, early.1);
-        if options.dap.is_some() && options.kv_budget.is_none() {
-            prop_assert_eq!(early.2, early.0.len(), "what was pruned never went in");
+        let exact = kept(DapMode::Exact)?;
+        for mode in [DapMode::Early, DapMode::Midway] {
+            let early = kept(mode)?;
+            prop_assert_eq!(&exact.0, &early.0);
+            prop_assert_eq!(exact.1, early.1);
+            if options.dap.is_some() && options.kv_budget.is_none() {
+                prop_assert_eq!(early.2, early.0.len(), "what was pruned never went in");
+            }
         }
     }
 
@@ -119,9 +129,8 @@ proptest! {
         turns in turns(),
         seed in any::<u64>(),
         keep in 1..12usize,
-        early in any::<bool>(),
+        mode in modes(),
     ) {
-        let mode = if early { DapMode::Early } else { DapMode::Exact };
         let mut session = session(&dap(mode, Amount::Cells(keep)), seed, 400, 0);
         let mut visual = BTreeSet::new();
         let mut next: Pos = 0;
@@ -217,10 +226,23 @@ fn a_prompt_that_early_pruning_makes_fit_goes_in() {
         })
     );
     assert!(refused, "{error:?}");
-    let mut early = small(DapMode::Early);
-    assert!(early.prefill(&prompt, &|| false).unwrap());
-    assert_eq!(early.controller.ledger().counts().cells(), 16);
-    assert_eq!(early.controller.ledger().counts().peak, 16);
+    for mode in [DapMode::Early, DapMode::Midway] {
+        let mut early = small(mode);
+        assert!(early.prefill(&prompt, &|| false).unwrap());
+        assert_eq!(early.controller.ledger().counts().cells(), 16);
+        assert_eq!(early.controller.ledger().counts().peak, 16);
+        let continued = |call: &&Call| {
+            matches!(
+                call,
+                Call::Decode {
+                    continued: true,
+                    ..
+                }
+            )
+        };
+        let n = early.engine.calls.iter().filter(continued).count();
+        assert_eq!(n > 0, mode == DapMode::Midway);
+    }
 }
 
 #[test]
@@ -286,6 +308,7 @@ fn row_ends_stay_with_what_is_kept() {
         held(&session, Modality::Vision)
     };
     assert_eq!(kept(true, DapMode::Exact), kept(false, DapMode::Early));
+    assert_eq!(kept(true, DapMode::Midway), kept(true, DapMode::Early));
     let with = kept(true, DapMode::Early);
     assert!(
         [0, 4, 9, 14].iter().all(|pos| with.contains(pos)),

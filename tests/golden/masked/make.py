@@ -67,36 +67,53 @@ class Decoder:
         turned = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
         return (x * np.cos(angles) + turned * np.sin(angles)) * self.rope_scale
 
-    def forward(self, x, positions):
-        """Appends x: [n, hidden] at the positions. Returns the logits of the last row: [vocab],
-        and the attention of all rows, mean over heads: [layers, n, positions so far]."""
+    def layer(self, layer, x, positions, seen):
+        """One layer for x: [n, hidden]; seen: [n, positions so far]. Returns its result and the
+        attention, mean over heads: [n, positions so far]."""
+        p = f"model.layers.{layer}."
+        h = self.norm(x, p + "input_layernorm.weight")
+        qkv = h @ self.w[p + "self_attn.qkv_proj.weight"].T
+        q, k, v = (a.reshape(-1, self.heads, self.head_dim) for a in np.split(qkv, 3, axis=1))
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        self.keys[layer] = np.concatenate([self.keys[layer], k])
+        self.values[layer] = np.concatenate([self.values[layer], v])
+        scores = np.einsum("qhd,khd->hqk", q, self.keys[layer]) / np.sqrt(self.head_dim)
+        scores = np.where(seen[None], scores, -np.inf)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        weights = scores / scores.sum(-1, keepdims=True)
+        mixed = np.einsum("hqk,khd->qhd", weights, self.values[layer]).reshape(-1, self.hidden)
+        x = x + mixed @ self.w[p + "self_attn.o_proj.weight"].T
+        h = self.norm(x, p + "post_attention_layernorm.weight")
+        gate, up = np.split(h @ self.w[p + "mlp.gate_up_proj.weight"].T, 2, axis=1)
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w[p + "mlp.down_proj.weight"].T
+        return x, weights.mean(0)
+
+    def forward(self, x, positions, behind=0, holes=(), drop=False):
+        """Appends x: [n, hidden] at the positions. Layers from `behind` on do not see the holes,
+        which are masked there, or with `drop` (the first rows of a sequence only) are taken out.
+        Returns the logits of the last row: [vocab], and the attention of all rows, mean over
+        heads: [layers, n, positions so far] (without `drop`)."""
         positions = np.asarray(positions)
         assert positions.max() < self.original
         self.positions = np.concatenate([self.positions, positions])
+        keep = ~np.isin(self.positions, holes)
         seen = self.positions[None, :] <= positions[:, None]
         seen &= ~np.isin(self.positions, sorted(self.masked))[None, :]
         assert seen.any(1).all(), "a row that sees nothing has no softmax"
         attention = []
         for layer in range(self.layers):
-            p = f"model.layers.{layer}."
-            h = self.norm(x, p + "input_layernorm.weight")
-            qkv = h @ self.w[p + "self_attn.qkv_proj.weight"].T
-            q, k, v = (a.reshape(-1, self.heads, self.head_dim) for a in np.split(qkv, 3, axis=1))
-            q, k = self.rotate(q, positions), self.rotate(k, positions)
-            self.keys[layer] = np.concatenate([self.keys[layer], k])
-            self.values[layer] = np.concatenate([self.values[layer], v])
-            scores = np.einsum("qhd,khd->hqk", q, self.keys[layer]) / np.sqrt(self.head_dim)
-            scores = np.where(seen[None], scores, -np.inf)
-            scores = np.exp(scores - scores.max(-1, keepdims=True))
-            weights = scores / scores.sum(-1, keepdims=True)
-            attention.append(weights.mean(0))
-            mixed = np.einsum("hqk,khd->qhd", weights, self.values[layer]).reshape(-1, self.hidden)
-            x = x + mixed @ self.w[p + "self_attn.o_proj.weight"].T
-            h = self.norm(x, p + "post_attention_layernorm.weight")
-            gate, up = np.split(h @ self.w[p + "mlp.gate_up_proj.weight"].T, 2, axis=1)
-            x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w[p + "mlp.down_proj.weight"].T
+            if layer == behind and drop:
+                x, positions, seen = x[keep], positions[keep], seen[keep][:, keep]
+            elif layer == behind:
+                seen = seen & keep[None, :]
+            x, weights = self.layer(layer, x, positions, seen)
+            attention.append(weights)
+        if drop:
+            self.positions = positions
+            for layer in range(behind):
+                self.keys[layer], self.values[layer] = self.keys[layer][keep], self.values[layer][keep]
         logits = self.norm(x[-1], "model.norm.weight") @ self.w["lm_head.weight"].T
-        return logits, np.stack(attention)
+        return logits, None if drop else np.stack(attention)
 
     def embed(self, ids):
         return self.w["model.embed_tokens.weight"][np.asarray(ids)]
@@ -138,13 +155,19 @@ def eviction_sets(prompt, rng):
     }
 
 
-def run(decoder, rows, ids, evictions, holes=(), drop=False):
+def run(decoder, rows, ids, evictions, holes=(), behind=0, drop=False):
     """Prefills, then feeds the ids. `evictions` maps a step to the positions that go before it.
+    The first `behind` layers see the holes of the prompt, what is fed later never does.
     Returns the prefill's logits, logits [steps, vocab], and attention [steps, layers, positions]
     over the positions of the whole run (0 where masked or not yet there)."""
     decoder.clear()
-    keep = np.setdiff1d(np.arange(len(rows)), holes)
-    prefill, _ = decoder.forward(rows[keep], keep)
+    if behind:
+        prefill, _ = decoder.forward(rows, np.arange(len(rows)), behind, holes, drop)
+        if not drop:
+            decoder.masked.update(int(p) for p in holes)
+    else:
+        keep = np.setdiff1d(np.arange(len(rows)), holes)
+        prefill, _ = decoder.forward(rows[keep], keep)
     logits, attention = [], []
     for step, token in enumerate(ids):
         gone = evictions.get(step, [])
@@ -179,11 +202,11 @@ def main():
         rows = prompt_rows(decoder, golden, prompt)
         n = len(rows)
 
-        def scenario(title, evictions, holes=(), attention=False):
+        def scenario(title, evictions, holes=(), behind=0, attention=False):
             evictions = {s: np.unique(p) for s, p in evictions.items()}
             holes = np.unique(np.asarray(holes, dtype=np.int64))
-            prefill, logits, weights = run(decoder, rows, ids, evictions, holes)
-            _, removed, _ = run(decoder, rows, ids, evictions, holes, drop=True)
+            prefill, logits, weights = run(decoder, rows, ids, evictions, holes, behind)
+            _, removed, _ = run(decoder, rows, ids, evictions, holes, behind, drop=True)
             assert np.abs(logits - removed).max() < 1e-9, "masking and removing differ"
             key = f"{name}_{title}"
             arrays[key] = logits.astype(np.float32)
@@ -193,6 +216,7 @@ def main():
                 "ids": ids,
                 "evictions": [{"step": s, "positions": p.tolist()} for s, p in evictions.items()],
                 "holes": holes.tolist(),
+                "behind": behind,
                 "attention": attention,
             }
             if attention:
@@ -234,14 +258,18 @@ def main():
         later = np.concatenate([rng.choice(left, len(left) // 2, replace=False), n + np.arange(1, half - 1, 2)])
         scenario("midway", {0: sets["thirds"], half: later})
         # The visual tokens are never prefilled; the others keep their positions.
-        scenario("holes", {}, holes=sets["random60"])
+        holes, _ = scenario("holes", {}, holes=sets["random60"])
+        # The first layers see them, the others do not.
+        for behind in (1, 3):
+            some, _ = scenario(f"behind{behind}", {}, holes=sets["random60"], behind=behind)
+            print(f"  behind layer {behind}: {np.abs(some - holes).max():.2f} from before the first")
 
     np.savez_compressed(out / "masked.npz", **arrays)
     note = (
         "logits[k] follow the feeding of ids[k] at position prompt length + k; an eviction happens before its "
-        "step and holds for all later queries; holes are positions that were never prefilled, and _prefill "
-        "are the logits of the prompt's last position then; attention is [steps, layers, positions], mean "
-        "over heads, 0 where masked"
+        "step and holds for all later queries; holes are positions of the prompt that only its first `behind` "
+        "layers see and that are never seen later (0: they were never prefilled), and _prefill are the logits of "
+        "the prompt's last position then; attention is [steps, layers, positions], mean over heads, 0 where masked"
     )
     text = json.dumps({"note": note, "scenarios": scenarios})
     (out / "masked.json").write_text(text + "\n")

@@ -1,0 +1,135 @@
+//! Prompts that go on where a trial run came to (the patch `layers-in-two-contexts`): the run's
+//! hidden states in place of embeddings, and its K and V in the first layers of the cells that
+//! they take.
+
+use llama_cpp_sys_2 as sys;
+
+use super::context::LlamaEngine;
+use super::log;
+use crate::cache::Cell;
+use crate::engine::Input;
+use crate::error::{Error, Result};
+
+/// What the tokens of a context of the first layers were when they came to the last of these.
+#[derive(Default)]
+pub(super) struct Hidden {
+    /// `[cells so far, n_embd]`
+    values: Vec<f32>,
+    width: usize,
+}
+
+impl Hidden {
+    pub fn absent() -> Error {
+        Error::contract("rows of a trial run that is none")
+    }
+
+    /// The rows of these cells, one after the other.
+    pub fn take(&self, cells: &[Cell], out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        for &cell in cells {
+            let start = cell as usize * self.width;
+            let row = self.values.get(start..start + self.width);
+            out.extend_from_slice(row.ok_or_else(Hidden::absent)?);
+        }
+        Ok(())
+    }
+}
+
+fn reason(call: &'static str, code: i32) -> Error {
+    match code {
+        sys::LLAMA_HAE_LAYERS_ERR_MODEL | sys::LLAMA_HAE_LAYERS_ERR_NOTHING => Error::option(
+            "--dap-mode",
+            "midway: the layers of this model cannot be taken apart, expected exact or early",
+        ),
+        code => Error::llama(call, log::take_reason(&format!("status {code}"))),
+    }
+}
+
+impl LlamaEngine<'_> {
+    /// Names the layer that is the first to be computed, or in a context of the first layers the
+    /// one whose input is kept. 0: as usual.
+    pub(super) fn set_first_layer(&mut self, il: u32) -> Result<()> {
+        // SAFETY: the context is alive and borrowed mutably.
+        match unsafe { sys::llama_hae_layers_set(self.raw.as_ptr(), il) } {
+            0 => Ok(()),
+            code => Err(reason("llama_hae_layers_set", code)),
+        }
+    }
+
+    /// In a context of the first layers: keeps what comes to the last of them, or stops to.
+    pub(super) fn keep_hidden(&mut self, keep: bool) -> Result<()> {
+        let last = self.last_score_layer().filter(|_| keep);
+        if last.is_some() || self.hidden.is_some() {
+            self.set_first_layer(last.unwrap_or(0))?;
+        }
+        self.hidden = last.map(|_| Hidden {
+            values: Vec::new(),
+            width: self.model.n_embd(),
+        });
+        Ok(())
+    }
+
+    /// Before a batch: lets it begin where the trial run came to, if it goes on from there. The
+    /// run's cells of its rows.
+    pub(super) fn go_on<'a>(&mut self, input: &Input<'a>) -> Result<Option<&'a [Cell]>> {
+        let Input::Trial(cells) = *input else {
+            return Ok(None);
+        };
+        let last = self.last_score_layer().ok_or_else(Hidden::absent)?;
+        self.set_first_layer(last)?;
+        Ok(Some(cells))
+    }
+
+    /// After a batch: the trial run's K and V in its first layers, or in a trial run itself what
+    /// the next layer would have begun with.
+    pub(super) fn pass_on(&mut self, from: Option<&[Cell]>, cells: &[Cell]) -> Result<()> {
+        if let Some(from) = from {
+            return self.copy_first_layers(from, cells);
+        }
+        let raw = self.raw;
+        let Some(hidden) = &mut self.hidden else {
+            return Ok(());
+        };
+        let end = cells.iter().max().map_or(0, |&cell| cell as usize + 1);
+        let mut rows = vec![0.0; cells.len() * hidden.width];
+        // SAFETY: the context is alive, and `rows` is as large as is said.
+        let n = unsafe { sys::llama_hae_layers_read(raw.as_ptr(), rows.as_mut_ptr(), rows.len()) };
+        if usize::try_from(n) != Ok(cells.len()) {
+            return Err(reason("llama_hae_layers_read", n));
+        }
+        let size = hidden.values.len().max(end * hidden.width);
+        hidden.values.resize(size, 0.0);
+        for (&cell, row) in cells.iter().zip(rows.chunks_exact(hidden.width)) {
+            let start = cell as usize * hidden.width;
+            hidden.values[start..start + hidden.width].copy_from_slice(row);
+        }
+        Ok(())
+    }
+
+    fn copy_first_layers(&mut self, from: &[Cell], to: &[Cell]) -> Result<()> {
+        const CALL: &str = "llama_hae_kv_copy_layers";
+        let n = u32::try_from(from.len().min(to.len())).unwrap_or(0);
+        let last = self.last_score_layer().unwrap_or(0);
+        let trial = self.trial.as_deref().ok_or_else(Hidden::absent)?;
+        log::forget();
+        // SAFETY: both contexts are alive, this one is borrowed mutably and owns the other; both
+        // slices have at least n cells.
+        let done = unsafe {
+            sys::llama_hae_kv_copy_layers(
+                self.raw.as_ptr(),
+                trial.raw.as_ptr(),
+                last,
+                from.as_ptr(),
+                to.as_ptr(),
+                n,
+            )
+        };
+        match u32::try_from(done) == Ok(n) && from.len() == to.len() {
+            true => Ok(()),
+            false => Err(Error::llama(
+                CALL,
+                log::take_reason(&format!("status {done}")),
+            )),
+        }
+    }
+}
