@@ -4,14 +4,16 @@
 #   cargo xtask model full && cargo build --release --benches --bin hae
 #   benches/cpu.sh target/release/hae models/full/phi-3.5-random-Q4_0.gguf OUT [PART...]
 #
-# PART: taps, early, story, chat, quantized; all of them without one. One JSON line a test in OUT/PART.jsonl.
+# PART: taps, early, story, chat, quantized, tower; all of them without one. One JSON line a test in
+# OUT/PART.jsonl. The part tower takes vision files and a text model of one layer from MODEL's folder:
+# cargo xtask model full --layers 1.
 # Wants a quiet machine and, for all parts, about an hour.
 set -u
 hae=$(realpath "$1") model=$(realpath "$2") out=$(realpath -m "$3")
 shift 3
 cd "$(dirname "$0")/.." || exit 2
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(taps early story chat quantized)
+[ ${#parts[@]} -gt 0 ] || parts=(taps early story chat quantized tower)
 rounds=${ROUNDS:-3} threads=${THREADS:-2}
 mkdir -p "$out"
 
@@ -66,11 +68,27 @@ quantized() {
     done
 }
 
+# Encoding a picture: llama.cpp's LLaVA, which takes one crop, and ours with a global view and 1, 4 and
+# 16 crops, by turns. The tower is the same; what a crop costs is encode_ms / crops, the view counted.
+tower() {
+    local folder one
+    folder=$(dirname "$model")
+    one=$folder/phi-3.5-random-1-layers-Q4_0.gguf
+    for ((round = 1; round <= rounds; round++)); do
+        for crops in llava 1 4 16; do
+            local file=phi-3.5 cut=(--num-crops "$crops")
+            [ "$crops" != llava ] || file=llava cut=()
+            model=$one rounds=1 bench tower "$crops" --no-warmup -p 1 -n 0 --images 1 \
+                --image-size 1344x1344 --kv-policy full --mmproj "$folder/mmproj-$file-random-F16.gguf" "${cut[@]}"
+        done
+    done
+}
+
 for part in "${parts[@]}"; do
     case $part in
-        taps | early | story | chat | quantized) "$part" ;;
+        taps | early | story | chat | quantized | tower) "$part" ;;
         *)
-            echo "$part: expected taps, early, story, chat or quantized" >&2
+            echo "$part: expected taps, early, story, chat, quantized or tower" >&2
             exit 2
             ;;
     esac

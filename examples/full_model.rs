@@ -12,11 +12,12 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use hae::convert::random::{self, Mix, Options, phi35_text, phi35_vision};
 
-/// Write a text and a vision GGUF with Phi-3.5-vision's shapes and made-up weights
+/// Write a text and a vision GGUF with Phi-3.5-vision's shapes and made-up weights, and the vision
+/// GGUF of a LLaVA with the same tower to compare with
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask model full")]
 struct Args {
-    /// Folder for both files
+    /// Folder for the files
     #[arg(long, value_name = "DIR", default_value = "models/full")]
     out: PathBuf,
     /// Type of the text model: llama.cpp's mix of that name
@@ -64,7 +65,9 @@ fn main() -> anyhow::Result<()> {
     };
     let start = Instant::now();
     let summary = random::write(&options, &mut |_, _| ())?;
-    for file in [&summary.text, &summary.mmproj] {
+    let llava = args.out.join("mmproj-llava-random-F16.gguf");
+    let llava = random::write_llava(&options.vision, &options.text, args.seed, &llava)?;
+    for file in [&summary.text, &summary.mmproj, &llava] {
         let path = file.path.display();
         println!("{path}: {} tensors, {} bytes", file.n_tensors, file.bytes);
     }

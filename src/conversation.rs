@@ -11,6 +11,7 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::{Axes, Finish, Hooks, Segment, Session};
 use crate::image::Picture;
+use crate::llama::gguf;
 use crate::llama::{ImageEmbeddings, LlamaEngine, Model, Mrope, Piece, RopeFactors, Vision};
 use crate::prompt::{Transcript, place_pictures, tokenize};
 use crate::saved::{ModelIdentity, Saved};
@@ -195,14 +196,17 @@ impl<'m> Conversation<'m> {
         let engine = &mut self.session.engine;
         let model = identity(engine.model())?;
         if saved.model != model {
+            let of = |m: &ModelIdentity| {
+                let print = m.fingerprint.get(..8).unwrap_or_default();
+                format!(
+                    "{} of {} layers, {} bytes, {print}",
+                    m.arch, m.n_layer, m.bytes
+                )
+            };
             let reason = format!(
-                "was made with another model ({} of {} layers, {} bytes), expected {} of {} layers, {} bytes",
-                saved.model.arch,
-                saved.model.n_layer,
-                saved.model.bytes,
-                model.arch,
-                model.n_layer,
-                model.bytes
+                "was made with another model ({}), expected {}",
+                of(&saved.model),
+                of(&model)
             );
             return Err(refuse(reason));
         }
@@ -470,6 +474,7 @@ fn identity(model: &Model) -> Result<ModelIdentity> {
         n_embd: model.n_embd(),
         n_vocab: model.n_vocab(),
         bytes,
+        fingerprint: gguf::fingerprint(model.path())?,
     })
 }
 

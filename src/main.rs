@@ -27,7 +27,7 @@ enum Command {
     Convert(convert::ConvertArgs),
     /// Quantize a GGUF with llama.cpp
     Quantize(quantize::QuantizeArgs),
-    /// Describe a picture twice, with llama.cpp's KV cache and with HAE, and compare
+    /// Ask about a picture twice, with llama.cpp's KV cache and with HAE, and compare
     Demo(Box<demo::Args>),
     /// Measure speed and memory under several cache policies, as llama-bench does
     Bench(Box<bench::Args>),

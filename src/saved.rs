@@ -19,7 +19,7 @@ use crate::outfile::OutFile;
 use crate::prompt::Transcript;
 
 const MAGIC: &[u8; 8] = b"HAE-SESS";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = MAGIC.len() + 4 + 32;
 
 /// What a model must share with the one that a session was made with.
@@ -31,6 +31,8 @@ pub struct ModelIdentity {
     pub n_vocab: usize,
     /// Of the text model's file.
     pub bytes: u64,
+    /// Tells it from others of the same shape.
+    pub fingerprint: String,
 }
 
 /// Everything that a conversation is.

@@ -30,6 +30,9 @@ pub struct Calibration {
     /// Seconds since 1970.
     pub time: u64,
     pub model: FileId,
+    /// Of the model file; none in files that were written before there were any.
+    #[serde(default)]
+    pub fingerprint: Option<String>,
     pub mmproj: Option<FileId>,
     /// What the parameters were chosen on.
     pub tune: QuestionSet,
@@ -192,6 +195,7 @@ mod tests {
             version: VERSION,
             time: 1,
             model: file,
+            fingerprint: Some("cd".into()),
             mmproj: None,
             tune: set.clone(),
             held_out: set,
@@ -220,6 +224,11 @@ mod tests {
         let path = folder.path().join("m.hae.json");
         sample().write(Calibration::create(&path).unwrap()).unwrap();
         assert_eq!(Calibration::read(&path).unwrap(), sample());
+        // Older ones have no fingerprint.
+        let mut json = serde_json::to_value(sample()).unwrap();
+        json.as_object_mut().unwrap().remove("fingerprint");
+        std::fs::write(&path, json.to_string()).unwrap();
+        assert_eq!(Calibration::read(&path).unwrap().fingerprint, None);
         // A newer one takes its place.
         sample().write(Calibration::create(&path).unwrap()).unwrap();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);

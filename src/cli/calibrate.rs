@@ -24,6 +24,7 @@ use hae::eval::question::Question;
 use hae::eval::record::{Answer, Header, QuestionSet};
 use hae::eval::split::Part;
 use hae::eval::summary::budget_text;
+use hae::llama::gguf;
 use hae::outfile::OutFile;
 use hae::policy::{Amount, PolicyOptions};
 use trials::Trials;
@@ -99,6 +100,7 @@ pub fn run(args: &Args) -> Result<Done> {
         let job = Job {
             args,
             files: &files,
+            fingerprint: gguf::fingerprint(&files.model)?,
             tune: &tune,
             held_out: &held_out,
             bar: bar(0, 0)?,
@@ -159,6 +161,8 @@ fn asked<'a>(args: &Args, num_crops: Option<u32>, drawn: &'a Drawn) -> Asked<'a>
 struct Job<'a> {
     args: &'a Args,
     files: &'a Files,
+    /// Of the model.
+    fingerprint: String,
     tune: &'a Drawn,
     held_out: &'a Drawn,
     bar: ProgressBar,
@@ -258,6 +262,7 @@ impl Job<'_> {
             version: VERSION,
             time: header.time,
             model: header.model.clone(),
+            fingerprint: Some(self.fingerprint.clone()),
             mmproj: header.mmproj.clone(),
             tune: self.tune.set.clone(),
             held_out: self.held_out.set.clone(),

@@ -7,10 +7,10 @@ use anyhow::{Result, anyhow};
 use super::load::Files;
 use super::options::PolicyArgs;
 use super::options::calibrated::Taken;
-use super::output::FileReport;
 use super::warn;
 use hae::Error;
 use hae::calibrate::file::Calibration;
+use hae::llama::gguf;
 use hae::policy::PolicyOptions;
 
 #[derive(Debug, clap::Args)]
@@ -60,8 +60,7 @@ impl CalibrationArgs {
             true => anyhow!(e),
             false => anyhow!("{e}; --no-calibration goes on without it"),
         })?;
-        let model = FileReport::read(&files.model, &files.names().0)?;
-        if calibration.model.sha256 != model.sha256 {
+        if !made_with(&calibration, files)? {
             let of = &calibration.model.file;
             let reason = format!("was made with another model file, {of}");
             if asked_for {
@@ -78,6 +77,14 @@ impl CalibrationArgs {
             taken,
         }))
     }
+}
+
+/// Whether the model is the one that was calibrated.
+fn made_with(calibration: &Calibration, files: &Files) -> Result<bool> {
+    Ok(match &calibration.fingerprint {
+        Some(fingerprint) => *fingerprint == gguf::fingerprint(&files.model)?,
+        None => calibration.model.sha256 == files.model_report()?.sha256,
+    })
 }
 
 impl Calibrated {

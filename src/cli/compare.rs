@@ -36,7 +36,7 @@ pub struct Args {
     )]
     prompt: Option<String>,
     /// File of prompts: JSON lines as for `hae eval`, answers may be missing
-    #[arg(short, long, value_name = "FILE", required_unless_present = "prompt")]
+    #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// Times that each policy answers, by turns; times are medians
     #[arg(short, long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
@@ -62,7 +62,10 @@ pub fn run(args: &Args) -> Result<Done> {
             let FileReport { file, sha256 } = FileReport::read(path, &path.display().to_string())?;
             (questions, FileId { file, sha256 }, format.name())
         }
-        (None, None) => return Err(Error::option("-p", "expected a prompt, or -f").into()),
+        (None, None) => {
+            let reason = "is missing, expected a prompt, or a file of them with -f";
+            return Err(Error::option("-p", reason).into());
+        }
     };
     let exam = Exam {
         args: &args.exam,

@@ -1,5 +1,6 @@
 //! From flags to a conversation: checks first, then files, then the context.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -7,6 +8,7 @@ use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::options::{ContextArgs, ModelArgs, RopeArg};
+use super::output::FileReport;
 use hae::Error;
 use hae::calibrate::file::Calibration;
 use hae::controller::Controller;
@@ -31,6 +33,8 @@ pub struct Files {
     pub mmproj: Option<PathBuf>,
     /// Holds the embedded model's files while they are in use.
     embedded: Option<Embedded>,
+    /// Of the model, once it was asked for: a large file takes seconds.
+    report: OnceCell<FileReport>,
 }
 
 impl Files {
@@ -45,6 +49,7 @@ impl Files {
                 model,
                 mmproj,
                 embedded: None,
+                report: OnceCell::new(),
             }),
             None if mmproj.is_some() => Err(Error::option(
                 "--mmproj",
@@ -56,6 +61,7 @@ impl Files {
                     model: embedded.model().to_owned(),
                     mmproj: Some(embedded.mmproj().to_owned()),
                     embedded: Some(embedded),
+                    report: OnceCell::new(),
                 })
             }
         }
@@ -65,6 +71,22 @@ impl Files {
     pub fn calibration(&self) -> Option<PathBuf> {
         let own = self.embedded.is_none();
         own.then(|| Calibration::beside(&self.model))
+    }
+
+    /// The model's name and hash, which is computed once.
+    pub fn model_report(&self) -> hae::Result<FileReport> {
+        if let Some(report) = self.report.get() {
+            return Ok(report.clone());
+        }
+        let report = FileReport::read(&self.model, &self.names().0)?;
+        Ok(self.report.get_or_init(|| report).clone())
+    }
+
+    /// The vision file's, if there is one.
+    pub fn mmproj_report(&self) -> hae::Result<Option<FileReport>> {
+        let file = self.mmproj.as_deref().zip(self.names().1);
+        file.map(|(path, name)| FileReport::read(path, &name))
+            .transpose()
     }
 
     /// The names to show.

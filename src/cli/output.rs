@@ -54,7 +54,7 @@ impl ContextReport {
 }
 
 /// A file by name and content.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct FileReport {
     pub file: String,
     pub sha256: String,

@@ -34,11 +34,11 @@ pub struct Args {
     /// (peak), d/2 fewer, which is as many on average (mean), or d fewer, the live cells (live)
     #[arg(long, value_enum, default_value_t = AgainstArg::Peak, value_name = "WHAT", requires = "bin_sizes")]
     against: AgainstArg,
-    #[command(flatten)]
-    policy: PolicyArgs,
     /// Take what there is of a trace that is cut off
     #[arg(long)]
     partial: bool,
+    #[command(flatten)]
+    policy: PolicyArgs,
     /// A table of means, or every trace by itself, too
     #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     output: Format,

@@ -12,7 +12,7 @@ use super::chat::Start;
 use super::crops::CropArgs;
 use super::load::{self, Files, Made, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs};
-use super::output::{ContextReport, FileReport, Report};
+use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, note, warn};
 use hae::Error;
 use hae::build::build;
@@ -20,6 +20,7 @@ use hae::conversation::{Answer, Conversation, Turn};
 use hae::generate::{Finish, Hooks};
 use hae::image::{self, Picture};
 use hae::llama::{ContextOptions, FlashAttention};
+use hae::outfile::OutFile;
 use hae::policy::PolicyOptions;
 use hae::saved::Saved;
 
@@ -144,6 +145,10 @@ pub fn run(args: &Args) -> Result<Done> {
         Some(path) if path.exists() => Some(Saved::read(path)?),
         _ => None,
     };
+    if let Some(path) = &args.session {
+        // Better refused now than after the answer.
+        OutFile::create(path)?;
+    }
     let files = Files::find(&args.model)?;
     let calibrated = args
         .calibration
@@ -217,19 +222,12 @@ fn keep(conversation: &mut Conversation<'_>, session: Option<&Path>) -> Result<(
 }
 
 fn print_json(answer: &Answer, setup: &Setup<'_>, made: &Made) -> Result<()> {
-    let (name, mmproj) = setup.files.names();
     let report = Report {
         answer,
         sampling: setup.sampler,
         context: ContextReport::new(&made.context, made.rope_factors),
-        model: FileReport::read(&setup.files.model, &name)?,
-        mmproj: setup
-            .files
-            .mmproj
-            .as_deref()
-            .zip(mmproj)
-            .map(|(path, name)| FileReport::read(path, &name))
-            .transpose()?,
+        model: setup.files.model_report()?,
+        mmproj: setup.files.mmproj_report()?,
         load_ms: made.load.as_secs_f64() * 1e3,
         build: build(),
     };

@@ -62,27 +62,12 @@ impl Model<'_> {
             ));
         }
 
-        let mut writer = Writer::new(text_file.target())?;
-        let tensors = self.text_tensors;
         let kind = ("phi3", "model", self.text_type);
-        general(&mut writer, kind, &self.name, &tensors)?;
-        text::metadata(&mut writer, &self.text, &self.vocabulary)?;
-        let text = Output {
-            writer,
-            tensors,
-            file: text_file,
-        };
-
-        let mut writer = Writer::new(vision_file.target())?;
-        let tensors = self.vision_tensors;
+        let mut text = Output::new(text_file, kind, &self.name, self.text_tensors)?;
+        text::metadata(&mut text.writer, &self.text, &self.vocabulary)?;
         let kind = ("clip", "mmproj", self.vision_type);
-        general(&mut writer, kind, &self.name, &tensors)?;
-        vision::metadata(&mut writer, &self.vision, &self.text)?;
-        let vision = Output {
-            writer,
-            tensors,
-            file: vision_file,
-        };
+        let mut vision = Output::new(vision_file, kind, &self.name, self.vision_tensors)?;
+        vision::metadata(&mut vision.writer, &self.vision, &self.text)?;
 
         let total = text.data_bytes() + vision.data_bytes();
         let mut done = 0;
@@ -107,13 +92,30 @@ impl Model<'_> {
     }
 }
 
-struct Output<'a> {
-    writer: Writer,
+/// A GGUF about to be written.
+pub(super) struct Output<'a> {
+    pub writer: Writer,
     tensors: Vec<Planned<'a>>,
     file: OutFile,
 }
 
-impl Output<'_> {
+impl<'a> Output<'a> {
+    /// With the keys that every file has. `kind`: architecture, type, and number of the file type.
+    pub fn new(
+        file: OutFile,
+        kind: (&str, &str, u32),
+        name: &str,
+        tensors: Vec<Planned<'a>>,
+    ) -> Result<Self> {
+        let mut writer = Writer::new(file.target())?;
+        general(&mut writer, kind, name, &tensors)?;
+        Ok(Output {
+            writer,
+            tensors,
+            file,
+        })
+    }
+
     fn data_bytes(&self) -> u64 {
         self.tensors
             .iter()
@@ -121,7 +123,8 @@ impl Output<'_> {
             .sum()
     }
 
-    fn write(mut self, advance: &mut dyn FnMut(u64)) -> Result<(OutFile, Written)> {
+    /// Writes the tensors behind the metadata; the file gets its name from the caller.
+    pub fn write(mut self, advance: &mut dyn FnMut(u64)) -> Result<(OutFile, Written)> {
         for tensor in &self.tensors {
             self.writer
                 .add_tensor(&tensor.name, tensor.kind, &tensor.dims)?;

@@ -6,6 +6,7 @@
 //! scaled down by the number of them, so that logits are finite and differ.
 
 mod blocks;
+mod llava;
 mod mix;
 mod shapes;
 mod vocabulary;
@@ -20,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::llama::gguf::TensorType;
 
 pub use blocks::Blocks;
+pub use llava::write as write_llava;
 pub use mix::Mix;
 pub use shapes::{phi35_text, phi35_vision};
 
@@ -56,11 +58,7 @@ pub fn write(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<Su
         plan(shape, name, role, kind, 2 * text.n_layer, seeds.next())
     })?;
     let vision_tensors = vision::tensors(vision, text, &mut |_, shape, name, role| {
-        let kind = match role {
-            Role::Matrix | Role::Kernel => TensorType::F16,
-            _ => TensorType::F32,
-        };
-        plan(shape, name, role, kind, 2 * vision.n_layer, seeds.next())
+        plan_vision(shape, name, role, vision, &mut seeds)
     })?;
     let model = Model {
         name: NAME.to_owned(),
@@ -83,6 +81,21 @@ impl Seeds {
         self.0 = self.0.wrapping_add(1 << 32);
         self.0
     }
+}
+
+/// A tensor of a vision file, which is F16 but for vectors.
+fn plan_vision(
+    shape: &[u32],
+    name: &str,
+    role: Role,
+    config: &VisionConfig,
+    seeds: &mut Seeds,
+) -> Result<Planned<'static>> {
+    let kind = match role {
+        Role::Matrix | Role::Kernel => TensorType::F16,
+        _ => TensorType::F32,
+    };
+    plan(shape, name, role, kind, 2 * config.n_layer, seeds.next())
 }
 
 fn plan(

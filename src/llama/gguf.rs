@@ -6,6 +6,7 @@
 //! ggml trusts its caller: a getter of the wrong type aborts the process, and so does a duplicate
 //! tensor name. [`header`] checks a file before ggml sees it, the two owners check each call.
 
+mod fingerprint;
 pub mod header;
 mod read;
 mod write;
@@ -17,6 +18,7 @@ use llama_cpp_sys_2 as sys;
 
 use crate::error::{Error, Result};
 
+pub use fingerprint::fingerprint;
 pub use read::{Gguf, TensorInfo, Value};
 pub use write::{DataWriter, Writer};
 

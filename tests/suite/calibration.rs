@@ -185,9 +185,16 @@ fn run_takes_what_no_flag_says() {
     );
 
     // Of another model: a warning, unless the command line names the file.
-    let mut other = file.clone();
-    other["model"]["sha256"] = json!("0".repeat(64));
-    fs::write(&beside, other.to_string()).unwrap();
+    let with = |fingerprint: Option<&str>, sha256: Option<&str>| {
+        let mut json = file.clone();
+        json["fingerprint"] = json!(fingerprint);
+        if let Some(sha256) = sha256 {
+            json["model"]["sha256"] = json!(sha256);
+        }
+        json.to_string()
+    };
+    let zeros = "0".repeat(64);
+    fs::write(&beside, with(Some(&zeros), None)).unwrap();
     let (unused, stderr) = run("--kv-policy hae");
     assert_eq!(unused["params"]["layers"], all);
     assert!(unused["calibration"].is_null());
@@ -196,6 +203,11 @@ fn run_takes_what_no_flag_says() {
         stderr.contains(expected) && stderr.lines().count() == 1,
         "{stderr}"
     );
+    // Files that have no fingerprint yet are known by the whole model's hash.
+    fs::write(&beside, with(None, None)).unwrap();
+    assert_eq!(policy("--kv-policy hae")["calibration"], name);
+    fs::write(&beside, with(None, Some(&zeros))).unwrap();
+    assert!(run("--kv-policy hae").1.contains(expected));
     let elsewhere = folder.path().join("e.json");
     fs::rename(&beside, &elsewhere).unwrap();
     let named = format!("--kv-policy hae --calibration {}", elsewhere.display());

@@ -185,6 +185,7 @@ fn prompts_that_cannot_be() {
     assert!(refusal(&["run", "-f", dir.path().to_str().unwrap()]).contains("directory"));
     assert!(refusal(&["run", "-p", ""]).contains("-p: is empty"));
     assert!(refusal(&["run", "-o", "json"]).contains("-o: json needs a prompt"));
+    assert!(refusal(&["compare"]).contains("-p: is missing, expected a prompt, or a file"));
     refuses(
         "--chat-template nonsense",
         "--chat-template: llama.cpp does not know",

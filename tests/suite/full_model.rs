@@ -190,6 +190,69 @@ fn it_decodes_text_and_pictures_to_sane_numbers() {
     }
 }
 
+/// llama.cpp's own LLaVA code runs the same layers: its file has one more, which that code leaves out.
+#[test]
+fn the_llava_tower_is_the_same_one() {
+    let options = small(Mix::Q4_0, 1, 3);
+    let (tower, text) = (options.vision.clone(), options.text.clone());
+    let files = write(options);
+    let llava = files.dir.path().join("llava.gguf");
+    let written = random::write_llava(&tower, &text, 3, &llava).unwrap();
+    assert_eq!(written.bytes, std::fs::metadata(&llava).unwrap().len());
+
+    let of_tower = |path: &Path, last: u32| {
+        let left_out = format!("v.blk.{last}.");
+        let is_tower = |name: &str| name.starts_with("v.") && !name.starts_with(&left_out);
+        let mut all = types(path);
+        all.retain(|(name, ..)| is_tower(name));
+        all
+    };
+    let ends = ["v.image_newline", "v.view_seperator"];
+    let mut ours = of_tower(&files.mmproj(), tower.n_layer);
+    ours.retain(|(name, ..)| !ends.contains(&name.as_str()));
+    assert_eq!(ours, of_tower(&llava, tower.n_layer));
+    let layers = Gguf::open(&llava).unwrap();
+    let layers = layers.unsigned("clip.vision.block_count").unwrap();
+    assert_eq!(layers, u64::from(tower.n_layer) + 1);
+
+    let model = load(&files.text());
+    let picture = repository("models/demo.png");
+    let picture = image::load(&picture, &image::Limits::default()).unwrap();
+    let encode = |path: &Path| {
+        let mut vision = load_vision(path, &model);
+        assert_eq!(vision.projector(), "mlp");
+        let pieces = vision.tokenize(Vision::MARKER, &[&picture], false).unwrap();
+        let image = pieces.into_iter().find_map(|piece| match piece {
+            Piece::Image(image) => Some(image),
+            Piece::Text(_) => None,
+        });
+        vision.encode(&image.unwrap()).unwrap()
+    };
+    let embeddings = encode(&llava);
+    // One crop, whatever the picture's size: 4 by 4 patches, none merged.
+    assert_eq!(embeddings.n, 16);
+    let spread = deviation(&embeddings.data);
+    assert!((0.1..10.0).contains(&spread), "embeddings {spread}");
+
+    // As many layers run as in ours: what the last one holds is not looked at.
+    let without = |layer: u32| {
+        let mut bytes = std::fs::read(&llava).unwrap();
+        let layer = format!("v.blk.{layer}.");
+        let mut tensors = Gguf::open(&llava).unwrap().tensors();
+        tensors.retain(|tensor| tensor.name.starts_with(&layer));
+        assert_eq!(tensors.len(), 16);
+        for tensor in tensors {
+            let from = tensor.offset as usize;
+            bytes[from..from + tensor.bytes as usize].fill(0);
+        }
+        let path = files.dir.path().join("without.gguf");
+        std::fs::write(&path, bytes).unwrap();
+        encode(&path).data
+    };
+    assert!(without(tower.n_layer) == embeddings.data);
+    assert!(without(tower.n_layer - 1) != embeddings.data);
+}
+
 /// Of finite numbers; NaN otherwise, which is in no range.
 fn deviation(values: &[f32]) -> f64 {
     let values = || values.iter().map(|&v| f64::from(v));

@@ -1,6 +1,9 @@
 //! The GGUF wrapper: what is written can be read, and no file makes ggml abort.
 
-use hae::llama::gguf::{Gguf, TensorType, Value, Writer, quantize};
+use std::collections::HashSet;
+use std::path::Path;
+
+use hae::llama::gguf::{Gguf, TensorType, Value, Writer, fingerprint, quantize};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -26,10 +29,60 @@ fn sample() -> Vec<u8> {
 }
 
 fn open(bytes: &[u8]) -> hae::Result<Gguf> {
+    at_path(bytes, Gguf::open)
+}
+
+fn at_path<T>(bytes: &[u8], f: impl FnOnce(&Path) -> T) -> T {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("x.gguf");
     std::fs::write(&path, bytes).unwrap();
-    Gguf::open(&path)
+    f(&path)
+}
+
+/// What tells models apart: any byte of the metadata, the first ones of every tensor, the length.
+#[test]
+fn a_fingerprint_changes_with_every_part_of_the_file() {
+    let of = |bytes: &[u8]| at_path(bytes, fingerprint).unwrap();
+    let bytes = sample();
+    let whole = of(&bytes);
+    assert_eq!(whole, of(&bytes));
+    assert_eq!(whole.len(), 64);
+    let mut seen = HashSet::from([whole]);
+    // A letter of the architecture, a number, then the first and last bytes of both tensors.
+    let g = open(&bytes).unwrap();
+    let name = bytes.windows(4).position(|w| w == b"phi3").unwrap();
+    let number = bytes.windows(4).position(|w| w == 0.5f32.to_le_bytes());
+    let tensors = g.tensors();
+    let ends = tensors
+        .iter()
+        .flat_map(|t| [t.offset, t.offset + t.bytes - 1].map(|at| at as usize));
+    for at in [name, number.unwrap()].into_iter().chain(ends) {
+        let mut other = bytes.clone();
+        other[at] ^= 1;
+        assert!(seen.insert(of(&other)), "byte {at}");
+    }
+    let longer = [&bytes[..], &[0; 32]].concat();
+    assert!(seen.insert(of(&longer)));
+    let error = at_path(&bytes[..bytes.len() - 60], fingerprint).unwrap_err();
+    assert!(error.to_string().contains("tensor b.weight"), "{error}");
+}
+
+/// Large tensors are not read to their ends: that is what makes it cheap.
+#[test]
+fn a_fingerprint_takes_the_first_4096_bytes_of_a_tensor() {
+    let with = |at: usize| {
+        let mut w = Writer::new("large.gguf".as_ref()).unwrap();
+        w.add_tensor("a", TensorType::F32, &[2048]).unwrap();
+        let mut values = [0; 8192];
+        values[at] = 1;
+        let mut data = w.begin(Vec::new()).unwrap();
+        data.write(&values).unwrap();
+        data.end_tensor().unwrap();
+        at_path(&data.finish().unwrap(), fingerprint).unwrap()
+    };
+    assert_ne!(with(0), with(4095));
+    assert_eq!(with(4096), with(8191));
+    assert_ne!(with(4095), with(4096));
 }
 
 #[test]

@@ -144,6 +144,7 @@ impl<'m> Run<'m> {
                 n_embd: self.model.n_embd(),
                 n_vocab: self.model.n_vocab(),
                 bytes: 0,
+                fingerprint: String::new(),
             },
             rope_factors: session.engine.engine.rope_factors(),
             transcript: Transcript::new(None, None),

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
+use hae::llama::gguf::Gguf;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::bin::hae;
-use crate::model::{PICTURE, WHERE as FIRST, repository};
+use crate::model::{PICTURE, TEXT, VISION, WHERE as FIRST, repository};
 
 const SECOND: &str = "How many stars are there?";
 
@@ -105,6 +106,17 @@ fn a_session_that_does_not_fit_is_refused() {
     refused(&["--rope-factors", "long"], "--rope-factors short");
     refused(&["-ctk", "q8_0"], "does not fit this run");
     refused(&["-c", "256"], "the context 256");
+    // A model of the same shape and size, with other weights.
+    let mut weights = std::fs::read(repository(TEXT)).unwrap();
+    let first = Gguf::open(&repository(TEXT)).unwrap().tensors()[0].offset as usize;
+    weights[first] ^= 1;
+    let (other, mmproj) = (dir.path().join("other.gguf"), repository(VISION));
+    std::fs::write(&other, weights).unwrap();
+    let files = [&other, &mmproj].map(|path| path.to_str().unwrap());
+    refused(
+        &["-m", files[0], "--mmproj", files[1]],
+        "was made with another model (phi3 of 8 layers, ",
+    );
 
     let damaged = |bytes: &[u8], expected: &str| {
         std::fs::write(&file, bytes).unwrap();
@@ -117,11 +129,26 @@ fn a_session_that_does_not_fit_is_refused() {
         bytes[at] ^= 1;
         let expected = match at {
             0 => "is no session",
-            9 => "expected 1",
+            9 => "expected 2",
             _ => "checksum",
         };
         damaged(&bytes, expected);
     }
     damaged(&bytes[..bytes.len() / 2], "checksum");
     damaged(b"", "too short");
+}
+
+#[test]
+fn a_session_that_cannot_be_written_is_refused_before_the_answer() {
+    let dir = TempDir::new().unwrap();
+    let nowhere = dir.path().join("none/chat.session");
+    let answer = hae()
+        .args(["run", "-p", "Hello", "-n", "1", "--session"])
+        .arg(&nowhere)
+        .output()
+        .unwrap();
+    assert_eq!(answer.status.code(), Some(2));
+    assert!(answer.stdout.is_empty(), "{answer:?}");
+    let stderr = String::from_utf8(answer.stderr).unwrap();
+    assert!(stderr.ends_with("none does not exist\n"), "{stderr}");
 }

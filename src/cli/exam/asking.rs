@@ -2,7 +2,6 @@
 //! reports say of both.
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, anyhow};
@@ -136,11 +135,7 @@ impl AskArgs {
         ready: &Ready<'_>,
         entrants: &[Entrant],
     ) -> Result<Header> {
-        let id = |path: &Path, name: &str| -> Result<FileId> {
-            let FileReport { file, sha256 } = FileReport::read(path, name)?;
-            Ok(FileId { file, sha256 })
-        };
-        let (name, mmproj) = files.names();
+        let id = |FileReport { file, sha256 }| FileId { file, sha256 };
         let context = &ready.context;
         let rope = load::rope_name(context.rope_factors, ready.model, context.n_ctx);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -149,11 +144,8 @@ impl AskArgs {
             command: command.into(),
             time: now.unwrap_or_default().as_secs(),
             build: serde_json::to_value(build())?,
-            model: id(&files.model, &name)?,
-            mmproj: match files.mmproj.as_deref().zip(mmproj) {
-                Some((path, name)) => Some(id(path, &name)?),
-                None => None,
-            },
+            model: id(files.model_report()?),
+            mmproj: files.mmproj_report()?.map(id),
             questions: set.clone(),
             context: serde_json::to_value(ContextReport::new(context, rope))?,
             seed,
