@@ -295,7 +295,10 @@ proptest! {
             3 => (DapRule::Spread(threshold * 20.0), Amount::Cells(amount + 2)),
             _ => (DapRule::Tau(threshold * 20.0), Amount::Cells(amount + 2)),
         };
-        let dap = Some(DapOptions { rule, alpha: Some(alpha), scope: Scope::Turn });
+        // A number of tokens takes no alpha; the policy's own remains.
+        let given = (how < 3).then_some(alpha);
+        let alpha = given.unwrap_or(0.001);
+        let dap = Some(DapOptions { rule, alpha: given, scope: Scope::Turn });
         let kv_budget = Some(kv_budget);
         let options = PolicyOptions { dap, kv_budget, ..PolicyOptions::default() };
         let mut session = session("mustdrop", &options, seed);
