@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import adaptive
 import asking
 import stories
 from batches import Maker
@@ -122,6 +123,32 @@ def test_a_pack_is_its_questions_alone() -> None:
                 alone, _ = net.hidden(torch.cat([x[:, :20], x[:, part]], 1))
                 assert torch.allclose(packed[:, part], alone[:, 20:], atol=1e-5)
     Attention.flash = True
+
+
+def test_answers_behind_a_prompt_that_is_partly_hidden() -> None:
+    torch.manual_seed(0)
+    net, ids = Phi3V(default_config(layers=2)).eval(), [5, 9, 11, 2]
+    sees = torch.ones(2, 20, dtype=torch.bool)
+    sees[1, 3:9] = False
+    with torch.no_grad():
+        x = torch.randn(1, 20, 256)
+        past = net.hidden(x)[1]
+        whole = net.lm_head(net.hidden(torch.cat([x, net.embed(torch.tensor([ids]))], 1))[0])[0, 20:]
+        got = adaptive.behind(net, past, ids, sees)
+        for kv in past:
+            for z in kv:
+                z[:, :, 3:9] += 1
+        again = adaptive.behind(net, past, ids, sees)
+    assert torch.allclose(got[0], whole, atol=1e-4)
+    assert torch.equal(got[1], again[1]) and not torch.allclose(got[0], again[0], atol=1e-2)
+
+
+def test_how_many_tokens_each_rule_keeps() -> None:
+    a = torch.tensor([1.0, 4.0, 2.0, 1.0])  # mean 2, squares 22: spread over 64 / 22
+    want = {("keep", 0.5): 2, ("top-p", 0.7): 2, ("top-p", 0.8): 3, ("tau", 1.0): 2, ("tau", 0.4): 4,
+            ("entropy", 1.0): 3, ("spread", 1.0): 3, ("spread", 0.5): 1, ("spread", 9.0): 4, ("spread", 0.0): 1}
+    assert {k: adaptive.count(*k, a) for k in want} == want
+    assert adaptive.count("spread", 1.0, torch.ones(7)) == adaptive.count("entropy", 1.0, torch.ones(7)) == 7
 
 
 def test_packed_attention_and_its_gradient() -> None:

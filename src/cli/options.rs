@@ -333,6 +333,10 @@ pub struct PolicyArgs {
     /// Drop visual tokens below R times the sum of attention, as in the paper
     #[arg(long, value_name = "R", conflicts_with_all = ["dap_keep", "dap_tau"])]
     dap_r: Option<f64>,
+    /// Keep X times as many visual tokens as attention is spread over: few where a question looks
+    /// at one thing, all where it looks at everything
+    #[arg(long, value_name = "X", conflicts_with_all = ["dap_keep", "dap_tau", "dap_r", "dap_alpha"])]
+    dap_spread: Option<f64>,
     /// With --dap-tau or --dap-r: keep a token that any single query gave this much
     #[arg(long, value_name = "A", conflicts_with = "dap_keep")]
     dap_alpha: Option<f64>,
@@ -346,7 +350,7 @@ pub struct PolicyArgs {
     #[arg(long, action = ArgAction::SetTrue)]
     prune_separators: bool,
     /// Prune no visual tokens
-    #[arg(long, conflicts_with_all = ["dap_keep", "dap_tau", "dap_r", "dap_alpha"])]
+    #[arg(long, conflicts_with_all = ["dap_keep", "dap_tau", "dap_r", "dap_spread", "dap_alpha"])]
     no_dap: bool,
     /// Layers whose attention scores the tokens: `all`, or a list such as 0 or 4,8-11
     /// [default: all]
@@ -428,12 +432,11 @@ impl PolicyArgs {
     pub fn options_at(&self, budget: Option<Amount>) -> Result<PolicyOptions> {
         let mut options = PolicyOptions::preset(self.kv_preset.as_deref().unwrap_or("default"))?;
         let scope = options.dap.map_or(Scope::Turn, |dap| dap.scope);
-        let rule = match (self.dap_keep, self.dap_tau, self.dap_r) {
-            (Some(keep), _, _) => Some(DapRule::Keep(keep)),
-            (_, Some(tau), _) => Some(DapRule::Tau(tau)),
-            (_, _, Some(r)) => Some(DapRule::R(r)),
-            _ => None,
-        };
+        // At most one of them is given.
+        let rule = (self.dap_keep.map(DapRule::Keep))
+            .or(self.dap_tau.map(DapRule::Tau))
+            .or(self.dap_r.map(DapRule::R))
+            .or(self.dap_spread.map(DapRule::Spread));
         if let Some(rule) = rule {
             options.dap = Some(DapOptions {
                 rule,

@@ -11,6 +11,11 @@
 //! - `tau`: the threshold as a share of the mean. r * |V| is 0.86 for the paper's 576 visual
 //!   tokens but 3.8 for the 2,509 of a large Phi-3.5-vision picture, so r does not carry over.
 //! - `keep`: a share or a number of tokens that stay, the best by G.
+//! - `spread`: as many stay, the best by G, as this many times the number of tokens that G is
+//!   spread over, (sum over k of G[k])^2 / (sum over k of G[k]^2): the participation ratio, or
+//!   the inverse of Simpson's index. A question about one thing keeps little, one about everything
+//!   all. A sum of squares, not the entropy, because a faint glow over the whole picture, which
+//!   every question has, weighs little in it.
 //! - Under a `--kv-budget` below 1.0 the best by G stay that it leaves room for, or fewer where a
 //!   rule says so. Without a budget and a rule, 0.4 of the visual tokens stay.
 //! - G may be divided by the query rows that could see the token (`Norm::PerQuery`).
@@ -29,7 +34,7 @@
 use super::budget::Budget;
 use super::hae::Hae;
 use super::scores::{Guard, Norm};
-use super::visual::{Pictures, Visual, keep_best};
+use super::visual::{Pictures, Visual, counted, keep_best};
 use super::{Amount, DapOptions, DapRule, EvictionPolicy, Limits, Plan, PolicyOptions, Scope};
 use crate::cache::Ledger;
 use crate::error::Result;
@@ -91,15 +96,14 @@ impl Dap {
 impl DapOptions {
     /// Prunes tokens that are judged together.
     fn prune(&self, rule: DapRule, group: &mut [Visual], plan: &mut Plan) {
+        if let Some(keep) = counted(rule, group) {
+            return keep_best(group, keep, |v| v.token, plan);
+        }
         let sum: f64 = group.iter().map(|v| f64::from(v.token.score)).sum();
         let limit = match rule {
             DapRule::Tau(tau) => tau * sum / group.len() as f64,
             DapRule::R(r) => r * sum,
-            DapRule::Keep(keep) => {
-                let keep = keep.of(group.len());
-                return keep_best(group, keep, |v| v.token, plan);
-            }
-            DapRule::Auto => return,
+            DapRule::Auto | DapRule::Keep(_) | DapRule::Spread(_) => return,
         };
         let alpha = self.alpha.unwrap_or(f64::INFINITY);
         let low = |v: &Visual| f64::from(v.token.score) < limit && f64::from(v.max) < alpha;

@@ -4,7 +4,7 @@
 //! Of the text tokens behind the picture, G\[j\] is the sum of the attention paid to token j and
 //! M\[j\] its maximum. A token goes when G\[j\] < r * sum over k of G\[k\] and M\[j\] < alpha, with
 //! r and alpha of 0.001, those of the authors' evaluation scripts; `--dap-r` (or `--dap-tau`) and
-//! `--dap-alpha` set others. With `--dap-keep`, or a `--kv-budget` below 1.0, as many go as must:
+//! `--dap-alpha` set others. With `--dap-keep` or `--dap-spread`, or a `--kv-budget` below 1.0, as many go as must:
 //! first those with M\[j\] < alpha, then the others, the lowest G first. The budget leaves room
 //! for the tokens to come, where they are known.
 //!
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use super::budget::Budget;
 use super::scores::{Candidate, Guard};
-use super::visual::{Pictures, Visual, keep_best};
+use super::visual::{Pictures, Visual, counted, keep_best};
 use super::{
     DapMode, DapRule, EvictionPolicy, Layers, Limits, Observe, Plan, PolicyOptions, Queries,
 };
@@ -112,15 +112,14 @@ impl EvictionPolicy for Mustdrop {
         let visual = self.pictures.judge(cache, |e| e.sum);
         let sum: f64 = visual.iter().map(|v| f64::from(v.token.score)).sum();
         let limit = match self.rule {
-            DapRule::Keep(keep) => {
-                let keep = keep.of(visual.len());
-                keep_best(visual, keep, order, plan);
-                None
-            }
+            DapRule::Keep(_) | DapRule::Spread(_) => None,
             DapRule::R(r) => Some(r * sum),
             DapRule::Tau(tau) => Some(tau * sum / visual.len() as f64),
             DapRule::Auto => most.is_none().then_some(THRESHOLD * sum),
         };
+        if let Some(keep) = counted(self.rule, visual) {
+            keep_best(visual, keep, order, plan);
+        }
         if let Some(limit) = limit {
             let below = |v: &&mut Visual| f64::from(v.token.score) < limit && low(v) && v.open;
             visual.iter_mut().filter(below).for_each(|v| v.evict(plan));

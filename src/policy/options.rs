@@ -146,6 +146,9 @@ pub enum DapRule {
     R(f64),
     /// All but the best by global score.
     Keep(Amount),
+    /// All but the best, this many times the number of tokens that the scores are spread over:
+    /// `(sum G)^2 / sum G^2`, which is 1 where one token has it all, and all where they are alike.
+    Spread(f64),
 }
 
 /// Over which visual tokens the sum, the mean, or the kept amount is taken.
@@ -384,13 +387,17 @@ impl DapOptions {
             DapRule::Auto => {}
             DapRule::Tau(tau) => at_least_zero("--dap-tau", tau)?,
             DapRule::R(r) => at_least_zero("--dap-r", r)?,
-            DapRule::Keep(keep) => {
-                keep.check("--dap-keep")?;
-                if self.alpha.is_some() {
-                    let reason = "goes with --dap-tau or --dap-r, not with --dap-keep";
-                    return Err(Error::option("--dap-alpha", reason));
-                }
-            }
+            DapRule::Keep(keep) => keep.check("--dap-keep")?,
+            DapRule::Spread(factor) => at_least_zero("--dap-spread", factor)?,
+        }
+        let counted = match self.rule {
+            DapRule::Keep(_) => Some("--dap-keep"),
+            DapRule::Spread(_) => Some("--dap-spread"),
+            DapRule::Auto | DapRule::Tau(_) | DapRule::R(_) => None,
+        };
+        if let (Some(flag), Some(_)) = (counted, self.alpha) {
+            let reason = format!("goes with --dap-tau or --dap-r, not with {flag}");
+            return Err(Error::option("--dap-alpha", reason));
         }
         at_least_zero("--dap-alpha", self.alpha.unwrap_or(0.0))
     }

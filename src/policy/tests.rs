@@ -134,6 +134,60 @@ fn dap_budgets() {
     assert_eq!(evicted(Amount::Share(0.01)), [1, 3, 4], "one stays");
 }
 
+/// Scores that are spread over 0.64 / 0.22 = 2.9 tokens.
+#[test]
+fn dap_by_spread() {
+    let spread = |factor, scope| with_dap(DapRule::Spread(factor), None, scope);
+    let ledger = cache("TVVVVT", &[0.0, 0.1, 0.4, 0.2, 0.1, 0.2]);
+    let evicted = |factor| prefill(&spread(factor, Scope::Turn), &ledger).evict;
+    assert_eq!(evicted(1.0), [1], "of equals the older goes");
+    assert_eq!(evicted(0.75), [1, 4]);
+    assert_eq!(evicted(0.0), [1, 3, 4], "one stays");
+    assert_eq!(evicted(1.25), NONE);
+    assert_eq!(evicted(f64::MAX), NONE);
+    let evicted =
+        |attention: &[f32], scope| prefill(&spread(1.0, scope), &cache("VVTWWT", attention)).evict;
+    let alike = [0.1, 0.1, 0.0, 0.1, 0.1, 0.5];
+    assert_eq!(evicted(&alike, Scope::Turn), NONE);
+    assert_eq!(
+        evicted(&[0.0; 6], Scope::Turn),
+        NONE,
+        "nothing was looked at"
+    );
+    let one = [0.001, 0.001, 0.0, 0.001, 0.9, 0.0];
+    assert_eq!(evicted(&one, Scope::Turn), [0, 1, 3]);
+    assert_eq!(
+        evicted(&one, Scope::Image),
+        [3],
+        "a picture that is faint all over stays"
+    );
+}
+
+/// The budget is an upper bound, whatever the spread.
+#[test]
+fn dap_by_spread_under_a_budget() {
+    let ledger = cache("TVVVVT", &[0.0, 0.1, 0.4, 0.2, 0.1, 0.2]);
+    let evicted = |factor, cells| {
+        let kv_budget = Some(Amount::Cells(cells));
+        let spread = with_dap(DapRule::Spread(factor), None, Scope::Turn);
+        let mut plan = Plan::default();
+        let mut dap = create(
+            "dap",
+            &PolicyOptions {
+                kv_budget,
+                ..spread
+            },
+            LIMITS,
+        )
+        .unwrap();
+        dap.prune(&ledger, &mut plan).unwrap();
+        sorted(plan.evict)
+    };
+    assert_eq!(evicted(1.25, 4), [1, 4]);
+    assert_eq!(evicted(1.0, 4), [1, 4]);
+    assert_eq!(evicted(0.25, 4), [1, 3, 4]);
+}
+
 #[test]
 fn dap_per_picture_or_per_turn() {
     let ledger = cache("VVTWWT", &[0.1, 0.2, 0.0, 0.3, 0.4, 0.0]);

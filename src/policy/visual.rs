@@ -1,8 +1,8 @@
 //! What policies share that prune the pictures of a prompt: its visual tokens with their scores,
 //! and how many more have to go for a budget.
 
-use super::Plan;
 use super::scores::{Candidate, Guard};
+use super::{DapRule, Plan};
 use crate::cache::{Entry, Ledger, Modality, State};
 
 pub(super) struct Visual {
@@ -84,6 +84,26 @@ impl Pictures {
             let open = self.tokens.iter_mut().filter(|v| v.open);
             open.take(leave).for_each(|v| v.evict(plan));
         }
+    }
+}
+
+/// How many of a group a rule keeps that goes by number, not by threshold.
+pub(super) fn counted(rule: DapRule, group: &[Visual]) -> Option<usize> {
+    match rule {
+        DapRule::Keep(keep) => Some(keep.of(group.len())),
+        DapRule::Spread(factor) => Some((factor * spread(group)).round() as usize),
+        DapRule::Auto | DapRule::Tau(_) | DapRule::R(_) => None,
+    }
+}
+
+/// Over how many tokens the scores are spread, `(sum s)^2 / sum s^2`: the number of tokens with
+/// equal scores that would be as concentrated. Without any attention nothing speaks against any.
+fn spread(group: &[Visual]) -> f64 {
+    let scores = || group.iter().map(|v| f64::from(v.token.score));
+    let (sum, squares) = (scores().sum::<f64>(), scores().map(|s| s * s).sum::<f64>());
+    match squares > 0.0 {
+        true => sum * sum / squares,
+        false => f64::INFINITY,
     }
 }
 

@@ -91,6 +91,14 @@ fn numbers_out_of_range() {
             "cannot be used with",
         ),
         (
+            "--kv-policy hae --dap-spread 2 --dap-keep 3",
+            "cannot be used with",
+        ),
+        (
+            "--kv-policy hae --dap-alpha 0.1 --dap-spread 2",
+            "cannot be used with",
+        ),
+        (
             "--kv-policy hae --no-dap --dap-r 0.1",
             "cannot be used with",
         ),
@@ -136,6 +144,7 @@ fn policies_and_their_parameters() {
         ),
         ("--kv-policy hae --dap-keep 0", "--dap-keep: 0 cells"),
         ("--kv-policy hae --dap-tau nan", "--dap-tau: NaN"),
+        ("--kv-policy hae --dap-spread=-1", "--dap-spread: -1"),
         ("--kv-policy hae --score-decay 2", "--score-decay: 2"),
         (
             "-ctv q8_0 -fa off",

@@ -287,14 +287,18 @@ proptest! {
     fn mustdrop_drops_what_is_low_on_both_counts(
         segments in segments(), seed in any::<u64>(),
         threshold in 0.0..0.1f64, alpha in 0.0..0.3f64,
-        how in 0..3usize, amount in 1..40usize,
+        how in 0..4usize, amount in 1..40usize,
     ) {
         let (rule, kv_budget) = match how {
             0 => (DapRule::R(threshold), Amount::Share(1.0)),
             1 => (DapRule::Auto, Amount::Cells(amount + 2)),
+            3 => (DapRule::Spread(threshold * 20.0), Amount::Cells(amount + 2)),
             _ => (DapRule::Tau(threshold * 20.0), Amount::Cells(amount + 2)),
         };
-        let dap = Some(DapOptions { rule, alpha: Some(alpha), scope: Scope::Turn });
+        // A number of tokens takes no alpha; the policy's own remains.
+        let given = (how < 3).then_some(alpha);
+        let alpha = given.unwrap_or(0.001);
+        let dap = Some(DapOptions { rule, alpha: given, scope: Scope::Turn });
         let kv_budget = Some(kv_budget);
         let options = PolicyOptions { dap, kv_budget, ..PolicyOptions::default() };
         let mut session = session("mustdrop", &options, seed);
@@ -312,7 +316,14 @@ proptest! {
         plain.tokens.retain(|t| !(t.visual && f64::from(t.sum) < limit && low(t)));
         if how > 0 {
             let text = plain.tokens.len() - plain.visual();
-            let most = (amount + 2).max(text + plain.visual().min(1));
+            let mut most = (amount + 2).max(text + plain.visual().min(1));
+            if let DapRule::Spread(factor) = rule {
+                let scores = || plain.tokens.iter().filter(|t| t.visual).map(|t| f64::from(t.sum));
+                let squares: f64 = scores().map(|s| s * s).sum();
+                let keep = factor * scores().sum::<f64>().powi(2) / squares;
+                prop_assume!((keep.fract() - 0.5).abs() > 1e-3 || squares == 0.0);
+                most = most.min(text + (keep.round() as usize).clamp(1, n.max(1)).min(n));
+            }
             plain.bring_down(most, |t, _| t.visual && low(t), |t| t.sum);
             plain.bring_down(most, |t, _| t.visual, |t| t.sum);
         }

@@ -31,12 +31,13 @@ fn dap() -> impl Strategy<Value = Option<DapOptions>> {
     let rule = prop_oneof![
         (0.0..2.0).prop_map(DapRule::Tau),
         (0.0..0.1).prop_map(DapRule::R),
-        amount.prop_map(DapRule::Keep)
+        amount.prop_map(DapRule::Keep),
+        (0.0..3.0).prop_map(DapRule::Spread)
     ];
     let scope = prop_oneof![Just(Scope::Turn), Just(Scope::Image)];
     prop::option::of(
         (rule, prop::option::of(0.0..0.2), scope).prop_map(|(rule, alpha, scope)| {
-            let alpha = alpha.filter(|_| !matches!(rule, DapRule::Keep(_)));
+            let alpha = alpha.filter(|_| matches!(rule, DapRule::Tau(_) | DapRule::R(_)));
             DapOptions { rule, alpha, scope }
         }),
     )

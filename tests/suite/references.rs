@@ -119,6 +119,66 @@ proptest! {
         }
     }
 
+    /// DAP by spread against the formula: how many go, and that none of them beats one that stays.
+    #[test]
+    fn dap_by_spread_equals_the_formula(
+        turn in turns().prop_map(|turns| turns[0].clone()),
+        factor in 0.1..1.5f64,
+        all in any::<bool>(),
+        per_query in any::<bool>(),
+        scope in prop_oneof![Just(Scope::Turn), Just(Scope::Image)],
+        seed in any::<u64>(),
+    ) {
+        let (segments, _): Turn = turn;
+        let rows = layout(&segments);
+        let options = PolicyOptions {
+            queries: if all { Queries::All } else { Queries::Last },
+            norm: if per_query { Norm::PerQuery } else { Norm::Sum },
+            dap: Some(DapOptions { rule: DapRule::Spread(factor), alpha: None, scope }),
+            sinks: 2,
+            recent: 2,
+            ..PolicyOptions::default()
+        };
+        let mut session = new_session(&options, seed, 200, 7);
+        session.prefill(&prompt(&segments, 0), &|| false).unwrap();
+        let kept: Vec<Pos> = session.engine.occupied().into_iter().map(|(_, pos)| pos).collect();
+
+        let n = rows.len();
+        let keys: Vec<Pos> = (0..n as Pos).collect();
+        let asks = |i: &usize| if all { !rows[*i].0 } else { *i == n - 1 };
+        let a: Vec<Vec<f64>> =
+            (0..n).filter(asks).map(|i| row(seed, i as Pos, &keys[..=i])).collect();
+        let g = |j: usize| {
+            let column: Vec<f64> = a.iter().filter_map(|row| row.get(j)).copied().collect();
+            column.iter().sum::<f64>() / if per_query { column.len() as f64 } else { 1.0 }
+        };
+        let mut pictures: Vec<_> = rows.iter().filter(|row| row.0).map(|row| row.1).collect();
+        pictures.dedup();
+        if scope == Scope::Turn {
+            pictures.truncate(1);
+        }
+        let mut gone = 0;
+        for picture in pictures {
+            let group: Vec<usize> = (0..n)
+                .filter(|&j| rows[j].0 && (scope == Scope::Turn || rows[j].1 == picture))
+                .collect();
+            let sum: f64 = group.iter().map(|&j| g(j)).sum();
+            let squares: f64 = group.iter().map(|&j| g(j).powi(2)).sum();
+            let keep = factor * sum.powi(2) / squares;
+            prop_assume!((keep.fract() - 0.5).abs() > 1e-3);
+            let open = group.iter().filter(|&&j| j >= 2 && j + 2 < n);
+            let (stay, go): (Vec<usize>, Vec<usize>) =
+                open.partition(|&&j| kept.contains(&(j as Pos)));
+            let leave = group.len().saturating_sub((keep.round() as usize).max(1));
+            prop_assert_eq!(go.len(), leave.min(stay.len() + go.len()));
+            for (&i, &j) in go.iter().flat_map(|i| stay.iter().map(move |j| (i, j))) {
+                prop_assert!(g(i) <= g(j) * (1.0 + 1e-5), "{} went, {} stayed", i, j);
+            }
+            gone += go.len();
+        }
+        prop_assert_eq!(kept.len(), n - gone, "nothing else goes");
+    }
+
     /// r is tau over the number of visual tokens.
     #[test]
     fn r_is_tau_by_the_number_of_tokens(n in 1..300usize, r in 0.0..0.02f64, seed in any::<u64>()) {

@@ -42,6 +42,7 @@ impl PolicyArgs {
         let ruled = self.dap_keep.is_some()
             || self.dap_tau.is_some()
             || self.dap_r.is_some()
+            || self.dap_spread.is_some()
             || self.dap_alpha.is_some()
             || self.no_dap;
         if let (Some(tau), false, Some(dap)) = (found.tau, ruled, &mut options.dap) {
