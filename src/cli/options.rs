@@ -324,7 +324,8 @@ pub struct PolicyArgs {
     #[arg(long, value_name = "NAME")]
     kv_preset: Option<String>,
     /// Keep this many visual tokens (64), or this share of them (0.4), by attention
-    /// [default: what a --kv-budget below 1.0 leaves room for, otherwise 0.4]
+    /// [default: what a --kv-budget below 1.0 leaves room for, otherwise what --dap-spread says, or
+    /// 0.4 with --dap-mode early]
     #[arg(long, value_name = "N|SHARE")]
     dap_keep: Option<Amount>,
     /// Drop visual tokens below TAU times the mean attention
@@ -334,8 +335,9 @@ pub struct PolicyArgs {
     #[arg(long, value_name = "R", conflicts_with_all = ["dap_keep", "dap_tau"])]
     dap_r: Option<f64>,
     /// Keep X times as many visual tokens as attention is spread over: few where a question looks
-    /// at one thing, all where it looks at everything
-    #[arg(long, value_name = "X", conflicts_with_all = ["dap_keep", "dap_tau", "dap_r", "dap_alpha"])]
+    /// at one thing, all where it looks at everything. --dap-keep says how many at least, 0.25
+    /// if it does not [default: 2, not with --dap-mode early]
+    #[arg(long, value_name = "X", conflicts_with_all = ["dap_tau", "dap_r", "dap_alpha"])]
     dap_spread: Option<f64>,
     /// With --dap-tau or --dap-r: keep a token that any single query gave this much
     #[arg(long, value_name = "A", conflicts_with = "dap_keep")]
@@ -432,11 +434,15 @@ impl PolicyArgs {
     pub fn options_at(&self, budget: Option<Amount>) -> Result<PolicyOptions> {
         let mut options = PolicyOptions::preset(self.kv_preset.as_deref().unwrap_or("default"))?;
         let scope = options.dap.map_or(Scope::Turn, |dap| dap.scope);
-        // At most one of them is given.
-        let rule = (self.dap_keep.map(DapRule::Keep))
+        // At most one of them is given, but for --dap-keep as the least of --dap-spread.
+        let spread = |times| match self.dap_keep {
+            Some(least) => DapRule::Spread { times, least },
+            None => DapRule::spread(times),
+        };
+        let rule = (self.dap_spread.map(spread))
+            .or(self.dap_keep.map(DapRule::Keep))
             .or(self.dap_tau.map(DapRule::Tau))
-            .or(self.dap_r.map(DapRule::R))
-            .or(self.dap_spread.map(DapRule::Spread));
+            .or(self.dap_r.map(DapRule::R));
         if let Some(rule) = rule {
             options.dap = Some(DapOptions {
                 rule,

@@ -17,13 +17,14 @@
 //!   all. A sum of squares, not the entropy, because a faint glow over the whole picture, which
 //!   every question has, weighs little in it.
 //! - Under a `--kv-budget` below 1.0 the best by G stay that it leaves room for, or fewer where a
-//!   rule says so. Without a budget and a rule, 0.4 of the visual tokens stay.
+//!   rule says so. Without a budget and a rule, [`DapRule::SPREAD`] says how many stay, and with
+//!   [`DapMode::Early`] it is 0.4 of them.
 //! - G may be divided by the query rows that could see the token (`Norm::PerQuery`).
 //! - Only the visual tokens of the current turn are judged: the queries were theirs.
 //! - `Scope`: over one picture or over all of the turn.
 //! - Sinks, the recent window and the newest token stay whatever their score; those that are
 //!   visual count as kept.
-//! - So do, with [`super::DapMode::Early`], separators (the row ends of Phi-3.5-vision's crops): no
+//! - So do, with [`DapMode::Early`], separators (the row ends of Phi-3.5-vision's crops): no
 //!   question points at them, but without them what goes in loses its place. After a few layers
 //!   or a whole prefill the others know their place already, and separators are judged like them.
 //! - A token that no query could see is not judged: there is no evidence against it.
@@ -35,11 +36,14 @@ use super::budget::Budget;
 use super::hae::Hae;
 use super::scores::{Guard, Norm};
 use super::visual::{Pictures, Visual, counted, keep_best};
-use super::{Amount, DapOptions, DapRule, EvictionPolicy, Limits, Plan, PolicyOptions, Scope};
+use super::{
+    Amount, DapMode, DapOptions, DapRule, EvictionPolicy, Limits, Plan, PolicyOptions, Scope,
+};
 use crate::cache::Ledger;
 use crate::error::Result;
 
-/// What stays without a budget and a rule.
+/// What stays without a budget and a rule where what is pruned shows nothing to anybody: more is
+/// needed then than what the question looks at.
 const KEEP: Amount = Amount::Share(0.4);
 
 pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
@@ -51,6 +55,8 @@ pub(super) struct Dap {
     norm: Norm,
     budget: Option<Budget>,
     pictures: Pictures,
+    /// The rule where neither a rule nor a budget is given.
+    unasked: DapRule,
 }
 
 impl Dap {
@@ -65,6 +71,10 @@ impl Dap {
             norm: options.norm,
             budget,
             pictures: Pictures::new(guard, keep_separators),
+            unasked: match options.dap_mode {
+                DapMode::Exact | DapMode::Midway => DapRule::SPREAD,
+                DapMode::Early => DapRule::Keep(KEEP),
+            },
         }
     }
 
@@ -76,7 +86,7 @@ impl Dap {
         let visual = self.pictures.judge(cache, |e| norm.score(e));
         let rule = match (self.options.rule, most) {
             (DapRule::Auto, Some(_)) => None,
-            (DapRule::Auto, None) => Some(DapRule::Keep(KEEP)),
+            (DapRule::Auto, None) => Some(self.unasked),
             (rule, _) => Some(rule),
         };
         match (rule, self.options.scope) {
@@ -103,7 +113,7 @@ impl DapOptions {
         let limit = match rule {
             DapRule::Tau(tau) => tau * sum / group.len() as f64,
             DapRule::R(r) => r * sum,
-            DapRule::Auto | DapRule::Keep(_) | DapRule::Spread(_) => return,
+            DapRule::Auto | DapRule::Keep(_) | DapRule::Spread { .. } => return,
         };
         let alpha = self.alpha.unwrap_or(f64::INFINITY);
         let low = |v: &Visual| f64::from(v.token.score) < limit && f64::from(v.max) < alpha;

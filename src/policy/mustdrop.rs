@@ -112,7 +112,7 @@ impl EvictionPolicy for Mustdrop {
         let visual = self.pictures.judge(cache, |e| e.sum);
         let sum: f64 = visual.iter().map(|v| f64::from(v.token.score)).sum();
         let limit = match self.rule {
-            DapRule::Keep(_) | DapRule::Spread(_) => None,
+            DapRule::Keep(_) | DapRule::Spread { .. } => None,
             DapRule::R(r) => Some(r * sum),
             DapRule::Tau(tau) => Some(tau * sum / visual.len() as f64),
             DapRule::Auto => most.is_none().then_some(THRESHOLD * sum),

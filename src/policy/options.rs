@@ -138,7 +138,7 @@ impl FromStr for Amount {
 #[serde(rename_all = "lowercase")]
 pub enum DapRule {
     /// As many stay as a [`PolicyOptions::kv_budget`] below the whole leaves room for; without
-    /// one, the policy's own share of them.
+    /// one, what the policy thinks best.
     Auto,
     /// Those below `tau` times the mean global score: `G[j] < tau * mean G`.
     Tau(f64),
@@ -148,7 +148,8 @@ pub enum DapRule {
     Keep(Amount),
     /// All but the best, this many times the number of tokens that the scores are spread over:
     /// `(sum G)^2 / sum G^2`, which is 1 where one token has it all, and all where they are alike.
-    Spread(f64),
+    /// At least `least`, which may be none.
+    Spread { times: f64, least: Amount },
 }
 
 /// Over which visual tokens the sum, the mean, or the kept amount is taken.
@@ -175,6 +176,21 @@ pub enum DapMode {
     /// pruned was seen by the layers before the last scoring layer, and by no other. With layer 0
     /// as the last one this is [`DapMode::Early`].
     Midway,
+}
+
+impl DapRule {
+    /// What stays without a budget and a rule. Found on the small model's development set
+    /// (docs/quality.md).
+    pub const SPREAD: DapRule = DapRule::spread(2.0);
+
+    /// With at least a quarter, so that a few tokens that draw all attention, as some models have
+    /// in every picture, do not leave it dark.
+    pub const fn spread(times: f64) -> DapRule {
+        DapRule::Spread {
+            times,
+            least: Amount::Share(0.25),
+        }
+    }
 }
 
 impl DapMode {
@@ -388,11 +404,16 @@ impl DapOptions {
             DapRule::Tau(tau) => at_least_zero("--dap-tau", tau)?,
             DapRule::R(r) => at_least_zero("--dap-r", r)?,
             DapRule::Keep(keep) => keep.check("--dap-keep")?,
-            DapRule::Spread(factor) => at_least_zero("--dap-spread", factor)?,
+            DapRule::Spread { times, least } => {
+                at_least_zero("--dap-spread", times)?;
+                if least != Amount::Cells(0) {
+                    least.check("--dap-keep")?;
+                }
+            }
         }
         let counted = match self.rule {
             DapRule::Keep(_) => Some("--dap-keep"),
-            DapRule::Spread(_) => Some("--dap-spread"),
+            DapRule::Spread { .. } => Some("--dap-spread"),
             DapRule::Auto | DapRule::Tau(_) | DapRule::R(_) => None,
         };
         if let (Some(flag), Some(_)) = (counted, self.alpha) {

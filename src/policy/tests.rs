@@ -137,7 +137,16 @@ fn dap_budgets() {
 /// Scores that are spread over 0.64 / 0.22 = 2.9 tokens.
 #[test]
 fn dap_by_spread() {
-    let spread = |factor, scope| with_dap(DapRule::Spread(factor), None, scope);
+    let spread = |factor, scope| {
+        with_dap(
+            DapRule::Spread {
+                times: factor,
+                least: Amount::Cells(0),
+            },
+            None,
+            scope,
+        )
+    };
     let ledger = cache("TVVVVT", &[0.0, 0.1, 0.4, 0.2, 0.1, 0.2]);
     let evicted = |factor| prefill(&spread(factor, Scope::Turn), &ledger).evict;
     assert_eq!(evicted(1.0), [1], "of equals the older goes");
@@ -145,6 +154,13 @@ fn dap_by_spread() {
     assert_eq!(evicted(0.0), [1, 3, 4], "one stays");
     assert_eq!(evicted(1.25), NONE);
     assert_eq!(evicted(f64::MAX), NONE);
+    let floored = |least| {
+        let rule = DapRule::Spread { times: 0.75, least };
+        prefill(&with_dap(rule, None, Scope::Turn), &ledger).evict
+    };
+    assert_eq!(floored(Amount::Share(0.25)), [1, 4], "one would do");
+    assert_eq!(floored(Amount::Cells(3)), [1]);
+    assert_eq!(floored(Amount::Share(1.0)), NONE);
     let evicted =
         |attention: &[f32], scope| prefill(&spread(1.0, scope), &cache("VVTWWT", attention)).evict;
     let alike = [0.1, 0.1, 0.0, 0.1, 0.1, 0.5];
@@ -169,7 +185,14 @@ fn dap_by_spread_under_a_budget() {
     let ledger = cache("TVVVVT", &[0.0, 0.1, 0.4, 0.2, 0.1, 0.2]);
     let evicted = |factor, cells| {
         let kv_budget = Some(Amount::Cells(cells));
-        let spread = with_dap(DapRule::Spread(factor), None, Scope::Turn);
+        let spread = with_dap(
+            DapRule::Spread {
+                times: factor,
+                least: Amount::Cells(0),
+            },
+            None,
+            Scope::Turn,
+        );
         let mut plan = Plan::default();
         let mut dap = create(
             "dap",

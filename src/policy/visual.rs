@@ -91,7 +91,10 @@ impl Pictures {
 pub(super) fn counted(rule: DapRule, group: &[Visual]) -> Option<usize> {
     match rule {
         DapRule::Keep(keep) => Some(keep.of(group.len())),
-        DapRule::Spread(factor) => Some((factor * spread(group)).round() as usize),
+        DapRule::Spread { times, least } => {
+            let wanted = (times * spread(group)).round() as usize;
+            Some(wanted.max(least.of(group.len())))
+        }
         DapRule::Auto | DapRule::Tau(_) | DapRule::R(_) => None,
     }
 }

@@ -91,10 +91,6 @@ fn numbers_out_of_range() {
             "cannot be used with",
         ),
         (
-            "--kv-policy hae --dap-spread 2 --dap-keep 3",
-            "cannot be used with",
-        ),
-        (
             "--kv-policy hae --dap-alpha 0.1 --dap-spread 2",
             "cannot be used with",
         ),

@@ -80,7 +80,14 @@ fn a_trial_run_keeps_what_the_whole_prefill_keeps() {
         (vec![0], Queries::All, DapRule::Tau(1.0)),
         (vec![0], Queries::Last, keep),
         (vec![1, 2], Queries::Last, keep),
-        (vec![2, 3], Queries::Last, DapRule::Spread(1.0)),
+        (
+            vec![2, 3],
+            Queries::Last,
+            DapRule::Spread {
+                times: 1.0,
+                least: Amount::Cells(0),
+            },
+        ),
         (vec![last], Queries::Last, keep),
     ];
     for prompt in prompts(&model) {

@@ -292,7 +292,7 @@ proptest! {
         let (rule, kv_budget) = match how {
             0 => (DapRule::R(threshold), Amount::Share(1.0)),
             1 => (DapRule::Auto, Amount::Cells(amount + 2)),
-            3 => (DapRule::Spread(threshold * 20.0), Amount::Cells(amount + 2)),
+            3 => (DapRule::Spread { times: threshold * 20.0, least: Amount::Cells(0) }, Amount::Cells(amount + 2)),
             _ => (DapRule::Tau(threshold * 20.0), Amount::Cells(amount + 2)),
         };
         // A number of tokens takes no alpha; the policy's own remains.
@@ -317,7 +317,7 @@ proptest! {
         if how > 0 {
             let text = plain.tokens.len() - plain.visual();
             let mut most = (amount + 2).max(text + plain.visual().min(1));
-            if let DapRule::Spread(factor) = rule {
+            if let DapRule::Spread { times: factor, .. } = rule {
                 let scores = || plain.tokens.iter().filter(|t| t.visual).map(|t| f64::from(t.sum));
                 let squares: f64 = scores().map(|s| s * s).sum();
                 let keep = factor * scores().sum::<f64>().powi(2) / squares;

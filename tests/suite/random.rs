@@ -32,7 +32,10 @@ fn dap() -> impl Strategy<Value = Option<DapOptions>> {
         (0.0..2.0).prop_map(DapRule::Tau),
         (0.0..0.1).prop_map(DapRule::R),
         amount.prop_map(DapRule::Keep),
-        (0.0..3.0).prop_map(DapRule::Spread)
+        (0.0..3.0).prop_map(|times| DapRule::Spread {
+            times,
+            least: Amount::Cells(0)
+        })
     ];
     let scope = prop_oneof![Just(Scope::Turn), Just(Scope::Image)];
     prop::option::of(

@@ -134,7 +134,7 @@ proptest! {
         let options = PolicyOptions {
             queries: if all { Queries::All } else { Queries::Last },
             norm: if per_query { Norm::PerQuery } else { Norm::Sum },
-            dap: Some(DapOptions { rule: DapRule::Spread(factor), alpha: None, scope }),
+            dap: Some(DapOptions { rule: DapRule::Spread { times: factor, least: Amount::Cells(0) }, alpha: None, scope }),
             sinks: 2,
             recent: 2,
             ..PolicyOptions::default()

@@ -72,14 +72,26 @@ fn refusals_name_the_flag_and_the_value() {
     for bad in [-1.0, f64::NAN, f64::INFINITY] {
         assert!(refused(|o| o.dap = dap(DapRule::Tau(bad), None)).starts_with("--dap-tau"));
         assert!(refused(|o| o.dap = dap(DapRule::R(bad), None)).starts_with("--dap-r"));
-        assert!(refused(|o| o.dap = dap(DapRule::Spread(bad), None)).starts_with("--dap-spread"));
+        assert!(
+            refused(|o| o.dap = dap(
+                DapRule::Spread {
+                    times: bad,
+                    least: Amount::Cells(0)
+                },
+                None
+            ))
+            .starts_with("--dap-spread")
+        );
         assert!(refused(|o| o.dap = dap(DapRule::R(0.1), Some(bad))).starts_with("--dap-alpha"));
         assert!(refused(|o| o.hysteresis = bad).starts_with("--hysteresis"));
         assert!(refused(|o| o.decay = bad).starts_with("--score-decay"));
     }
     let keep = DapRule::Keep(Amount::Share(0.5));
     assert!(refused(|o| o.dap = dap(keep, Some(0.1))).contains("not with --dap-keep"));
-    let spread = DapRule::Spread(2.0);
+    let spread = DapRule::Spread {
+        times: 2.0,
+        least: Amount::Cells(0),
+    };
     assert!(refused(|o| o.dap = dap(spread, Some(0.1))).contains("not with --dap-spread"));
     assert_eq!(
         refused(|o| o.bin_size = 0),
