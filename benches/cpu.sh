@@ -14,14 +14,14 @@ shift 3
 cd "$(dirname "$0")/.." || exit 2
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(taps early story chat quantized tower)
-rounds=${ROUNDS:-3} threads=${THREADS:-2}
+rounds=${ROUNDS:-3} threads=${THREADS:-2} fa=${FA:-auto}
 mkdir -p "$out"
 
 bench() { # PART NAME ARGUMENTS...
     local part=$1 name=$2
     shift 2
     echo "$(date +%T) $part: $name" >&2
-    "$hae" bench -m "$model" -t "$threads" -r "$rounds" -o jsonl -v "$@" 2>"$out/$part-$name.log" \
+    "$hae" bench -m "$model" -t "$threads" -r "$rounds" -fa "$fa" -o jsonl -v "$@" 2>"$out/$part-$name.log" \
         >>"$out/$part.jsonl" || tail -n 3 "$out/$part-$name.log" >&2
 }
 
@@ -37,11 +37,14 @@ taps() {
     done
 }
 
-# A picture of 2,509 tokens and a question, 60 % of the visual tokens pruned before they go in.
+# A picture of 2,509 tokens and a question, 60 % of the visual tokens pruned before they go in or
+# behind the first layers.
 early() {
-    for layers in 0 1 3 7; do
-        bench early "$layers" -p 64 -n 0 --images 1 --image-tokens 2509 --kv-policy full,hae \
-            --dap-mode early --dap-keep 0.4 --no-ddes --score-layers "$layers" --score-queries all
+    for mode in early midway; do
+        for layers in 0 1 2 4 7; do
+            bench early "$mode-$layers" -p 64 -n 0 --images 1 --image-tokens 2509 --kv-policy full,hae \
+                --dap-mode "$mode" --dap-keep 0.4 --no-ddes --score-layers "$layers"
+        done
     done
 }
 
@@ -49,14 +52,14 @@ early() {
 story() {
     for name in story-512 story-2048 story-one-picture; do
         bench story "$name" --workload "benches/workloads/$name.json" --kv-policy full,hae \
-            --dap-mode early --dap-keep 0.3 --kv-budget 0.3 --score-layers 2
+            --dap-mode midway --dap-keep 0.3 --kv-budget 0.3 --score-layers 2
     done
     bench story exact --workload benches/workloads/story-512.json --kv-policy full,hae \
         --dap-keep 0.3 --kv-budget 0.3 --score-layers 2
 }
 
 chat() {
-    bench chat chat --workload benches/workloads/chat.json --kv-policy full,hae --dap-mode early \
+    bench chat chat --workload benches/workloads/chat.json --kv-policy full,hae --dap-mode midway \
         --kv-budget 0.4 --score-layers 2
 }
 
@@ -64,7 +67,7 @@ chat() {
 quantized() {
     for kind in f16 q8_0; do
         bench quantized "$kind" --workload benches/workloads/story-512.json --kv-policy full,hae \
-            --dap-mode early --dap-keep 0.4 --kv-budget 0.4 --score-layers 2 -ctk "$kind" -ctv "$kind"
+            --dap-mode midway --dap-keep 0.4 --kv-budget 0.4 --score-layers 2 -ctk "$kind" -ctv "$kind"
     done
 }
 

@@ -70,7 +70,7 @@ pub struct KvReport {
 pub struct TimingReport {
     /// Cutting up and encoding the pictures; the prompt's tokenization is in it.
     pub vision_encode_ms: f64,
-    /// The trial run of the first layers before the prefill (`--dap-mode early`).
+    /// The trial run of the first layers before the prefill (`--dap-mode early` or `midway`).
     pub probe_ms: f64,
     pub prefill_ms: f64,
     /// From the question to the first token, encoding included.

@@ -336,7 +336,8 @@ pub struct PolicyArgs {
     dap_r: Option<f64>,
     /// Keep X times as many visual tokens as attention is spread over: few where a question looks
     /// at one thing, all where it looks at everything. --dap-keep says how many at least, 0.25
-    /// if it does not [default: 2, not with --dap-mode early]
+    /// if it does not [default: 2, unless another rule or a --kv-budget below 1.0 is given, or
+    /// --dap-mode early]
     #[arg(long, value_name = "X", conflicts_with_all = ["dap_tau", "dap_r", "dap_alpha"])]
     dap_spread: Option<f64>,
     /// With --dap-tau or --dap-r: keep a token that any single query gave this much
@@ -344,7 +345,8 @@ pub struct PolicyArgs {
     dap_alpha: Option<f64>,
     /// When visual tokens are dropped: after the whole prompt went in (exact), or, as a trial run
     /// of the layers up to the last scoring layer says, before any went in (early) or before the
-    /// layers that the trial run left out (midway) [default: exact]
+    /// layers that the trial run left out (midway). The last two want few and early --score-layers
+    /// [default: exact]
     #[arg(long, value_enum, value_name = "WHEN")]
     dap_mode: Option<DapModeArg>,
     /// With --dap-mode early: judge the tokens that separate parts of a picture like any other;

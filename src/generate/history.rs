@@ -33,6 +33,12 @@ impl History {
         &self.pieces
     }
 
+    /// How many positions the pieces take: as many as went in, if all was remembered.
+    pub(super) fn positions(&self) -> i64 {
+        let each = self.pieces.iter().map(|p| p.segment.positions());
+        each.map(|n| i64::try_from(n).unwrap_or(i64::MAX)).sum()
+    }
+
     pub(super) fn push(&mut self, placed: &Placed<'_>) {
         if !placed.segment.is_empty() {
             self.pieces.push(Placed {

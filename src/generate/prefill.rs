@@ -153,8 +153,10 @@ impl<E: Engine> Session<E> {
         };
         let mode = self.controller.dap_mode();
         if mode.has_trial() && pictures && self.engine.takes_any_position() {
-            let goes_on = mode == DapMode::Midway && self.engine.continues_trial();
             let history = self.history.pieces();
+            // What goes on must have seen all that is before it.
+            let whole = self.history.positions() == i64::from(self.controller.next_pos());
+            let goes_on = mode == DapMode::Midway && whole && self.engine.continues_trial();
             let rows = |all: &[Placed<'_>]| all.iter().map(|p| p.segment.len()).sum::<usize>();
             let n_cells = rows(history) + rows(prompt);
             if let Some(engine) = self.engine.trial(n_cells, goes_on)? {

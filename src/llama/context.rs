@@ -336,7 +336,7 @@ impl<'m> LlamaEngine<'m> {
                 (std::ptr::null_mut(), rows.hidden.as_ptr().cast_mut())
             }
             #[cfg(not(feature = "kv-patches"))]
-            Input::Trial(_) => return Err(Error::contract("rows of a trial run that is none")),
+            Input::Trial(_) => return Err(Error::contract("rows that no trial run has kept")),
         };
         rows.n_seq_id.clear();
         rows.n_seq_id.resize(n, 1);
@@ -394,6 +394,7 @@ impl Engine for LlamaEngine<'_> {
         let tapped = self.begin_taps(&batch)?;
         self.observer.get_mut().begin(batch.queries);
         self.has_logits = false;
+        // If this fails it has set nothing.
         #[cfg(feature = "kv-patches")]
         let from = self.go_on(&batch.input)?;
         // From here to the call nothing may return: the context would stay as it is set here.

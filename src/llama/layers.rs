@@ -20,7 +20,7 @@ pub(super) struct Hidden {
 
 impl Hidden {
     pub fn absent() -> Error {
-        Error::contract("rows of a trial run that is none")
+        Error::contract("rows that no trial run has kept")
     }
 
     /// The rows of these cells, one after the other.
@@ -56,16 +56,25 @@ impl LlamaEngine<'_> {
         }
     }
 
-    /// In a context of the first layers: keeps what comes to the last of them, or stops to.
-    pub(super) fn keep_hidden(&mut self, keep: bool) -> Result<()> {
-        let last = self.last_score_layer().filter(|_| keep);
-        if last.is_some() || self.hidden.is_some() {
-            self.set_first_layer(last.unwrap_or(0))?;
+    /// In a context of the first layers: keeps what so many tokens are when they come to the last
+    /// of them, or stops to.
+    pub(super) fn keep_hidden(&mut self, n_tokens: Option<usize>) -> Result<()> {
+        if n_tokens.is_none() && self.hidden.is_none() {
+            return Ok(());
         }
-        self.hidden = last.map(|_| Hidden {
-            values: Vec::new(),
-            width: self.model.n_embd(),
-        });
+        let last = self.last_score_layer().filter(|_| n_tokens.is_some());
+        self.set_first_layer(last.unwrap_or(0))?;
+        self.hidden = None;
+        if let Some(n_tokens) = n_tokens {
+            let width = self.model.n_embd();
+            let mut values = Vec::new();
+            let size = n_tokens.saturating_mul(width);
+            values.try_reserve_exact(size).map_err(|_| {
+                let reason = format!("no memory for the hidden states of {n_tokens} tokens");
+                Error::llama("llama_hae_layers_read", reason)
+            })?;
+            self.hidden = Some(Hidden { values, width });
+        }
         Ok(())
     }
 

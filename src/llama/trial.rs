@@ -68,7 +68,7 @@ impl<'m> LlamaEngine<'m> {
             return Ok(None);
         };
         engine.grow(n_cells)?;
-        engine.keep_hidden(goes_on)?;
+        engine.keep_hidden(goes_on.then_some(n_cells))?;
         Ok(Some(engine))
     }
 
@@ -78,7 +78,7 @@ impl<'m> LlamaEngine<'m> {
         }
         if let Some(engine) = self.trial.as_deref_mut() {
             engine.clear();
-            engine.keep_hidden(false)?;
+            engine.keep_hidden(None)?;
             engine.tidy(&mut Vec::new())?;
         }
         Ok(())

@@ -42,8 +42,8 @@ use super::{
 use crate::cache::Ledger;
 use crate::error::Result;
 
-/// What stays without a budget and a rule where what is pruned shows nothing to anybody: more is
-/// needed then than what the question looks at.
+/// What stays with [`DapMode::Early`] without a budget and a rule: what is pruned there shows nothing
+/// to any other token, so more is needed than the question looks at.
 const KEEP: Amount = Amount::Share(0.4);
 
 pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {

@@ -11,7 +11,7 @@
 //! - The paper spares the compute of the layers behind K, too. With `--dap-mode midway` so do we:
 //!   the prompt's tokens see all of the picture in the layers before K, and what is kept of it from
 //!   there on. With `exact` the whole prompt goes in first; with `early` the dropped tokens never do.
-//! - Thresholds (`--dap-tau`, `--dap-r`) are not read.
+//! - Other rules (`--dap-tau`, `--dap-r`, `--dap-spread` with the `--dap-keep` beside it) are not read.
 
 use serde_json::{Value, json};
 

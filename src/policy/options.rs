@@ -173,8 +173,9 @@ pub enum DapMode {
     /// pruned never goes in.
     Early,
     /// The same trial run judges, and what is kept goes on from where the run came to: what is
-    /// pruned was seen by the layers before the last scoring layer, and by no other. With layer 0
-    /// as the last one this is [`DapMode::Early`].
+    /// pruned was seen by the layers before the last scoring layer, and by no other. Where nothing
+    /// can go on (layer 0 is the last one, or earlier turns were not remembered) what is pruned was
+    /// seen by none, as with [`DapMode::Early`].
     Midway,
 }
 

@@ -82,7 +82,8 @@ fn recorded(policy: &str, options: &PolicyOptions) -> (Header, Vec<Record>) {
 
 #[test]
 fn a_policy_repeats_its_own_decisions() {
-    for mode in [policy::DapMode::Exact, policy::DapMode::Early] {
+    use policy::DapMode::{Early, Exact, Midway};
+    for mode in [Exact, Early, Midway] {
         let options = PolicyOptions {
             dap_mode: mode,
             ..options()

@@ -179,7 +179,9 @@ fn a_picture_takes_as_many_rows_as_its_crops() {
 
 #[test]
 fn a_model_without_a_vision_file_takes_made_up_embeddings() {
-    let rows = rows("-m TEXT -p 8 -n 0 --images 1 --image-tokens 20,40 --sinks 0 --recent 8");
+    let rows = rows(
+        "-m TEXT -p 8 -n 0 --images 1 --image-tokens 20,40 --sinks 0 --recent 8 --dap-keep 0.4",
+    );
     assert_eq!(rows.len(), 4);
     for (row, tokens) in rows.iter().zip([20.0, 20.0, 40.0, 40.0]) {
         check(row);

@@ -143,3 +143,41 @@ fn a_recalled_picture_is_the_same_picture() {
     assert!(error < precision::logits(1e-3), "{error}");
     assert!(max_abs_diff(&unpruned, &forgotten) > 0.1, "pruning shows");
 }
+
+/// A second picture in a later turn, with nothing pruned: `midway` is `exact`, whether the turns
+/// before are remembered, so that the trial run has seen them, or not.
+#[test]
+fn a_later_turn_goes_on_from_all_that_was_before_it() {
+    let model = load(converted("f32").0);
+    let prompts = prompts(&model);
+    let logits = |dap_mode, recall| {
+        let options = PolicyOptions {
+            recall,
+            ..dap(
+                dap_mode,
+                &[2],
+                Queries::Last,
+                DapRule::Keep(Amount::Share(1.0)),
+            )
+        };
+        let mut session = session(&model, &options);
+        assert!(session.prefill(&prompts[0], &|| false).unwrap());
+        // One that is cancelled on the way, wherever that is, leaves nothing behind.
+        let mut cancellations = 0;
+        loop {
+            let asked = std::cell::Cell::new(0);
+            let cancelled = || asked.replace(asked.get() + 1) == cancellations;
+            if session.prefill(&prompts[0], &cancelled).unwrap() {
+                break;
+            }
+            cancellations += 1;
+        }
+        assert!(cancellations >= 3);
+        session.engine.logits().unwrap().to_vec()
+    };
+    let expected = logits(DapMode::Exact, true);
+    for recall in [true, false] {
+        let error = max_abs_diff(&expected, &logits(DapMode::Midway, recall));
+        assert!(error < precision::logits(1e-3), "recall {recall}: {error}");
+    }
+}

@@ -21,22 +21,35 @@ fn settings(layer: u32) -> [ContextOptions; 2] {
     })
 }
 
-/// Puts the prompt through the trial run of `engine`, and the positions that `keep` wants, at most
-/// `most` at once, through the rest of it. The length of the prompt.
+/// What goes in at once.
+#[derive(Clone, Copy, Debug)]
+enum Pieces {
+    /// As the prefill does it, so that the same kernels run.
+    Segments,
+    /// Across segments, so many.
+    Of(usize),
+}
+
+/// Puts the prompt through the trial run of `engine`, and the positions that `keep` wants through
+/// the rest of it. The length of the prompt.
 fn go_on(
     engine: &mut LlamaEngine<'_>,
     segments: &[Segment],
-    most: usize,
+    pieces: Pieces,
     keep: impl Fn(Pos) -> bool,
 ) -> Pos {
+    let most = match pieces {
+        Pieces::Segments => usize::MAX,
+        Pieces::Of(most) => most,
+    };
     let n: usize = segments.iter().map(Segment::len).sum();
     assert!(engine.continues_trial());
     let trial = engine.trial(n, true).unwrap().unwrap();
     let (mut at, mut cells, mut seen) = (Vec::<Cell>::new(), Vec::new(), Observation::default());
     for segment in segments {
         let rows = segment.len();
-        for start in (0..rows).step_by(most) {
-            let end = (start + most).min(rows);
+        for start in (0..rows).step_by(most.min(rows)) {
+            let end = (start + most.min(rows)).min(rows);
             let from = at.len() as Pos;
             let pos: Vec<Pos> = (from..).take(end - start).collect();
             let batch = Batch {
@@ -50,7 +63,16 @@ fn go_on(
         }
     }
     let kept: Vec<Pos> = (0..n as Pos).filter(|&pos| keep(pos)).collect();
-    for pos in kept.chunks(most) {
+    let mut ends = Vec::new();
+    for segment in segments {
+        ends.push(ends.last().copied().unwrap_or(0) + segment.len() as Pos);
+    }
+    let together = |a: &Pos, b: &Pos| {
+        let of = |pos: &Pos| ends.partition_point(|end| end <= pos);
+        matches!(pieces, Pieces::Of(_)) || of(a) == of(b)
+    };
+    let batches = kept.chunk_by(together);
+    for pos in batches.flat_map(|batch| batch.chunks(most.min(n))) {
         let from: Vec<Cell> = pos.iter().map(|&pos| at[pos as usize]).collect();
         let batch = Batch {
             input: Input::Trial(&from),
@@ -101,7 +123,9 @@ fn a_prompt_that_goes_on_without_some_is_one_with_these_masked_from_a_layer_on()
                     "{} in pieces of {most}, {:?}",
                     s.name, options.flash_attention
                 );
-                let start = go_on(&mut engine, &segments, most, |pos| !s.holes.contains(&pos));
+                let start = go_on(&mut engine, &segments, Pieces::Of(most), |pos| {
+                    !s.holes.contains(&pos)
+                });
                 let error = max_abs_diff(engine.logits().unwrap(), &wanted.data);
                 assert!(error < bound, "{what}: {error}");
                 for (i, (&id, pos)) in s.ids.iter().zip(start..).enumerate() {
@@ -148,35 +172,7 @@ fn going_on_with_everything_changes_nothing() {
                 let mut seen = Observation::default();
                 prefill(&mut engine, &segments, &mut seen, |_| false);
             } else {
-                // The same batches, so that the same kernels run.
-                let trial = engine.trial(n, true).unwrap().unwrap();
-                let mut seen = Observation::default();
-                let (mut at, mut cells) = (Vec::<Cell>::new(), Vec::new());
-                for segment in &segments {
-                    let pos: Vec<Pos> = (at.len() as Pos..).take(segment.len()).collect();
-                    let batch = Batch {
-                        input: segment.rows(0, segment.len(), None),
-                        pos: &pos,
-                        queries: &[],
-                        logits: false,
-                    };
-                    trial.decode(batch, &mut cells, &mut seen).unwrap();
-                    at.extend(&cells);
-                }
-                let mut start = 0;
-                for segment in &segments {
-                    let end = start + segment.len();
-                    let pos: Vec<Pos> = (start as Pos..end as Pos).collect();
-                    let batch = Batch {
-                        input: Input::Trial(&at[start..end]),
-                        pos: &pos,
-                        queries: &[],
-                        logits: true,
-                    };
-                    engine.decode(batch, &mut cells, &mut seen).unwrap();
-                    start = end;
-                }
-                engine.end_trial().unwrap();
+                go_on(&mut engine, &segments, Pieces::Segments, |_| true);
             }
             let first = engine.logits().unwrap().to_vec();
             step(&mut engine, 13, n as Pos);
