@@ -78,17 +78,24 @@ impl Dap {
         }
     }
 
+    /// The rule, also where none is given; [`DapRule::Auto`] where the budget alone decides.
+    pub fn rule(&self) -> DapRule {
+        match self.options.rule {
+            DapRule::Auto if self.budget.is_none_or(|budget| budget.is_whole()) => self.unasked,
+            rule => rule,
+        }
+    }
+
     /// Adds the turn's visual tokens that go to `plan.evict`. `to_come` cells of the budget stay
     /// free.
     pub fn prune(&mut self, cache: &Ledger, to_come: Option<usize>, plan: &mut Plan) {
         let norm = self.norm;
         let most = self.budget.and_then(|b| b.after_prompt(cache, to_come));
-        let visual = self.pictures.judge(cache, |e| norm.score(e));
-        let rule = match (self.options.rule, most) {
-            (DapRule::Auto, Some(_)) => None,
-            (DapRule::Auto, None) => Some(self.unasked),
-            (rule, _) => Some(rule),
+        let rule = match self.rule() {
+            DapRule::Auto => None,
+            rule => Some(rule),
         };
+        let visual = self.pictures.judge(cache, |e| norm.score(e));
         match (rule, self.options.scope) {
             (None, _) => {}
             (Some(rule), Scope::Turn) => self.options.prune(rule, visual, plan),

@@ -92,6 +92,9 @@ impl EvictionPolicy for Hae {
     fn params(&self) -> Value {
         let mut params = json!(self.options);
         params["layers"] = json!(self.layers);
+        if let Some(dap) = &self.dap {
+            params["dap"]["rule"] = json!(dap.rule());
+        }
         if let Some(params) = params.as_object_mut() {
             for of_others in ["h2o_recent", "snapkv", "seed"] {
                 params.shift_remove(of_others);

@@ -57,12 +57,14 @@ fn run_takes_what_no_flag_says() {
     let name = json!(beside);
     // Flags, then layers, queries, rule, budget, size of the bin, and whether the file is named.
     let all = json!([0, 1, 2, 3, 4, 5, 6, 7]);
+    // What stays without a rule and a budget, and under a budget alone.
+    let spread = json!({ "spread": { "times": 2.0, "least": { "share": 0.25 } } });
     let auto = json!("auto");
     let none = Value::Null;
     let share = |x: f64| json!({ "share": x });
     for (flags, layers, queries, rule, budget, bin, named) in [
         // What is chosen for a budget, and the budget itself, is not taken without it.
-        ("", json!([1]), "all", &auto, none.clone(), 8, true),
+        ("", json!([1]), "all", &spread, none.clone(), 8, true),
         (
             "--kv-budget 0.5",
             json!([1]),
@@ -103,7 +105,7 @@ fn run_takes_what_no_flag_says() {
             "--score-layers 0",
             json!([0]),
             "all",
-            &auto,
+            &spread,
             none.clone(),
             8,
             true,
@@ -112,7 +114,7 @@ fn run_takes_what_no_flag_says() {
             "--score-queries last",
             json!([1]),
             "last",
-            &auto,
+            &spread,
             none.clone(),
             8,
             true,
@@ -121,7 +123,7 @@ fn run_takes_what_no_flag_says() {
             "--score-layers 0 --score-queries last",
             json!([0]),
             "last",
-            &auto,
+            &spread,
             none.clone(),
             8,
             false,
@@ -130,7 +132,7 @@ fn run_takes_what_no_flag_says() {
             "--no-calibration",
             all.clone(),
             "last",
-            &auto,
+            &spread,
             none.clone(),
             8,
             false,
@@ -139,7 +141,7 @@ fn run_takes_what_no_flag_says() {
             "--kv-preset default",
             all.clone(),
             "last",
-            &auto,
+            &spread,
             none.clone(),
             8,
             false,
