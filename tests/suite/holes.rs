@@ -58,7 +58,7 @@ fn feed(
     start
 }
 
-fn step(engine: &mut LlamaEngine<'_>, token: i32, pos: Pos) -> hae::Result<()> {
+pub fn step(engine: &mut LlamaEngine<'_>, token: i32, pos: Pos) -> hae::Result<()> {
     let batch = Batch {
         input: Input::Tokens(&[token]),
         pos: &[pos],

@@ -6,6 +6,7 @@ use hae::engine::{Batch, Engine, Input, Observation};
 use hae::generate::Segment;
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model};
 
+use crate::holes::step;
 use crate::kv_graphs::in_by_graph;
 use crate::masked::scenarios;
 use crate::model::{converted, engine, exact, goldens, load, load_vision, prefill};
@@ -86,18 +87,6 @@ fn go_on(
     n as Pos
 }
 
-fn step(engine: &mut LlamaEngine<'_>, token: i32, pos: Pos) {
-    let batch = Batch {
-        input: Input::Tokens(&[token]),
-        pos: &[pos],
-        queries: &[],
-        logits: true,
-    };
-    engine
-        .decode(batch, &mut Vec::new(), &mut Observation::default())
-        .unwrap();
-}
-
 /// What the first layers alone have seen is what numpy masks from a layer on: F32 cache, 1e-3,
 /// and 5e-2 with flash attention, which rounds to F16 on the way; a wrong set differs by 0.5.
 #[test]
@@ -129,7 +118,7 @@ fn a_prompt_that_goes_on_without_some_is_one_with_these_masked_from_a_layer_on()
                 let error = max_abs_diff(engine.logits().unwrap(), &wanted.data);
                 assert!(error < bound, "{what}: {error}");
                 for (i, (&id, pos)) in s.ids.iter().zip(start..).enumerate() {
-                    step(&mut engine, id, pos);
+                    step(&mut engine, id, pos).unwrap();
                     let error = max_abs_diff(engine.logits().unwrap(), expected.logits.row(i));
                     assert!(error < bound, "{what}, step {i}: {error}");
                 }
@@ -175,7 +164,7 @@ fn going_on_with_everything_changes_nothing() {
                 go_on(&mut engine, &segments, Pieces::Segments, |_| true);
             }
             let first = engine.logits().unwrap().to_vec();
-            step(&mut engine, 13, n as Pos);
+            step(&mut engine, 13, n as Pos).unwrap();
             (first, engine.logits().unwrap().to_vec())
         };
         let (whole, on) = (logits(true, &model), logits(false, &model));
@@ -238,5 +227,5 @@ fn rows_that_no_trial_run_has_are_refused() {
         engine.end_trial().unwrap();
     }
     refused(&mut engine, &[0]);
-    step(&mut engine, 1, 0);
+    step(&mut engine, 1, 0).unwrap();
 }
