@@ -11,7 +11,6 @@ use crate::engine::Input;
 use crate::error::{Error, Result};
 
 /// What the tokens of a context of the first layers were when they came to the last of these.
-#[derive(Default)]
 pub(super) struct Hidden {
     /// `[cells so far, n_embd]`
     values: Vec<f32>,

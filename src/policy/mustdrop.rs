@@ -4,9 +4,9 @@
 //! Of the text tokens behind the picture, G\[j\] is the sum of the attention paid to token j and
 //! M\[j\] its maximum. A token goes when G\[j\] < r * sum over k of G\[k\] and M\[j\] < alpha, with
 //! r and alpha of 0.001, those of the authors' evaluation scripts; `--dap-r` (or `--dap-tau`) and
-//! `--dap-alpha` set others. With `--dap-keep` or `--dap-spread`, or a `--kv-budget` below 1.0, as many go as must:
-//! first those with M\[j\] < alpha, then the others, the lowest G first. The budget leaves room
-//! for the tokens to come, where they are known.
+//! `--dap-alpha` set others. With `--dap-keep` or `--dap-spread`, or a `--kv-budget` below 1.0, as
+//! many go as must: first those with M\[j\] < alpha, then the others, the lowest G first. The
+//! budget leaves room for the tokens to come, where they are known.
 //!
 //! Deviations:
 //! - The paper's vision-encoding stage (merging neighbours, and key tokens that the encoder's class

@@ -4,7 +4,7 @@
 use hae::cache::{Cell, Pos};
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::generate::Segment;
-use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 
 use crate::holes::step;
 use crate::kv_graphs::in_by_graph;
@@ -145,9 +145,9 @@ fn going_on_with_everything_changes_nothing() {
         (CacheType::Q8_0, FlashAttention::On),
     ];
     for (kind, flash_attention) in caches {
-        let logits = |whole: bool, model: &Model| {
+        let logits = |whole: bool| {
             let mut engine = engine(
-                model,
+                &model,
                 ContextOptions {
                     flash_attention,
                     type_k: kind,
@@ -167,7 +167,7 @@ fn going_on_with_everything_changes_nothing() {
             step(&mut engine, 13, n as Pos).unwrap();
             (first, engine.logits().unwrap().to_vec())
         };
-        let (whole, on) = (logits(true, &model), logits(false, &model));
+        let (whole, on) = (logits(true), logits(false));
         if precision::on_gpu() {
             assert!(
                 max_abs_diff(&whole.0, &on.0) < precision::logits(0.0),

@@ -11,6 +11,14 @@ use proptest::prelude::*;
 
 use crate::random::{Turn, layout, new_session, prompt, row, turns};
 
+/// The positions that a prompt leaves in the cache.
+fn kept_of(segments: &[(bool, usize)], options: &PolicyOptions, seed: u64) -> Vec<Pos> {
+    let mut session = new_session(options, seed, 200, 7);
+    session.prefill(&prompt(segments, 0), &|| false).unwrap();
+    let occupied = session.engine.occupied().into_iter();
+    occupied.map(|(_, pos)| pos).collect()
+}
+
 proptest! {
     /// Sums, maxima and exposure against the whole attention matrix, in batches of any size.
     #[test]
@@ -84,9 +92,7 @@ proptest! {
             recent: 2,
             ..PolicyOptions::default()
         };
-        let mut session = new_session(&options, seed, 200, 7);
-        session.prefill(&prompt(&segments, 0), &|| false).unwrap();
-        let kept: Vec<Pos> = session.engine.occupied().into_iter().map(|(_, pos)| pos).collect();
+        let kept = kept_of(&segments, &options, seed);
 
         let keys: Vec<Pos> = (0..rows.len() as Pos).collect();
         let text: Vec<usize> = (0..rows.len()).filter(|&i| !rows[i].0).collect();
@@ -139,9 +145,7 @@ proptest! {
             recent: 2,
             ..PolicyOptions::default()
         };
-        let mut session = new_session(&options, seed, 200, 7);
-        session.prefill(&prompt(&segments, 0), &|| false).unwrap();
-        let kept: Vec<Pos> = session.engine.occupied().into_iter().map(|(_, pos)| pos).collect();
+        let kept = kept_of(&segments, &options, seed);
 
         let n = rows.len();
         let keys: Vec<Pos> = (0..n as Pos).collect();
