@@ -263,6 +263,46 @@ impl<'m> LlamaEngine<'m> {
         Ok(!batch.queries.is_empty())
     }
 
+    /// After a batch: which rows' attention was seen, and which cells its tokens took.
+    fn account(
+        &mut self,
+        batch: &Batch<'_>,
+        cells: &mut Vec<Cell>,
+        seen: &mut Observation,
+    ) -> Result<()> {
+        seen.queries
+            .extend(batch.queries.iter().map(|&row| batch.pos[row as usize]));
+        if let Some(next) = &mut self.counted {
+            cells.clear();
+            cells.extend((*next..).take(batch.input.len()));
+            *next += batch.input.len() as Cell;
+        } else if !self.watched {
+            self.cells_of(batch, cells)?;
+        }
+        self.room.filled(cells);
+        if cells.len() != batch.input.len() {
+            return Err(Error::llama(
+                "llama_decode",
+                format!(
+                    "{} cells reported for {} rows",
+                    cells.len(),
+                    batch.input.len()
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Takes a batch out again after an error behind its decoding, which says more than what may
+    /// go wrong here.
+    fn discard(&mut self, pos: &[Pos]) {
+        let runs = pos.chunk_by(|a, b| b - a <= 1);
+        let ranges: Vec<Range<Pos>> = runs
+            .filter_map(|run| Some(*run.first()?..run.last()? + 1))
+            .collect();
+        drop(self.remove(&ranges).and_then(|()| self.recount()));
+    }
+
     /// Fills the per-row arrays and returns a batch that borrows them and the input.
     fn batch(
         &mut self,
@@ -410,9 +450,12 @@ impl Engine for LlamaEngine<'_> {
             self.set_causal(true);
         }
         #[cfg(feature = "kv-patches")]
-        if from.is_some() {
-            self.set_first_layer(0)?;
-        }
+        let reset = match from {
+            Some(_) => self.set_first_layer(0),
+            None => Ok(()),
+        };
+        #[cfg(not(feature = "kv-patches"))]
+        let reset: Result<()> = Ok(());
         let observed = self.observer.get_mut().finish(cells, seen);
         match status {
             0 => {}
@@ -424,35 +467,23 @@ impl Engine for LlamaEngine<'_> {
                 ));
             }
         }
-        self.has_logits = batch.logits;
-        observed.map_err(|reason| Error::llama("llama_decode", reason))?;
-        #[cfg(feature = "kv-patches")]
-        if tapped {
-            taps::read(&mut self.ctx, self.n_ctx, seen)?;
+        let done = reset
+            .and_then(|()| observed.map_err(|reason| Error::llama("llama_decode", reason)))
+            .and_then(|()| {
+                #[cfg(feature = "kv-patches")]
+                if tapped {
+                    taps::read(&mut self.ctx, self.n_ctx, seen)?;
+                }
+                self.account(&batch, cells, seen)?;
+                #[cfg(feature = "kv-patches")]
+                self.pass_on(from, cells)?;
+                Ok(())
+            });
+        match done {
+            Ok(()) => self.has_logits = batch.logits,
+            Err(_) => self.discard(batch.pos),
         }
-        seen.queries
-            .extend(batch.queries.iter().map(|&row| batch.pos[row as usize]));
-        if let Some(next) = &mut self.counted {
-            cells.clear();
-            cells.extend((*next..).take(batch.input.len()));
-            *next += batch.input.len() as Cell;
-        } else if !self.watched {
-            self.cells_of(&batch, cells)?;
-        }
-        self.room.filled(cells);
-        if cells.len() != batch.input.len() {
-            return Err(Error::llama(
-                "llama_decode",
-                format!(
-                    "{} cells reported for {} rows",
-                    cells.len(),
-                    batch.input.len()
-                ),
-            ));
-        }
-        #[cfg(feature = "kv-patches")]
-        self.pass_on(from, cells)?;
-        Ok(())
+        done
     }
 
     fn logits(&self) -> Result<&[f32]> {
@@ -580,12 +611,16 @@ impl Engine for LlamaEngine<'_> {
 
     #[cfg(feature = "kv-patches")]
     fn continues_trial(&self) -> bool {
-        self.takes_any_position() && self.last_score_layer().is_some_and(|il| il > 0)
+        // The callback finds cells in the first layer's nodes, which are left out then.
+        self.takes_any_position()
+            && !self.options.calls_back()
+            && self.last_score_layer().is_some_and(|il| il > 0)
     }
 
     #[cfg(feature = "kv-patches")]
     fn end_trial(&mut self) -> Result<()> {
-        self.finish_trial()
+        self.finish_trial();
+        Ok(())
     }
 
     #[cfg(feature = "kv-patches")]

@@ -12,8 +12,10 @@ use crate::error::{Error, Result};
 
 /// What the tokens of a context of the first layers were when they came to the last of these.
 pub(super) struct Hidden {
-    /// `[cells so far, n_embd]`
+    /// `[rows so far, n_embd]`, in the order in which they came.
     values: Vec<f32>,
+    /// `[cells]` Which row is a cell's.
+    row_of: Vec<Option<usize>>,
     width: usize,
 }
 
@@ -26,11 +28,25 @@ impl Hidden {
     pub fn take(&self, cells: &[Cell], out: &mut Vec<f32>) -> Result<()> {
         out.clear();
         for &cell in cells {
-            let start = cell as usize * self.width;
+            let row = self.row_of.get(cell as usize).copied().flatten();
+            let start = row.ok_or_else(Hidden::absent)? * self.width;
             let row = self.values.get(start..start + self.width);
             out.extend_from_slice(row.ok_or_else(Hidden::absent)?);
         }
         Ok(())
+    }
+
+    /// Room for rows that these cells' tokens are read into.
+    fn push(&mut self, cells: &[Cell]) -> &mut [f32] {
+        let first = self.values.len() / self.width;
+        let end = cells.iter().max().map_or(0, |&cell| cell as usize + 1);
+        self.row_of.resize(self.row_of.len().max(end), None);
+        for (&cell, row) in cells.iter().zip(first..) {
+            self.row_of[cell as usize] = Some(row);
+        }
+        let rows = (first + cells.len()) * self.width;
+        self.values.resize(rows, 0.0);
+        &mut self.values[first * self.width..]
     }
 }
 
@@ -61,19 +77,23 @@ impl LlamaEngine<'_> {
         if n_tokens.is_none() && self.hidden.is_none() {
             return Ok(());
         }
-        let last = self.last_score_layer().filter(|_| n_tokens.is_some());
-        self.set_first_layer(last.unwrap_or(0))?;
         self.hidden = None;
-        if let Some(n_tokens) = n_tokens {
-            let width = self.model.n_embd();
-            let mut values = Vec::new();
-            let size = n_tokens.saturating_mul(width);
-            values.try_reserve_exact(size).map_err(|_| {
-                let reason = format!("no memory for the hidden states of {n_tokens} tokens");
-                Error::llama("llama_hae_layers_read", reason)
-            })?;
-            self.hidden = Some(Hidden { values, width });
-        }
+        let Some(n_tokens) = n_tokens else {
+            return self.set_first_layer(0);
+        };
+        let width = self.model.n_embd();
+        let mut values = Vec::new();
+        let size = n_tokens.saturating_mul(width);
+        values.try_reserve_exact(size).map_err(|_| {
+            let reason = format!("no memory for the hidden states of {n_tokens} tokens");
+            Error::llama("llama_hae_layers_read", reason)
+        })?;
+        self.set_first_layer(self.last_score_layer().unwrap_or(0))?;
+        self.hidden = Some(Hidden {
+            values,
+            row_of: Vec::with_capacity(n_tokens),
+            width,
+        });
         Ok(())
     }
 
@@ -98,20 +118,13 @@ impl LlamaEngine<'_> {
         let Some(hidden) = &mut self.hidden else {
             return Ok(());
         };
-        let end = cells.iter().max().map_or(0, |&cell| cell as usize + 1);
-        let mut rows = vec![0.0; cells.len() * hidden.width];
+        let rows = hidden.push(cells);
         // SAFETY: the context is alive, and `rows` is as large as is said.
         let n = unsafe { sys::llama_hae_layers_read(raw.as_ptr(), rows.as_mut_ptr(), rows.len()) };
-        if usize::try_from(n) != Ok(cells.len()) {
-            return Err(reason("llama_hae_layers_read", n));
+        match usize::try_from(n) == Ok(cells.len()) {
+            true => Ok(()),
+            false => Err(reason("llama_hae_layers_read", n)),
         }
-        let size = hidden.values.len().max(end * hidden.width);
-        hidden.values.resize(size, 0.0);
-        for (&cell, row) in cells.iter().zip(rows.chunks_exact(hidden.width)) {
-            let start = cell as usize * hidden.width;
-            hidden.values[start..start + hidden.width].copy_from_slice(row);
-        }
-        Ok(())
     }
 
     fn copy_first_layers(&mut self, from: &[Cell], to: &[Cell]) -> Result<()> {

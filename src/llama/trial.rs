@@ -72,16 +72,21 @@ impl<'m> LlamaEngine<'m> {
         Ok(Some(engine))
     }
 
-    pub(super) fn finish_trial(&mut self) -> Result<()> {
-        if !self.keeps_trial() {
-            self.trial = None;
-        }
-        if let Some(engine) = self.trial.as_deref_mut() {
-            engine.clear();
-            engine.keep_hidden(None)?;
-            engine.tidy(&mut Vec::new())?;
-        }
-        Ok(())
+    pub(super) fn finish_trial(&mut self) {
+        let keep = self.keeps_trial();
+        // One that cannot be emptied is made anew when it is needed: what it was for is done.
+        self.trial = self
+            .trial
+            .take()
+            .filter(|_| keep)
+            .and_then(|mut engine| engine.empty().is_ok().then_some(engine));
+    }
+
+    /// Of a trial run's own context: forgets the run.
+    fn empty(&mut self) -> Result<()> {
+        self.clear();
+        self.keep_hidden(None)?;
+        self.tidy(&mut Vec::new())
     }
 
     pub(super) fn prepare_trials(&mut self) -> Result<()> {

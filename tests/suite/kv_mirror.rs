@@ -1,14 +1,14 @@
 //! An engine on the real cache that says of every call beforehand what each cell will hold
 //! ([`crate::kv_model`], and the rule of growing and shrinking in docs/kv-cache.md), and compares
 //! every token's logits with a twin's in which nothing is ever removed, moved or resized
-//! ([`crate::kv_twin`]).
+//! ([`crate::kv_twin`]), where there is one.
 
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
 
 use hae::cache::{Cell, Pos};
-use hae::engine::{Batch, Engine, KvBytes, Observation, Token};
+use hae::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
 use hae::llama::LlamaEngine;
 use hae::{Error, Result};
 
@@ -35,6 +35,8 @@ pub struct Tally {
     pub cancelled: usize,
     pub refused: usize,
     pub pruned_early: usize,
+    /// Rows that went on from a trial run.
+    pub went_on: usize,
     /// Logits that had to have the same bits.
     pub exact: usize,
     /// The largest difference of the others.
@@ -43,7 +45,8 @@ pub struct Tally {
 
 pub struct Mirrored<'m> {
     pub engine: LlamaEngine<'m>,
-    pub twin: Twin<'m>,
+    /// None for what no twin can do: prompts that go on from a trial run.
+    pub twin: Option<Twin<'m>>,
     pub cells: Cells,
     /// All tokens lay in the twin's cells whenever any was computed, so that sums had one order.
     pub alike: bool,
@@ -72,8 +75,9 @@ impl Mirrored<'_> {
         assert_eq!(map, self.cells.cells, "after {after}");
         let mut held: Vec<Pos> = map.iter().flatten().copied().collect();
         held.sort_unstable();
-        let twins = self.twin.cells();
-        assert!(held.iter().eq(twins.keys()), "after {after}");
+        if let Some(twin) = &self.twin {
+            assert!(held.iter().eq(twin.cells().keys()), "after {after}");
+        }
         let bytes = self.engine.kv_bytes();
         let live = bytes.per_cell * self.cells.cells.len() as u64;
         // Each layer's buffer may have padding.
@@ -85,13 +89,18 @@ impl Mirrored<'_> {
 
     /// Of a batch that was just computed.
     fn compare(&mut self, logits: bool) -> Result<()> {
-        let twins = self.twin.cells();
+        let Some(twin) = &self.twin else {
+            let finite = |x: &f32| x.is_finite();
+            assert!(!logits || self.engine.logits()?.iter().all(finite));
+            return Ok(());
+        };
+        let twins = twin.cells();
         let mut entries = self.cells.entries();
         self.alike &= entries.all(|(cell, pos)| twins.get(&pos) == Some(&cell));
         if !logits {
             return Ok(());
         }
-        let (ours, theirs) = (self.engine.logits()?, self.twin.logits());
+        let (ours, theirs) = (self.engine.logits()?, twin.logits());
         let mut tally = self.tally.borrow_mut();
         let exact = self.is_exact && self.alike;
         tally.exact += usize::from(exact);
@@ -131,8 +140,15 @@ impl Engine for Mirrored<'_> {
             "cells of {:?}",
             batch.pos
         );
-        self.tally.borrow_mut().decoded += n;
-        self.twin.decode(batch);
+        let mut tally = self.tally.borrow_mut();
+        tally.decoded += n;
+        if matches!(batch.input, Input::Trial(_)) {
+            tally.went_on += n;
+        }
+        drop(tally);
+        if let Some(twin) = &mut self.twin {
+            twin.decode(batch);
+        }
         self.check("a batch");
         self.compare(batch.logits)
     }
@@ -157,7 +173,9 @@ impl Engine for Mirrored<'_> {
         self.engine.remove(ranges)?;
         for range in ranges {
             self.cells.remove(range.clone());
-            self.twin.hide(range.clone());
+            if let Some(twin) = &mut self.twin {
+                twin.hide(range.clone());
+            }
             self.tally.borrow_mut().removed += range.len();
         }
         self.check("a removal");
@@ -167,7 +185,9 @@ impl Engine for Mirrored<'_> {
     fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {
         self.engine.rewind(from, left)?;
         self.cells.remove(from..Pos::MAX);
-        self.twin.forget_from(from);
+        if let Some(twin) = &mut self.twin {
+            twin.forget_from(from);
+        }
         assert_eq!(self.cells.used(), left);
         self.check("a rewind");
         Ok(())
@@ -233,7 +253,9 @@ impl Engine for Mirrored<'_> {
         let expected = self.cells.put(pos).unwrap();
         self.engine.restore_rows(pos, rows, cells)?;
         assert_eq!(cells, &expected, "cells of rows");
-        pos.iter().for_each(|&pos| self.twin.show(pos));
+        if let Some(twin) = &mut self.twin {
+            pos.iter().for_each(|&pos| twin.show(pos));
+        }
         self.tally.borrow_mut().from_host += pos.len();
         self.check("rows from the host");
         Ok(())

@@ -124,7 +124,8 @@ impl<'m> Run<'m> {
     fn start(&self, twins: &'m LlamaModel) -> Session<Mirrored<'m>> {
         let engine = Mirrored {
             engine: self.engine(),
-            twin: Twin::new(twins, &self.context),
+            twin: (self.policy.dap_mode != DapMode::Midway)
+                .then(|| Twin::new(twins, &self.context)),
             cells: Cells::new(STEP),
             alike: true,
             is_exact: self.context.flash_attention == FlashAttention::Off,
@@ -246,8 +247,18 @@ impl<'m> Run<'m> {
     }
 }
 
+/// When the conversations prune.
+fn twinned() -> impl Strategy<Value = DapMode> {
+    prop_oneof![Just(DapMode::Early), Just(DapMode::Exact)]
+}
+
 /// Random conversations with a cache of this kind; what they did.
-fn conversations(flash: bool, kind: CacheType, cases: u32) -> Tally {
+fn conversations(
+    flash: bool,
+    kind: CacheType,
+    mode: impl Strategy<Value = DapMode>,
+    cases: u32,
+) -> Tally {
     let (text, _) = converted("f32");
     let (model, twins) = (load(text), fixture::load(text));
     let context = ContextOptions {
@@ -276,20 +287,17 @@ fn conversations(flash: bool, kind: CacheType, cases: u32) -> Tally {
     let host = prop_oneof![Just(0), 1..120usize];
     let drawn = (
         options(),
-        prop::bool::ANY,
+        mode,
         prop::bool::weighted(0.8),
         host,
         turns(),
         any::<u64>(),
     );
-    let done = runner.run(&drawn, |(options, early, recall, host, turns, seed)| {
+    let done = runner.run(&drawn, |(options, dap_mode, recall, host, turns, seed)| {
         let run = Run {
             model: &model,
             policy: PolicyOptions {
-                dap_mode: match early {
-                    true => DapMode::Early,
-                    false => DapMode::Exact,
-                },
+                dap_mode,
                 recall,
                 ..options
             },
@@ -308,7 +316,7 @@ fn conversations(flash: bool, kind: CacheType, cases: u32) -> Tally {
 
 #[test]
 fn conversations_f32() {
-    let tally = conversations(false, CacheType::F32, 48);
+    let tally = conversations(false, CacheType::F32, twinned(), 48);
     assert!(tally.decoded > 5000 && tally.steps > 1000);
     // Everything that may happen has happened.
     for (n, what) in [
@@ -330,12 +338,31 @@ fn conversations_f32() {
 
 #[test]
 fn conversations_f16() {
-    let tally = conversations(true, CacheType::F16, 16);
+    let tally = conversations(true, CacheType::F16, twinned(), 16);
     assert!(tally.worst < 5e-2, "{}", tally.worst);
 }
 
 #[test]
 fn conversations_q8_0() {
-    let tally = conversations(true, CacheType::Q8_0, 12);
+    let tally = conversations(true, CacheType::Q8_0, twinned(), 12);
     assert!(tally.worst < 1.0, "{}", tally.worst);
+}
+
+/// Prompts that go on behind the first layers: cells, positions and books. Their logits have numpy
+/// for an oracle (tests/suite/midway.rs).
+#[test]
+fn conversations_midway() {
+    for (flash, kind) in [(false, CacheType::F32), (true, CacheType::Q8_0)] {
+        let tally = conversations(flash, kind, Just(DapMode::Midway), 16);
+        for (n, what) in [
+            (tally.went_on, "went on"),
+            (tally.removed, "removed"),
+            (tally.moved, "moved"),
+            (tally.recalled, "recalled"),
+            (tally.reopened, "reopened"),
+            (tally.cancelled, "cancelled"),
+        ] {
+            assert!(n > 0, "nothing {what}");
+        }
+    }
 }

@@ -50,6 +50,7 @@ mod kv_streams;
 #[cfg(feature = "kv-patches")]
 mod kv_twin;
 mod masked;
+#[cfg(feature = "kv-patches")]
 mod midway;
 mod model;
 mod npz;
