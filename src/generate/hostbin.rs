@@ -42,7 +42,8 @@ impl HostBin {
         self.bytes
     }
 
-    pub fn saved(&self) -> impl Iterator<Item = &Saved> {
+    /// Oldest first.
+    pub fn saved(&self) -> impl DoubleEndedIterator<Item = &Saved> {
         self.saved.iter()
     }
 
@@ -68,6 +69,9 @@ impl HostBin {
 
     /// Adds rows; the oldest make room, and what is larger than the bin is not kept.
     pub fn push(&mut self, saved: Saved) {
+        if saved.rows.len() > self.max_bytes {
+            return;
+        }
         self.bytes += saved.rows.len();
         self.saved.push_back(saved);
         while self.bytes > self.max_bytes {

@@ -270,11 +270,12 @@ impl<E: Engine> Session<E> {
             self.controller.reopen_pictures();
         }
         self.drop_pruned(order)?;
-        self.engine.make_room(added)?;
+        let text = self.returning_text(added);
+        self.engine.make_room(added + text)?;
         if !self.recall(order, cancelled)? {
             return Ok(false);
         }
-        self.recall_text()?;
+        self.recall_text(text)?;
         self.tell_texts(prompt)?;
         let last = prompt.iter().rposition(|p| !p.segment.is_empty());
         let single_rows = self.controller.single_rows();
@@ -372,9 +373,30 @@ impl<E: Engine> Session<E> {
         Ok(true)
     }
 
-    /// Puts evicted text back, the latest first, while the host has rows of it and the cache room.
-    fn recall_text(&mut self) -> Result<()> {
-        while let Some(saved) = self.host_bin.pop() {
+    /// Rows of evicted text, the latest first, that the host has and that fit beside `added`
+    /// others.
+    fn returning_text(&self, added: usize) -> usize {
+        if !self.controller.recalls() {
+            return 0;
+        }
+        let taken = self.controller.ledger().counts().cells() + added;
+        let free = self.engine.n_cells().saturating_sub(taken);
+        let mut rows = 0;
+        for saved in self.host_bin.saved().rev() {
+            if rows + saved.pos.len() > free {
+                break;
+            }
+            rows += saved.pos.len();
+        }
+        rows
+    }
+
+    /// Puts so many rows of evicted text back.
+    fn recall_text(&mut self, mut rows: usize) -> Result<()> {
+        while rows > 0
+            && let Some(saved) = self.host_bin.pop()
+        {
+            rows = rows.saturating_sub(saved.pos.len());
             let restored = self
                 .engine
                 .restore_rows(&saved.pos, &saved.rows, &mut self.feed.cells);
@@ -400,11 +422,13 @@ impl<E: Engine> Session<E> {
         if self.controller.planned().is_empty() && shift.is_none() {
             return Ok(());
         }
-        keep_text(
-            &mut self.host_bin,
-            &mut self.engine,
-            self.controller.evicted(),
-        )?;
+        if self.controller.recalls() {
+            keep_text(
+                &mut self.host_bin,
+                &mut self.engine,
+                self.controller.evicted(),
+            )?;
+        }
         self.engine.remove(self.controller.planned())?;
         if let Some(Shift { from, by }) = shift {
             self.engine.shift(from, by)?;

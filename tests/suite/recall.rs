@@ -245,16 +245,62 @@ fn a_prompt_that_early_pruning_makes_fit_goes_in() {
     }
 }
 
-#[test]
-fn evicted_text_waits_on_the_host() {
-    let options = PolicyOptions {
+/// DDES alone, in few cells.
+fn ddes() -> PolicyOptions {
+    PolicyOptions {
         dap: None,
         kv_budget: Some(Amount::Cells(16)),
         bin_size: 4,
         sinks: 1,
         recent: 4,
         ..PolicyOptions::default()
+    }
+}
+
+/// After an answer about a text of 30 tokens, with a host bin for all of it.
+fn answered(options: &PolicyOptions, n_cells: usize) -> Session<Scripted> {
+    let mut session = session(options, 5, n_cells, 1 << 20);
+    let prompt = prompt(&[(false, 30)], 0);
+    assert!(session.prefill(&prompt, &|| false).unwrap());
+    for _ in 0..20 {
+        session.step(3).unwrap();
+    }
+    session
+}
+
+#[test]
+fn returning_text_leaves_the_prompt_its_room() {
+    let n_cells = 50;
+    let ask = |spare: usize| {
+        let mut session = answered(&ddes(), n_cells);
+        let waiting = session.host_bin().bytes() / 4;
+        let held = session.controller.ledger().counts().cells();
+        let rows = n_cells - held - spare;
+        let prompt = prompt(&[(false, rows)], 0);
+        assert!(session.prefill(&prompt, &|| false).unwrap());
+        (waiting, session.controller.report().recalled)
     };
+    let (waiting, recalled) = ask(0);
+    assert!(waiting > 20);
+    assert_eq!(recalled, 0);
+    let (_, recalled) = ask(10);
+    assert!((1..=10).contains(&recalled), "{recalled}");
+}
+
+#[test]
+fn text_waits_for_policies_that_call_it_back_alone() {
+    let options = PolicyOptions {
+        recall: false,
+        ..ddes()
+    };
+    let session = answered(&options, 200);
+    assert!(session.controller.ledger().counts().evicted.text > 20);
+    assert_eq!(session.host_bin().bytes(), 0);
+}
+
+#[test]
+fn evicted_text_waits_on_the_host() {
+    let options = ddes();
     // A row of the scripted engine takes 4 bytes.
     let kept = |host: usize| {
         let mut session = session(&options, 5, 200, host);
