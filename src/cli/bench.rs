@@ -45,7 +45,8 @@ pub struct Args {
     /// -mm: vision file, one for all models or one for each
     #[arg(long, alias = "mm", value_name = "FILE")]
     mmproj: Vec<PathBuf>,
-    /// Cache policies, list; they are measured by turns and compared with the first
+    /// Cache policies, list (names: `hae run --help`); they are measured by turns and compared
+    /// with the first
     #[arg(long, value_name = "NAME", default_value = "full,hae")]
     kv_policy: Vec<String>,
     /// Tokens of a prompt, list; 0: no such test [default: 512, none with --workload]

@@ -177,7 +177,9 @@ impl Setup<'_> {
         let vision = load_vision(self.files, self.model, n_threads, &model)?;
         self.check_num_crops(vision.as_ref())?;
         let mut context = self.context_options(&model, vision.as_ref())?;
-        self.read_for_trace(&mut context, &model)?;
+        if self.trace.is_some() {
+            read_for_trace(&mut context, &model, self.policy)?;
+        }
         let template = self.template.of(&model);
         check_template(
             &model,
@@ -200,6 +202,10 @@ impl Setup<'_> {
             policy::create(self.policy.0, self.policy.1, limits)?,
             engine.n_cells(),
         );
+        if self.bin_host_mib > 0 && !controller.recalls() {
+            let reason = "wants a policy that calls evicted tokens back: hae, without --no-recall";
+            return Err(Error::option("--bin-host-mib", reason).into());
+        }
         if let Some(path) = self.trace {
             let header = trace::Header::new(
                 self.files.names().0,
@@ -232,25 +238,6 @@ impl Setup<'_> {
         )?;
         conversation.finish_recording()?;
         Ok(done)
-    }
-
-    /// A trace of `full` holds attention that the policy itself does not ask for.
-    fn read_for_trace(&self, context: &mut ContextOptions, model: &Model) -> hae::Result<()> {
-        let (policy, options) = self.policy;
-        if self.trace.is_none() || policy != "full" {
-            return Ok(());
-        }
-        if let Some(reason) = model.eviction_obstacle() {
-            let reason = format!("attention by token cannot be read: {reason}");
-            return Err(Error::option("--trace", reason));
-        }
-        let limits = Limits {
-            n_layer: model.n_layer(),
-            n_cells: context.n_ctx as usize,
-        };
-        options.validate(limits)?;
-        context.score_layers = options.layers.resolve(limits.n_layer);
-        Ok(())
     }
 
     /// A number that no picture can be cut into is better refused now than at the first picture.
@@ -440,6 +427,31 @@ pub fn for_policy(
         context.kv_size = Some(KV_SIZE_AT_FIRST);
     }
     Ok(context)
+}
+
+/// A trace of `full` holds attention that the policy itself does not ask for.
+///
+/// # Errors
+/// [`Error::Option`] for layers that are not there, or a model whose cells cannot be told apart.
+pub fn read_for_trace(
+    context: &mut ContextOptions,
+    model: &Model,
+    (policy, options): (&str, &PolicyOptions),
+) -> hae::Result<()> {
+    if policy != "full" {
+        return Ok(());
+    }
+    if let Some(reason) = model.eviction_obstacle() {
+        let reason = format!("attention by token cannot be read: {reason}");
+        return Err(Error::option("--trace", reason));
+    }
+    let limits = Limits {
+        n_layer: model.n_layer(),
+        n_cells: context.n_ctx as usize,
+    };
+    options.validate(limits)?;
+    context.score_layers = options.layers.resolve(limits.n_layer);
+    Ok(())
 }
 
 /// The set of rope factors that a context uses, for reports; `none` for models without two sets.

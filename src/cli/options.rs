@@ -50,6 +50,12 @@ pub fn llama_spelling(args: impl Iterator<Item = std::ffi::OsString>) -> Vec<std
     .collect()
 }
 
+/// What is wrong with parameters of policies where `full` is the only one.
+pub fn full_takes_no_parameters() -> Error {
+    let reason = "full takes no parameters, expected another policy beside these flags";
+    Error::option("--kv-policy", reason)
+}
+
 /// Which files to load, and onto what.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
@@ -61,7 +67,7 @@ pub struct ModelArgs {
     #[arg(long, alias = "mm", value_name = "FILE")]
     pub mmproj: Option<PathBuf>,
     /// -ngl: layers to keep on the GPU: a number, `all`, or `auto` for llama.cpp's choice
-    #[arg(long, alias = "ngl", default_value = "auto", value_parser = gpu_layers, value_name = "N")]
+    #[arg(long, visible_alias = "n-gpu-layers", alias = "ngl", default_value = "auto", value_parser = gpu_layers, value_name = "N")]
     pub gpu_layers: GpuLayers,
     /// Which longrope factors to use: `auto` follows the positions that the run can reach,
     /// `context` the size of the cache (as llama.cpp does)
@@ -387,11 +393,11 @@ pub struct PolicyArgs {
     /// Last positions that never leave [default: 16]
     #[arg(long, value_name = "N")]
     recent: Option<usize>,
-    /// By which share a binned token must pass the lowest live one to come back
-    /// [default: 0.1]
+    /// By which share a binned token must pass the lowest live one to come back; without a
+    /// --kv-budget, one of 1.0 comes with it [default: 0.1]
     #[arg(long, value_name = "X")]
     hysteresis: Option<f64>,
-    /// Never take a token back out of the bin
+    /// Never take a token back out of the bin; without a --kv-budget, one of 1.0 comes with it
     #[arg(long, action = ArgAction::SetTrue)]
     no_restore: bool,
     /// Do not let a new question call evicted tokens back

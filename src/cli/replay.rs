@@ -27,7 +27,8 @@ pub struct Args {
     /// Without any, the policy that made a trace is held against its own decisions
     #[arg(long, value_name = "LIST")]
     kv_policy: Vec<String>,
-    /// Replay ddes and hae with each of these recycle bins, and without one (greedy)
+    /// Replay ddes and hae with each of these recycle bins, and without one (greedy): numbers of
+    /// cells (1,8) and spans of them (1-16, 1-128*2)
     #[arg(long, value_name = "LIST", conflicts_with = "bin_size")]
     bin_sizes: Vec<String>,
     /// What the greedy policy is given to be compared with a bin of d cells: as many cells at most
@@ -39,7 +40,7 @@ pub struct Args {
     partial: bool,
     #[command(flatten)]
     policy: PolicyArgs,
-    /// A table of means, or every trace by itself, too
+    /// md: a table of means; json and csv: every trace by itself, too
     #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
 }

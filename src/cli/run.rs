@@ -11,7 +11,7 @@ use super::calibration::CalibrationArgs;
 use super::chat::Start;
 use super::crops::CropArgs;
 use super::load::{self, Files, Made, Setup, Template};
-use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs};
+use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs, full_takes_no_parameters};
 use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, note, warn};
 use hae::Error;
@@ -67,9 +67,9 @@ pub struct Args {
     #[command(flatten)]
     sampler: SamplerArgs,
     /// `full` keeps everything, as llama.cpp does; `hae` prunes visual tokens after the prompt
-    /// (`dap` alone) and evicts through a recycle bin while decoding (`ddes` alone). To compare
-    /// with: random, random_visual, streaming_llm, context_shift, h2o, tova, snapkv, fastv,
-    /// mustdrop
+    /// (`dap` alone) and, with a --kv-budget, evicts through a recycle bin while decoding (`ddes`
+    /// alone). To compare with: random, random_visual, streaming_llm, context_shift, h2o, tova,
+    /// snapkv, fastv, mustdrop
     #[arg(
         long,
         default_value = "full",
@@ -81,7 +81,8 @@ pub struct Args {
     policy: PolicyArgs,
     #[command(flatten)]
     calibration: CalibrationArgs,
-    /// Keep evicted text in this much host memory, to be put back for the next question
+    /// Keep text that a budget evicts in this much host memory, to be put back for the next
+    /// question; with a policy that calls evicted tokens back
     #[arg(
         long,
         default_value_t = 0,
@@ -118,11 +119,7 @@ pub fn run(args: &Args) -> Result<Done> {
         refused.layers = PolicyOptions::default().layers;
     }
     if args.kv_policy == "full" && refused != PolicyOptions::default() {
-        return Err(Error::option(
-            "--kv-policy",
-            "full takes no parameters, expected another policy beside these flags",
-        )
-        .into());
+        return Err(full_takes_no_parameters().into());
     }
     let n_predict = match args.n_predict {
         -1 => None,

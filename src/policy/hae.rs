@@ -13,9 +13,9 @@ use super::budget::Budget;
 use super::dap::Dap;
 use super::ddes::Ddes;
 use super::scores::Guard;
-use super::{DapMode, EvictionPolicy, Limits, Observe, Plan, PolicyOptions};
+use super::{DapMode, DapRule, EvictionPolicy, Limits, Observe, Plan, PolicyOptions};
 use crate::cache::Ledger;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Both parts, or one of them.
 pub(super) struct Hae {
@@ -63,6 +63,13 @@ impl Hae {
         limits: Limits,
     ) -> Result<Self> {
         options.validate(limits)?;
+        if let Some(dap) = options.dap
+            && dap.rule == DapRule::Auto
+            && dap.alpha.is_some()
+        {
+            let reason = "has no threshold to add to, expected --dap-tau or --dap-r beside it";
+            return Err(Error::option("--dap-alpha", reason));
+        }
         let PolicyOptions { sinks, recent, .. } = options;
         let budget = options
             .kv_budget

@@ -204,8 +204,8 @@ impl DapMode {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DapOptions {
     pub rule: DapRule,
-    /// Threshold forms only: a token whose highest attention reaches `alpha` stays
-    /// (`M[j] < alpha` to leave). None: no individual test.
+    /// Threshold forms only (and mustdrop's own): a token whose highest attention reaches `alpha`
+    /// stays (`M[j] < alpha` to leave). None: no individual test.
     pub alpha: Option<f64>,
     pub scope: Scope,
 }

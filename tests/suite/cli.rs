@@ -48,6 +48,26 @@ fn usage_error(args: &str, expected: &str) {
 }
 
 #[test]
+fn flags_that_would_do_nothing() {
+    for (args, expected) in [
+        (
+            "--kv-policy hae --dap-alpha 0.1",
+            "--dap-alpha: has no threshold to add to, expected --dap-tau or --dap-r",
+        ),
+        (
+            "--kv-policy h2o --bin-host-mib 4",
+            "--bin-host-mib: wants a policy that calls evicted tokens back",
+        ),
+        (
+            "--kv-policy hae --no-recall --bin-host-mib 4",
+            "--bin-host-mib: wants a policy",
+        ),
+    ] {
+        refuses(args, expected);
+    }
+}
+
+#[test]
 fn numbers_out_of_range() {
     for (args, expected) in [
         ("-n -2", "-n: -2, expected -1 or more"),

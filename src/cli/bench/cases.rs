@@ -2,7 +2,9 @@
 //! is found here, before the first model is loaded.
 
 use super::super::load::Files;
-use super::super::options::{GpuLayers, cache_type, default_threads, gpu_layers};
+use super::super::options::{
+    GpuLayers, cache_type, default_threads, full_takes_no_parameters, gpu_layers,
+};
 use super::lists::{numbers, pairs, size, values};
 use super::{Args, MOST_TOKENS};
 use hae::bench::{Pictures, Test, Turn, Workload};
@@ -57,8 +59,7 @@ impl Plan {
         let policies = policies(&args.kv_policy)?;
         let policy_options = args.policy.options()?;
         if policies == ["full"] && policy_options != PolicyOptions::default() {
-            let reason = "full takes no parameters, expected hae beside these flags";
-            return Err(Error::option("--kv-policy", reason).into());
+            return Err(full_takes_no_parameters().into());
         }
         let threads = match args.threads.is_empty() {
             true => vec![default_threads()],
