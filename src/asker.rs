@@ -7,13 +7,14 @@ pub mod attempt;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
 use crate::bench::{Watch as Clock, wake};
-use crate::controller::Controller;
+use crate::controller::{Controller, Event};
 use crate::conversation::segment;
 use crate::engine::{Engine, Token};
 use crate::error::{Error, Result};
@@ -25,6 +26,7 @@ use crate::image::Picture;
 use crate::llama::{ContextOptions, LlamaEngine, Model, Piece, SamplerOptions, Vision};
 use crate::policy::{self, EvictionPolicy, Limits, PolicyOptions};
 use crate::prompt::{Transcript, place_pictures, tokenize};
+use crate::trace;
 
 /// A policy that is asked.
 #[derive(Clone, Debug)]
@@ -54,6 +56,8 @@ struct Prepared {
     segments: Vec<Segment>,
     /// Visual tokens of each picture.
     images: Vec<usize>,
+    /// Which of the question's pictures these are.
+    order: Vec<usize>,
     encode: Duration,
 }
 
@@ -82,6 +86,8 @@ pub struct Asker<'m> {
     prepared: HashMap<String, Rc<Prepared>>,
     /// Pictures by content, of this question and the one before it.
     encoded: HashMap<[u8; 32], Encoded>,
+    /// Where the next conversation is recorded, and the model's name to show.
+    trace: Option<(PathBuf, String)>,
 }
 
 struct Encoded {
@@ -107,6 +113,7 @@ impl<'m> Asker<'m> {
             stages: Vec::new(),
             prepared: HashMap::new(),
             encoded: HashMap::new(),
+            trace: None,
         }
     }
 
@@ -115,6 +122,12 @@ impl<'m> Asker<'m> {
         self.prepared.clear();
         self.encoded
             .retain(|_, encoded| std::mem::take(&mut encoded.used));
+    }
+
+    /// Records what the next [`Asker::ask`] sees and decides. Under `full` this reads the attention
+    /// of the layers that the entrant's context names.
+    pub fn trace_next(&mut self, path: PathBuf, model: String) {
+        self.trace = Some((path, model));
     }
 
     /// Asks every turn of a question. `n_predict` and `expected` are for each turn; `expected`
@@ -133,10 +146,12 @@ impl<'m> Asker<'m> {
         watch: Clock<'_>,
     ) -> Result<Option<Vec<Answered>>> {
         let stage = self.stage(&entrant.context, policy_of(entrant, question))?;
+        self.begin_trace(stage, entrant, question)?;
         let mut talk = self.talk();
         let mut answers = Vec::new();
         for turn in 0..question.turns.len() {
             let (prepared, segments) = self.prompt(&mut talk, question, turn, pictures, watch)?;
+            self.tell_pictures(stage, &prepared, pictures);
             let n_predict = self.reachable(stage, &segments, n_predict.get(turn).copied())?;
             let session = &mut self.stages[stage].session;
             if let Some(&n) = expected.and_then(|all| all.get(turn)) {
@@ -178,7 +193,42 @@ impl<'m> Asker<'m> {
                 text: generated.text,
             });
         }
+        let controller = &mut self.stages[stage].session.controller;
+        controller.finish_recording()?;
         Ok(Some(answers))
+    }
+
+    /// Begins the recording that [`Asker::trace_next`] has asked for.
+    fn begin_trace(&mut self, stage: usize, entrant: &Entrant, question: &Question) -> Result<()> {
+        let Some((path, model)) = self.trace.take() else {
+            return Ok(());
+        };
+        let Session {
+            engine, controller, ..
+        } = &mut self.stages[stage].session;
+        let limits = limits(self.model, engine);
+        let options = options_of(entrant, question);
+        let policy = (&*entrant.contender.policy, &options);
+        let layers = entrant.context.score_layers.clone();
+        let header = trace::Header::new(model, limits, policy, layers);
+        trace::record(controller, &path, header)
+    }
+
+    /// Tells a recorder what is shown.
+    fn tell_pictures(&mut self, stage: usize, prepared: &Prepared, pictures: &[Picture]) {
+        let controller = &mut self.stages[stage].session.controller;
+        if !controller.is_recorded() {
+            return;
+        }
+        for (image, &i) in (0..).zip(&prepared.order) {
+            let picture = &pictures[i];
+            let layout = self.vision.as_ref().and_then(|v| v.hd_layout(picture));
+            controller.tell(Event::Shown {
+                image,
+                picture,
+                layout,
+            });
+        }
     }
 
     /// What the full cache says to every turn, greedily, and what it attends to. `context` is
@@ -276,15 +326,12 @@ impl<'m> Asker<'m> {
         let like = |stage: &Stage<'_>| {
             stage.score_layers == context.score_layers && stage.kv_size == context.kv_size
         };
-        let limits = |engine: &LlamaEngine<'_>| Limits {
-            n_layer: self.model.n_layer(),
-            n_cells: engine.n_cells(),
-        };
         let Some(at) = self.stages.iter().position(like) else {
             let mut engine =
                 LlamaEngine::new(self.model, context.clone(), &SamplerOptions::GREEDY)?;
             wake(&mut engine, 0)?;
-            let controller = Controller::new(policy(limits(&engine))?, engine.n_cells());
+            let policy = policy(limits(self.model, &engine))?;
+            let controller = Controller::new(policy, engine.n_cells());
             self.stages.push(Stage {
                 score_layers: context.score_layers.clone(),
                 kv_size: context.kv_size,
@@ -294,7 +341,7 @@ impl<'m> Asker<'m> {
         };
         let session = &mut self.stages[at].session;
         empty(session)?;
-        let policy = policy(limits(&session.engine))?;
+        let policy = policy(limits(self.model, &session.engine))?;
         session.controller = Controller::new(policy, session.engine.n_cells());
         session.forget();
         Ok(at)
@@ -327,7 +374,9 @@ impl<'m> Asker<'m> {
                 let ordered: Vec<&Picture> = order.iter().map(|&i| &pictures[i]).collect();
                 let pieces = tokenize(self.model, self.vision.as_ref(), &text, &ordered, is_new)?;
                 let tokenized = (watch.now)().saturating_sub(start);
-                let prepared = Rc::new(self.encode(pieces, &ordered, tokenized, watch)?);
+                let mut prepared = self.encode(pieces, &ordered, tokenized, watch)?;
+                prepared.order = order;
+                let prepared = Rc::new(prepared);
                 self.prepared.insert(key, Rc::clone(&prepared));
                 prepared
             }
@@ -352,6 +401,7 @@ impl<'m> Asker<'m> {
         let mut prepared = Prepared {
             segments: Vec::new(),
             images: Vec::new(),
+            order: Vec::new(),
             encode: tokenized,
         };
         for piece in pieces {
@@ -415,6 +465,13 @@ impl<'m> Asker<'m> {
     }
 }
 
+fn limits(model: &Model, engine: &LlamaEngine<'_>) -> Limits {
+    Limits {
+        n_layer: model.n_layer(),
+        n_cells: engine.n_cells(),
+    }
+}
+
 /// Empties a context and gives back what a question made it grow by.
 fn empty(session: &mut Session<LlamaEngine<'_>>) -> Result<()> {
     session.engine.clear();
@@ -427,11 +484,16 @@ fn policy_of<'a>(
     entrant: &'a Entrant,
     question: &Question,
 ) -> impl Fn(Limits) -> Result<Box<dyn EvictionPolicy>> + 'a {
+    let options = options_of(entrant, question);
+    move |limits| policy::create(&entrant.contender.policy, &options, limits)
+}
+
+fn options_of(entrant: &Entrant, question: &Question) -> PolicyOptions {
     let digest = Sha256::digest(&question.id);
     let number = digest.iter().take(8).fold(0, |n, &b| n << 8 | u64::from(b));
     let mut options = entrant.options.clone();
     options.seed ^= number;
-    move |limits| policy::create(&entrant.contender.policy, &options, limits)
+    options
 }
 
 fn numbered(segment: &Segment, number: u32) -> Segment {

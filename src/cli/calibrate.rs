@@ -211,6 +211,7 @@ impl Job<'_> {
             answers: Vec::new(),
             known: HashSet::new(),
             bar: self.bar.clone(),
+            traces: None,
         };
         if sitting.all()? == Done::Interrupted {
             return Ok(None);

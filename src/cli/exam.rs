@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use super::bench::policies;
-use super::load::Files;
-use super::options::PolicyArgs;
+use super::load::{Files, read_for_trace};
+use super::options::{PolicyArgs, full_takes_no_parameters};
 use super::{Done, interrupt};
 use hae::Error;
 use hae::asker::Entrant;
@@ -27,11 +27,12 @@ pub use print::{
     Columns, Format, percent, print_answers, print_json, print_summary, summary_text, write,
 };
 pub use questions::QuestionArgs;
-pub use sitting::Sitting;
+pub use sitting::{Sitting, Traces};
 
 #[derive(Debug, clap::Args)]
 pub struct ExamArgs {
-    /// Cache policies, list; the first is what the others are compared with
+    /// Cache policies, list (names: `hae run --help`); the first is what the others are compared
+    /// with
     #[arg(
         long,
         value_name = "NAME",
@@ -46,6 +47,11 @@ pub struct ExamArgs {
     /// Save each answer in FILE as it comes, JSON lines; a file that was begun goes on
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,
+    /// Write what the cache saw and decided at each question to a file in DIR, which the answers
+    /// in FILE name: for `hae report` and `hae replay`. Under `full` attention is read for it, too,
+    /// and all times include the writing
+    #[arg(long, value_name = "DIR", requires = "out", help_heading = "Output")]
+    trace: Option<PathBuf>,
     /// What stdout carries
     #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     pub output: Format,
@@ -87,11 +93,13 @@ impl ExamArgs {
             let reason = format!("{} is in the list twice", budget_text(budgets[i]));
             return Err(Error::option("--kv-budget", reason).into());
         }
-        if policies == ["full"]
-            && self.policy.options_at(budgets.first().copied())? != PolicyOptions::default()
-        {
-            let reason = "full takes no parameters, expected another policy beside these flags";
-            return Err(Error::option("--kv-policy", reason).into());
+        let mut refused = self.policy.options_at(budgets.first().copied())?;
+        if self.trace.is_some() {
+            // What a trace of `full` reads.
+            refused.layers = PolicyOptions::default().layers;
+        }
+        if policies == ["full"] && refused != PolicyOptions::default() {
+            return Err(full_takes_no_parameters().into());
         }
         for &budget in budgets {
             if let Amount::Share(share) = budget
@@ -141,18 +149,37 @@ impl Exam<'_> {
         let files = Files::find(&args.ask.model)?;
         let questions = self.questions.iter();
         args.ask.ready(&files, questions, self.num_crops, |ready| {
-            let entrants = candidates
+            let mut entrants = candidates
                 .into_iter()
                 .map(|c| ready.entrant(c.name(), c.policy, c.budget, c.options))
                 .collect::<Result<Vec<_>>>()?;
+            if let Some(dir) = &args.trace {
+                std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+                let layers = args.policy.options_at(None)?.layers;
+                for entrant in &mut entrants {
+                    entrant.options.layers.clone_from(&layers);
+                    let policy = (&*entrant.contender.policy, &entrant.options);
+                    read_for_trace(&mut entrant.context, ready.model, policy)?;
+                }
+            }
             let seed = args.policy.options_at(None)?.seed;
             let asked = (self.command, &self.set, self.distance, seed);
             let header = args.ask.header(asked, &files, &ready, &entrants)?;
-            self.sit(ready, header, &entrants)
+            let traces = args.trace.as_ref().map(|dir| Traces {
+                dir: dir.clone(),
+                model: files.names().0,
+            });
+            self.sit(ready, header, &entrants, traces)
         })
     }
 
-    fn sit(&self, ready: Ready<'_>, header: Header, entrants: &[Entrant]) -> Result<Outcome> {
+    fn sit(
+        &self,
+        ready: Ready<'_>,
+        header: Header,
+        entrants: &[Entrant],
+        traces: Option<Traces>,
+    ) -> Result<Outcome> {
         let (results, answers) = match &self.args.out {
             Some(path) => {
                 let (results, answers) = Results::open(path, &header)?;
@@ -176,6 +203,7 @@ impl Exam<'_> {
             known: answers.iter().map(key).collect(),
             answers,
             results,
+            traces,
         };
         let done = interrupt::answering(|| sitting.all());
         sitting.bar.finish_and_clear();

@@ -28,6 +28,8 @@ fn words(args: &str, out: &Path) -> Vec<String> {
         "TEXT" => path(TEXT),
         "VISION" => path(VISION),
         "OUT" => out.join("r.jsonl").to_str().unwrap().to_owned(),
+        "TRACES" => out.join("traces").to_str().unwrap().to_owned(),
+        "PAGE" => out.join("page.html").to_str().unwrap().to_owned(),
         word => word.to_owned(),
     };
     let words = args.split_whitespace().map(word);
@@ -154,6 +156,65 @@ fn questions_are_scored_and_saved() {
         out,
     ));
     assert!(error.contains("r.jsonl: was begun with contenders full,hae@0.3,hae@0.6,random@0.3,random@0.6, this run has full"), "{error}");
+}
+
+/// Every answer names a trace: of decisions that hold, of the full cache for others to replay, and
+/// for a report, which shows it with the results.
+#[test]
+fn questions_are_traced() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path();
+    let asked = "eval QUESTIONS --limit 2 --kv-policy full,hae,random --kv-budget 0.5 --out OUT";
+    let plain = run(asked, out);
+    fs::remove_file(out.join("r.jsonl")).unwrap();
+    let traced = run(&format!("{asked} --trace TRACES"), out);
+    let (_, answers) = records(out);
+    assert_eq!(answers.len(), 6);
+    let mut files = std::collections::BTreeSet::new();
+    for a in &answers {
+        let path = a["trace"].as_str().unwrap();
+        assert!(files.insert(path.to_owned()), "{path} twice");
+        let replayed = |args: &[&str]| -> Value {
+            let args = [&["replay", "-o", "json", path], args].concat();
+            serde_json::from_str(&answer(&args)).unwrap()
+        };
+        match a["policy"].as_str().unwrap() {
+            "full" => {
+                let lost = replayed(&["--kv-policy", "random@0.5"]);
+                assert!(number(&lost, "/summary/0/lost_mean") > 0.0, "{lost}");
+            }
+            _ => {
+                // One decision after the prompt, and one after each token that went in.
+                let verified = replayed(&[]);
+                let last = f64::from(u8::from(a["finish"] == "length"));
+                let steps = number(a, "/tokens/generated") - last;
+                assert_eq!(number(&verified[0], "/verified/steps"), steps, "{a}");
+                assert_eq!(number(&verified[0], "/verified/plans"), steps + 1.0, "{a}");
+            }
+        }
+    }
+    // Recording changes no answer.
+    let said = |printed: &Value| {
+        let rows = printed["summary"]["rows"].as_array().unwrap();
+        let right: Vec<Value> = rows.iter().map(|row| row["right"].clone()).collect();
+        right
+    };
+    assert_eq!(said(&plain), said(&traced));
+    answer(&words("report OUT -o PAGE", out)[..4]);
+    let page = fs::read_to_string(out.join("page.html")).unwrap();
+    for file in files {
+        let name = Path::new(&file).file_name().unwrap().to_str().unwrap();
+        assert!(page.contains(name), "{name}");
+    }
+    let no_results = refusal_line("eval QUESTIONS --limit 1 --trace TRACES", out);
+    assert!(no_results.contains("--out"), "{no_results}");
+}
+
+/// What clap says to a command line that it does not take.
+fn refusal_line(args: &str, out: &Path) -> String {
+    let output = hae().args(words(args, out)).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    String::from_utf8(output.stderr).unwrap()
 }
 
 /// The same as two processes: parts of a file that have nothing in common.

@@ -1,6 +1,7 @@
 //! Questions under several policies by turns, each answer saved as it comes.
 
 use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 
 use anyhow::{Result, anyhow};
 use indicatif::ProgressBar;
@@ -32,6 +33,24 @@ pub struct Sitting<'e, 'm> {
     /// The answers that are there already.
     pub known: HashSet<Key>,
     pub bar: ProgressBar,
+    pub traces: Option<Traces>,
+}
+
+/// Where conversations are recorded.
+pub struct Traces {
+    pub dir: PathBuf,
+    /// The model's name to show.
+    pub model: String,
+}
+
+impl Traces {
+    /// The file for a question under a policy. Ids may hold anything, so a number keeps apart what
+    /// looks alike without it.
+    fn path(&self, number: usize, question: &Question, contender: &str) -> PathBuf {
+        let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+        let id: String = question.id.chars().take(40).map(plain).collect();
+        self.dir.join(format!("{number:05}-{id}-{contender}.trace"))
+    }
 }
 
 impl Sitting<'_, '_> {
@@ -98,6 +117,11 @@ impl Sitting<'_, '_> {
                 let entrant = &self.entrants[i];
                 let name = &entrant.contender.name;
                 self.bar.set_message(format!("{} {name}", question.id));
+                let trace = self.traces.as_ref();
+                let trace = trace.map(|t| (t.path(number, question, name), t.model.clone()));
+                if let Some((path, model)) = &trace {
+                    self.asker.trace_next(path.clone(), model.clone());
+                }
                 let answered = self.asker.ask(
                     entrant,
                     question,
@@ -122,7 +146,8 @@ impl Sitting<'_, '_> {
                     else {
                         return Ok(false);
                     };
-                    self.save(i, question, runs, distances)?;
+                    let trace = trace.map(|(path, _)| path.display().to_string());
+                    self.save((i, question), runs, distances, trace)?;
                 }
             }
         }
@@ -178,10 +203,10 @@ impl Sitting<'_, '_> {
     /// Judges the answers of an entrant's runs, which differ in their times alone.
     fn save(
         &mut self,
-        entrant: usize,
-        question: &Question,
+        (entrant, question): (usize, &Question),
         mut runs: Vec<Vec<Answered>>,
         mut distances: Vec<Option<Distance>>,
+        trace: Option<String>,
     ) -> Result<()> {
         let contender = &self.entrants[entrant].contender;
         let all = runs.clone();
@@ -216,7 +241,7 @@ impl Sitting<'_, '_> {
                 timings: answered.timings.clone(),
                 evicted: answered.evicted.clone(),
                 distance: distances.get_mut(turn).and_then(Option::take),
-                trace: None,
+                trace: trace.clone(),
             };
             // The earlier turns of a chat that was interrupted are there already.
             if !self.known.insert(key(&answer)) {
