@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The figures of docs/performance.md on two CPU cores: policies by turns in one process.
+# Figures such as those of docs/performance.md, which names the flags of each, on two CPU cores:
+# policies by turns in one process.
 #
 #   cargo xtask model full && cargo build --release --benches --bin hae
 #   benches/cpu.sh target/release/hae models/full/phi-3.5-random-Q4_0.gguf OUT [PART...]
