@@ -183,12 +183,57 @@ fn going_on_with_everything_changes_nothing() {
     }
 }
 
+/// Into cells that others have left between them: the same but for the order of sums, and the others
+/// keep their bits.
+#[test]
+fn going_on_into_scattered_cells_changes_nothing() {
+    let (text, vision) = converted("f32");
+    let model = load(text);
+    let mut vision = load_vision(vision, &model);
+    let goldens = goldens();
+    let golden = goldens.iter().find(|g| g.id() == "qa0").unwrap();
+    let segments = golden.segments(&model, &mut vision);
+    let n: usize = segments.iter().map(Segment::len).sum();
+    for options in settings(2) {
+        let logits = |scattered: bool| {
+            let mut engine = engine(&model, options.clone());
+            let mut kept: Vec<Cell> = Vec::new();
+            if scattered {
+                // Behind the prompt, so that nothing of it sees them.
+                let after: Vec<Pos> = (n as Pos..).skip(1).take(60).collect();
+                let batch = Batch {
+                    input: Input::Tokens(&[13; 60]),
+                    pos: &after,
+                    queries: &[],
+                    logits: false,
+                };
+                let (mut cells, mut seen) = (Vec::new(), Observation::default());
+                engine.decode(batch, &mut cells, &mut seen).unwrap();
+                let gone = after.chunks(3).map(|three| three[0]..three[0] + 2);
+                engine.remove(&gone.collect::<Vec<_>>()).unwrap();
+                kept.extend(cells.iter().skip(2).step_by(3));
+            }
+            let rows = engine.rows(&kept).unwrap();
+            go_on(&mut engine, &segments, Pieces::Segments, |_| true);
+            assert!(engine.rows(&kept).unwrap() == rows);
+            engine.logits().unwrap().to_vec()
+        };
+        let error = max_abs_diff(&logits(false), &logits(true));
+        let bound = precision::logits(match options.flash_attention {
+            FlashAttention::On => 5e-2,
+            _ => 1e-4,
+        });
+        assert!(error < bound, "{:?}: {error}", options.flash_attention);
+    }
+}
+
 /// The same where K and V are copied as between devices.
 #[test]
 fn the_first_layers_come_over_from_a_device() {
     in_by_graph(&[
         "midway::a_prompt_that_goes_on_without_some_is_one_with_these_masked_from_a_layer_on",
         "midway::going_on_with_everything_changes_nothing",
+        "midway::going_on_into_scattered_cells_changes_nothing",
     ]);
 }
 

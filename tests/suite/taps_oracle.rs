@@ -57,11 +57,17 @@ unsafe fn values(kind: sys::ggml_type, data: *const u8, n: usize) -> Vec<f32> {
     }
 }
 
-/// A query as ggml multiplies it with quantized keys: in blocks of 32 integers.
+/// A query as ggml multiplies it with quantized keys: in blocks of 32 integers. Its code for x86
+/// divides in another order than the others, which decides where a value lies between two integers.
 fn quantized(query: &[f32]) -> Vec<f32> {
     let block = |block: &[f32]| {
-        let scale = block.iter().fold(0.0f32, |most, x| most.max(x.abs())) / 127.0;
-        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        let most = block.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+        let scale = most / 127.0;
+        let inverse = match most {
+            0.0 => 0.0,
+            _ if cfg!(target_arch = "x86_64") => 127.0 / most,
+            _ => 1.0 / scale,
+        };
         let scale = f16::from_f32(scale).to_f32();
         let round = move |x: &f32| (x * inverse).round_ties_even() * scale;
         block.iter().map(round).collect::<Vec<f32>>()
