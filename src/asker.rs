@@ -14,8 +14,8 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use crate::bench::{Watch as Clock, wake};
-use crate::controller::{Controller, Event};
-use crate::conversation::segment;
+use crate::controller::Controller;
+use crate::conversation::{segment, tell_pictures};
 use crate::engine::{Engine, Token};
 use crate::error::{Error, Result};
 use crate::eval::distance::{self, Followed, Places, Said, Watch};
@@ -151,9 +151,10 @@ impl<'m> Asker<'m> {
         let mut answers = Vec::new();
         for turn in 0..question.turns.len() {
             let (prepared, segments) = self.prompt(&mut talk, question, turn, pictures, watch)?;
-            self.tell_pictures(stage, &prepared, pictures);
             let n_predict = self.reachable(stage, &segments, n_predict.get(turn).copied())?;
             let session = &mut self.stages[stage].session;
+            let shown = (0..).zip(prepared.order.iter().map(|&i| &pictures[i]));
+            tell_pictures(&mut session.controller, self.vision.as_ref(), shown);
             if let Some(&n) = expected.and_then(|all| all.get(turn)) {
                 session.expect(n);
             }
@@ -212,23 +213,6 @@ impl<'m> Asker<'m> {
         let layers = entrant.context.score_layers.clone();
         let header = trace::Header::new(model, limits, policy, layers);
         trace::record(controller, &path, header)
-    }
-
-    /// Tells a recorder what is shown.
-    fn tell_pictures(&mut self, stage: usize, prepared: &Prepared, pictures: &[Picture]) {
-        let controller = &mut self.stages[stage].session.controller;
-        if !controller.is_recorded() {
-            return;
-        }
-        for (image, &i) in (0..).zip(&prepared.order) {
-            let picture = &pictures[i];
-            let layout = self.vision.as_ref().and_then(|v| v.hd_layout(picture));
-            controller.tell(Event::Shown {
-                image,
-                picture,
-                layout,
-            });
-        }
     }
 
     /// What the full cache says to every turn, greedily, and what it attends to. `context` is

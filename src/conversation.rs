@@ -320,7 +320,8 @@ impl<'m> Conversation<'m> {
         let pieces = tokenize(model, self.vision.as_ref(), &text, &pictures, is_new)?;
         self.check_fit(&pieces)?;
 
-        self.tell_pictures(&pictures);
+        let numbered = (self.images..).zip(pictures.iter().copied());
+        tell_pictures(&mut self.session.controller, self.vision.as_ref(), numbered);
         let (segments, images) = self.encode(pieces, hooks.cancelled)?;
         let encoded = (hooks.now)();
         let left = self.positions_left(&segments);
@@ -366,21 +367,6 @@ impl<'m> Conversation<'m> {
             },
             text: generated.text,
         })
-    }
-
-    /// Tells a recorder what is shown; the pictures take the next numbers.
-    fn tell_pictures(&mut self, pictures: &[&Picture]) {
-        if !self.session.controller.is_recorded() {
-            return;
-        }
-        for (image, picture) in (self.images..).zip(pictures) {
-            let layout = self.vision.as_ref().and_then(|v| v.hd_layout(picture));
-            self.session.controller.tell(Event::Shown {
-                image,
-                picture,
-                layout,
-            });
-        }
     }
 
     /// Checks the size of a prompt before its pictures are encoded.
@@ -476,6 +462,22 @@ fn identity(model: &Model) -> Result<ModelIdentity> {
         bytes,
         fingerprint: gguf::fingerprint(model.path())?,
     })
+}
+
+/// Tells a recorder, if there is one, which pictures are shown, with their numbers.
+pub fn tell_pictures<'p>(
+    controller: &mut Controller,
+    vision: Option<&Vision<'_>>,
+    pictures: impl Iterator<Item = (u32, &'p Picture)>,
+) {
+    for (image, picture) in pictures {
+        let layout = vision.and_then(|v| v.hd_layout(picture));
+        controller.tell(Event::Shown {
+            image,
+            picture,
+            layout,
+        });
+    }
 }
 
 /// An encoded picture as the loops take it.
