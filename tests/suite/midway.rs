@@ -4,7 +4,7 @@
 use hae::cache::{Cell, Pos};
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::generate::Segment;
-use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model};
 
 use crate::holes::step;
 use crate::kv_graphs::in_by_graph;
@@ -129,15 +129,19 @@ fn a_prompt_that_goes_on_without_some_is_one_with_these_masked_from_a_layer_on()
     assert_eq!(compared, 24);
 }
 
+/// A question about a picture.
+fn question(model: &Model) -> Vec<Segment> {
+    let mut vision = load_vision(converted("f32").1, model);
+    let goldens = goldens();
+    let golden = goldens.iter().find(|g| g.id() == "qa0").unwrap();
+    golden.segments(model, &mut vision)
+}
+
 /// With nothing left out, it is the prefill that llama.cpp does in one go: the same bits on a CPU.
 #[test]
 fn going_on_with_everything_changes_nothing() {
-    let (text, vision) = converted("f32");
-    let model = load(text);
-    let mut vision = load_vision(vision, &model);
-    let goldens = goldens();
-    let golden = goldens.iter().find(|g| g.id() == "qa0").unwrap();
-    let segments = golden.segments(&model, &mut vision);
+    let model = load(converted("f32").0);
+    let segments = question(&model);
     let caches = [
         (CacheType::F32, FlashAttention::Off),
         (CacheType::F16, FlashAttention::Off),
@@ -187,12 +191,8 @@ fn going_on_with_everything_changes_nothing() {
 /// keep their bits.
 #[test]
 fn going_on_into_scattered_cells_changes_nothing() {
-    let (text, vision) = converted("f32");
-    let model = load(text);
-    let mut vision = load_vision(vision, &model);
-    let goldens = goldens();
-    let golden = goldens.iter().find(|g| g.id() == "qa0").unwrap();
-    let segments = golden.segments(&model, &mut vision);
+    let model = load(converted("f32").0);
+    let segments = question(&model);
     let n: usize = segments.iter().map(Segment::len).sum();
     for options in settings(2) {
         let logits = |scattered: bool| {
