@@ -3,10 +3,8 @@
 use std::io::Write;
 use std::path::Path;
 
-use tempfile::NamedTempFile;
-
 use crate::error::{Error, Result};
-use crate::tempfiles::Listed;
+use crate::tempfiles::TempFile;
 
 const MODEL: &[u8] = include_bytes!("../models/small-phi3v-Q8_0.gguf");
 const MMPROJ: &[u8] = include_bytes!("../models/mmproj-small-phi3v-F16.gguf");
@@ -18,21 +16,17 @@ pub const PICTURE_CROPS: u32 = 16;
 /// The model's two files, laid out where llama.cpp can map them. Removed on drop.
 #[derive(Debug)]
 pub struct Embedded {
-    model: NamedTempFile,
-    mmproj: NamedTempFile,
-    _listed: [Listed; 2],
+    model: TempFile,
+    mmproj: TempFile,
 }
 
 impl Embedded {
     /// # Errors
     /// [`Error::Io`] when the temporary folder cannot take the 12 MB.
     pub fn unpack() -> Result<Self> {
-        let model = write("small-phi3v-", MODEL)?;
-        let mmproj = write("mmproj-small-phi3v-", MMPROJ)?;
         Ok(Embedded {
-            _listed: [&model, &mmproj].map(|file| Listed::new(file.path())),
-            model,
-            mmproj,
+            model: write("small-phi3v-", MODEL)?,
+            mmproj: write("mmproj-small-phi3v-", MMPROJ)?,
         })
     }
 
@@ -45,15 +39,11 @@ impl Embedded {
     }
 }
 
-fn write(prefix: &str, bytes: &[u8]) -> Result<NamedTempFile> {
+fn write(what: &str, bytes: &[u8]) -> Result<TempFile> {
     let folder = std::env::temp_dir();
-    let mut file = tempfile::Builder::new()
-        .prefix(prefix)
-        .suffix(".gguf")
-        .tempfile_in(&folder)
-        .map_err(|e| Error::io(&folder, e))?;
+    let temp = TempFile::create_in(&folder, what, 0o600).map_err(|e| Error::io(&folder, e))?;
+    let mut file = temp.file();
     file.write_all(bytes)
-        .and_then(|()| file.flush())
-        .map_err(|e| Error::io(file.path(), e))?;
-    Ok(file)
+        .map_err(|e| Error::io(temp.path(), e))?;
+    Ok(temp)
 }

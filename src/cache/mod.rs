@@ -15,6 +15,10 @@ pub use ledger::{Ledger, SavedLedger};
 /// A token's position in its sequence (llama.cpp's `llama_pos`).
 pub type Pos = i32;
 
+/// The last position that a file may name: there is room for a prompt behind it before the numbers
+/// end.
+pub const LAST_POS: Pos = Pos::MAX - (1 << 24);
+
 /// Index of a cell in the KV cache.
 pub type Cell = u32;
 

@@ -16,9 +16,10 @@ mod tokenizer;
 mod vision;
 mod vocab;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::outfile::FilesInUse;
 use checkpoint::Checkpoint;
 use output::Model;
 use tensors::Planned;
@@ -97,7 +98,24 @@ pub fn convert(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<
         vision_type: vision_type.file_type(),
         vision_tensors,
     };
-    model.write(&options.text_out, &options.mmproj_out, progress)
+    let read = files_in(dir)?;
+    model.write(&options.text_out, &options.mmproj_out, read, progress)
+}
+
+/// What is in a model's folder, but for GGUFs of earlier conversions.
+fn files_in(dir: &Path) -> Result<FilesInUse> {
+    let mut files = FilesInUse::default();
+    let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if path
+            .extension()
+            .is_none_or(|e| !e.eq_ignore_ascii_case("gguf"))
+        {
+            files.reads("a file of the model", &path);
+        }
+    }
+    Ok(files)
 }
 
 fn is_phi3(name: &str) -> bool {

@@ -9,7 +9,7 @@ use super::vocab::Vocabulary;
 use super::{text, vision};
 use crate::error::{Error, Result};
 use crate::llama::gguf::Writer;
-use crate::outfile::OutFile;
+use crate::outfile::{FilesInUse, OutFile};
 
 #[derive(Clone, Debug)]
 pub struct Written {
@@ -42,8 +42,8 @@ pub struct Model<'a> {
 }
 
 impl Model<'_> {
-    /// Writes both files, which get their names only when both are complete. `progress` is told
-    /// the bytes written so far and in all, tensor data only.
+    /// Writes both files, which get their names only when both are complete. `read` are those that
+    /// the model comes from. `progress` is told the bytes written so far and in all, tensor data only.
     ///
     /// # Errors
     /// [`Error::File`], [`Error::Io`] or [`Error::Option`]. No output is left behind then.
@@ -51,16 +51,13 @@ impl Model<'_> {
         self,
         text_out: &Path,
         mmproj_out: &Path,
+        mut read: FilesInUse,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Summary> {
+        read.writes("--output", text_out)?;
+        read.writes("--mmproj", mmproj_out)?;
         let text_file = OutFile::create(text_out)?;
         let vision_file = OutFile::create(mmproj_out)?;
-        if same_file(text_out, mmproj_out) {
-            return Err(Error::option(
-                "--mmproj",
-                "is the same file as --output, expected another",
-            ));
-        }
 
         let kind = ("phi3", "model", self.text_type);
         let mut text = Output::new(text_file, kind, &self.name, self.text_tensors)?;
@@ -80,7 +77,7 @@ impl Model<'_> {
         text_file.commit()?;
         if let Err(e) = vision_file.commit() {
             // One without the other is of no use; the first error is the one to report.
-            let _ = std::fs::remove_file(&text.path);
+            let _ = std::fs::canonicalize(&text.path).and_then(std::fs::remove_file);
             return Err(e);
         }
         Ok(Summary {
@@ -191,18 +188,4 @@ fn size_label(parameters: u64) -> String {
     } else {
         format!("{scaled:.0}{unit}")
     }
-}
-
-/// Whether two targets in existing directories are one.
-fn same_file(a: &Path, b: &Path) -> bool {
-    let resolved = |p: &Path| {
-        let dir = p
-            .parent()
-            .filter(|d| !d.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        dir.canonicalize()
-            .ok()
-            .map(|d| d.join(p.file_name().unwrap_or_default()))
-    };
-    resolved(a) == resolved(b)
 }

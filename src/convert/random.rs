@@ -19,6 +19,7 @@ use super::tensors::{Planned, Role};
 use super::{OutType, text, vision};
 use crate::error::{Error, Result};
 use crate::llama::gguf::TensorType;
+use crate::outfile::FilesInUse;
 
 pub use blocks::Blocks;
 pub use llava::write as write_llava;
@@ -70,7 +71,8 @@ pub fn write(options: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<Su
         vision_type: OutType::F16.file_type(),
         vision_tensors,
     };
-    model.write(&options.text_out, &options.mmproj_out, progress)
+    let read = FilesInUse::default();
+    model.write(&options.text_out, &options.mmproj_out, read, progress)
 }
 
 /// A seed for each tensor.

@@ -15,7 +15,7 @@ use llama_cpp_sys_2 as sys;
 use super::gguf::{Gguf, c_path};
 use super::hparams;
 use crate::error::{Error, Result};
-use crate::outfile::OutFile;
+use crate::outfile::{FilesInUse, OutFile};
 
 /// A target by llama.cpp's name for it (`llama-quantize`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,13 +151,10 @@ pub fn quantize(
     progress
         .total
         .store(gguf.header().n_tensors as u32, Ordering::Relaxed);
+    let mut files = FilesInUse::default();
+    files.reads("the input", input);
+    files.writes("OUTPUT", output)?;
     let file = OutFile::create(output)?;
-    if output.exists() && input.canonicalize().ok() == output.canonicalize().ok() {
-        return Err(Error::file(
-            output,
-            "is the input file, expected another name",
-        ));
-    }
     let (from, to) = (c_path(input)?, c_path(file.temp_path())?);
     // SAFETY: takes nothing and returns plain data.
     let mut params = unsafe { sys::llama_model_quantize_default_params() };

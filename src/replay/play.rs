@@ -118,7 +118,11 @@ impl Player {
                 let mut ledger = Ledger::new(span);
                 ledger.load(&trial, &cells)?;
                 if let Some(dictated) = &self.dictated {
-                    let judged = ledger.entries().filter(|e| pruned.contains(&e.pos));
+                    let mut pruned = pruned.clone();
+                    pruned.sort_unstable();
+                    let judged = ledger
+                        .entries()
+                        .filter(|e| pruned.binary_search(&e.pos).is_ok());
                     dictated.borrow_mut().judged = judged.map(|e| e.cell).collect();
                 }
                 return controller.prune(&ledger).map(Some);

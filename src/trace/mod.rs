@@ -5,6 +5,7 @@
 //! records; each has its own checksum, so that what was written before an interruption is whole.
 
 mod block;
+mod check;
 mod read;
 mod record;
 mod values;
@@ -21,7 +22,7 @@ use crate::policy::{Limits, PolicyOptions};
 pub use read::{Cut, Reader, read};
 pub use record::{Jpeg, Record};
 pub use values::{Precision, Values};
-pub use write::Writer;
+pub use write::{Writer, check as check_target};
 
 const MAGIC: &[u8; 8] = b"HAE-TRAC";
 

@@ -117,7 +117,11 @@ impl Reader {
                 self.ended = true;
                 Ok(None)
             }
-            record => Ok(record),
+            Some(record) => match record.check(&self.header) {
+                Ok(()) => Ok(Some(record)),
+                Err(reason) => Err(self.damaged(&reason)),
+            },
+            None => Ok(None),
         }
     }
 

@@ -1,12 +1,13 @@
 //! Writing a trace as the run goes.
 
-use std::fs::File;
-use std::io::Write;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use super::{Header, MAGIC, Record, VERSION, block};
 use crate::controller::{After, Event, Recorder};
 use crate::error::{Error, Result};
+use crate::outfile::PRIVATE;
 
 /// Records wait until so many bytes are worth a block. An interruption that leaves no time for
 /// the last words costs no more than these.
@@ -27,12 +28,18 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Creates the file, replacing what was there.
+    /// Creates the file, replacing an older trace. A new one is its owner's alone: it holds what
+    /// was said and shown.
     ///
     /// # Errors
-    /// [`Error::Io`] when it cannot be written.
+    /// [`Error::Io`] when it cannot be written, [`Error::File`] where something else has the name.
     pub fn create(path: &Path, header: Header) -> Result<Self> {
-        let mut file = File::create(path).map_err(|e| Error::io(path, e))?;
+        check(path)?;
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, PRIVATE);
+        let mut file = options.open(path).map_err(|e| Error::io(path, e))?;
         let mut begin = MAGIC.to_vec();
         begin.extend(VERSION.to_le_bytes());
         file.write_all(&begin).map_err(|e| Error::io(path, e))?;
@@ -84,6 +91,27 @@ impl Writer {
                 self.failure = Some(Error::io(&self.path, e));
             }
         }
+    }
+}
+
+/// Whether a trace may be written here: where nothing is, or an older trace, or what is no regular
+/// file. It is written in place, so what it replaces is gone at once.
+///
+/// # Errors
+/// [`Error::File`] where something else has the name.
+pub fn check(path: &Path) -> Result<()> {
+    if !std::fs::metadata(path).is_ok_and(|meta| meta.is_file()) {
+        return Ok(());
+    }
+    let mut begin = Vec::new();
+    // One that cannot be read may be one that cannot be written either; the system says so.
+    let read = File::open(path).and_then(|file| file.take(8).read_to_end(&mut begin));
+    match read.is_err() || begin.is_empty() || begin == MAGIC {
+        true => Ok(()),
+        false => Err(Error::file(
+            path,
+            "is there and no trace of hae, expected a new name",
+        )),
     }
 }
 

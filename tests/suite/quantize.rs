@@ -171,7 +171,10 @@ fn inputs_that_are_no_models() {
     )
     .unwrap_err()
     .to_string();
-    assert!(message.contains("is the input file"), "{message}");
+    assert!(
+        message.contains("is the same file as the input"),
+        "{message}"
+    );
     assert_eq!(std::fs::read(good.text()).unwrap(), bytes);
 }
 
