@@ -1,6 +1,7 @@
 //! A conversation with a model: pictures and text in, an answer and what it cost out.
 
-use std::path::Path;
+mod file;
+
 use std::time::Duration;
 
 use serde::Serialize;
@@ -11,10 +12,8 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::{Axes, Finish, Hooks, Segment, Session};
 use crate::image::Picture;
-use crate::llama::gguf;
-use crate::llama::{ImageEmbeddings, LlamaEngine, Model, Mrope, Piece, RopeFactors, Vision};
+use crate::llama::{ImageEmbeddings, LlamaEngine, Mrope, Piece, Vision};
 use crate::prompt::{Transcript, place_pictures, tokenize};
-use crate::saved::{ModelIdentity, Saved};
 
 const NO_VISION: &str = "pictures need a vision file, give one with --mmproj";
 
@@ -161,83 +160,6 @@ impl<'m> Conversation<'m> {
         self.transcript.clear();
         self.pending = None;
         self.images = 0;
-    }
-
-    /// Keeps the conversation in a file.
-    ///
-    /// # Errors
-    /// Those of [`Saved::write`] and [`LlamaEngine::state`].
-    pub fn save(&mut self, path: &Path) -> Result<()> {
-        let Session {
-            engine, controller, ..
-        } = &mut self.session;
-        let saved = Saved {
-            model: identity(engine.model())?,
-            rope_factors: engine.rope_factors(),
-            transcript: self.transcript.clone(),
-            pending: self.pending,
-            images: self.images,
-            ledger: controller.ledger().save(),
-            state: engine.state()?,
-            history: self.session.history().clone(),
-            host_bin: self.session.host_bin().saved().cloned().collect(),
-        };
-        saved.write(path)
-    }
-
-    /// Goes on with a conversation from a file, in the place of this one.
-    ///
-    /// # Errors
-    /// [`Error::Option`] naming what the file does not go with: another model, other rope
-    /// factors, too small a context. The conversation is then empty.
-    pub fn resume(&mut self, saved: Saved) -> Result<()> {
-        self.clear();
-        let refuse = |reason: String| Error::option("--session", reason);
-        let engine = &mut self.session.engine;
-        let model = identity(engine.model())?;
-        if saved.model != model {
-            let of = |m: &ModelIdentity| {
-                let print = m.fingerprint.get(..8).unwrap_or_default();
-                format!(
-                    "{} of {} layers, {} bytes, {print}",
-                    m.arch, m.n_layer, m.bytes
-                )
-            };
-            let reason = format!(
-                "was made with another model ({}), expected {}",
-                of(&saved.model),
-                of(&model)
-            );
-            return Err(refuse(reason));
-        }
-        if saved.rope_factors != engine.rope_factors() {
-            let of = |factors: RopeFactors| format!("{factors:?}").to_lowercase();
-            let reason = format!(
-                "was made with {0} rope factors, this run has {1} ones: give --rope-factors {0}",
-                of(saved.rope_factors),
-                of(engine.rope_factors())
-            );
-            return Err(refuse(reason));
-        }
-        let tokens = saved.ledger.entries.len();
-        if tokens > engine.n_cells() {
-            let n_ctx = engine.n_cells();
-            return Err(refuse(format!(
-                "holds {tokens} cells, the context {n_ctx}: give a larger -c"
-            )));
-        }
-        let cells = match tokens {
-            0 => Vec::new(),
-            n => engine
-                .restore_bytes(saved.state, n)
-                .map_err(|e| refuse(format!("does not fit this run: {e}")))?,
-        };
-        self.session.controller.load(&saved.ledger, &cells)?;
-        self.session.resume(saved.history, saved.host_bin);
-        self.transcript = saved.transcript;
-        self.pending = saved.pending;
-        self.images = saved.images;
-        Ok(())
     }
 
     /// Ends the recording of a trace, if there is one.
@@ -448,20 +370,6 @@ impl<'m> Conversation<'m> {
             + segments.iter().map(Segment::positions).sum::<usize>();
         self.max_positions.map(|max| max.saturating_sub(taken))
     }
-}
-
-fn identity(model: &Model) -> Result<ModelIdentity> {
-    let bytes = std::fs::metadata(model.path())
-        .map_err(|e| Error::io(model.path(), e))?
-        .len();
-    Ok(ModelIdentity {
-        arch: model.arch().to_owned(),
-        n_layer: model.n_layer(),
-        n_embd: model.n_embd(),
-        n_vocab: model.n_vocab(),
-        bytes,
-        fingerprint: gguf::fingerprint(model.path())?,
-    })
 }
 
 /// Tells a recorder, if there is one, which pictures are shown, with their numbers.

@@ -165,9 +165,17 @@ impl<E: Engine> Session<E> {
     }
 
     /// Goes on with what went in earlier; the engine and the controller hold its cache.
-    pub fn resume(&mut self, history: History, saved: Vec<Saved>) {
+    ///
+    /// # Errors
+    /// [`Error::Contract`] or [`Error::Option`] for what cannot have gone in, or left.
+    pub fn resume(&mut self, history: History, saved: Vec<Saved>) -> Result<()> {
+        let next = self.controller.next_pos();
+        history.check(next)?;
+        let held = self.controller.ledger().entries().map(|entry| entry.pos);
+        hostbin::check(&saved, next, held.collect())?;
         self.history = history;
         saved.into_iter().for_each(|rows| self.host_bin.push(rows));
+        Ok(())
     }
 
     /// Forgets what went in: the engine and the controller were cleared.

@@ -34,6 +34,17 @@ impl Transcript {
         }
     }
 
+    /// Name or text of the chat template; `None`: prompts go in as they are.
+    pub fn template(&self) -> Option<&str> {
+        self.template.as_deref()
+    }
+
+    /// The system prompt, if there is one.
+    pub fn system(&self) -> Option<&str> {
+        let first = self.messages.first().filter(|m| m.role == "system");
+        first.map(|m| m.content.as_str())
+    }
+
     /// Forgets all turns but a system prompt.
     pub fn clear(&mut self) {
         self.messages.retain(|m| m.role == "system");

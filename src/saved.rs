@@ -12,14 +12,15 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::cache::SavedLedger;
+use crate::engine::Token;
 use crate::error::{Error, Result};
 use crate::generate::{History, Saved as SavedRows};
-use crate::llama::RopeFactors;
+use crate::llama::{CacheType, FlashAttention, RopeFactors, SequenceState};
 use crate::outfile::OutFile;
 use crate::prompt::Transcript;
 
 const MAGIC: &[u8; 8] = b"HAE-SESS";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = MAGIC.len() + 4 + 32;
 
 /// What a model must share with the one that a session was made with.
@@ -35,31 +36,79 @@ pub struct ModelIdentity {
     pub fingerprint: String,
 }
 
+/// How K and V were stored, by the flags that say so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Storage {
+    pub type_k: CacheType,
+    pub type_v: CacheType,
+    pub flash_attention: FlashAttention,
+}
+
+impl Storage {
+    /// The flags that were others, with their values.
+    pub fn flags_beside(&self, other: &Storage) -> String {
+        let all = [
+            ("-ctk", self.type_k.name(), other.type_k.name()),
+            ("-ctv", self.type_v.name(), other.type_v.name()),
+            (
+                "-fa",
+                self.flash_attention.name(),
+                other.flash_attention.name(),
+            ),
+        ];
+        let differ = all.iter().filter(|(_, own, other)| own != other);
+        let flags: Vec<String> = differ
+            .map(|(flag, own, _)| format!("{flag} {own}"))
+            .collect();
+        flags.join(" ")
+    }
+}
+
 /// Everything that a conversation is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Saved {
     pub model: ModelIdentity,
     /// The set that the cached keys were rotated with.
     pub rope_factors: RopeFactors,
+    pub storage: Storage,
     pub transcript: Transcript,
-    pub pending: Option<i32>,
+    /// Last token of the last answer, when it has not gone through the model yet.
+    pub pending: Option<Token>,
+    /// The last tokens that were sampled: what a repeat penalty looks back on.
+    pub sampled: Vec<Token>,
     pub images: u32,
     pub ledger: SavedLedger,
     pub history: History,
     pub host_bin: Vec<SavedRows>,
     /// llama.cpp's own state of the sequence.
-    #[serde(with = "serde_bytes")]
-    pub state: Vec<u8>,
+    #[serde(with = "state_bytes")]
+    pub state: SequenceState,
+}
+
+mod state_bytes {
+    use serde::{Deserializer, Serializer};
+
+    use crate::llama::SequenceState;
+
+    pub fn serialize<S: Serializer>(state: &SequenceState, to: S) -> Result<S::Ok, S::Error> {
+        serde_bytes::serialize(state.bytes(), to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<SequenceState, D::Error> {
+        let bytes: Vec<u8> = serde_bytes::deserialize(from)?;
+        Ok(SequenceState::from_file(bytes))
+    }
 }
 
 impl Saved {
-    /// Writes the file, whole or not at all.
+    /// Writes the file, whole or not at all. A new one is its owner's alone: it holds what was
+    /// said and shown.
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] when it cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         let body = postcard::to_stdvec(self).map_err(|e| Error::file(path, e.to_string()))?;
-        let out = OutFile::create(path)?;
+        let out = OutFile::create_private(path)?;
         let digest = Sha256::digest(&body);
         let mut file = out.file();
         [&MAGIC[..], &VERSION.to_le_bytes(), &digest, &body]

@@ -1,5 +1,7 @@
 //! The ledger: for every cell of the KV cache, the token in it and the attention it has had.
 
+mod saved;
+
 use std::ops::Range;
 
 use super::counts::Counts;
@@ -8,15 +10,7 @@ use super::{Cell, Modality, Pos, State};
 use crate::engine::Observation;
 use crate::error::{Error, Result};
 
-/// A ledger's content, to be kept in a file.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct SavedLedger {
-    /// Ascending by cell.
-    pub entries: Vec<Entry>,
-    turn: u32,
-    first: Option<Pos>,
-    counts: Counts,
-}
+pub use saved::SavedLedger;
 
 /// Bookkeeping of the whole cache, one entry a cell, as arrays indexed by cell.
 ///
@@ -252,42 +246,6 @@ impl Ledger {
         self.max.truncate(len);
         self.seen.truncate(len);
         self.latest.truncate(len);
-    }
-
-    /// What [`Ledger::load`] takes.
-    pub fn save(&self) -> SavedLedger {
-        SavedLedger {
-            entries: self.entries().collect(),
-            turn: self.turn,
-            first: self.first,
-            counts: self.counts,
-        }
-    }
-
-    /// Becomes what was saved, with the tokens in these cells: `[saved entries]`, ascending.
-    ///
-    /// # Errors
-    /// When a cell is beyond the cache, or there are more or fewer of them than tokens.
-    pub fn load(&mut self, saved: &SavedLedger, cells: &[Cell]) -> Result<()> {
-        self.clear();
-        if cells.len() != saved.entries.len() {
-            let (cells, tokens) = (cells.len(), saved.entries.len());
-            return Err(Error::contract(format!(
-                "{cells} cells for {tokens} tokens"
-            )));
-        }
-        for (entry, &cell) in saved.entries.iter().zip(cells) {
-            self.place(cell, entry.pos, 0, entry.modality, entry.image)?;
-            let i = cell as usize;
-            (self.state[i], self.turns[i]) = (entry.state, entry.turn);
-            self.separator[i] = entry.separator;
-            (self.sum[i], self.max[i], self.seen[i]) = (entry.sum, entry.max, entry.seen);
-            self.latest[i] = entry.latest;
-        }
-        let newest = self.entries().max_by_key(|entry| (entry.pos, entry.cell));
-        self.newest = newest.map(|entry| (entry.pos, entry.cell));
-        (self.turn, self.first, self.counts) = (saved.turn, saved.first, saved.counts);
-        Ok(())
     }
 
     /// Adds one batch's attention: `sum' = sum * decay + observed`, `seen' = seen * decay + rows`,

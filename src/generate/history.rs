@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use super::prompt::Segment;
 use crate::cache::Pos;
 use crate::engine::Token;
+use crate::error::{Error, Result};
 
 /// A segment and the position of its first row.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
@@ -31,6 +32,30 @@ pub struct History {
 impl History {
     pub fn pieces(&self) -> &[Placed<'static>] {
         &self.pieces
+    }
+
+    /// Whether it can be what went in before position `next`; it may come from a file.
+    pub(super) fn check(&self, next: Pos) -> Result<()> {
+        let mut from = 0;
+        for Placed { base, segment } in &self.pieces {
+            segment.check()?;
+            let positions = Pos::try_from(segment.positions()).ok();
+            let end = positions.and_then(|n| base.checked_add(n));
+            match end.filter(|&end| *base >= from && end <= next) {
+                Some(end) => from = end,
+                None => {
+                    let n = segment.positions();
+                    let what = format!("{n} positions from {base} on, between {from} and {next}");
+                    return Err(Error::contract(what));
+                }
+            }
+            if let Segment::Image { embeddings, .. } = segment.as_ref()
+                && let Some(value) = embeddings.iter().find(|x| !x.is_finite())
+            {
+                return Err(Error::contract(format!("an embedding with {value} in it")));
+            }
+        }
+        Ok(())
     }
 
     /// How many positions the pieces take: as many as went in, if all was remembered.
@@ -64,5 +89,60 @@ impl History {
 
     pub(super) fn clear(&mut self) {
         self.pieces.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn picture(values: Vec<f32>, n: usize) -> Segment {
+        Segment::Image {
+            embeddings: values,
+            n,
+            image: 0,
+            axes: None,
+        }
+    }
+
+    fn checked(pieces: Vec<(Pos, Segment)>) -> Result<()> {
+        let placed = |(base, segment)| Placed {
+            base,
+            segment: Cow::Owned(segment),
+        };
+        let pieces = pieces.into_iter().map(placed).collect();
+        History { pieces }.check(10)
+    }
+
+    #[test]
+    fn what_can_have_gone_in_is_taken() {
+        checked(Vec::new()).unwrap();
+        let text = Segment::Tokens(vec![1, 2]);
+        checked(vec![
+            (0, text.clone()),
+            (2, picture(vec![0.5; 12], 3)),
+            (7, text),
+        ])
+        .unwrap();
+    }
+
+    #[test]
+    fn what_cannot_is_refused() {
+        let text = |n| Segment::Tokens(vec![1; n]);
+        for pieces in [
+            vec![(0, text(11))],
+            vec![(-1, text(2))],
+            vec![(Pos::MAX, text(1))],
+            vec![(0, text(3)), (2, text(1))],
+            vec![(5, text(1)), (0, text(1))],
+            vec![(0, picture(vec![0.5; 7], 3))],
+            vec![(0, picture(vec![0.5; 7], 0))],
+            vec![(0, picture(Vec::new(), 3))],
+            vec![(0, picture(vec![0.5, f32::NAN], 2))],
+            vec![(0, picture(vec![f32::INFINITY, 0.5], 1))],
+        ] {
+            let line = checked(pieces.clone()).unwrap_err().to_string();
+            assert!(!line.contains('\n'), "{pieces:?}: {line}");
+        }
     }
 }

@@ -1,10 +1,10 @@
 //! The host side of the recycle bin: K and V rows of evicted text, until memory for them is full.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use crate::cache::{Cell, Pos};
 use crate::engine::Engine;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Rows of tokens that were evicted at once.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
@@ -14,6 +14,29 @@ pub struct Saved {
     /// `[n, row bytes]`
     #[serde(with = "serde_bytes")]
     pub rows: Vec<u8>,
+}
+
+/// Whether rows can be those of tokens that went in before position `next` and are not `held` now;
+/// they may come from a file.
+pub(super) fn check(saved: &[Saved], next: Pos, mut held: HashSet<Pos>) -> Result<()> {
+    for Saved { pos, rows } in saved {
+        let n = pos.len();
+        if n == 0 || rows.is_empty() || rows.len() % n != 0 {
+            return Err(Error::contract(format!(
+                "{} bytes for {n} rows",
+                rows.len()
+            )));
+        }
+        let odd = pos
+            .iter()
+            .find(|&&pos| !(0..next).contains(&pos) || !held.insert(pos));
+        if let Some(pos) = odd {
+            return Err(Error::contract(format!(
+                "rows of position {pos} on the host"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Saved rows, oldest first. `max_bytes` 0: nothing is kept.
@@ -92,5 +115,35 @@ impl HostBin {
     pub(super) fn clear(&mut self) {
         self.saved.clear();
         self.bytes = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_those_of_tokens_that_left() {
+        let rows = |pos: &[Pos], bytes: usize| Saved {
+            pos: pos.to_vec(),
+            rows: vec![0; bytes],
+        };
+        let held = || HashSet::from([0, 1, 9]);
+        check(&[rows(&[2, 3], 8), rows(&[4], 4)], 10, held()).unwrap();
+        for bad in [
+            rows(&[2, 2], 8),
+            rows(&[1], 4),
+            rows(&[10], 4),
+            rows(&[-1], 4),
+            rows(&[2, 3], 7),
+            rows(&[2], 0),
+            rows(&[], 4),
+        ] {
+            assert!(
+                check(std::slice::from_ref(&bad), 10, held()).is_err(),
+                "{bad:?}"
+            );
+        }
+        assert!(check(&[rows(&[2], 4), rows(&[2], 4)], 10, held()).is_err());
     }
 }

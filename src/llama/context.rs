@@ -6,7 +6,6 @@ use std::ptr::NonNull;
 
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::params::LlamaContextParams;
-use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
@@ -16,6 +15,7 @@ use super::memory::OwnBlocks;
 use super::observer::{Observer, on_node};
 use super::options::{ContextOptions, FlashAttention};
 use super::room::{self, Room};
+use super::sampler::Sampler;
 use super::state::SequenceState;
 #[cfg(feature = "kv-patches")]
 use super::taps::{self, ScoreSource};
@@ -37,7 +37,7 @@ pub struct LlamaEngine<'m> {
     /// Whether llama.cpp calls the observer: where nothing else tells cells, sizes or scores.
     watched: bool,
     pub(super) model: &'m Model,
-    sampler: LlamaSampler,
+    sampler: Sampler,
     pub(super) options: ContextOptions,
     pub(super) n_ctx: usize,
     /// Cells handed out by counting, where the memory has no cells that could be read.
@@ -189,7 +189,7 @@ impl<'m> LlamaEngine<'m> {
             watched,
             room: Room::default(),
             on_device: None,
-            sampler: sampler.chain(model.n_vocab(), n_ctx),
+            sampler: Sampler::new(sampler, model.n_vocab(), n_ctx),
             counted: model.eviction_obstacle().map(|_| 0),
             ctx,
             observer,
@@ -217,12 +217,37 @@ impl<'m> LlamaEngine<'m> {
         self.model
     }
 
+    /// How it was made.
+    pub fn options(&self) -> &ContextOptions {
+        &self.options
+    }
+
     /// Forgets every token and the sampler's history.
     pub fn clear(&mut self) {
         self.ctx.clear_kv_cache();
         self.sampler.reset();
         self.count(0);
         self.room.emptied();
+    }
+
+    /// The tokens that were sampled since the sampler was last empty, oldest first: what a repeat
+    /// penalty looks back on.
+    pub fn sampled(&self) -> Vec<Token> {
+        self.sampler.chosen().collect()
+    }
+
+    /// Lets the sampler go on as if these had been its last tokens.
+    ///
+    /// # Errors
+    /// [`Error::Llama`] for a token that is not in the vocabulary.
+    pub fn resume_sampler(&mut self, sampled: &[Token]) -> Result<()> {
+        if let Some(token) = sampled.iter().find(|&&token| !self.model.has_token(token)) {
+            let n_vocab = self.model.n_vocab();
+            let reason = format!("token {token} is not in the vocabulary of {n_vocab}");
+            return Err(Error::llama("llama_sampler_accept", reason));
+        }
+        self.sampler.resume(sampled);
+        Ok(())
     }
 
     /// Rows that are computed at once: a picture whose tokens attend to all of it needs as many.
@@ -507,7 +532,7 @@ impl Engine for LlamaEngine<'_> {
                 "the last batch asked for no logits",
             ));
         }
-        Ok(self.sampler.sample(&self.ctx, -1).0)
+        Ok(self.sampler.sample(&self.ctx))
     }
 
     fn is_eog(&self, token: Token) -> bool {

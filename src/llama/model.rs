@@ -149,6 +149,11 @@ impl Model {
         usize::try_from(self.inner.n_vocab()).unwrap_or(0)
     }
 
+    /// Whether it is a token of this model's vocabulary.
+    pub fn has_token(&self, token: Token) -> bool {
+        usize::try_from(token).is_ok_and(|token| token < self.n_vocab())
+    }
+
     /// Positions of the attention window; 0: none.
     pub(super) fn n_swa(&self) -> i32 {
         // SAFETY: the pointer is valid while `self.inner` lives.

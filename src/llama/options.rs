@@ -7,7 +7,7 @@ use super::{Model, RopeFactors, memory};
 use crate::error::{Error, Result};
 
 /// `-fa`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FlashAttention {
     #[default]
@@ -17,7 +17,7 @@ pub enum FlashAttention {
 }
 
 /// Element type of the K or V cache (`-ctk`, `-ctv`), by llama.cpp's names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CacheType {
     F32,
@@ -38,6 +38,17 @@ pub enum CacheType {
     Q5_1,
 }
 
+impl FlashAttention {
+    /// As `-fa` spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            FlashAttention::Auto => "auto",
+            FlashAttention::On => "on",
+            FlashAttention::Off => "off",
+        }
+    }
+}
+
 impl CacheType {
     pub(super) fn raw(self) -> KvCacheType {
         match self {
@@ -50,6 +61,21 @@ impl CacheType {
             CacheType::Iq4Nl => KvCacheType::IQ4_NL,
             CacheType::Q5_0 => KvCacheType::Q5_0,
             CacheType::Q5_1 => KvCacheType::Q5_1,
+        }
+    }
+
+    /// As the flags spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            CacheType::F32 => "f32",
+            CacheType::F16 => "f16",
+            CacheType::Bf16 => "bf16",
+            CacheType::Q8_0 => "q8_0",
+            CacheType::Q4_0 => "q4_0",
+            CacheType::Q4_1 => "q4_1",
+            CacheType::Iq4Nl => "iq4_nl",
+            CacheType::Q5_0 => "q5_0",
+            CacheType::Q5_1 => "q5_1",
         }
     }
 

@@ -1,6 +1,12 @@
 //! llama.cpp's sampler chain, in the order that llama.cpp's own programs build it.
 
+use std::collections::VecDeque;
+
+use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::sampling::LlamaSampler;
+use llama_cpp_2::token::LlamaToken;
+
+use crate::engine::Token;
 
 /// Sampling flags, with llama.cpp's defaults.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -29,7 +35,7 @@ impl SamplerOptions {
     };
 
     /// `n_ctx` bounds the tokens that are looked back on: llama.cpp allocates for all of them.
-    pub(super) fn chain(&self, n_vocab: usize, n_ctx: usize) -> LlamaSampler {
+    fn chain(&self, n_vocab: usize, n_ctx: usize) -> LlamaSampler {
         let n_vocab = i32::try_from(n_vocab).unwrap_or(i32::MAX);
         let n_ctx = i32::try_from(n_ctx).unwrap_or(i32::MAX);
         let mut chain = Vec::new();
@@ -56,5 +62,56 @@ impl SamplerOptions {
             chain.push(LlamaSampler::dist(self.seed));
         }
         LlamaSampler::chain(chain, true)
+    }
+}
+
+/// The chain, and what it has chosen: the repeat penalty's window.
+pub(super) struct Sampler {
+    chain: LlamaSampler,
+    /// Oldest first, as many as any window holds.
+    chosen: VecDeque<Token>,
+    most: usize,
+}
+
+impl Sampler {
+    pub fn new(options: &SamplerOptions, n_vocab: usize, n_ctx: usize) -> Self {
+        Sampler {
+            chain: options.chain(n_vocab, n_ctx),
+            chosen: VecDeque::new(),
+            most: n_ctx,
+        }
+    }
+
+    /// Chooses from the logits of the context's last row.
+    pub fn sample(&mut self, ctx: &LlamaContext<'_>) -> Token {
+        let token = self.chain.sample(ctx, -1).0;
+        self.note(token);
+        token
+    }
+
+    /// Forgets what was chosen.
+    pub fn reset(&mut self) {
+        self.chain.reset();
+        self.chosen.clear();
+    }
+
+    /// Goes on as if these had been chosen, oldest first.
+    pub fn resume(&mut self, chosen: &[Token]) {
+        self.reset();
+        for &token in chosen {
+            self.chain.accept(LlamaToken(token));
+            self.note(token);
+        }
+    }
+
+    pub fn chosen(&self) -> impl Iterator<Item = Token> + '_ {
+        self.chosen.iter().copied()
+    }
+
+    fn note(&mut self, token: Token) {
+        if self.chosen.len() == self.most {
+            self.chosen.pop_front();
+        }
+        self.chosen.push_back(token);
     }
 }

@@ -4,7 +4,7 @@ use llama_cpp_sys_2 as sys;
 
 use super::context::{LlamaEngine, SEQ};
 use super::log;
-use crate::cache::Cell;
+use crate::cache::{Cell, Pos};
 use crate::error::{Error, Result};
 
 /// `LLAMA_STATE_SEQ_FLAGS_ON_DEVICE`, a macro that the bindings lack.
@@ -26,6 +26,19 @@ impl SequenceState {
 
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
+    }
+
+    /// One out of a file. llama.cpp checks the sizes in it, not what its numbers mean, so whoever
+    /// calls this has to know where the bytes come from.
+    pub(crate) fn from_file(bytes: Vec<u8>) -> Self {
+        SequenceState {
+            bytes,
+            counted: None,
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 }
 
@@ -83,33 +96,53 @@ impl LlamaEngine<'_> {
         done
     }
 
-    /// The sequence as bytes, to be kept in a file.
-    ///
-    /// # Errors
-    /// As [`LlamaEngine::save`].
-    pub fn state(&mut self) -> Result<Vec<u8>> {
-        Ok(self.save()?.bytes)
-    }
-
-    /// Fills an empty cache with the `n` tokens of a state that an engine with the same model and
-    /// cache types gave. Their cells follow one another in the order of the old ones.
+    /// Fills an empty cache with the tokens of a state that an engine with the same model and cache
+    /// types gave; `pos` are their positions. Their cells follow one another in the order of the
+    /// old ones.
     ///
     /// # Errors
     /// [`Error::ContextFull`] when they do not fit, [`Error::Llama`] when llama.cpp refuses the
-    /// state; the cache is then empty.
-    pub fn restore_bytes(&mut self, bytes: Vec<u8>, n: usize) -> Result<Vec<Cell>> {
+    /// state or it holds other positions; the cache is then empty.
+    pub fn restore_tokens(&mut self, state: &SequenceState, pos: &[Pos]) -> Result<Vec<Cell>> {
         self.clear();
-        if n > self.n_ctx {
+        if pos.len() > self.n_ctx {
             return Err(Error::ContextFull { n_ctx: self.n_ctx });
         }
-        self.grow(n)?;
-        let n = Cell::try_from(n).unwrap_or(Cell::MAX);
-        let counted = self.counted.map(|_| n);
-        let restored = self.restore(&SequenceState { bytes, counted });
-        if restored.is_err() {
-            self.clear();
+        let n = Cell::try_from(pos.len()).unwrap_or(Cell::MAX);
+        let restored = self
+            .grow(pos.len())
+            .and_then(|()| self.restore(state))
+            .and_then(|()| self.check_restored(pos));
+        match restored {
+            Ok(()) => self.count(n),
+            Err(_) => self.clear(),
         }
         restored.map(|()| (0..n).collect())
+    }
+
+    /// Whether the cells hold these positions and nothing else, where they can be read.
+    #[cfg(feature = "kv-patches")]
+    fn check_restored(&self, pos: &[Pos]) -> Result<()> {
+        // Rows of a picture with two axes have other positions in the books.
+        if !self.is_plain() || self.model.eviction_obstacle().is_some() {
+            return Ok(());
+        }
+        let mut map = Vec::new();
+        self.cell_map(&mut map)?;
+        let held = map.iter().flatten().count();
+        let same = pos.iter().zip(&map).all(|(&pos, &cell)| cell == Some(pos));
+        match same && held == pos.len() {
+            true => Ok(()),
+            false => Err(Error::llama(
+                "llama_state_seq_set_data_ext",
+                "the state holds other positions than the books say",
+            )),
+        }
+    }
+
+    #[cfg(not(feature = "kv-patches"))]
+    fn check_restored(&self, _: &[Pos]) -> Result<()> {
+        Ok(())
     }
 
     fn get_state(&mut self, flags: sys::llama_state_seq_flags) -> Result<SequenceState> {
@@ -143,9 +176,10 @@ impl LlamaEngine<'_> {
         flags: sys::llama_state_seq_flags,
     ) -> Result<()> {
         log::forget();
-        // SAFETY: the context is alive and borrowed mutably; the bytes are a whole state that
-        // llama.cpp wrote (in this process, or in a file with a checksum), read with the flags they were written
-        // with, and a state on the device is the last one of this context.
+        // SAFETY: the context is alive and borrowed mutably; the bytes are readable for their
+        // length, of which llama.cpp reads no more than it is told. It wrote them itself, in this
+        // process or in a file with a checksum, and they are read with the flags they were written
+        // with; a state on the device is the last one of this context.
         let read = unsafe {
             sys::llama_state_seq_set_data_ext(
                 self.raw.as_ptr(),
@@ -161,7 +195,7 @@ impl LlamaEngine<'_> {
                 log::take_reason("the state does not fit"),
             ));
         }
-        self.counted = state.counted;
+        self.counted = state.counted.or(self.counted);
         self.recount()
     }
 }

@@ -16,7 +16,7 @@ use hae::generate::{Segment, Session};
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model};
 use hae::policy::{DapMode, Limits, Observe, PolicyOptions, create};
 use hae::prompt::Transcript;
-use hae::saved::{ModelIdentity, Saved};
+use hae::saved::{ModelIdentity, Saved, Storage};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRng, TestRunner};
 
@@ -148,11 +148,17 @@ impl<'m> Run<'m> {
                 fingerprint: String::new(),
             },
             rope_factors: session.engine.engine.rope_factors(),
+            storage: Storage {
+                type_k: self.context.type_k,
+                type_v: self.context.type_v,
+                flash_attention: self.context.flash_attention,
+            },
             transcript: Transcript::new(None, None),
             pending: None,
+            sampled: Vec::new(),
             images: 0,
             ledger: session.controller.ledger().save(),
-            state: session.engine.engine.state().unwrap(),
+            state: session.engine.engine.save().unwrap(),
             history: session.history().clone(),
             host_bin: session.host_bin().saved().cloned().collect(),
         };
@@ -175,13 +181,13 @@ impl<'m> Run<'m> {
         engine.grow(n);
         let order: Vec<Pos> = cells.entries().map(|(_, pos)| pos).collect();
         let expected = engine.cells.insert(&order).unwrap();
-        let got = engine.engine.restore_bytes(saved.state, n).unwrap();
+        let got = engine.engine.restore_tokens(&saved.state, &order).unwrap();
         assert!(got.iter().map(|&cell| cell as usize).eq(expected));
         engine.check("opening a session");
         let mut controller = self.controller();
         controller.load(&saved.ledger, &got).unwrap();
         let mut session = Session::new(engine, controller).with_host_bin(self.host_bytes);
-        session.resume(saved.history, saved.host_bin);
+        session.resume(saved.history, saved.host_bin).unwrap();
         self.tally.borrow_mut().reopened += 1;
         session
     }
