@@ -44,7 +44,8 @@ enum Command {
 }
 
 /// Parses the command line and runs it. Exit codes: 0 done, 1 a threshold was
-/// missed, 2 usage or run-time error, 130 ended by Ctrl-C; a closed pipe is 0, as for any filter.
+/// missed, 2 usage or run-time error, 130 ended by Ctrl-C, 143 and 129 by SIGTERM and SIGHUP; a
+/// closed pipe is 0, as for any filter.
 fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|bug| cli::warn(&format!("a bug in hae: {bug}"))));
     hae::llama::on_abort(|message| {
@@ -69,9 +70,14 @@ fn main() -> ExitCode {
         }
     };
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(command)) {
+        Ok(Ok(Done::Interrupted)) => ExitCode::from(interrupt::status()),
+        Ok(Ok(_)) if interrupt::ends() => ExitCode::from(interrupt::status()),
         Ok(Ok(Done::Whole)) => ExitCode::SUCCESS,
         Ok(Ok(Done::Missed)) => ExitCode::from(1),
-        Ok(Ok(Done::Interrupted)) => ExitCode::from(cli::INTERRUPTED),
+        // A terminal that hung up takes no more text.
+        Ok(Err(e)) if interrupt::ends() && cli::is_of_output(&e) => {
+            ExitCode::from(interrupt::status())
+        }
         Ok(Err(e)) if cli::is_broken_pipe(&e) => ExitCode::SUCCESS,
         Ok(Err(e)) => {
             cli::warn(&format!("{e:#}"));

@@ -134,7 +134,7 @@ pub fn run(args: &Args) -> Result<Done> {
         bar: bar(plan.runs())?,
         plan: &plan,
     };
-    let done = interrupt::answering(|| bench.all());
+    let done = interrupt::working(|| bench.all());
     bench.bar.finish_and_clear();
     // What was measured is worth as much when the rest was not.
     if done.is_ok() || bench.printer.has_rows() {

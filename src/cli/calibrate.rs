@@ -92,6 +92,9 @@ pub fn run(args: &Args) -> Result<Done> {
             return Err(Error::option("--out", reason).into());
         }
     };
+    let questions = [&tune.questions[..], &held_out.questions].concat();
+    let mut in_use = args.ask.in_use(Some(args.questions.path()), &questions);
+    in_use.writes("--out", &path)?;
     // Better refused now than after the search.
     let out = Calibration::create(&path)?;
     let questions = tune.questions.iter().chain(&held_out.questions);
@@ -105,7 +108,7 @@ pub fn run(args: &Args) -> Result<Done> {
             held_out: &held_out,
             bar: bar(0, 0)?,
         };
-        let done = interrupt::answering(|| job.run(ready, asked(&tune), asked(&held_out)));
+        let done = interrupt::working(|| job.run(ready, asked(&tune), asked(&held_out)));
         job.bar.finish_and_clear();
         let Some(outcome) = done? else {
             note("interrupted, nothing was written");

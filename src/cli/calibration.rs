@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use anyhow::{Result, anyhow};
 
 use super::load::Files;
-use super::options::PolicyArgs;
 use super::options::calibrated::Taken;
+use super::options::{ModelArgs, PolicyArgs};
 use super::warn;
 use hae::Error;
 use hae::calibrate::file::Calibration;
 use hae::llama::gguf;
+use hae::outfile::FilesInUse;
 use hae::policy::PolicyOptions;
 
 #[derive(Debug, clap::Args)]
@@ -33,6 +34,18 @@ pub struct Calibrated {
 }
 
 impl CalibrationArgs {
+    /// Takes down the file that may be read.
+    pub fn in_use(&self, model: &ModelArgs, files: &mut FilesInUse) {
+        if let Some(path) = &self.calibration {
+            files.reads("--calibration", path);
+        } else if let Some(model) = &model.model {
+            let path = Calibration::beside(model);
+            if path.exists() {
+                files.reads("the model's calibration", &path);
+            }
+        }
+    }
+
     /// The calibration that gives a flag its value, if there is one. A file for another model is
     /// named on stderr, and refused where the command line asks for it.
     pub fn find(

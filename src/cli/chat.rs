@@ -1,13 +1,12 @@
 //! `hae run` without a prompt: a chat with history and pictures.
 
-use std::io::{ErrorKind, IsTerminal};
+mod lines;
+
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::Result;
-use rustyline::config::{Behavior, Config};
 use rustyline::error::ReadlineError;
-use rustyline::history::DefaultHistory;
-use rustyline::{DefaultEditor, Editor};
 
 use super::crops::crops;
 use super::run::{answer, picture, warn_about_end};
@@ -16,9 +15,11 @@ use hae::Error;
 use hae::conversation::{Answer, Conversation, KvReport, Turn};
 use hae::generate::Finish;
 use hae::image::Picture;
+use lines::Lines;
 
-const HELP: [&str; 6] = [
+const HELP: [&str; 7] = [
     "/image PATH  show a picture with the next question",
+    "/drop        show no picture with it after all",
     "/crops N     cut the pictures that follow into N crops at most (Phi-3.5-vision)",
     "/clear       forget the conversation",
     "/stats       what the last answer and the KV cache cost",
@@ -70,10 +71,13 @@ pub fn chat(conversation: &mut Conversation<'_>, start: Start) -> Result<()> {
     };
     help();
     loop {
-        let line = match interrupt::at_prompt(|| lines.next()) {
-            Ok(line) => line,
+        let line = match lines.next() {
+            Ok(Some(line)) => line,
+            Ok(None) => return Ok(()),
             Err(ReadlineError::Interrupted) => continue,
             Err(ReadlineError::Eof) => return Ok(()),
+            // A terminal that hung up.
+            Err(_) if interrupt::ends() => return Ok(()),
             Err(ReadlineError::Io(e)) if e.kind() == ErrorKind::InvalidData => {
                 warn("that line is not UTF-8, expected text");
                 continue;
@@ -97,55 +101,12 @@ pub fn chat(conversation: &mut Conversation<'_>, start: Start) -> Result<()> {
                 }
             }
             "/image" => chat.image(rest.trim()),
+            "/drop" => chat.drop_pictures(),
             "/crops" => chat.crops(rest.trim()),
             _ if command.starts_with('/') => {
                 warn(&format!("{command}: unknown command, /help lists them"));
             }
             _ => chat.ask(line)?,
-        }
-    }
-}
-
-/// Where the questions come from.
-enum Lines {
-    /// A terminal, with editing and history.
-    Typed(Box<DefaultEditor>),
-    /// A file or another program: no prompt, which would mix with the answers.
-    Piped,
-}
-
-impl Lines {
-    fn new() -> Result<Self> {
-        if !std::io::stdin().is_terminal() {
-            return Ok(Lines::Piped);
-        }
-        // The prompt belongs to the terminal, even if the answers go to a file.
-        let behavior = match std::io::stdout().is_terminal() {
-            true => Behavior::Stdio,
-            false => Behavior::PreferTerm,
-        };
-        let config = Config::builder().behavior(behavior).build();
-        let editor = Editor::<(), DefaultHistory>::with_config(config)?;
-        Ok(Lines::Typed(Box::new(editor)))
-    }
-
-    fn next(&mut self) -> Result<String, ReadlineError> {
-        match self {
-            Lines::Typed(editor) => editor.readline("> "),
-            Lines::Piped => {
-                let mut line = String::new();
-                match std::io::stdin().read_line(&mut line)? {
-                    0 => Err(ReadlineError::Eof),
-                    _ => Ok(line),
-                }
-            }
-        }
-    }
-
-    fn remember(&mut self, line: &str) {
-        if let Lines::Typed(editor) = self {
-            // A history that cannot grow is no reason to stop.
-            let _ = editor.add_history_entry(line);
         }
     }
 }
@@ -179,6 +140,26 @@ impl Chat<'_, '_> {
         }
     }
 
+    fn drop_pictures(&mut self) {
+        match self.pictures.len() {
+            0 => warn("/drop: no picture waits"),
+            n => note(&format!("{} dropped", pictures(n))),
+        }
+        self.pictures.clear();
+    }
+
+    /// After a question that was not answered: its pictures would be forgotten otherwise, or come
+    /// as a surprise.
+    fn warn_about_pictures(&self) {
+        if !self.pictures.is_empty() {
+            let n = self.pictures.len();
+            let (n, them) = (pictures(n), if n == 1 { "it" } else { "them" });
+            warn(&format!(
+                "{n} will be shown with the next question, /drop drops {them}"
+            ));
+        }
+    }
+
     fn crops(&mut self, text: &str) {
         let Ok(n) = text.parse() else {
             return warn("/crops: expected a number, such as 4 or 16");
@@ -200,7 +181,7 @@ impl Chat<'_, '_> {
             n_predict: self.n_predict,
         };
         let before = self.conversation.next_pos();
-        match answer(self.conversation, &turn, true) {
+        match interrupt::working(|| answer(self.conversation, &turn, true)) {
             Ok(answer) if answer.finish == Finish::Cancelled => {
                 if self.conversation.next_pos() == before {
                     warn("the question was taken back, it had not been read to its end");
@@ -222,10 +203,12 @@ impl Chat<'_, '_> {
                 Some(Error::PromptTooLong { .. }) => {
                     self.pictures = turn.pictures;
                     warn(&format!("{e:#}; /clear starts again"));
+                    self.warn_about_pictures();
                 }
                 Some(Error::Option { .. }) => {
                     self.pictures = turn.pictures;
                     warn(&format!("{e:#}"));
+                    self.warn_about_pictures();
                 }
                 Some(_) => {
                     self.clear();
@@ -235,6 +218,10 @@ impl Chat<'_, '_> {
         }
         Ok(())
     }
+}
+
+fn pictures(n: usize) -> String {
+    format!("{n} picture{}", if n == 1 { "" } else { "s" })
 }
 
 fn stats(last: Option<&Answer>, kv: &KvReport) {

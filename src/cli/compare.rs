@@ -70,6 +70,7 @@ pub fn run(args: &Args) -> Result<Done> {
     let exam = Exam {
         args: &args.exam,
         command: "compare",
+        file: args.file.as_deref(),
         set: QuestionSet {
             file,
             format: format.into(),

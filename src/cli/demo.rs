@@ -7,11 +7,11 @@ use anyhow::Result;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Attribute, Cell, ContentArrangement, Table};
 
-use super::Done;
 use super::crops::CropArgs;
 use super::load::{Files, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs};
 use super::run::{answer, picture};
+use super::{Done, interrupt};
 use hae::conversation::{Answer, Turn};
 use hae::embedded;
 use hae::generate::Finish;
@@ -136,7 +136,7 @@ fn ask(
             pictures: vec![picture.clone()],
             n_predict: setup.n_predict,
         };
-        answer(conversation, &turn, false)
+        interrupt::working(|| answer(conversation, &turn, false))
     })
 }
 

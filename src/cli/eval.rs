@@ -57,6 +57,7 @@ pub fn run(args: &Args) -> Result<Done> {
     let exam = Exam {
         args: &args.exam,
         command: "eval",
+        file: Some(args.questions.path()),
         set,
         questions: &questions,
         num_crops,

@@ -6,7 +6,7 @@ mod print;
 mod questions;
 mod sitting;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
@@ -21,12 +21,14 @@ use hae::eval::record::{Answer, Header, QuestionSet};
 use hae::eval::results::{Results, key};
 use hae::eval::summary::budget_text;
 use hae::policy::{Amount, PolicyOptions};
+use hae::trace;
 
 pub use asking::{AskArgs, Asked, Ready, bar};
 pub use print::{
     Columns, Format, percent, print_answers, print_json, print_summary, summary_text, write,
 };
 pub use questions::QuestionArgs;
+use sitting::trace_path;
 pub use sitting::{Sitting, Traces};
 
 #[derive(Debug, clap::Args)]
@@ -61,6 +63,8 @@ pub struct ExamArgs {
 pub struct Exam<'a> {
     pub args: &'a ExamArgs,
     pub command: &'static str,
+    /// The file of the questions, if they come from one.
+    pub file: Option<&'a Path>,
     pub questions: &'a [Question],
     pub set: QuestionSet,
     /// Of pictures whose question does not say.
@@ -146,6 +150,7 @@ impl Exam<'_> {
         let args = self.args;
         args.ask.check()?;
         let candidates = args.candidates()?;
+        self.check_files(&candidates)?;
         let files = Files::find(&args.ask.model)?;
         let questions = self.questions.iter();
         args.ask.ready(&files, questions, self.num_crops, |ready| {
@@ -171,6 +176,26 @@ impl Exam<'_> {
             });
             self.sit(ready, header, &entrants, traces)
         })
+    }
+
+    /// Refuses to write over anything that is read, before anything is opened for writing.
+    fn check_files(&self, candidates: &[Candidate]) -> Result<()> {
+        let args = self.args;
+        let mut files = args.ask.in_use(self.file, self.questions);
+        if let Some(path) = &args.out {
+            files.writes("--out", path)?;
+        }
+        let Some(dir) = &args.trace else {
+            return Ok(());
+        };
+        for (number, question) in self.questions.iter().enumerate() {
+            for candidate in candidates {
+                let path = trace_path(dir, number, question, &candidate.name());
+                files.writes("--trace", &path)?;
+                trace::check_target(&path)?;
+            }
+        }
+        Ok(())
     }
 
     fn sit(
@@ -205,7 +230,7 @@ impl Exam<'_> {
             results,
             traces,
         };
-        let done = interrupt::answering(|| sitting.all());
+        let done = interrupt::working(|| sitting.all());
         sitting.bar.finish_and_clear();
         Ok(Outcome {
             answers: sitting.in_order(),

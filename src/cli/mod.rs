@@ -18,11 +18,9 @@ pub mod quantize;
 pub mod replay;
 pub mod report;
 pub mod run;
+mod session;
 
 use std::io::Write;
-
-/// The status of a program that Ctrl-C ended, as shells count.
-pub const INTERRUPTED: u8 = 130;
 
 /// How a command ended that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +28,7 @@ pub enum Done {
     Whole,
     /// All is out, but a threshold was missed.
     Missed,
-    /// Ctrl-C ended it early; what there was is out.
+    /// A signal ended it early; what there was is out.
     Interrupted,
 }
 
@@ -39,6 +37,11 @@ pub fn is_broken_pipe(e: &anyhow::Error) -> bool {
     e.chain()
         .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
         .any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// Whether our output could not be written, wherever it went.
+pub fn is_of_output(e: &anyhow::Error) -> bool {
+    e.downcast_ref::<hae::Error>().is_none() && e.chain().any(|cause| cause.is::<std::io::Error>())
 }
 
 /// One line on stderr, whatever a file's name or a file itself put into it. Nobody is left to

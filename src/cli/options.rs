@@ -11,6 +11,7 @@ use hae::Error;
 use hae::llama::{
     CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions, ScoreSource,
 };
+use hae::outfile::FilesInUse;
 use hae::policy::{
     Amount, DapMode, DapOptions, DapRule, Layers, Norm, PolicyOptions, Pooling, Queries, Scope,
 };
@@ -73,6 +74,19 @@ pub struct ModelArgs {
     /// `context` the size of the cache (as llama.cpp does)
     #[arg(long, value_enum, default_value_t = RopeArg::Auto, value_name = "RULE")]
     pub rope_factors: RopeArg,
+}
+
+impl ModelArgs {
+    /// The files that are read.
+    pub fn in_use(&self) -> FilesInUse {
+        let mut files = FilesInUse::default();
+        for (flag, path) in [("-m", &self.model), ("--mmproj", &self.mmproj)] {
+            if let Some(path) = path {
+                files.reads_model(flag, path);
+            }
+        }
+        files
+    }
 }
 
 /// `None`: as many as llama.cpp chooses.

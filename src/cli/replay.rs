@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use clap::ValueEnum;
 
 use super::bench::lists::{numbers, values};
 use super::options::PolicyArgs;
-use super::{Done, note};
+use super::{Done, note, warn};
 use hae::Error;
 use hae::policy::{Amount, PolicyOptions};
 use hae::replay::{Against, Setting, Subject, compare, summarize, tapes, verify};
@@ -78,11 +78,13 @@ pub fn run(args: &Args) -> Result<Done> {
     let settings = settings(args, &options)?;
     let mut subjects = Vec::new();
     for path in &args.traces {
-        let (header, records) = read(path, cut)?;
-        let tapes = tapes(path, &header, &records)?;
-        if tapes.is_empty() {
-            return Err(Error::file(path, "holds no whole prompt to replay").into());
-        }
+        let (header, tapes) = read(path, cut, |header, records| {
+            let tapes = tapes(path, header, records)?;
+            match tapes.is_empty() {
+                true => Err(Error::file(path, "holds no whole prompt to replay")),
+                false => Ok(tapes),
+            }
+        })?;
         let (header, many) = (Rc::new(header), tapes.len() > 1);
         for (i, tape) in tapes.into_iter().enumerate() {
             let name = path.display().to_string();
@@ -109,27 +111,42 @@ pub fn run(args: &Args) -> Result<Done> {
     Ok(Done::Whole)
 }
 
-fn read(path: &Path, cut: Cut) -> Result<(trace::Header, Vec<trace::Record>)> {
+/// What `f` makes of a trace. One whose run did not come to its end is named on stderr: in the line
+/// that says what is wrong with it, if something is.
+fn read<T>(
+    path: &Path,
+    cut: Cut,
+    f: impl FnOnce(&trace::Header, &[trace::Record]) -> hae::Result<T>,
+) -> Result<(trace::Header, T)> {
+    const CUT_SHORT: &str = "the run did not come to its end";
     let mut reader = Reader::open(path, cut)?;
     let records = reader.rest()?;
-    if !reader.is_complete() {
-        let shown = path.display();
-        note(&format!("hae: {shown}: the run did not come to its end"));
+    let header = reader.header().clone();
+    match (f(&header, &records), reader.is_complete()) {
+        (Ok(made), complete) => {
+            if !complete {
+                warn(&format!("{}: {CUT_SHORT}", path.display()));
+            }
+            Ok((header, made))
+        }
+        (Err(e), true) => Err(e.into()),
+        (Err(e), false) => Err(anyhow!("{e}; {CUT_SHORT}")),
     }
-    Ok((reader.header().clone(), records))
 }
 
 /// Each trace's policy against its own decisions.
 fn check(args: &Args, cut: Cut) -> Result<Done> {
     let mut checked = Vec::new();
     for path in &args.traces {
-        let (header, records) = read(path, cut)?;
-        let verified = verify(path, &header, &records)?;
-        if let Some(difference) = verified.difference {
-            let policy = header.policy;
+        let (header, verified) = read(path, cut, |header, records| {
+            let verified = verify(path, header, records)?;
+            let Some(difference) = &verified.difference else {
+                return Ok(verified);
+            };
+            let policy = &header.policy;
             let reason = format!("{policy} decides otherwise now: {difference}");
-            return Err(Error::file(path, reason).into());
-        }
+            Err(Error::file(path, reason))
+        })?;
         checked.push((path.display().to_string(), header, verified));
     }
     print::checked(args.output, &checked)?;

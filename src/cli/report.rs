@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::{Done, note, warn};
 use hae::Error;
-use hae::outfile::OutFile;
+use hae::outfile::{FilesInUse, OutFile};
 use hae::report::{Results, Traced, html};
 use hae::trace::Cut;
 
@@ -46,6 +46,10 @@ pub fn run(args: &Args) -> Result<Done> {
         false => args.trace.clone(),
         true => named(&results, args.prompts),
     };
+    let mut in_use = FilesInUse::default();
+    let read = args.results.iter().chain(&paths);
+    read.for_each(|path| in_use.reads("one that is shown", path));
+    in_use.writes("-o", &args.output)?;
     let traces = paths.iter().map(|path| Traced::read(path, cut));
     let traces = traces.collect::<hae::Result<Vec<_>>>()?;
     let page = html(&results, &traces)?;

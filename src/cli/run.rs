@@ -13,16 +13,15 @@ use super::crops::CropArgs;
 use super::load::{self, Files, Made, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs, full_takes_no_parameters};
 use super::output::{ContextReport, Report};
-use super::{Done, chat, interrupt, note, warn};
+use super::{Done, chat, interrupt, is_of_output, note, session, warn};
 use hae::Error;
 use hae::build::build;
 use hae::conversation::{Answer, Conversation, Turn};
 use hae::generate::{Finish, Hooks};
 use hae::image::{self, Picture};
 use hae::llama::{ContextOptions, FlashAttention};
-use hae::outfile::OutFile;
 use hae::policy::PolicyOptions;
-use hae::saved::Saved;
+use hae::trace;
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Prompt", allow_negative_numbers = true)]
@@ -48,7 +47,7 @@ pub struct Args {
     /// Tokens to generate at most; -1: until the model ends or the context is full
     #[arg(short, long, default_value_t = -1, value_name = "N")]
     n_predict: i64,
-    /// Keep the conversation in FILE, and go on with it if FILE exists
+    /// Keep the conversation in FILE, and go on with it if FILE holds one
     #[arg(long, value_name = "FILE")]
     session: Option<PathBuf>,
     /// -sys: system prompt
@@ -138,13 +137,14 @@ pub fn run(args: &Args) -> Result<Done> {
         .iter()
         .map(|path| picture(path, num_crops))
         .collect::<Result<Vec<_>>>()?;
+    args.check_files()?;
     let session = match &args.session {
-        Some(path) if path.exists() => Some(Saved::read(path)?),
-        _ => None,
+        Some(path) => session::open(path)?,
+        None => None,
     };
-    if let Some(path) = &args.session {
-        // Better refused now than after the answer.
-        OutFile::create(path)?;
+    let template = Template::chosen(args.chat_template.as_deref(), args.no_conversation);
+    if let Some(saved) = &session {
+        session::check_flags(saved, template, args.system_prompt.as_deref())?;
     }
     let files = Files::find(&args.model)?;
     let calibrated = args
@@ -160,7 +160,7 @@ pub fn run(args: &Args) -> Result<Done> {
         context: &args.context,
         policy: (&args.kv_policy, &policy_options),
         sampler: args.sampler.options(load::clock_seed())?,
-        template: Template::chosen(args.chat_template.as_deref(), args.no_conversation),
+        template,
         system_prompt: args.system_prompt.as_deref(),
         prompt: prompt.as_deref(),
         pictures: &pictures,
@@ -176,32 +176,39 @@ pub fn run(args: &Args) -> Result<Done> {
             note(&format!("{}: {}", calibrated.path, calibrated.flags()));
         }
         let calibration = calibrated.as_ref().map(|c| c.path.clone());
-        let Some(text) = &prompt else {
-            let chat = Start {
-                pictures: pictures.clone(),
-                num_crops,
-                n_predict,
-                calibration,
+        // A request to end does not come between an answer and what is kept of it.
+        interrupt::working(|| {
+            let Some(text) = &prompt else {
+                let chat = Start {
+                    pictures: pictures.clone(),
+                    num_crops,
+                    n_predict,
+                    calibration,
+                };
+                let chatted = chat::chat(conversation, chat);
+                session::keep(conversation, args.session.as_deref())?;
+                return chatted.map(|()| Done::Whole);
             };
-            chat::chat(conversation, chat)?;
-            keep(conversation, args.session.as_deref())?;
-            return Ok(Done::Whole);
-        };
-        let turn = Turn {
-            text: text.clone(),
-            pictures: pictures.clone(),
-            n_predict,
-        };
-        let mut answer = answer(conversation, &turn, args.output == Format::Text)?;
-        answer.policy.calibration = calibration;
-        warn_about_end(&answer);
-        keep(conversation, args.session.as_deref())?;
-        if args.output == Format::Json {
-            print_json(&answer, &setup, made)?;
-        }
-        Ok(match answer.finish {
-            Finish::Cancelled => Done::Interrupted,
-            _ => Done::Whole,
+            let turn = Turn {
+                text: text.clone(),
+                pictures: pictures.clone(),
+                n_predict,
+            };
+            let answered = answer(conversation, &turn, args.output == Format::Text);
+            // Whoever read the answer may be gone, the conversation is not.
+            if answered.as_ref().err().is_none_or(is_of_output) {
+                session::keep(conversation, args.session.as_deref())?;
+            }
+            let mut answer = answered?;
+            answer.policy.calibration = calibration;
+            warn_about_end(&answer);
+            if args.output == Format::Json {
+                print_json(&answer, &setup, made)?;
+            }
+            Ok(match answer.finish {
+                Finish::Cancelled => Done::Interrupted,
+                _ => Done::Whole,
+            })
         })
     });
     done.map_err(|e| match &calibrated {
@@ -210,11 +217,25 @@ pub fn run(args: &Args) -> Result<Done> {
     })
 }
 
-/// Writes the session, if there is one to be kept.
-fn keep(conversation: &mut Conversation<'_>, session: Option<&Path>) -> Result<()> {
-    match session {
-        Some(path) if conversation.next_pos() > 0 => Ok(conversation.save(path)?),
-        _ => Ok(()),
+impl Args {
+    /// Refuses to write over anything that the run reads, before anything is opened for writing.
+    fn check_files(&self) -> Result<()> {
+        let mut files = self.model.in_use();
+        self.image
+            .iter()
+            .for_each(|path| files.reads("--image", path));
+        if let Some(path) = &self.file {
+            files.reads("-f", path);
+        }
+        self.calibration.in_use(&self.model, &mut files);
+        if let Some(path) = &self.session {
+            files.writes("--session", path)?;
+        }
+        if let Some(path) = &self.trace {
+            files.writes("--trace", path)?;
+            trace::check_target(path)?;
+        }
+        Ok(())
     }
 }
 
@@ -273,7 +294,8 @@ fn warn_about_flash_attention(context: &ContextOptions) {
     }
 }
 
-/// One turn with its text streamed to stdout.
+/// One turn with its text streamed to stdout; a signal ends it where this is
+/// [`interrupt::working`].
 pub fn answer(conversation: &mut Conversation<'_>, turn: &Turn, stream: bool) -> Result<Answer> {
     let now = load::clock();
     let bar = load::spinner("reading the prompt");
@@ -295,7 +317,7 @@ pub fn answer(conversation: &mut Conversation<'_>, turn: &Turn, stream: bool) ->
         cancelled: &cancelled,
         now: &now,
     };
-    let answer = interrupt::answering(|| conversation.ask(turn, hooks));
+    let answer = conversation.ask(turn, hooks);
     bar.finish_and_clear();
     if let Some(e) = failure.into_inner() {
         return Err(e).context("stdout");

@@ -188,6 +188,30 @@ fn mistakes_do_not_end_a_chat() {
     assert!(stderr.contains("start with --mmproj"), "{stderr}");
 }
 
+#[test]
+fn a_picture_that_did_not_fit_can_be_dropped() {
+    let picture = picture();
+    let image = format!("/image {picture}");
+    // Small enough for text, too small for one picture of 199 tokens more.
+    let args = ["-c", "256", "--image", &picture];
+    let (answers, stderr) = chat(
+        &args,
+        &[WHERE, &image, WHERE, "What?", "/drop", "/drop", "What?"],
+    );
+    assert_eq!(answers.len(), 2, "{answers:?} {stderr}");
+    let (without, _) = chat(&args, &[WHERE, "What?"]);
+    assert_eq!(answers, without);
+    let waits = "hae: 1 picture will be shown with the next question, /drop drops it";
+    assert_eq!(stderr.matches(waits).count(), 2, "{stderr}");
+    assert!(stderr.contains("\n1 picture dropped\n"), "{stderr}");
+    assert!(stderr.contains("/drop: no picture waits"), "{stderr}");
+    assert!(stderr.contains("\n/drop "), "the help names it: {stderr}");
+    // Any other refusal keeps it as well, and says so.
+    let (answers, stderr) = chat(&[], &[&image, "<|image_7|>?", WHERE]);
+    assert_eq!(answers, [one_shot(&["--image", &picture, "-p", WHERE])]);
+    assert!(stderr.contains(waits), "{stderr}");
+}
+
 /// A running program and its pipes.
 struct Running {
     child: Child,
@@ -361,7 +385,7 @@ fn a_chat_at_a_terminal() {
     chat.send_line("/stats").unwrap();
     let cells = chat.exp_regex("cells: [0-9]+ live").unwrap().1;
     let cells: usize = cells.split(' ').nth(1).unwrap().parse().unwrap();
-    assert!((10..4096).contains(&cells), "{cells}");
+    assert!((10..1000).contains(&cells), "it was stopped: {cells}");
     chat.exp_string("> ").unwrap();
     chat.send_line("/clear").unwrap();
     chat.exp_string("> ").unwrap();

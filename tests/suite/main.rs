@@ -11,6 +11,7 @@ mod controller;
 mod convert;
 mod convert_errors;
 mod convert_metadata;
+mod crafted;
 mod crops;
 mod damaged;
 mod ddes;
@@ -22,6 +23,7 @@ mod eval_files;
 mod eval_score;
 #[cfg(feature = "kv-patches")]
 mod failed;
+mod files;
 mod fixture;
 mod full_model;
 mod gguf;
@@ -70,6 +72,7 @@ mod replay;
 mod rope;
 mod runtime;
 mod session;
+mod signals;
 mod stock;
 #[cfg(feature = "kv-patches")]
 mod taps;

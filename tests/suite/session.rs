@@ -104,7 +104,26 @@ fn a_session_that_does_not_fit_is_refused() {
     // llama.cpp as it comes has no choice of factors to refuse.
     #[cfg(feature = "kv-patches")]
     refused(&["--rope-factors", "long"], "--rope-factors short");
-    refused(&["-ctk", "q8_0"], "does not fit this run");
+    for (flags, expected) in [
+        (
+            &["-ctk", "q8_0"][..],
+            "was made with -ctk f16, this run has -ctk q8_0: give -ctk f16",
+        ),
+        (
+            &["-ctv", "q8_0"],
+            "was made with -ctv f16, this run has -ctv q8_0: give -ctv f16",
+        ),
+        (
+            &["-fa", "off"],
+            "was made with -fa auto, this run has -fa off: give -fa auto",
+        ),
+        (
+            &["-ctk", "f32", "-fa", "off"],
+            "-ctk f16 -fa auto, this run has -ctk f32 -fa off: give -ctk f16 -fa auto",
+        ),
+    ] {
+        refused(flags, expected);
+    }
     refused(&["-c", "256"], "the context 256");
     // A model of the same shape and size, with other weights.
     let mut weights = std::fs::read(repository(TEXT)).unwrap();
@@ -129,13 +148,123 @@ fn a_session_that_does_not_fit_is_refused() {
         bytes[at] ^= 1;
         let expected = match at {
             0 => "is no session",
-            9 => "expected 2",
+            9 => "expected 3",
             _ => "checksum",
         };
         damaged(&bytes, expected);
     }
     damaged(&bytes[..bytes.len() / 2], "checksum");
-    damaged(b"", "too short");
+    damaged(b"HAE-", "too short");
+}
+
+/// Flags that a session cannot follow are refused, those that it agrees with are not.
+#[test]
+fn flags_of_the_conversation_are_the_sessions() {
+    let dir = TempDir::new().unwrap();
+    let session = |name: &str, args: &[&str]| {
+        let file = dir.path().join(name);
+        ask(&file, "Hello", args).unwrap();
+        file
+    };
+    let plain = session("plain", &[]);
+    let french = session("french", &["-sys", "French."]);
+    let chatml = session("chatml", &["--chat-template", "chatml"]);
+    let raw = session("raw", &["-no-cnv"]);
+    for (file, args, expected) in [
+        (
+            &plain,
+            &["-sys", "French."][..],
+            "-sys: the session began without a system prompt",
+        ),
+        (
+            &plain,
+            &["--chat-template", "chatml"],
+            "--chat-template: the session was made with",
+        ),
+        (
+            &plain,
+            &["-no-cnv"],
+            "-no-cnv: the session goes through a chat template",
+        ),
+        (
+            &french,
+            &["-sys", "German."],
+            "another one (\"French.\"), expected that or none",
+        ),
+        (
+            &chatml,
+            &["--chat-template", "llama3"],
+            "another one (\"chatml\"), expected that",
+        ),
+        (&chatml, &["-no-cnv"], "-no-cnv: "),
+        (
+            &raw,
+            &["--chat-template", "chatml"],
+            "was made with -no-cnv, expected the same",
+        ),
+        (
+            &raw,
+            &["-sys", "French."],
+            "-sys: the session began without",
+        ),
+    ] {
+        let bytes = std::fs::read(file).unwrap();
+        let error = ask(file, "Hello", args).unwrap_err();
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(error.contains(expected), "{expected}: {error}");
+        assert_eq!(std::fs::read(file).unwrap(), bytes, "the file is untouched");
+    }
+    for (file, own) in [
+        (&french, &["-sys", "French."][..]),
+        (&chatml, &["--chat-template", "chatml"]),
+        (&raw, &["-no-cnv"]),
+    ] {
+        let copy = dir.path().join("copy");
+        std::fs::copy(file, &copy).unwrap();
+        let told = ask(file, "Hello", own).unwrap();
+        let untold = ask(&copy, "Hello", &[]).unwrap();
+        assert_eq!(told["text"], untold["text"], "{own:?}");
+        assert_eq!(told["tokens"]["prompt"], untold["tokens"]["prompt"]);
+    }
+}
+
+/// What a repeat penalty looks back on is a part of the conversation.
+#[test]
+fn the_repeat_penalty_looks_back_over_processes() {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    let args = [
+        "-no-cnv",
+        "--repeat-penalty",
+        "1.3",
+        "--repeat-last-n",
+        "-1",
+    ];
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("s");
+    let [first, second] = [(); 2].map(|()| ask(&file, "Once upon", &args).unwrap());
+    let mut chat = Command::new(hae().get_program())
+        .args(["run", "--temp", "0", "-n", "24", "-t", "1"])
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut stdin = chat.stdin.take().unwrap();
+    stdin.write_all(b"Once upon\nOnce upon\n").unwrap();
+    drop(stdin);
+    let output = chat.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let texts = [&first, &second].map(|report| report["text"].as_str().unwrap());
+    assert_eq!(said, format!("{}\n{}\n", texts[0], texts[1]));
+    // And does change what is said.
+    let alone = dir.path().join("alone");
+    ask(&alone, "Once upon", &args).unwrap();
+    let off = ["-no-cnv", "--repeat-penalty", "1.3", "--repeat-last-n", "0"];
+    let without = ask(&alone, "Once upon", &off).unwrap();
+    assert_ne!(without["text"], second["text"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! reports say of both.
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, anyhow};
@@ -13,9 +14,10 @@ use crate::cli::output::{ContextReport, FileReport};
 use hae::Error;
 use hae::asker::{Asker, Entrant};
 use hae::build::build;
-use hae::eval::question::{Expected, Question};
+use hae::eval::question::{Expected, Image, Question};
 use hae::eval::record::{Contender, FileId, Header, QuestionSet, VERSION};
 use hae::llama::{ContextOptions, Model, RopeFactors, Vision};
+use hae::outfile::FilesInUse;
 use hae::policy::{self, Amount, Limits, PolicyOptions};
 
 /// Tokens of an answer at most, and of a story.
@@ -95,6 +97,20 @@ impl AskArgs {
             Some(0) => Err(Error::option("-n", "0 tokens, expected at least 1").into()),
             _ => Ok(()),
         }
+    }
+
+    /// The files that are read: the model's, that of the questions, and their pictures.
+    pub fn in_use(&self, file: Option<&Path>, questions: &[Question]) -> FilesInUse {
+        let mut files = self.model.in_use();
+        if let Some(path) = file {
+            files.reads("the file of the questions", path);
+        }
+        for image in questions.iter().flat_map(|question| &question.images) {
+            if let Image::File(path) = image {
+                files.reads("a picture of a question", path);
+            }
+        }
+        files
     }
 
     pub fn n_predict(&self) -> Option<usize> {

@@ -1,6 +1,6 @@
 //! Which file of questions, and which of them: the flags of the commands that score answers.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -65,6 +65,10 @@ pub struct QuestionFile {
 }
 
 impl QuestionArgs {
+    pub fn path(&self) -> &Path {
+        &self.questions
+    }
+
     pub fn read(&self) -> Result<QuestionFile> {
         let source = Source {
             path: self.questions.clone(),

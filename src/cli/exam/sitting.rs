@@ -1,7 +1,7 @@
 //! Questions under several policies by turns, each answer saved as it comes.
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
 use indicatif::ProgressBar;
@@ -43,14 +43,12 @@ pub struct Traces {
     pub model: String,
 }
 
-impl Traces {
-    /// The file for a question under a policy. Ids may hold anything, so a number keeps apart what
-    /// looks alike without it.
-    fn path(&self, number: usize, question: &Question, contender: &str) -> PathBuf {
-        let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
-        let id: String = question.id.chars().take(40).map(plain).collect();
-        self.dir.join(format!("{number:05}-{id}-{contender}.trace"))
-    }
+/// The file for a question under a policy. Ids may hold anything, so a number keeps apart what
+/// looks alike without it.
+pub fn trace_path(dir: &Path, number: usize, question: &Question, contender: &str) -> PathBuf {
+    let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+    let id: String = question.id.chars().take(40).map(plain).collect();
+    dir.join(format!("{number:05}-{id}-{contender}.trace"))
 }
 
 impl Sitting<'_, '_> {
@@ -118,7 +116,8 @@ impl Sitting<'_, '_> {
                 let name = &entrant.contender.name;
                 self.bar.set_message(format!("{} {name}", question.id));
                 let trace = self.traces.as_ref();
-                let trace = trace.map(|t| (t.path(number, question, name), t.model.clone()));
+                let trace =
+                    trace.map(|t| (trace_path(&t.dir, number, question, name), t.model.clone()));
                 if let Some((path, model)) = &trace {
                     self.asker.trace_next(path.clone(), model.clone());
                 }
