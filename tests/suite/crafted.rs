@@ -160,7 +160,7 @@ fn sessions_that_cannot_be() {
         ("/pieces/0/base", json!(-5)),
         (&*format!("{picture}/n"), json!(0)),
         (&*format!("{picture}/n"), json!(7)),
-        (&*format!("{picture}/n"), json!(1 << 60)),
+        (&*format!("{picture}/n"), json!(1u64 << 60)),
         (&*format!("{picture}/image"), json!(9)),
         (&*format!("{picture}/embeddings/5"), json!(1e39)),
         (&*format!("{picture}/embeddings"), json!([0.5])),
