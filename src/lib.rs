@@ -34,6 +34,7 @@ pub mod replay;
 pub mod report;
 pub mod saved;
 pub mod tempfiles;
+pub mod text;
 pub mod trace;
 
 pub use error::{Error, Result};

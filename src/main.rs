@@ -4,7 +4,7 @@ mod cli;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use cli::{
     Done, bench, calibrate, compare, convert, demo, eval, interrupt, options, quantize, replay,
@@ -52,7 +52,14 @@ fn main() -> ExitCode {
         hae::tempfiles::remove_all();
         2
     });
-    let cli = Cli::parse_from(options::llama_spelling(std::env::args_os()));
+    let args = options::spelling::llama_spelling(std::env::args_os(), Cli::command());
+    let cli = match args {
+        Ok(args) => Cli::parse_from(args),
+        Err(e) => {
+            cli::warn(&e.to_string());
+            return ExitCode::from(2);
+        }
+    };
     let command = || {
         interrupt::install()?;
         match cli.command {

@@ -1,7 +1,6 @@
 //! `hae run` without a prompt: a chat with history and pictures.
 
 use std::io::{ErrorKind, IsTerminal};
-use std::path::Path;
 
 use anyhow::Result;
 use rustyline::config::{Behavior, Config};
@@ -10,7 +9,8 @@ use rustyline::history::DefaultHistory;
 use rustyline::{DefaultEditor, Editor};
 
 use super::crops::crops;
-use super::run::{answer, picture, warn_about_end};
+use super::inputs::{dropped, picture};
+use super::run::{answer, warn_about_end};
 use super::{interrupt, note, warn};
 use hae::Error;
 use hae::conversation::{Answer, Conversation, KvReport, Turn};
@@ -18,7 +18,7 @@ use hae::generate::Finish;
 use hae::image::Picture;
 
 const HELP: [&str; 6] = [
-    "/image PATH  show a picture with the next question",
+    "/image PATH  show a picture with the next question; a file that was dropped here will do",
     "/crops N     cut the pictures that follow into N crops at most (Phi-3.5-vision)",
     "/clear       forget the conversation",
     "/stats       what the last answer and the KV cache cost",
@@ -110,14 +110,15 @@ pub fn chat(conversation: &mut Conversation<'_>, start: Start) -> Result<()> {
 enum Lines {
     /// A terminal, with editing and history.
     Typed(Box<DefaultEditor>),
-    /// A file or another program: no prompt, which would mix with the answers.
-    Piped,
+    /// A file or another program: no prompt, which would mix with the answers. `begun`: whether
+    /// its first line was read, which may have a byte order mark.
+    Piped { begun: bool },
 }
 
 impl Lines {
     fn new() -> Result<Self> {
         if !std::io::stdin().is_terminal() {
-            return Ok(Lines::Piped);
+            return Ok(Lines::Piped { begun: false });
         }
         // The prompt belongs to the terminal, even if the answers go to a file.
         let behavior = match std::io::stdout().is_terminal() {
@@ -132,11 +133,17 @@ impl Lines {
     fn next(&mut self) -> Result<String, ReadlineError> {
         match self {
             Lines::Typed(editor) => editor.readline("> "),
-            Lines::Piped => {
+            Lines::Piped { begun } => {
                 let mut line = String::new();
-                match std::io::stdin().read_line(&mut line)? {
-                    0 => Err(ReadlineError::Eof),
-                    _ => Ok(line),
+                if std::io::stdin().read_line(&mut line)? == 0 {
+                    return Err(ReadlineError::Eof);
+                }
+                match line.strip_prefix('\u{feff}') {
+                    Some(rest) if !std::mem::replace(begun, true) => Ok(rest.to_owned()),
+                    _ => {
+                        *begun = true;
+                        Ok(line)
+                    }
                 }
             }
         }
@@ -161,21 +168,18 @@ impl Chat<'_, '_> {
         self.last = None;
     }
 
-    fn image(&mut self, path: &str) {
-        // Terminals quote the name of a file that is dropped on them.
-        let path = ['\'', '"']
-            .iter()
-            .find_map(|&quote| path.strip_prefix(quote)?.strip_suffix(quote))
-            .unwrap_or(path);
-        if path.is_empty() {
+    fn image(&mut self, name: &str) {
+        if name.is_empty() {
             return warn("/image: expected the path of a picture");
         }
         if !self.conversation.has_vision() {
             return warn("/image: pictures need a vision file, start with --mmproj");
         }
-        match picture(Path::new(path), self.num_crops) {
-            Ok(picture) => self.pictures.push(picture),
-            Err(e) => warn(&format!("{e:#}")),
+        for path in dropped(name) {
+            match picture(&path, self.num_crops) {
+                Ok(picture) => self.pictures.push(picture),
+                Err(e) => warn(&format!("{e:#}")),
+            }
         }
     }
 
