@@ -23,6 +23,7 @@ pub mod engine;
 mod error;
 pub mod eval;
 pub mod generate;
+pub mod guard;
 pub mod image;
 #[allow(unsafe_code)]
 pub mod llama;

@@ -46,7 +46,11 @@ enum Command {
 /// Parses the command line and runs it. Exit codes: 0 done, 1 a threshold was
 /// missed, 2 usage or run-time error, 130 ended by Ctrl-C; a closed pipe is 0, as for any filter.
 fn main() -> ExitCode {
-    std::panic::set_hook(Box::new(|bug| cli::warn(&format!("a bug in hae: {bug}"))));
+    std::panic::set_hook(Box::new(|bug| {
+        if !hae::guard::is_guarded() {
+            cli::warn(&format!("a bug in hae: {bug}"));
+        }
+    }));
     hae::llama::on_abort(|message| {
         cli::warn(&format!("llama.cpp: {message}"));
         hae::tempfiles::remove_all();

@@ -15,7 +15,7 @@ const MAX_BYTES: u64 = 1 << 28;
 
 /// Ids of tokens: a number, a list, or nothing. Transformers writes -1 for none, too.
 #[derive(Deserialize, Default)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a token id, or a list of them")]
 pub enum Ids {
     #[default]
     None,

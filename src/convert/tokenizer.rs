@@ -62,7 +62,10 @@ struct RawAdded {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a token: text, or an object with its content"
+)]
 enum Named {
     Text(String),
     Token { content: String },
@@ -77,7 +80,10 @@ impl From<Named> for String {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a chat template: text, or a list of named ones"
+)]
 enum Template {
     One(String),
     Many(Vec<NamedTemplate>),
@@ -124,7 +130,7 @@ struct RawModel {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a merge: text, or a pair of texts")]
 enum Merge {
     Joined(String),
     Pair(String, String),

@@ -323,3 +323,37 @@ fn a_model_without_a_template_is_told_aloud() {
     let output = hae().args(["run", "-p", "hi", "-n", "1"]).output().unwrap();
     assert!(output.stderr.is_empty(), "{output:?}");
 }
+
+/// Whatever is broken in it: a line that names the file, and nothing of what read it.
+#[test]
+fn damaged_mmmu_files_are_refused_in_their_own_words() {
+    let dir = TempDir::new().unwrap();
+    let whole = std::fs::read(repository("tests/data/mmmu.parquet")).unwrap();
+    let mut places = 0;
+    // Steps that hit pages, their headers and the footer.
+    for at in (0..whole.len()).step_by(whole.len() / 60) {
+        let mut bytes = whole.clone();
+        let end = (at + 4).min(bytes.len());
+        bytes[at..end].fill(0xff);
+        let file = write(&dir, "x.parquet", &bytes);
+        let output = hae()
+            .args(["eval", &file, "-m", "/no/such/model"])
+            .output()
+            .unwrap();
+        let line = refusal_of(&output);
+        let inside = [
+            "panicked",
+            "memory",
+            "snappy",
+            "Parquet error",
+            "External",
+            "EOF",
+        ];
+        assert!(
+            !inside.iter().any(|word| line.contains(word)),
+            "{at}: {line}"
+        );
+        places += usize::from(line.contains("x.parquet: "));
+    }
+    assert!(places > 10, "{places}");
+}

@@ -140,25 +140,10 @@ fn templates_that_trim_go_on_too() {
     }
 }
 
-/// Names of llama.cpp's templates.
-fn built_in() -> Vec<String> {
-    let mut names = vec![std::ptr::null(); 1000];
-    // SAFETY: the function writes at most as many pointers as it is told.
-    let n =
-        unsafe { llama_cpp_sys_2::llama_chat_builtin_templates(names.as_mut_ptr(), names.len()) };
-    let names = &names[..usize::try_from(n).unwrap()];
-    // SAFETY: they point to strings that live as long as the library.
-    let name = |&name: &*const _| unsafe { std::ffi::CStr::from_ptr(name) };
-    names
-        .iter()
-        .map(|p| name(p).to_str().unwrap().to_owned())
-        .collect()
-}
-
 #[test]
 fn every_template_has_a_second_and_a_third_turn() {
     let model = load(converted("f32").0);
-    let names = built_in();
+    let names = chat::names();
     assert!(names.len() > 50, "{names:?}");
     for template in names {
         let mut transcript = Transcript::new(Some(template.clone()), None);
