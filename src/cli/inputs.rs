@@ -296,11 +296,11 @@ mod tests {
             (format!("'{address}'"), &spaced),
             (local, &spaced),
             (shown(&quote), &quote),
-            (shell, &quote),
+            (shell.clone(), &quote),
         ] {
             assert_eq!(dropped(&text), [expected.clone()], "{text}");
         }
-        let two = format!("'{}' {}", shown(&spaced), shown(&quote));
+        let two = format!("'{}' {shell}", shown(&spaced));
         assert_eq!(dropped(&two), [spaced, quote]);
         assert_eq!(dropped("no such file"), [PathBuf::from("no such file")]);
         let home = std::env::home_dir().unwrap();
