@@ -150,6 +150,7 @@ impl<'m> Asker<'m> {
         let mut talk = self.talk();
         let mut answers = Vec::new();
         for turn in 0..question.turns.len() {
+            let carried = usize::from(talk.pending.is_some());
             let (prepared, segments) = self.prompt(&mut talk, question, turn, pictures, watch)?;
             let n_predict = self.reachable(stage, &segments, n_predict.get(turn).copied())?;
             let session = &mut self.stages[stage].session;
@@ -183,7 +184,7 @@ impl<'m> Asker<'m> {
             };
             answers.push(Answered {
                 tokens: record::Tokens {
-                    prompt: generated.prompt,
+                    prompt: generated.prompt.without_text(carried),
                     images: prepared.images.clone(),
                     generated: generated.tokens.len(),
                 },
@@ -349,7 +350,8 @@ impl<'m> Asker<'m> {
         let start = (watch.now)();
         let line = self.vision.as_ref().is_some_and(Vision::bos_per_text);
         let is_new = talk.transcript.is_new();
-        let (content, order) = place_pictures(text, pictures.len(), line)?;
+        let (content, order) =
+            place_pictures(text, talk.transcript.pictures(), pictures.len(), line)?;
         let text = talk.transcript.ask(self.model, content)?;
         let key = format!("{turn} {text}");
         let prepared = match self.prepared.get(&key) {

@@ -39,7 +39,8 @@ pub struct Answer {
 
 #[derive(Clone, Debug, Serialize)]
 pub struct TokenCounts {
-    /// Of this turn's prompt.
+    /// Of this turn's prompt, without the token that the answer before it was cut off at, which
+    /// goes through the model with it: that one was generated.
     pub prompt: PerModality,
     /// Visual tokens of each picture of this turn.
     pub images: Vec<usize>,
@@ -236,7 +237,12 @@ impl<'m> Conversation<'m> {
         let start = (hooks.now)();
         let is_new = self.transcript.is_new();
         let line = self.vision.as_ref().is_some_and(Vision::bos_per_text);
-        let (content, order) = place_pictures(&turn.text, turn.pictures.len(), line)?;
+        let (content, order) = place_pictures(
+            &turn.text,
+            self.transcript.pictures(),
+            turn.pictures.len(),
+            line,
+        )?;
         let pictures: Vec<&Picture> = order.iter().map(|&i| &turn.pictures[i]).collect();
         let text = self.transcript.ask(model, content)?;
         let pieces = tokenize(model, self.vision.as_ref(), &text, &pictures, is_new)?;
@@ -244,6 +250,7 @@ impl<'m> Conversation<'m> {
 
         let numbered = (self.images..).zip(pictures.iter().copied());
         tell_pictures(&mut self.session.controller, self.vision.as_ref(), numbered);
+        let carried = usize::from(self.pending.is_some());
         let (segments, images) = self.encode(pieces, hooks.cancelled)?;
         let encoded = (hooks.now)();
         let left = self.positions_left(&segments);
@@ -264,7 +271,7 @@ impl<'m> Conversation<'m> {
         Ok(Answer {
             finish: generated.finish,
             tokens: TokenCounts {
-                prompt: generated.prompt,
+                prompt: generated.prompt.without_text(carried),
                 images,
                 generated: generated.tokens.len(),
             },

@@ -23,6 +23,7 @@ pub mod engine;
 mod error;
 pub mod eval;
 pub mod generate;
+pub mod guard;
 pub mod image;
 #[allow(unsafe_code)]
 pub mod llama;
@@ -34,6 +35,7 @@ pub mod replay;
 pub mod report;
 pub mod saved;
 pub mod tempfiles;
+pub mod text;
 pub mod trace;
 
 pub use error::{Error, Result};

@@ -4,7 +4,7 @@ mod cli;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use cli::{
     Done, bench, calibrate, compare, convert, demo, eval, interrupt, options, quantize, replay,
@@ -47,13 +47,24 @@ enum Command {
 /// missed, 2 usage or run-time error, 130 ended by Ctrl-C, 143 and 129 by SIGTERM and SIGHUP; a
 /// closed pipe is 0, as for any filter.
 fn main() -> ExitCode {
-    std::panic::set_hook(Box::new(|bug| cli::warn(&format!("a bug in hae: {bug}"))));
+    std::panic::set_hook(Box::new(|bug| {
+        if !hae::guard::is_guarded() {
+            cli::warn(&format!("a bug in hae: {bug}"));
+        }
+    }));
     hae::llama::on_abort(|message| {
         cli::warn(&format!("llama.cpp: {message}"));
         hae::tempfiles::remove_all();
         2
     });
-    let cli = Cli::parse_from(options::llama_spelling(std::env::args_os()));
+    let args = options::spelling::llama_spelling(std::env::args_os(), Cli::command());
+    let cli = match args {
+        Ok(args) => Cli::parse_from(args),
+        Err(e) => {
+            cli::warn(&e.to_string());
+            return ExitCode::from(2);
+        }
+    };
     let command = || {
         interrupt::install()?;
         match cli.command {

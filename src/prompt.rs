@@ -1,10 +1,14 @@
 //! Text and pictures of a turn, to what the model takes: chat template, places of the pictures,
 //! and only the part that the cache does not hold yet.
 
+mod places;
+
+pub use places::place_pictures;
+
 use crate::error::{Error, Result};
 use crate::image::Picture;
 use crate::llama::chat::{self, Message};
-use crate::llama::{Model, Piece, Vision};
+use crate::llama::{Model, Part, Piece, Vision};
 
 /// The text of a conversation as the model has seen it.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
@@ -23,7 +27,7 @@ impl Transcript {
             .into_iter()
             .map(|content| Message {
                 role: "system".into(),
-                content,
+                content: places::escape(&content).into_owned(),
             })
             .collect();
         Transcript {
@@ -57,7 +61,13 @@ impl Transcript {
         self.fed.is_empty()
     }
 
-    /// Adds a user turn and gives the text that has to go in for it.
+    /// Pictures that were shown so far.
+    pub fn pictures(&self) -> usize {
+        places::shown(&self.fed)
+    }
+
+    /// Adds a user turn, as [`place_pictures`] makes it, and gives the text that has to go in for
+    /// it.
     ///
     /// # Errors
     /// [`Error::Option`] for a template that llama.cpp does not know, or one that rewrites
@@ -78,11 +88,12 @@ impl Transcript {
                 return Err(e);
             }
         };
-        let Some(new) = full
+        let new = full
             .strip_prefix(self.fed.as_str())
             .and_then(|rest| after_answer(rest, &self.answer))
             .map(str::to_owned)
-        else {
+            .or_else(|| self.behind_history(model, template, &full));
+        let Some(new) = new else {
             self.messages.pop();
             return Err(Error::option(
                 "--chat-template",
@@ -94,8 +105,25 @@ impl Transcript {
         Ok(new)
     }
 
+    /// The new turn of a template that opens an answer with other text than it repeats it with:
+    /// what it writes behind the history that ends with the answer, as llama.cpp's own chats take
+    /// it (`common_chat_format_single`). What closes the answer goes before it, which the model
+    /// was trained to see; llama.cpp leaves that out.
+    fn behind_history(&self, model: &Model, template: &str, full: &str) -> Option<String> {
+        let (_, past) = self.messages.split_last()?;
+        let format = |messages: &[Message]| chat::apply(model, template, messages, false).ok();
+        let new = full.strip_prefix(format(past)?.as_str())?;
+        let mut past = past.to_vec();
+        let answer = past.last_mut().filter(|last| last.role == "assistant")?;
+        answer.content = places::ANSWER.into();
+        let history = format(&past)?;
+        let (_, closing) = history.rsplit_once(places::ANSWER)?;
+        Some(format!("{closing}{new}"))
+    }
+
     /// Adds the answer that the model gave.
     pub fn answered(&mut self, text: &str) {
+        let text = &*places::escape(text);
         if self.template.is_none() {
             self.fed.push_str(text);
         } else {
@@ -116,60 +144,8 @@ fn after_answer<'a>(rest: &'a str, answer: &str) -> Option<&'a str> {
         .or_else(|| rest.trim_start().strip_prefix(answer.trim()))
 }
 
-/// The text of a turn with [`Vision::MARKER`] where each picture goes, and the pictures' order.
-///
-/// `<|image_k|>` (Phi-3.5-vision) or the marker itself say where; a text without either takes the
-/// pictures in front. `line` puts each of those on a line of its own.
-///
-/// # Errors
-/// [`Error::Option`] when places and pictures do not match.
-pub fn place_pictures(text: &str, n: usize, line: bool) -> Result<(String, Vec<usize>)> {
-    let bad = |reason: String| Error::option("--image", reason);
-    if text.contains("<|image_") {
-        let (mut out, mut order) = (String::new(), Vec::new());
-        let mut rest = text;
-        while let Some((before, after)) = rest.split_once("<|image_") {
-            let Some((number, after)) = after.split_once("|>") else {
-                break;
-            };
-            let k: usize = match number.parse() {
-                Ok(k) if (1..=n).contains(&k) => k,
-                _ => {
-                    return Err(bad(format!(
-                        "the prompt names <|image_{number}|>, but {n} pictures were given"
-                    )));
-                }
-            };
-            out.push_str(before);
-            out.push_str(Vision::MARKER);
-            order.push(k - 1);
-            rest = after;
-        }
-        out.push_str(rest);
-        if let Some(missing) = (0..n).find(|i| !order.contains(i)) {
-            return Err(bad(format!(
-                "the prompt has no <|image_{}|>, but {n} pictures were given",
-                missing + 1
-            )));
-        }
-        return Ok((out, order));
-    }
-    let places = text.matches(Vision::MARKER).count();
-    if places > 0 && places != n {
-        return Err(bad(format!(
-            "the prompt has places for {places} pictures, but {n} were given"
-        )));
-    }
-    let front = if places == 0 { n } else { 0 };
-    let marker = if line {
-        format!("{}\n", Vision::MARKER)
-    } else {
-        Vision::MARKER.to_owned()
-    };
-    Ok((marker.repeat(front) + text, (0..n).collect()))
-}
-
-/// Tokenizes the new text of a turn. `first` is the conversation's first.
+/// Tokenizes the new text of a turn. `first` is the conversation's first. `pictures` are in the
+/// order of their places.
 ///
 /// # Errors
 /// [`Error::Option`] for pictures without a vision file, otherwise as [`Vision::tokenize`].
@@ -180,68 +156,27 @@ pub fn tokenize(
     pictures: &[&Picture],
     first: bool,
 ) -> Result<Vec<Piece>> {
-    match vision {
-        None if !pictures.is_empty() => Err(Error::option(
+    let mut parts = places::parts(text, pictures)?;
+    match (vision, &mut parts[..]) {
+        (_, [Part::Text(text)]) => Ok(vec![Piece::Text(model.tokenize(text, first, true))]),
+        (None, _) => Err(Error::option(
             "--image",
             "pictures need a vision file, give one with --mmproj",
         )),
         // Phi-3.5-vision's processor starts the text behind a picture with BOS, also in later
         // turns, but not the text that goes on from an earlier turn.
-        Some(vision) if !first && vision.bos_per_text() && !pictures.is_empty() => {
-            let (head, _) = text.split_once(Vision::MARKER).unwrap_or((text, ""));
-            let mut pieces = vec![Piece::Text(model.tokenize(head, false, true))];
-            let rest = vision.tokenize(&text[head.len()..], pictures, true)?;
+        (Some(vision), [Part::Text(head), ..]) if !first && vision.bos_per_text() => {
+            let mut pieces = vec![Piece::Text(model.tokenize(
+                &std::mem::take(head),
+                false,
+                true,
+            ))];
+            let rest = vision.tokenize(&parts, true)?;
             // It begins with the picture: the empty text before that has its own BOS, too.
             let empty = usize::from(matches!(rest.first(), Some(Piece::Text(_))));
             pieces.extend(rest.into_iter().skip(empty));
             Ok(pieces)
         }
-        Some(vision) if !pictures.is_empty() => vision.tokenize(text, pictures, first),
-        _ => Ok(vec![Piece::Text(model.tokenize(text, first, true))]),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::place_pictures;
-
-    const M: &str = crate::llama::Vision::MARKER;
-
-    #[test]
-    fn pictures_go_in_front_where_the_text_names_no_place() {
-        assert_eq!(
-            place_pictures("Why?", 2, true).unwrap(),
-            (format!("{M}\n{M}\nWhy?"), vec![0, 1])
-        );
-        assert_eq!(
-            place_pictures("Why?", 1, false).unwrap(),
-            (format!("{M}Why?"), vec![0])
-        );
-        assert_eq!(
-            place_pictures("Why?", 0, true).unwrap(),
-            ("Why?".to_owned(), vec![])
-        );
-    }
-
-    #[test]
-    fn named_places_order_the_pictures() {
-        let (text, order) = place_pictures("a <|image_2|> b <|image_1|> c", 2, true).unwrap();
-        assert_eq!((text, order), (format!("a {M} b {M} c"), vec![1, 0]));
-        let (text, order) = place_pictures(&format!("a {M} b"), 1, true).unwrap();
-        assert_eq!((text, order), (format!("a {M} b"), vec![0]));
-    }
-
-    #[test]
-    fn places_and_pictures_must_match() {
-        for (text, n) in [
-            ("<|image_3|>", 2),
-            ("<|image_1|>", 2),
-            ("<|image_x|>", 1),
-            (M, 2),
-        ] {
-            let error = place_pictures(text, n, true).unwrap_err().to_string();
-            assert!(error.starts_with("--image: "), "{error}");
-            assert!(error.contains(&format!("{n}")), "{error}");
-        }
+        (Some(vision), _) => vision.tokenize(&parts, first),
     }
 }

@@ -7,7 +7,7 @@ use std::vec::IntoIter;
 use crate::error::{Error, Result};
 use crate::generate::Segment;
 use crate::image::{Limits, Picture};
-use crate::llama::{Model, Piece, Vision};
+use crate::llama::{Model, Part, Piece, Vision};
 use crate::noise::Noise;
 
 /// What a prompt's pictures are.
@@ -125,7 +125,7 @@ impl Made {
 
 /// The picture with the tokens that the model puts around it.
 fn cut(vision: &Vision<'_>, picture: &Picture) -> Result<Vec<Piece>> {
-    let mut pieces = vision.tokenize(Vision::MARKER, &[picture], false)?;
+    let mut pieces = vision.tokenize(&[Part::Picture(picture)], false)?;
     pieces.retain(|piece| !piece.is_empty());
     Ok(pieces)
 }

@@ -28,7 +28,8 @@ impl Workload {
     /// # Errors
     /// [`Error::Io`] for a file that cannot be read, [`Error::File`] for one that is no workload.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        let text = crate::text::decode(path, bytes)?;
         Workload::parse(&text).map_err(|reason| Error::file(path, reason))
     }
 

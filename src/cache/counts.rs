@@ -27,6 +27,14 @@ impl PerModality {
     pub fn total(&self) -> usize {
         self.text + self.vision
     }
+
+    /// With so many text tokens less.
+    pub fn without_text(self, n: usize) -> Self {
+        PerModality {
+            text: self.text.saturating_sub(n),
+            ..self
+        }
+    }
 }
 
 /// Cells of the cache now, and what has happened to them since it was last empty.

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::eval::record::{FileId, QuestionSet};
 use crate::outfile::OutFile;
 use crate::policy::Amount;
+use crate::text::without_bom;
 
 /// What the field `format` says.
 const FORMAT: &str = "hae calibration";
@@ -155,7 +156,7 @@ fn value(path: &Path) -> Result<Result<Value, String>> {
     if bytes.len() as u64 > MOST_BYTES {
         return Ok(Err(format!("expected at most {MOST_BYTES} bytes")));
     }
-    Ok(serde_json::from_slice(&bytes).map_err(|e| e.to_string()))
+    Ok(serde_json::from_slice(without_bom(&bytes)).map_err(|e| e.to_string()))
 }
 
 #[cfg(test)]

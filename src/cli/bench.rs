@@ -181,7 +181,13 @@ impl Bench<'_> {
         for files in &plan.files {
             for &n_gpu_layers in &plan.gpu_layers {
                 self.bar.set_message("loading the model");
-                let model = Model::load(&files.model, &ModelOptions { n_gpu_layers })?;
+                let model = Model::load(
+                    &files.model,
+                    &ModelOptions {
+                        n_gpu_layers,
+                        ..ModelOptions::default()
+                    },
+                )?;
                 let subject = Subject::new(&model, files.names());
                 for &n_threads in &plan.threads {
                     if self.model(files, &model, &subject, n_threads)? == Done::Interrupted {

@@ -9,7 +9,8 @@ use anyhow::Result;
 use rustyline::error::ReadlineError;
 
 use super::crops::crops;
-use super::run::{answer, picture, warn_about_end};
+use super::inputs::{dropped, picture};
+use super::run::{answer, warn_about_end};
 use super::{interrupt, note, warn};
 use hae::Error;
 use hae::conversation::{Answer, Conversation, KvReport, Turn};
@@ -18,7 +19,7 @@ use hae::image::Picture;
 use lines::Lines;
 
 const HELP: [&str; 7] = [
-    "/image PATH  show a picture with the next question",
+    "/image PATH  show a picture with the next question; a file that was dropped here will do",
     "/drop        show no picture with it after all",
     "/crops N     cut the pictures that follow into N crops at most (Phi-3.5-vision)",
     "/clear       forget the conversation",
@@ -122,21 +123,18 @@ impl Chat<'_, '_> {
         self.last = None;
     }
 
-    fn image(&mut self, path: &str) {
-        // Terminals quote the name of a file that is dropped on them.
-        let path = ['\'', '"']
-            .iter()
-            .find_map(|&quote| path.strip_prefix(quote)?.strip_suffix(quote))
-            .unwrap_or(path);
-        if path.is_empty() {
+    fn image(&mut self, name: &str) {
+        if name.is_empty() {
             return warn("/image: expected the path of a picture");
         }
         if !self.conversation.has_vision() {
             return warn("/image: pictures need a vision file, start with --mmproj");
         }
-        match picture(Path::new(path), self.num_crops) {
-            Ok(picture) => self.pictures.push(picture),
-            Err(e) => warn(&format!("{e:#}")),
+        for path in dropped(name) {
+            match picture(&path, self.num_crops) {
+                Ok(picture) => self.pictures.push(picture),
+                Err(e) => warn(&format!("{e:#}")),
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use super::Done;
 use super::crops::CropArgs;
 use super::exam::{Exam, ExamArgs, Format, print_answers, print_json, print_summary};
+use super::inputs::{self, EscapeArgs};
 use super::output::FileReport;
 use hae::Error;
 use hae::eval::files::Source;
@@ -21,7 +22,7 @@ use hae::eval::summary::Summary;
     after_help = "Lists: values separated by commas. Every policy but full is asked at every --kv-budget."
 )]
 pub struct Args {
-    /// Picture to ask about; repeat for several
+    /// Picture to ask about; repeat for several, or put commas between them
     #[arg(long, value_name = "FILE", requires = "prompt")]
     image: Vec<PathBuf>,
     #[command(flatten)]
@@ -35,6 +36,8 @@ pub struct Args {
         conflicts_with = "file"
     )]
     prompt: Option<String>,
+    #[command(flatten)]
+    escapes: EscapeArgs,
     /// File of prompts: JSON lines as for `hae eval`, answers may be missing
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
@@ -51,7 +54,10 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<Done> {
     let num_crops = args.crops.num_crops()?;
     let (questions, file, format) = match (&args.prompt, &args.file) {
-        (Some(text), _) => prompt(text, &args.image)?,
+        (Some(text), _) => {
+            let text = args.escapes.prompt("-p", text)?;
+            prompt(&text, &inputs::pictures(&args.image))?
+        }
         (None, Some(path)) => {
             let source = Source {
                 path: path.clone(),

@@ -8,9 +8,10 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Attribute, Cell, ContentArrangement, Table};
 
 use super::crops::CropArgs;
+use super::inputs::picture;
 use super::load::{Files, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs};
-use super::run::{answer, picture};
+use super::run::answer;
 use super::{Done, interrupt};
 use hae::conversation::{Answer, Turn};
 use hae::embedded;
@@ -91,7 +92,7 @@ pub fn run(args: &Args) -> Result<Done> {
 fn shown(args: &Args) -> Result<Picture> {
     let num_crops = args.crops.num_crops()?;
     if let Some(path) = &args.image {
-        return picture(path, num_crops);
+        return Ok(picture(path, num_crops)?);
     }
     let name = Path::new("demo.png");
     let picture = image::decode(name, embedded::PICTURE, &image::Limits::default())?;

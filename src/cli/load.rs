@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::options::{ContextArgs, ModelArgs, RopeArg};
 use super::output::FileReport;
+use super::warn;
 use hae::Error;
 use hae::calibrate::file::Calibration;
 use hae::controller::Controller;
@@ -327,7 +328,8 @@ impl Setup<'_> {
         transcript: &Transcript,
     ) -> Result<usize> {
         let line = vision.is_some_and(Vision::bos_per_text);
-        let (content, order) = place_pictures(text, self.pictures.len(), line)?;
+        let (content, order) =
+            place_pictures(text, transcript.pictures(), self.pictures.len(), line)?;
         let pictures: Vec<&Picture> = order.iter().map(|&i| &self.pictures[i]).collect();
         let text = transcript.clone().ask(model, content)?;
         Ok(tokenize(model, vision, &text, &pictures, true)?
@@ -346,14 +348,18 @@ pub fn check_template(
     system_prompt: Option<&str>,
 ) -> Result<()> {
     let Some(text) = text else {
-        return match system_prompt {
-            Some(_) => Err(Error::option(
-                "-sys",
-                "the model has no chat template to put it into, name one with --chat-template",
-            )
-            .into()),
-            None => Ok(()),
-        };
+        if system_prompt.is_some() {
+            let reason =
+                "the model has no chat template to put it into, name one with --chat-template";
+            return Err(Error::option("-sys", reason).into());
+        }
+        if matches!(chosen, Template::Model) {
+            warn(&format!(
+                "{}: has no chat template, prompts go in as they are: name one with --chat-template, or give --no-conversation",
+                model.path().display()
+            ));
+        }
+        return Ok(());
     };
     let probe = Message {
         role: "user".into(),
@@ -373,6 +379,8 @@ pub fn load_model(files: &Files, args: &ModelArgs) -> Result<Model> {
     let bar = spinner("loading the model");
     let options = ModelOptions {
         n_gpu_layers: args.gpu_layers,
+        no_mmap: args.no_mmap,
+        mlock: args.mlock,
     };
     let model = Model::load(&files.model, &options);
     bar.finish_and_clear();

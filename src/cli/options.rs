@@ -1,6 +1,7 @@
 //! Flags that several commands share: llama.cpp's names where llama.cpp has one.
 
 pub mod calibrated;
+pub mod spelling;
 
 use std::path::PathBuf;
 
@@ -15,41 +16,6 @@ use hae::outfile::FilesInUse;
 use hae::policy::{
     Amount, DapMode, DapOptions, DapRule, Layers, Norm, PolicyOptions, Pooling, Queries, Scope,
 };
-
-/// llama.cpp spells some options with one dash and several letters, which clap would read as
-/// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 10] = [
-    ("-ngl", "--gpu-layers"),
-    ("-fa", "--flash-attn"),
-    ("-ctk", "--cache-type-k"),
-    ("-ctv", "--cache-type-v"),
-    ("-ub", "--ubatch-size"),
-    ("-tb", "--threads-batch"),
-    ("-sys", "--system-prompt"),
-    ("-mm", "--mmproj"),
-    ("-no-cnv", "--no-conversation"),
-    ("-pg", "--pg"),
-];
-
-/// The command line with llama.cpp's one-dash options spelled as long ones, up to a `--`.
-pub fn llama_spelling(args: impl Iterator<Item = std::ffi::OsString>) -> Vec<std::ffi::OsString> {
-    let mut literal = false;
-    args.map(|arg| {
-        literal |= arg == "--";
-        let Some(text) = arg.to_str().filter(|_| !literal) else {
-            return arg;
-        };
-        let (flag, value) = text
-            .split_once('=')
-            .map_or((text, None), |(f, v)| (f, Some(v)));
-        match (ONE_DASH.iter().find(|(short, _)| *short == flag), value) {
-            (Some((_, long)), Some(value)) => format!("{long}={value}").into(),
-            (Some((_, long)), None) => (*long).into(),
-            (None, _) => arg,
-        }
-    })
-    .collect()
-}
 
 /// What is wrong with parameters of policies where `full` is the only one.
 pub fn full_takes_no_parameters() -> Error {
@@ -70,6 +36,12 @@ pub struct ModelArgs {
     /// -ngl: layers to keep on the GPU: a number, `all`, or `auto` for llama.cpp's choice
     #[arg(long, visible_alias = "n-gpu-layers", alias = "ngl", default_value = "auto", value_parser = gpu_layers, value_name = "N")]
     pub gpu_layers: GpuLayers,
+    /// Read the weights into memory at once instead of mapping the file
+    #[arg(long)]
+    pub no_mmap: bool,
+    /// Keep the weights in memory, never swapped out
+    #[arg(long)]
+    pub mlock: bool,
     /// Which longrope factors to use: `auto` follows the positions that the run can reach,
     /// `context` the size of the cache (as llama.cpp does)
     #[arg(long, value_enum, default_value_t = RopeArg::Auto, value_name = "RULE")]
@@ -114,8 +86,11 @@ pub enum RopeArg {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum FlashArg {
+    #[value(aliases = ["1", "true", "enabled"])]
     On,
+    #[value(aliases = ["0", "false", "disabled"])]
     Off,
+    #[value(alias = "-1")]
     Auto,
 }
 
@@ -155,7 +130,7 @@ pub struct ContextArgs {
 }
 
 pub fn cache_type(text: &str) -> Result<CacheType, String> {
-    Ok(match text {
+    Ok(match &*text.to_ascii_lowercase() {
         "f32" => CacheType::F32,
         "f16" => CacheType::F16,
         "bf16" => CacheType::Bf16,
@@ -244,7 +219,7 @@ pub struct SamplerArgs {
     #[arg(short, long, default_value_t = -1, value_name = "N")]
     seed: i64,
     /// Temperature; 0 takes the likeliest token
-    #[arg(long, default_value_t = 0.8, value_name = "T")]
+    #[arg(long, alias = "temperature", default_value_t = 0.8, value_name = "T")]
     temp: f32,
     /// Choose among the K likeliest tokens; 0: all
     #[arg(long, default_value_t = 40, value_name = "K")]
@@ -535,30 +510,6 @@ mod tests {
     use clap::{Args, Command};
 
     use super::*;
-
-    fn spelled(args: &[&str]) -> Vec<String> {
-        llama_spelling(args.iter().map(|&arg| arg.into()))
-            .into_iter()
-            .map(|arg| arg.into_string().unwrap())
-            .collect()
-    }
-
-    #[test]
-    fn one_dash_options_become_long_ones() {
-        assert_eq!(
-            spelled(&["run", "-ngl", "9", "-ctk=f32", "-p", "-fa", "--", "-fa"]),
-            [
-                "run",
-                "--gpu-layers",
-                "9",
-                "--cache-type-k=f32",
-                "-p",
-                "--flash-attn",
-                "--",
-                "-fa"
-            ]
-        );
-    }
 
     #[test]
     fn the_help_names_the_defaults() {

@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use super::calibration::CalibrationArgs;
 use super::chat::Start;
 use super::crops::CropArgs;
+use super::inputs::{self, EscapeArgs, check_stdin};
 use super::load::{self, Files, Made, Setup, Template};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs, full_takes_no_parameters};
 use super::output::{ContextReport, Report};
@@ -18,7 +19,6 @@ use hae::Error;
 use hae::build::build;
 use hae::conversation::{Answer, Conversation, Turn};
 use hae::generate::{Finish, Hooks};
-use hae::image::{self, Picture};
 use hae::llama::{ContextOptions, FlashAttention};
 use hae::policy::PolicyOptions;
 use hae::trace;
@@ -26,8 +26,9 @@ use hae::trace;
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Prompt", allow_negative_numbers = true)]
 pub struct Args {
-    /// Picture to ask about; repeat for several. The prompt may say where they go with
-    /// <|image_1|>, <|image_2|>, ...; otherwise they go in front
+    /// Picture to ask about, - for standard input; repeat for several, or put commas between them.
+    /// The prompt may say where they go with <|image_1|>, <|image_2|>, ..., counted over the whole
+    /// conversation or in the turn, or with as many <__media__>; otherwise they go in front
     #[arg(long, value_name = "FILE")]
     image: Vec<PathBuf>,
     #[command(flatten)]
@@ -41,17 +42,19 @@ pub struct Args {
         conflicts_with = "file"
     )]
     prompt: Option<String>,
-    /// Read the prompt from a file, without the newline at its end
+    /// Read the prompt from a file (UTF-8), - for standard input, without the newline at its end
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Tokens to generate at most; -1: until the model ends or the context is full
-    #[arg(short, long, default_value_t = -1, value_name = "N")]
+    #[command(flatten)]
+    escapes: EscapeArgs,
+    /// Tokens to generate at most; -1 and -2: until the model ends or the context is full
+    #[arg(short, long, alias = "predict", default_value_t = -1, value_name = "N")]
     n_predict: i64,
     /// Keep the conversation in FILE, and go on with it if FILE holds one
     #[arg(long, value_name = "FILE")]
     session: Option<PathBuf>,
     /// -sys: system prompt
-    #[arg(long, alias = "sys", value_name = "TEXT")]
+    #[arg(long, alias = "sys", value_name = "TEXT", allow_hyphen_values = true)]
     system_prompt: Option<String>,
     /// Name or text of a chat template that llama.cpp knows [default: the model's own]
     #[arg(long, value_name = "TEMPLATE")]
@@ -121,22 +124,23 @@ pub fn run(args: &Args) -> Result<Done> {
         return Err(full_takes_no_parameters().into());
     }
     let n_predict = match args.n_predict {
-        -1 => None,
+        -1 | -2 => None,
         n => Some(
             usize::try_from(n)
                 .map_err(|_| Error::option("-n", format!("{n}, expected -1 or more")))?,
         ),
     };
+    let chat = args.prompt.is_none() && args.file.is_none();
+    check_stdin(args.file.as_deref(), &args.image, chat)?;
     let prompt = prompt(args)?;
     if prompt.is_none() && args.output == Format::Json {
         return Err(Error::option("-o", "json needs a prompt, give one with -p or -f").into());
     }
     let num_crops = args.crops.num_crops()?;
-    let pictures = args
-        .image
+    let pictures = inputs::pictures(&args.image)
         .iter()
-        .map(|path| picture(path, num_crops))
-        .collect::<Result<Vec<_>>>()?;
+        .map(|path| inputs::picture_or_stdin(path, num_crops))
+        .collect::<hae::Result<Vec<_>>>()?;
     args.check_files()?;
     let session = match &args.session {
         Some(path) => session::open(path)?,
@@ -221,7 +225,7 @@ impl Args {
     /// Refuses to write over anything that the run reads, before anything is opened for writing.
     fn check_files(&self) -> Result<()> {
         let mut files = self.model.in_use();
-        self.image
+        inputs::pictures(&self.image)
             .iter()
             .for_each(|path| files.reads("--image", path));
         if let Some(path) = &self.file {
@@ -255,35 +259,10 @@ fn print_json(answer: &Answer, setup: &Setup<'_>, made: &Made) -> Result<()> {
 }
 
 fn prompt(args: &Args) -> Result<Option<String>> {
-    let Some(path) = &args.file else {
-        return match args.prompt.as_deref() {
-            Some("") => Err(Error::option("-p", "is empty, expected a prompt").into()),
-            text => Ok(text.map(str::to_owned)),
-        };
-    };
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-    let mut text = String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        Error::file(path, format!("is not UTF-8 at byte {at}, expected text"))
-    })?;
-    if let Some(at) = text.find('\0') {
-        return Err(Error::file(path, format!("byte {at} is NUL, expected text")).into());
-    }
-    // Editors end a file with a newline that is not part of the question.
-    if text.ends_with('\n') {
-        text.pop();
-    }
-    if text.is_empty() {
-        return Err(Error::file(path, "is empty, expected a prompt").into());
-    }
-    Ok(Some(text))
-}
-
-pub fn picture(path: &Path, num_crops: Option<u32>) -> Result<Picture> {
-    let picture = image::load(path, &image::Limits::default())?;
-    Ok(Picture {
-        num_crops,
-        ..picture
+    Ok(match (&args.file, &args.prompt) {
+        (Some(path), _) => Some(args.escapes.file(path)?),
+        (None, Some(text)) => Some(args.escapes.prompt("-p", text)?),
+        (None, None) => None,
     })
 }
 

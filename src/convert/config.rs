@@ -35,7 +35,8 @@ pub struct TextConfig {
     pub longrope: Option<Longrope>,
     pub tied: bool,
     pub bos: Option<u32>,
-    pub eos: Option<u32>,
+    /// Tokens that end a generation, the end of a text first.
+    pub eos: Vec<u32>,
     pub pad: Option<u32>,
     /// The model's own name, where the configuration knows it.
     pub name: Option<String>,
@@ -170,9 +171,9 @@ impl Fields {
                 .map(|rope| self.longrope(raw, rope, n_rot))
                 .transpose()?,
             tied: raw.tie_word_embeddings,
-            bos: raw.bos_token_id,
-            eos: raw.eos_token_id,
-            pad: raw.pad_token_id,
+            bos: raw.bos_token_id.known().first().copied(),
+            eos: raw.eos_token_id.known(),
+            pad: raw.pad_token_id.known().first().copied(),
             name: raw
                 .name_or_path
                 .as_deref()

@@ -1,14 +1,18 @@
-//! The JSON files around the tokenizer: `tokenizer_config.json`, `tokenizer.json`,
-//! `added_tokens.json`, `generation_config.json`.
+//! The files around the tokenizer: `tokenizer_config.json`, `tokenizer.json`, `added_tokens.json`,
+//! `generation_config.json`, and the chat template's own.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use serde::Deserialize;
 
-use super::json;
+use super::json::{self, Ids};
 use super::vocab::{Kind, Piece};
 use crate::error::{Error, Result};
+use crate::text;
+
+/// The file with [`TokenizerFiles::stop_ids`].
+pub const GENERATION: &str = "generation_config.json";
 
 /// A token that was added to the trained vocabulary.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,7 +62,10 @@ struct RawAdded {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a token: text, or an object with its content"
+)]
 enum Named {
     Text(String),
     Token { content: String },
@@ -73,10 +80,31 @@ impl From<Named> for String {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a chat template: text, or a list of named ones"
+)]
 enum Template {
     One(String),
     Many(Vec<NamedTemplate>),
+}
+
+impl Template {
+    /// The one for chats, where there are several.
+    fn text(self) -> Option<String> {
+        match self {
+            Template::One(template) => Some(template),
+            Template::Many(all) => {
+                let default = all.into_iter().find(|t| t.name == "default");
+                default.map(|t| t.template)
+            }
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct TemplateFile {
+    chat_template: Template,
 }
 
 #[derive(Deserialize)]
@@ -102,7 +130,7 @@ struct RawModel {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a merge: text, or a pair of texts")]
 enum Merge {
     Joined(String),
     Pair(String, String),
@@ -110,14 +138,8 @@ enum Merge {
 
 #[derive(Deserialize)]
 struct RawGeneration {
-    eos_token_id: Option<Ids>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Ids {
-    One(u32),
-    Many(Vec<u32>),
+    #[serde(default)]
+    eos_token_id: Ids,
 }
 
 /// Reads what `dir` has of these files. The order of the added tokens is llama.cpp's converter's:
@@ -178,30 +200,23 @@ pub fn read(dir: &Path) -> Result<TokenizerFiles> {
     files.add_bos = config.add_bos_token;
     files.add_eos = config.add_eos_token;
     files.chat_template = match config.chat_template {
-        Some(Template::One(template)) => Some(template),
-        Some(Template::Many(all)) => all
-            .into_iter()
-            .find(|t| t.name == "default")
-            .map(|t| t.template),
-        None => {
-            let path = dir.join("chat_template.jinja");
-            let text =
-                |bytes| String::from_utf8(bytes).map_err(|e| Error::file(&path, e.to_string()));
-            if path.is_file() {
-                Some(text(json::read_bytes(&path)?)?)
-            } else {
-                None
-            }
-        }
+        Some(template) => template.text(),
+        None => template_file(dir)?,
     };
-    let generation: Option<RawGeneration> =
-        json::read_optional(&dir.join("generation_config.json"))?;
-    files.stop_ids = match generation.and_then(|g| g.eos_token_id) {
-        Some(Ids::One(id)) => vec![id],
-        Some(Ids::Many(ids)) => ids,
-        None => Vec::new(),
-    };
+    let generation: Option<RawGeneration> = json::read_optional(&dir.join(GENERATION))?;
+    files.stop_ids = generation.map_or(Vec::new(), |g| g.eos_token_id.known());
     Ok(files)
+}
+
+/// The template in a file of its own, as llama.cpp's converter looks for it: what today's
+/// transformers save, then what the processors of older ones did.
+fn template_file(dir: &Path) -> Result<Option<String>> {
+    let path = dir.join("chat_template.jinja");
+    if path.is_file() {
+        return Ok(Some(text::decode(&path, json::read_bytes(&path)?)?));
+    }
+    let file: Option<TemplateFile> = json::read_optional(&dir.join("chat_template.json"))?;
+    Ok(file.and_then(|file| file.chat_template.text()))
 }
 
 /// The vocabulary of a `tokenizer.json` of type BPE, for a directory without `tokenizer.model`.

@@ -127,8 +127,15 @@ pub fn read(dir: &Path, config: &TextConfig) -> Result<Vocabulary> {
         kinds: all.iter().map(|p| p.kind as i32).collect(),
         bos: special(dir, &ids, "bos", files.bos.as_deref(), config.bos, n)?
             .ok_or_else(|| Error::file(dir, "no file names a bos token"))?,
-        eos: special(dir, &ids, "eos", files.eos.as_deref(), config.eos, n)?
-            .ok_or_else(|| Error::file(dir, "no file names an eos token"))?,
+        eos: special(
+            dir,
+            &ids,
+            "eos",
+            files.eos.as_deref(),
+            config.eos.first().copied(),
+            n,
+        )?
+        .ok_or_else(|| Error::file(dir, "no file names an eos token"))?,
         eot: None,
         eom: None,
         unk: special(dir, &ids, "unk", files.unk.as_deref(), None, n)?,
@@ -137,10 +144,10 @@ pub fn read(dir: &Path, config: &TextConfig) -> Result<Vocabulary> {
         add_eos: files.add_eos.unwrap_or(false),
         add_space_prefix,
         chat_template: files.chat_template.clone(),
-        notes: rstrip_notes(&files),
+        notes: notes(&files),
     };
     vocabulary.tokens = all.into_iter().map(|p| p.text).collect();
-    stops(dir, &mut vocabulary, &files)?;
+    stops(dir, &mut vocabulary, config, &files)?;
     Ok(vocabulary)
 }
 
@@ -201,24 +208,41 @@ fn special(
 /// Sets the keys by which llama.cpp ends a generation. It ends at eos, eot and eom whatever they
 /// are, and at [`ENDS_BY_TEXT`]; Phi-3.5 also stops where the other side would begin to speak
 /// (`<|assistant|>`), for which only eom is left.
-fn stops(dir: &Path, vocabulary: &mut Vocabulary, files: &TokenizerFiles) -> Result<()> {
+fn stops(
+    dir: &Path,
+    vocabulary: &mut Vocabulary,
+    config: &TextConfig,
+    files: &TokenizerFiles,
+) -> Result<()> {
     vocabulary.eot = vocabulary
         .tokens
         .iter()
         .position(|t| t == "<|end|>")
         .map(|id| id as u32);
     let n = vocabulary.tokens.len();
-    for &id in &files.stop_ids {
+    let named = |file: &'static str, ids: &[u32]| -> Vec<(&'static str, u32)> {
+        ids.iter().map(|&id| (file, id)).collect()
+    };
+    let mut ids = named(tokenizer::GENERATION, &files.stop_ids);
+    let more = named("config.json", &config.eos);
+    ids.extend(
+        more.into_iter()
+            .filter(|(_, id)| !files.stop_ids.contains(id)),
+    );
+    for (file, id) in ids {
         let text = vocabulary.tokens.get(id as usize).ok_or_else(|| {
             Error::file(
-                dir.join("generation_config.json"),
+                dir.join(file),
                 format!("eos_token_id is {id}, the embedding table has {n} rows"),
             )
         })?;
-        if ENDS_BY_TEXT.contains(&text.as_str()) || id == vocabulary.eos {
+        let known = [Some(vocabulary.eos), vocabulary.eot, vocabulary.eom];
+        if ENDS_BY_TEXT.contains(&text.as_str()) || known.contains(&Some(id)) {
             continue;
         }
-        if vocabulary.eom.is_none() {
+        if vocabulary.eot.is_none() {
+            vocabulary.eot = Some(id);
+        } else if vocabulary.eom.is_none() {
             vocabulary.eom = Some(id);
         } else {
             vocabulary.notes.push(format!(
@@ -227,6 +251,18 @@ fn stops(dir: &Path, vocabulary: &mut Vocabulary, files: &TokenizerFiles) -> Res
         }
     }
     Ok(())
+}
+
+fn notes(files: &TokenizerFiles) -> Vec<String> {
+    let mut notes = rstrip_notes(files);
+    if files.chat_template.is_none() {
+        notes.push(
+            "no chat template in tokenizer_config.json, chat_template.jinja or chat_template.json: \
+             prompts will go in as they are, unless --chat-template names one"
+                .into(),
+        );
+    }
+    notes
 }
 
 /// llama.cpp cannot be told which tokens take in the white space to their right; it has a rule for

@@ -126,7 +126,7 @@ pub struct FactScore {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tokens {
-    /// Of this turn's prompt.
+    /// Of this turn's prompt, without the token that the answer before it was cut off at.
     pub prompt: PerModality,
     /// Visual tokens of each picture of this turn.
     pub images: Vec<usize>,

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::record::{Answer, Header, Record, VERSION};
 use crate::error::{Error, Result};
+use crate::text::without_bom;
 
 /// An open results file.
 #[derive(Debug)]
@@ -43,7 +44,8 @@ impl Results {
             .iter()
             .rposition(|&b| b == b'\n')
             .map_or(0, |at| at + 1);
-        if whole == 0 && !begun.is_empty() && !begun.starts_with(b"{\"record\":\"header\"") {
+        let ours = without_bom(&begun).starts_with(b"{\"record\":\"header\"");
+        if whole == 0 && !begun.is_empty() && !ours {
             return Err(Error::file(
                 path,
                 "is there and no results file of hae, expected a new name",
@@ -133,8 +135,8 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, Vec<Answer>)> {
     let mut header: Option<Header> = None;
     let mut answers: Vec<Answer> = Vec::new();
     let mut keys: HashSet<Key> = HashSet::new();
-    let lines = bytes.split(|&b| b == b'\n').enumerate();
-    for (i, line) in lines.filter(|(_, line)| !line.is_empty()) {
+    let lines = without_bom(bytes).split(|&b| b == b'\n').enumerate();
+    for (i, line) in lines.filter(|(_, line)| !line.trim_ascii().is_empty()) {
         let record = serde_json::from_slice(line).map_err(|e| {
             let what = if i == 0 { "a header" } else { "an answer" };
             wrong(i + 1, format!("{e}, expected {what} of hae's results"))

@@ -59,6 +59,9 @@ fn decode_bytes(bytes: &[u8], limits: &Limits) -> Result<Picture, String> {
     // A broken EXIF block is no reason to refuse the pixels.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
+    if format == ImageFormat::Bmp {
+        image = without_empty_alpha(image);
+    }
     image.apply_orientation(orientation);
     let (width, height) = (image.width(), image.height());
     Ok(Picture {
@@ -88,6 +91,16 @@ fn describe(format: ImageFormat, error: &ImageError, limits: &Limits) -> String 
     let text = error.to_string();
     let text: Vec<&str> = text.split_whitespace().collect();
     format!("broken {format}: {}", text.join(" "))
+}
+
+/// Clipboards and Photoshop write BMPs whose header has an alpha that is 0 everywhere. Windows,
+/// Photoshop, llama.cpp and the reference's Pillow all show what is in them.
+fn without_empty_alpha(image: DynamicImage) -> DynamicImage {
+    let empty = |rgba: &image::RgbaImage| rgba.pixels().all(|pixel| pixel[3] == 0);
+    match image.as_rgba8().is_some_and(empty) {
+        true => image.into_rgb8().into(),
+        false => image,
+    }
 }
 
 /// 8-bit RGB, transparency laid on white. Grey, palettes and 16 bits a channel included.

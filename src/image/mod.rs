@@ -2,7 +2,7 @@
 //!
 //! PNG, JPEG, WebP, GIF and BMP, told apart by content and not by name, become 8-bit RGB.
 //! Animations give their first frame, EXIF orientation is applied, transparency is laid on
-//! white. Sizes are read from the header and checked before anything is decoded, so that a
+//! white; a BMP that would be transparent everywhere is opaque. Sizes are read from the header and checked before anything is decoded, so that a
 //! small file cannot ask for much memory. Colour profiles are ignored, as the reference
 //! preprocessing of Phi-3.5-vision ignores them.
 
@@ -69,7 +69,7 @@ impl Default for Limits {
         Limits {
             file: 256 << 20,
             min_side: 2,
-            max_side: 16_384,
+            max_side: 65_535,
             pixels: 64 << 20,
             aspect: 100,
             // Room for the largest picture with 16-bit RGBA, and half of that for the decoder.
@@ -125,9 +125,19 @@ pub fn load(path: &Path, limits: &Limits) -> Result<Picture> {
     if file.metadata().map_err(io)?.is_dir() {
         return Err(Error::file(path, "is a folder, expected a picture file"));
     }
+    read(path, file, limits)
+}
+
+/// As [`load`], from what is open already; `path` is what messages name.
+///
+/// # Errors
+/// As [`load`].
+pub fn read(path: &Path, input: impl Read, limits: &Limits) -> Result<Picture> {
+    let io = |source| Error::io(path, source);
     // One byte more than allowed shows that there is more; a pipe or a device has no size.
     let mut bytes = Vec::new();
-    file.take(limits.file.saturating_add(1))
+    input
+        .take(limits.file.saturating_add(1))
         .read_to_end(&mut bytes)
         .map_err(io)?;
     if bytes.len() as u64 > limits.file {

@@ -1,6 +1,9 @@
 //! Chat templates, through llama.cpp's own list of them.
 
+use std::ffi::CStr;
+
 use llama_cpp_2::model::{LlamaChatMessage, LlamaChatTemplate};
+use llama_cpp_sys_2 as sys;
 
 use super::Model;
 use crate::error::{Error, Result};
@@ -35,4 +38,23 @@ pub fn apply(
     model.inner.apply_chat_template(&template, &messages, open_answer).map_err(|_| {
         bad("llama.cpp does not know this template, expected a name such as phi3, chatml or llama3".into())
     })
+}
+
+/// The names of the templates that llama.cpp knows.
+pub fn names() -> Vec<String> {
+    // SAFETY: with no room for any, the function only counts them.
+    let n = unsafe { sys::llama_chat_builtin_templates(std::ptr::null_mut(), 0) };
+    let mut names = vec![std::ptr::null(); usize::try_from(n).unwrap_or(0)];
+    // SAFETY: there is room for as many pointers as the function is told.
+    unsafe { sys::llama_chat_builtin_templates(names.as_mut_ptr(), names.len()) };
+    names
+        .into_iter()
+        .filter(|name| !name.is_null())
+        // SAFETY: the names are strings that live as long as the library.
+        .map(|name| {
+            unsafe { CStr::from_ptr(name) }
+                .to_string_lossy()
+                .into_owned()
+        })
+        .collect()
 }

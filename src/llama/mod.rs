@@ -38,7 +38,7 @@ pub use rope::RopeFactors;
 pub use sampler::SamplerOptions;
 pub use state::SequenceState;
 pub use taps::ScoreSource;
-pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Piece, Vision, VisionOptions};
+pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Part, Piece, Vision, VisionOptions};
 
 use std::sync::OnceLock;
 

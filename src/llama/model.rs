@@ -16,6 +16,10 @@ use crate::error::{Error, Result};
 pub struct ModelOptions {
     /// Layers to keep on the GPU (`-ngl`); `None` lets llama.cpp decide.
     pub n_gpu_layers: Option<u32>,
+    /// Read the weights into memory instead of mapping the file (`--no-mmap`).
+    pub no_mmap: bool,
+    /// Keep the weights from being swapped out (`--mlock`).
+    pub mlock: bool,
 }
 
 /// A GGUF text model, shared by the contexts made from it.
@@ -65,6 +69,12 @@ impl Model {
         let mut params = LlamaModelParams::default();
         if let Some(n) = options.n_gpu_layers {
             params = params.with_n_gpu_layers(n);
+        }
+        if options.no_mmap {
+            params = params.with_use_mmap(false);
+        }
+        if options.mlock {
+            params = params.with_use_mlock(true);
         }
         let backend = backend()?;
         c_path(path)?;

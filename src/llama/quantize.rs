@@ -138,7 +138,7 @@ pub struct Sizes {
 ///
 /// # Errors
 /// [`Error::File`] or [`Error::Io`] for an input that is not a model to quantize,
-/// [`Error::Llama`] with llama.cpp's reason. No output is left behind then.
+/// and with llama.cpp's reason for what it refuses. No output is left behind then.
 pub fn quantize(
     input: &Path,
     output: &Path,
@@ -170,10 +170,7 @@ pub fn quantize(
         let reason = captured
             .last_error
             .unwrap_or_else(|| "no reason given".into());
-        return Err(Error::llama(
-            "llama_model_quantize",
-            format!("{}: {reason}", input.display()),
-        ));
+        return Err(Error::file(input, refused(&reason)));
     }
     // The result must hold up to the same check as any other file.
     super::gguf::header::check(file.temp_path())?;
@@ -188,6 +185,27 @@ pub fn quantize(
     };
     file.commit()?;
     Ok(sizes)
+}
+
+/// llama.cpp's reason in words about the file.
+fn refused(reason: &str) -> String {
+    let what = reason
+        .rsplit("failed to quantize: ")
+        .next()
+        .unwrap_or(reason);
+    let tensor = what.strip_prefix("tensor '");
+    if let Some((name, _)) = tensor.and_then(|rest| rest.split_once("' has invalid data")) {
+        return format!("tensor {name} holds numbers that are not finite, expected weights");
+    }
+    // What the C++ library throws where a size or a text in the file cannot be.
+    if ["bad_alloc", "vector", "basic_string", "stoi", "map::at"]
+        .iter()
+        .any(|inside| what.contains(inside))
+    {
+        return "cannot be quantized: a size in its metadata cannot be, expected a whole GGUF"
+            .into();
+    }
+    format!("cannot be quantized: {what}")
 }
 
 /// Refuses what `llama_model_quantize` would abort on, and what it would not do anyway.

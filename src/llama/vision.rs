@@ -1,6 +1,5 @@
 //! Pictures to embeddings, through mtmd: whatever vision model mtmd knows.
 
-use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
@@ -46,6 +45,20 @@ impl Piece {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+/// A part of a prompt before it is tokenized.
+#[derive(Clone, Debug)]
+pub enum Part<'a> {
+    Text(String),
+    Picture(&'a Picture),
+}
+
+impl Part<'_> {
+    /// Whether it is a text of nothing.
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Part::Text(text) if text.is_empty())
     }
 }
 
@@ -114,6 +127,22 @@ impl Drop for Bitmap {
     }
 }
 
+/// What a [`sys::mtmd_input_part`] points to. A text's bytes are the caller's.
+enum Input {
+    Text(sys::mtmd_input_text),
+    Picture(Bitmap),
+}
+
+impl Input {
+    fn raw(&self) -> sys::mtmd_input_part {
+        let (text, bitmap) = match self {
+            Input::Text(text) => (std::ptr::from_ref(text), std::ptr::null()),
+            Input::Picture(bitmap) => (std::ptr::null(), bitmap.0.as_ptr().cast_const()),
+        };
+        sys::mtmd_input_part { text, bitmap }
+    }
+}
+
 /// Owned by the caller of `mtmd_input_chunks_init`.
 struct Chunks(NonNull<sys::mtmd_input_chunks>);
 
@@ -125,8 +154,6 @@ impl Drop for Chunks {
 }
 
 impl<'m> Vision<'m> {
-    /// Stands for a picture in a prompt's text.
-    pub const MARKER: &'static str = "<__media__>";
     /// Crops that a picture may be cut into at most: what our part of mtmd makes room for.
     pub const MAX_CROPS: u32 = 64;
 
@@ -149,17 +176,14 @@ impl<'m> Vision<'m> {
             .text("clip.projector_type")
             .or_else(|e| meta.text("clip.vision.projector_type").map_err(|_| e))?;
         let c_path = c_path(path)?;
-        let marker = CString::new(Self::MARKER)
-            .map_err(|e| Error::llama("mtmd_init_from_file", e.to_string()))?;
         log::forget();
-        // SAFETY: both strings outlive the call, which copies them; the model outlives `Self`.
+        // SAFETY: the path outlives the call; the model outlives `Self`.
         let ctx = unsafe {
             let mut params = sys::mtmd_context_params_default();
             params.use_gpu = options.use_gpu;
             params.n_threads = options.n_threads;
             params.print_timings = false;
             params.warmup = false;
-            params.media_marker = marker.as_ptr();
             sys::mtmd_init_from_file(c_path.as_ptr(), model.inner.as_ptr(), params)
         };
         let ctx = NonNull::new(ctx).ok_or_else(|| {
@@ -233,65 +257,91 @@ impl<'m> Vision<'m> {
         unsafe { sys::mtmd_decode_use_non_causal(self.ctx.as_ptr(), std::ptr::null()) }
     }
 
-    /// Tokens of a text in which each [`Self::MARKER`] stands for the next picture.
+    /// Tokens of texts and pictures as they follow one another. Texts are texts, whatever they look
+    /// like; special tokens in them are parsed.
     ///
     /// # Errors
-    /// [`Error::Option`] when markers and pictures differ in number, or as
-    /// [`Self::check_num_crops`]; [`Error::Llama`] when a picture cannot be cut up.
-    pub fn tokenize(&self, text: &str, pictures: &[&Picture], add_bos: bool) -> Result<Vec<Piece>> {
-        let markers = text.matches(Self::MARKER).count();
-        if markers != pictures.len() {
-            return Err(Error::option(
-                "--image",
-                format!(
-                    "{} pictures for {markers} places in the prompt",
-                    pictures.len()
-                ),
-            ));
-        }
-        if text.contains('\0') {
-            return Err(Error::option("-p", "the prompt contains a NUL byte"));
-        }
-        for n in pictures.iter().filter_map(|p| p.num_crops) {
-            self.check_num_crops(n)?;
-        }
-        let bitmaps = pictures
-            .iter()
-            .map(|p| bitmap(p))
+    /// Those of [`Self::check_num_crops`]; [`Error::Option`] for a text with a NUL byte;
+    /// [`Error::Llama`] when a picture cannot be cut up.
+    pub fn tokenize(&self, parts: &[Part<'_>], add_bos: bool) -> Result<Vec<Piece>> {
+        let given = parts.iter().filter(|part| !part.is_empty());
+        let inputs = given
+            .map(|part| self.input(part))
             .collect::<Result<Vec<_>>>()?;
-        let raw: Vec<*const sys::mtmd_bitmap> =
-            bitmaps.iter().map(|b| b.0.as_ptr().cast_const()).collect();
+        let raw: Vec<sys::mtmd_input_part> = inputs.iter().map(Input::raw).collect();
+        let pointers: Vec<*const sys::mtmd_input_part> =
+            raw.iter().map(std::ptr::from_ref).collect();
         // SAFETY: takes nothing.
         let chunks = Chunks(
             NonNull::new(unsafe { sys::mtmd_input_chunks_init() })
                 .ok_or_else(|| Error::llama("mtmd_input_chunks_init", "out of memory"))?,
         );
-        let input = sys::mtmd_input_text {
-            text: text.as_ptr().cast(),
-            text_len: text.len(),
-            add_special: add_bos,
-            parse_special: true,
-        };
         log::forget();
-        // SAFETY: all pointers are valid for the call; the text is given with its length.
+        // SAFETY: context and chunks are alive. `pointers` leads to parts that point to texts, given
+        // with their lengths, and to bitmaps; `parts`, `inputs` and `raw` own these and outlive the call,
+        // which keeps no pointer. The function catches what C++ throws.
         let status = unsafe {
-            sys::mtmd_tokenize(
+            sys::mtmd_tokenize_from_parts(
                 self.ctx.as_ptr(),
                 chunks.0.as_ptr(),
-                &raw const input,
-                raw.as_ptr().cast_mut(),
-                raw.len(),
+                pointers.as_ptr().cast_mut(),
+                pointers.len(),
+                add_bos,
             )
         };
         if status != 0 {
             return Err(Error::llama(
-                "mtmd_tokenize",
+                "mtmd_tokenize_from_parts",
                 log::take_reason(&format!("status {status}")),
             ));
         }
         // SAFETY: the chunks are alive.
         let n = unsafe { sys::mtmd_input_chunks_size(chunks.0.as_ptr()) };
-        (0..n).map(|i| self.piece(&chunks, i)).collect()
+        let pieces = (0..n).map(|i| self.piece(&chunks, i));
+        let pieces = pieces.collect::<Result<Vec<_>>>()?;
+        Ok(match add_bos && self.bos_per_text() {
+            true => self.with_empty_texts(pieces),
+            false => pieces,
+        })
+    }
+
+    /// Phi-3.5-vision's processor cuts the prompt at its pictures: between two that touch, and
+    /// behind one at the end, it has an empty text with the BOS of every text.
+    fn with_empty_texts(&self, pieces: Vec<Piece>) -> Vec<Piece> {
+        let is_image = |piece: Option<&Piece>| matches!(piece, Some(Piece::Image(_)));
+        let mut all: Vec<Piece> = Vec::with_capacity(pieces.len() + 1);
+        let empty = || Piece::Text(self.model.tokenize("", true, true));
+        for piece in pieces {
+            if is_image(all.last()) && is_image(Some(&piece)) {
+                all.push(empty());
+            }
+            all.push(piece);
+        }
+        if is_image(all.last()) {
+            all.push(empty());
+        }
+        all
+    }
+
+    fn input(&self, part: &Part<'_>) -> Result<Input> {
+        match part {
+            Part::Text(text) if text.contains('\0') => {
+                Err(Error::option("-p", "the prompt contains a NUL byte"))
+            }
+            Part::Text(text) => Ok(Input::Text(sys::mtmd_input_text {
+                text: text.as_ptr().cast(),
+                text_len: text.len(),
+                // Ignored where parts are given.
+                add_special: false,
+                parse_special: true,
+            })),
+            Part::Picture(picture) => {
+                if let Some(n) = picture.num_crops {
+                    self.check_num_crops(n)?;
+                }
+                Ok(Input::Picture(bitmap(picture)?))
+            }
+        }
     }
 
     fn piece(&self, chunks: &Chunks, i: usize) -> Result<Piece> {

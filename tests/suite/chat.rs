@@ -140,10 +140,56 @@ fn pictures_with_odd_names() {
         format!("/image {path}"),
         format!("/image  '{path}' "),
         format!("/image \"{path}\""),
+        format!("/image {}", path.replace(' ', "\\ ")),
+        format!("/image file://{}", path.replace(' ', "%20")),
     ] {
         let (answers, _) = chat(&[], &[&line, WHERE]);
         assert_eq!(answers, [fresh.as_str()], "{line}");
     }
+}
+
+/// Phi-3.5-vision's processor numbers the pictures of the whole conversation.
+#[test]
+fn picture_numbers_count_over_the_conversation() {
+    let picture = picture();
+    let image = format!("/image {picture}");
+    let mut all = Vec::new();
+    for second in [
+        WHERE.to_owned(),
+        "<|image_2|>\n".to_owned() + WHERE,
+        "<|image_1|>\n".to_owned() + WHERE,
+    ] {
+        let first = format!("<|image_1|>\n{WHERE}").replace('\n', " ");
+        let second = second.replace('\n', " ");
+        let (answers, stderr) = chat(&[], &[&image, &first, &image, &second, "/stats"]);
+        assert_eq!(answers.len(), 2, "{stderr}");
+        assert!(
+            stats(&stderr, "cells: ")[0].contains("398 vision)"),
+            "{stderr}"
+        );
+        all.push(answers);
+    }
+    assert_eq!(all[1], all[2]);
+    let (answers, stderr) = chat(&[], &[&image, "<|image_1|> hi", &image, "<|image_3|> hi"]);
+    assert_eq!(answers.len(), 1);
+    assert!(
+        stderr.contains(
+            "names <|image_3|>, but 1 pictures were given with this turn and 1 before it"
+        ),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_chat() {
+    let image = format!("\u{feff}/image {}\r", picture());
+    let question = format!("{WHERE}\r");
+    let (answers, stderr) = chat(&[], &[&image, &question]);
+    assert_eq!(
+        answers,
+        [one_shot(&["--image", &picture(), "-p", WHERE])],
+        "{stderr}"
+    );
 }
 
 #[test]

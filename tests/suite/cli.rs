@@ -70,7 +70,7 @@ fn flags_that_would_do_nothing() {
 #[test]
 fn numbers_out_of_range() {
     for (args, expected) in [
-        ("-n -2", "-n: -2, expected -1 or more"),
+        ("-n -3", "-n: -3, expected -1 or more"),
         ("-t 0", "-t: 0 threads, expected 1 to 512"),
         ("-t -1", "-t: -1 threads"),
         ("-t 65535", "-t: 65535 threads"),

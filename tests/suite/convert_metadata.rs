@@ -163,6 +163,106 @@ fn generation_ends_where_the_model_stops() {
     }
 }
 
+/// In the order in which llama.cpp's converter looks for it, whatever editor wrote the files.
+#[test]
+fn the_chat_template_is_found_where_transformers_saved_it() {
+    let template = |copy: &Copy| {
+        let out = convert(copy.0.path(), OutType::Q8_0);
+        let gguf = Gguf::open(&out.text()).unwrap();
+        let template = gguf.text("tokenizer.chat_template").ok();
+        (template.map(|t| t.to_owned()), out.summary.notes)
+    };
+    let copy = Copy::new();
+    let (expected, notes) = template(&copy);
+    let text = expected.clone().unwrap();
+    assert!(notes.is_empty(), "{notes:?}");
+    copy.edit("tokenizer_config.json", |config| {
+        config.as_object_mut().unwrap().remove("chat_template");
+    });
+    let (none, notes) = template(&copy);
+    assert_eq!(none, None);
+    assert!(
+        notes.iter().any(|n| n.starts_with("no chat template in")),
+        "{notes:?}"
+    );
+    let saved = json!({ "chat_template": text.clone() }).to_string();
+    copy.write("chat_template.json", format!("\u{feff}{saved}"));
+    assert_eq!(template(&copy), (expected.clone(), vec![]));
+    let several = json!({"chat_template": [
+        {"name": "tool_use", "template": "x"},
+        {"name": "default", "template": text.clone()},
+    ]});
+    copy.write("chat_template.json", several.to_string());
+    assert_eq!(template(&copy).0, expected);
+    // Also without a tokenizer_config.json, whose special tokens config.json then names.
+    let config = fixture::json(&copy.path("tokenizer_config.json"));
+    copy.write("chat_template.json", saved);
+    copy.remove("tokenizer_config.json");
+    copy.edit("config.json", |config| {
+        config["bos_token_id"] = json!(1);
+        config["eos_token_id"] = json!(960);
+    });
+    assert_eq!(template(&copy).0, expected);
+    copy.write("tokenizer_config.json", format!("\u{feff}{config}"));
+    let lines = format!("\u{feff}{}", text.replace('\n', "\r\n"));
+    copy.write("chat_template.jinja", lines);
+    copy.write("chat_template.json", r#"{"chat_template": "another"}"#);
+    assert_eq!(template(&copy).0, expected);
+    copy.write("chat_template.json", r#"{"template": "x"}"#);
+    copy.remove("chat_template.jinja");
+    let message = fixture::convert_fails(copy.0.path(), OutType::Q8_0);
+    assert!(
+        message.contains("chat_template.json: missing field `chat_template`"),
+        "{message}"
+    );
+}
+
+/// A list's first id is the end of a text; all of them end a generation.
+#[test]
+fn ids_may_be_lists_or_less_than_none() {
+    let copy = Copy::new();
+    copy.edit("config.json", |config| {
+        config["eos_token_id"] = json!([2, 961, 970]);
+        config["pad_token_id"] = json!(-1);
+        config["bos_token_id"] = json!(1);
+    });
+    copy.edit("tokenizer_config.json", |config| {
+        let config = config.as_object_mut().unwrap();
+        config.remove("eos_token");
+        config.remove("pad_token");
+    });
+    copy.remove("generation_config.json");
+    let out = convert(copy.0.path(), OutType::Q8_0);
+    let gguf = Gguf::open(&out.text()).unwrap();
+    assert_eq!(gguf.unsigned("tokenizer.ggml.eos_token_id").unwrap(), 2);
+    assert!(gguf.get("tokenizer.ggml.padding_token_id").is_none());
+    let model = load(&out.text());
+    let ends = |id| model.vocab().is_eog(llama_cpp_2::token::LlamaToken(id));
+    for id in 0..1024 {
+        // <|endoftext|> (960) and <|end|> (967) are known to llama.cpp by their text.
+        let expected = [2, 960, 961, 967, 970].contains(&id);
+        let left = out
+            .summary
+            .notes
+            .iter()
+            .any(|note| note.contains(&format!("({id})")));
+        assert_eq!(
+            ends(id) || left,
+            expected,
+            "token {id}: {:?}",
+            out.summary.notes
+        );
+    }
+    copy.edit("config.json", |config| {
+        config["eos_token_id"] = json!([2, 5000])
+    });
+    let message = fixture::convert_fails(copy.0.path(), OutType::Q8_0);
+    assert!(
+        message.contains("config.json: eos_token_id is 5000"),
+        "{message}"
+    );
+}
+
 #[test]
 fn published_configuration_implies_clip_large() {
     let copy = Copy::new();

@@ -4,8 +4,7 @@ use hae::Error;
 use hae::conversation::segment;
 use hae::generate::Segment;
 use hae::image::{self, Picture};
-use hae::llama::{Piece, Vision};
-use hae::prompt;
+use hae::llama::{Part, Piece, Vision};
 
 use crate::bin::{answer, refusal};
 use crate::fixture::json;
@@ -26,7 +25,7 @@ fn pictures_of_other_shapes_are_the_ports() {
         let name = row["image"].as_str().unwrap();
         let path = golden(&format!("hd/{name}"));
         let picture = image::load(&path, &image::Limits::default()).unwrap();
-        let pieces = prompt::tokenize(&model, Some(&vision), Vision::MARKER, &[&picture], true);
+        let pieces = vision.tokenize(&[Part::Picture(&picture)], true);
         let tokens = pieces.unwrap().into_iter().find_map(|piece| match piece {
             Piece::Image(tokens) => Some(tokens),
             Piece::Text(_) => None,
@@ -55,7 +54,7 @@ fn tokens(vision: &Vision<'_>, size: (u32, u32), num_crops: Option<u32>) -> hae:
         rgb: vec![255; (width * height * 3) as usize],
         num_crops,
     };
-    let pieces = vision.tokenize(Vision::MARKER, &[&picture], false)?;
+    let pieces = vision.tokenize(&[Part::Picture(&picture)], false)?;
     Ok(pieces.iter().map(Piece::len).sum())
 }
 

@@ -145,7 +145,7 @@ fn segments(question: &Question, model: &Model) -> Vec<Segment> {
     let mut vision = load_vision(&repository(VISION), model);
     let pictures = pictures(question);
     let raw = question.turns[0].raw.as_ref().unwrap();
-    let (text, _) = place_pictures(raw, pictures.len(), true).unwrap();
+    let (text, _) = place_pictures(raw, 0, pictures.len(), true).unwrap();
     let pieces = tokenize(
         model,
         Some(&vision),

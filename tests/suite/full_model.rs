@@ -11,7 +11,7 @@ use hae::generate::Segment;
 use hae::image;
 use hae::llama::gguf::{Gguf, TensorType};
 use hae::llama::quantize::{QuantType, quantize};
-use hae::llama::{Piece, Vision};
+use hae::llama::{Part, Piece};
 use tempfile::TempDir;
 
 use crate::model::{engine, exact, load, load_vision, prefill, repository};
@@ -154,8 +154,12 @@ fn it_decodes_text_and_pictures_to_sane_numbers() {
         let files = write(small(mix, 4, 3));
         let model = load(&files.text());
         let mut vision = load_vision(&files.mmproj(), &model);
-        let question = format!("<|user|>\n{}\nWhere is it?<|end|>\n", Vision::MARKER);
-        let pieces = vision.tokenize(&question, &[&picture], true).unwrap();
+        let question = [
+            Part::Text("<|user|>\n".into()),
+            Part::Picture(&picture),
+            Part::Text("\nWhere is it?<|end|>\n".into()),
+        ];
+        let pieces = vision.tokenize(&question, true).unwrap();
         let segments: Vec<Segment> = pieces
             .into_iter()
             .map(|piece| match piece {
@@ -221,7 +225,7 @@ fn the_llava_tower_is_the_same_one() {
     let encode = |path: &Path| {
         let mut vision = load_vision(path, &model);
         assert_eq!(vision.projector(), "mlp");
-        let pieces = vision.tokenize(Vision::MARKER, &[&picture], false).unwrap();
+        let pieces = vision.tokenize(&[Part::Picture(&picture)], false).unwrap();
         let image = pieces.into_iter().find_map(|piece| match piece {
             Piece::Image(image) => Some(image),
             Piece::Text(_) => None,

@@ -197,6 +197,84 @@ fn transparency_is_laid_on_white() {
     );
 }
 
+/// A BMP of two pixels, `LEFT` and `RIGHT`, whose header of this many bytes names masks; `alpha` is
+/// that of both.
+fn bmp_with_masks(header: u32, bits: u16, alpha: bool) -> Vec<u8> {
+    // Red, green, blue, alpha.
+    let masks: [u32; 4] = match bits {
+        16 => [0x7c00, 0x03e0, 0x001f, 0x8000],
+        _ => [0xff_0000, 0xff00, 0xff, 0xff00_0000],
+    };
+    let pixel = |rgb: [u8; 3]| {
+        let channels = rgb.iter().zip(masks).map(|(&value, mask)| {
+            let width = mask.count_ones();
+            (u32::from(value) >> (8 - width)) << mask.trailing_zeros()
+        });
+        channels.sum::<u32>() | if alpha { masks[3] } else { 0 }
+    };
+    let data: Vec<u8> = [LEFT, RIGHT, LEFT, RIGHT]
+        .into_iter()
+        .flat_map(|rgb| pixel(rgb).to_le_bytes()[..usize::from(bits / 8)].to_vec())
+        .collect();
+    let offset = 14 + header;
+    let mut bytes = b"BM".to_vec();
+    bytes.extend((offset + data.len() as u32).to_le_bytes());
+    bytes.extend([0; 4]);
+    bytes.extend(offset.to_le_bytes());
+    // Width, height, planes, bits, BI_BITFIELDS, size, resolution, colours.
+    for field in [
+        header,
+        2,
+        2,
+        1 | u32::from(bits) << 16,
+        3,
+        data.len() as u32,
+        0,
+        0,
+        0,
+        0,
+    ] {
+        bytes.extend(field.to_le_bytes());
+    }
+    masks
+        .iter()
+        .for_each(|mask| bytes.extend(mask.to_le_bytes()));
+    bytes.resize(offset as usize, 0);
+    bytes.extend(data);
+    bytes
+}
+
+/// Clipboards and Photoshop write such files, and every other program shows them.
+#[test]
+fn a_bmp_whose_alpha_is_0_everywhere_is_opaque() {
+    for header in [56, 108, 124] {
+        for bits in [16, 32] {
+            let empty = read(&bmp_with_masks(header, bits, false));
+            let full = read(&bmp_with_masks(header, bits, true));
+            assert_eq!(empty, full, "{header} {bits}");
+            let [left, right] = [0, 1].map(|x| pixel(&empty, x, 0));
+            assert!(
+                near(left, LEFT) && near(right, RIGHT),
+                "{header} {bits}: {empty:?}"
+            );
+        }
+    }
+    // One pixel that is not transparent makes it an alpha.
+    let mut mixed = bmp_with_masks(124, 32, false);
+    *mixed.last_mut().unwrap() = 255;
+    let mixed = read(&mixed);
+    assert_eq!(pixel(&mixed, 0, 0), [255; 3]);
+    assert_eq!(pixel(&mixed, 1, 0), RIGHT);
+}
+
+/// A full-page screenshot.
+#[test]
+fn long_pictures_are_taken() {
+    let image = RgbImage::from_pixel(400, 20_000, Rgb(LEFT));
+    let picture = read(&encode(image, ImageFormat::Png));
+    assert_eq!((picture.width, picture.height), (400, 20_000));
+}
+
 #[test]
 fn grey_and_16_bit_pictures_become_8_bit_rgb() {
     use image::{ImageBuffer, Luma, LumaA};
@@ -228,9 +306,9 @@ fn sizes_that_cannot_be_used_are_refused() {
             "is 5000x2 pixels, expected an aspect ratio of at most 100:1",
         ),
         (
-            16_385,
-            200,
-            "is 16385x200 pixels, expected sides of at most 16384",
+            65_536,
+            700,
+            "is 65536x700 pixels, expected sides of at most 65535",
         ),
     ] {
         let bytes = encode(image::GrayImage::new(width, height), ImageFormat::Png);
@@ -255,7 +333,7 @@ fn a_decompression_bomb_is_refused_by_its_header() {
     gif[6..10].copy_from_slice(&[0xff; 4]);
     assert_eq!(
         refusal(&gif),
-        "dir/x.png: is 65535x65535 pixels, expected sides of at most 16384"
+        "dir/x.png: is 65535x65535 pixels, expected at most 67108864 pixels in all"
     );
 
     let mut bmp = encode(gradient(2, 2), ImageFormat::Bmp);

@@ -31,6 +31,7 @@ mod gguf;
 mod holes;
 mod house;
 mod image;
+mod inputs;
 #[cfg(feature = "kv-patches")]
 mod kv_cells;
 #[cfg(feature = "kv-patches")]

@@ -120,7 +120,7 @@ impl Golden {
     /// The prompt cut up, pictures not yet encoded.
     pub fn pieces(&self, model: &Model, vision: &Vision<'_>) -> Vec<Piece> {
         let n = self.pictures.len();
-        let (text, order) = prompt::place_pictures(self.prompt(), n, true).unwrap();
+        let (text, order) = prompt::place_pictures(self.prompt(), 0, n, true).unwrap();
         let pictures: Vec<&Picture> = order.iter().map(|&i| &self.pictures[i]).collect();
         prompt::tokenize(model, Some(vision), &text, &pictures, true).unwrap()
     }

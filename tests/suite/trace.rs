@@ -383,7 +383,9 @@ fn patches_lie_where_the_layout_says() {
 }
 
 fn embeddings(vision: &mut Vision<'_>, model: &hae::llama::Model, picture: &Picture) -> Vec<f32> {
-    let pieces = prompt::tokenize(model, Some(vision), Vision::MARKER, &[picture], true).unwrap();
+    let pieces = vision
+        .tokenize(&[hae::llama::Part::Picture(picture)], true)
+        .unwrap();
     let image = pieces.into_iter().find_map(|piece| match piece {
         hae::llama::Piece::Image(image) => Some(image),
         hae::llama::Piece::Text(_) => None,

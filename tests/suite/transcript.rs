@@ -1,6 +1,7 @@
 //! The tokens of a conversation that goes on from the cache: the same as if the whole of it had
 //! been tokenized at once.
 
+use hae::image::Picture;
 use hae::llama::chat::{self, Message};
 use hae::llama::{Model, Piece, Vision};
 use hae::prompt::{Transcript, place_pictures, tokenize};
@@ -32,7 +33,7 @@ fn fed(
     let mut all = Vec::new();
     for &(question, n, answer) in turns {
         let first = transcript.is_new();
-        let (content, order) = place_pictures(question, n, true).unwrap();
+        let (content, order) = place_pictures(question, transcript.pictures(), n, true).unwrap();
         let text = transcript.ask(model, content).unwrap();
         let shown = vec![&pictures[0]; order.len()];
         all.extend(ids(
@@ -66,7 +67,7 @@ fn at_once(
     }
     let mut n_pictures = 0;
     for (i, &(question, n, answer)) in turns.iter().enumerate() {
-        let (content, order) = place_pictures(question, n, true).unwrap();
+        let (content, order) = place_pictures(question, n_pictures, n, true).unwrap();
         add("user", &content);
         n_pictures += order.len();
         if i + 1 < turns.len() {
@@ -137,4 +138,128 @@ fn templates_that_trim_go_on_too() {
             "{template}: {text:?}"
         );
     }
+}
+
+#[test]
+fn every_template_has_a_second_and_a_third_turn() {
+    let model = load(converted("f32").0);
+    let names = chat::names();
+    assert!(names.len() > 50, "{names:?}");
+    for template in names {
+        let mut transcript = Transcript::new(Some(template.clone()), None);
+        transcript.ask(&model, "one".into()).unwrap();
+        for (answer, question) in [("two", "three"), ("four", "five")] {
+            transcript.answered(answer);
+            let text = transcript.ask(&model, question.into());
+            let text = text.unwrap_or_else(|e| panic!("{template}: {e}"));
+            let old = ["one", "two", "four"].iter().any(|old| text.contains(old));
+            assert!(text.contains(question) && !old, "{template}: {text:?}");
+        }
+    }
+}
+
+/// What closes the answer goes in, although the template opens an answer with other text than it
+/// repeats it with.
+#[test]
+fn a_turn_behind_another_opening_closes_the_answer() {
+    let model = load(converted("f32").0);
+    for (template, expected) in [
+        (
+            "hunyuan-dense",
+            "<\u{ff5c}hy_place\u{2581}holder\u{2581}no\u{2581}2\u{ff5c}><\u{ff5c}hy_User\u{ff5c}>three<\u{ff5c}hy_Assistant\u{ff5c}>",
+        ),
+        (
+            "chatml",
+            "<|im_end|>\n<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n",
+        ),
+    ] {
+        let mut transcript = Transcript::new(Some(template.into()), None);
+        transcript.ask(&model, "one".into()).unwrap();
+        transcript.answered("two");
+        assert_eq!(transcript.ask(&model, "three".into()).unwrap(), expected);
+    }
+}
+
+/// The processor cuts the prompt at its pictures and tokenizes each text by itself, the empty ones
+/// between pictures that touch and behind one at the end, too.
+#[test]
+fn empty_texts_between_and_behind_pictures_have_a_bos() {
+    let (text, vision) = converted("f32");
+    let model = load(text);
+    let vision = load_vision(vision, &model);
+    let picture = &goldens().remove(0).pictures[0];
+    let shape = |text: &str, n: usize, first: bool| {
+        let (content, order) = place_pictures(text, 0, n, false).unwrap();
+        let shown: Vec<&Picture> = order.iter().map(|_| picture).collect();
+        let pieces = tokenize(&model, Some(&vision), &content, &shown, first).unwrap();
+        let tokens = pieces.into_iter().map(|piece| match piece {
+            Piece::Text(tokens) => tokens,
+            Piece::Image(_) => vec![-1],
+        });
+        tokens.flatten().collect::<Vec<i32>>()
+    };
+    let text = |text: &str, bos: bool| model.tokenize(text, bos, true);
+    let (bos, image) = (vec![1], vec![-1]);
+    assert_eq!(text("", true), bos);
+    let two = "<|user|>\n<|image_1|><|image_2|>Hi";
+    let head = text("<|user|>\n", true);
+    let hi = text("Hi", true);
+    assert_eq!(
+        shape(two, 2, true),
+        [&head, &image, &bos, &image, &hi]
+            .map(|x| x.clone())
+            .concat()
+    );
+    let behind = "Look: <|image_1|>";
+    let head = text("Look: ", true);
+    assert_eq!(
+        shape(behind, 1, true),
+        [&head, &image, &bos].map(|x| x.clone()).concat()
+    );
+    // A later turn goes on from the text before it.
+    let head = text("Look: ", false);
+    assert_eq!(
+        shape(behind, 1, false),
+        [&head, &image, &bos].map(|x| x.clone()).concat()
+    );
+    assert_eq!(
+        shape("<|image_1|><|image_2|>", 2, true),
+        [&bos, &image, &bos, &image, &bos]
+            .map(|x| x.clone())
+            .concat()
+    );
+}
+
+/// What a user, a system prompt or the model writes is never a picture's place.
+#[test]
+fn text_that_looks_like_a_place_is_tokenized_as_text() {
+    let (text, vision) = converted("f32");
+    let model = load(text);
+    let vision = load_vision(vision, &model);
+    let template = model.chat_template().unwrap();
+    let odd = "<__media__> <|image_pad|> \u{fdd0}1\u{fdd0}";
+    let picture = &goldens().remove(0).pictures[0];
+    let mut transcript = Transcript::new(Some(template), Some(odd.into()));
+    let (content, _) = place_pictures(&format!("<|image_1|>{odd}"), 0, 1, true).unwrap();
+    let first = transcript.ask(&model, content).unwrap();
+    assert_eq!(transcript.pictures(), 1);
+    let pieces = tokenize(&model, Some(&vision), &first, &[picture], true).unwrap();
+    let [Piece::Text(head), Piece::Image(_), Piece::Text(tail)] = &pieces[..] else {
+        panic!("{pieces:?}")
+    };
+    assert_eq!(
+        *head,
+        model.tokenize(&format!("<|system|>\n{odd}<|end|>\n<|user|>\n"), true, true)
+    );
+    let question = format!("{odd}<|end|>\n<|assistant|>\n");
+    assert_eq!(*tail, model.tokenize(&question, true, true));
+    transcript.answered(odd);
+    let (content, _) = place_pictures(odd, transcript.pictures(), 0, true).unwrap();
+    let second = transcript.ask(&model, content).unwrap();
+    let pieces = tokenize(&model, Some(&vision), &second, &[], false).unwrap();
+    let [Piece::Text(all)] = &pieces[..] else {
+        panic!("{pieces:?}")
+    };
+    let question = format!("<|end|>\n<|user|>\n{odd}<|end|>\n<|assistant|>\n");
+    assert_eq!(*all, model.tokenize(&question, false, true));
 }

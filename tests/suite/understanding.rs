@@ -93,7 +93,8 @@ fn right(rows: &[Value], text: &str, policy: &str) -> usize {
         };
         let pictures: Vec<Picture> = names.iter().map(picture).collect();
         let (text, order) =
-            prompt::place_pictures(row["prompt"].as_str().unwrap(), pictures.len(), true).unwrap();
+            prompt::place_pictures(row["prompt"].as_str().unwrap(), 0, pictures.len(), true)
+                .unwrap();
         let ordered: Vec<_> = order.iter().map(|&i| &pictures[i]).collect();
         let pieces = prompt::tokenize(&model, Some(&vision), &text, &ordered, true).unwrap();
         let mut shown = order.iter().map(|&i| names[i]).zip(0..);

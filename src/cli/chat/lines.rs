@@ -74,7 +74,7 @@ fn read(asked: &Receiver<Option<String>>, tell: &Sender<Told>) {
     for remember in asked {
         let line = match &mut source {
             Ok(source) => source.line(remember),
-            Err(_) => match std::mem::replace(&mut source, Ok(Source::Piped)) {
+            Err(_) => match std::mem::replace(&mut source, Ok(Source::piped())) {
                 Err(e) => Err(e),
                 Ok(_) => Err(ReadlineError::Eof),
             },
@@ -89,14 +89,19 @@ fn read(asked: &Receiver<Option<String>>, tell: &Sender<Told>) {
 enum Source {
     /// A terminal, with editing and history.
     Typed(Box<DefaultEditor>),
-    /// A file or another program: no prompt, which would mix with the answers.
-    Piped,
+    /// A file or another program: no prompt, which would mix with the answers. `begun`: whether
+    /// its first line was read, which may have a byte order mark.
+    Piped { begun: bool },
 }
 
 impl Source {
+    fn piped() -> Self {
+        Source::Piped { begun: false }
+    }
+
     fn open() -> Result<Self, ReadlineError> {
         if !std::io::stdin().is_terminal() {
-            return Ok(Source::Piped);
+            return Ok(Source::piped());
         }
         // The prompt belongs to the terminal, even if the answers go to a file.
         let behavior = match std::io::stdout().is_terminal() {
@@ -117,11 +122,17 @@ impl Source {
                 }
                 editor.readline("> ")
             }
-            Source::Piped => {
+            Source::Piped { begun } => {
                 let mut line = String::new();
-                match std::io::stdin().read_line(&mut line)? {
-                    0 => Err(ReadlineError::Eof),
-                    _ => Ok(line),
+                if std::io::stdin().read_line(&mut line)? == 0 {
+                    return Err(ReadlineError::Eof);
+                }
+                match line.strip_prefix('\u{feff}') {
+                    Some(rest) if !std::mem::replace(begun, true) => Ok(rest.to_owned()),
+                    _ => {
+                        *begun = true;
+                        Ok(line)
+                    }
                 }
             }
         }

@@ -31,7 +31,7 @@ pub struct AskArgs {
     #[command(flatten)]
     pub context: ContextArgs,
     /// Tokens of an answer at most [default: 256, for stories 1536]
-    #[arg(short, long, value_name = "N")]
+    #[arg(short, long, alias = "predict", value_name = "N")]
     n_predict: Option<u32>,
     /// Name or text of a chat template that llama.cpp knows [default: the model's own]
     #[arg(long, value_name = "TEMPLATE")]

@@ -2,6 +2,8 @@
 
 use serde::Deserialize;
 
+use crate::convert::json::Ids;
+
 #[derive(Deserialize)]
 pub struct Config {
     pub model_type: String,
@@ -21,9 +23,12 @@ pub struct Config {
     pub sliding_window: Option<u64>,
     #[serde(default)]
     pub tie_word_embeddings: bool,
-    pub bos_token_id: Option<u32>,
-    pub eos_token_id: Option<u32>,
-    pub pad_token_id: Option<u32>,
+    #[serde(default)]
+    pub bos_token_id: Ids,
+    #[serde(default)]
+    pub eos_token_id: Ids,
+    #[serde(default)]
+    pub pad_token_id: Ids,
     #[serde(rename = "_name_or_path")]
     pub name_or_path: Option<String>,
     pub img_processor: Tower,

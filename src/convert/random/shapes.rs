@@ -34,7 +34,7 @@ pub fn phi35_text() -> TextConfig {
         tied: false,
         // The vocabulary says which tokens these are.
         bos: None,
-        eos: None,
+        eos: Vec::new(),
         pad: None,
         name: None,
     }

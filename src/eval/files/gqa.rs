@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::eval::question::{Expected, Image, Question, Turn};
 
 #[derive(Deserialize)]
+#[serde(expecting = "a question: an object")]
 struct Row {
     question: String,
     #[serde(rename = "imageId")]
@@ -20,6 +21,7 @@ struct Row {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "types: an object")]
 struct Types {
     structural: Option<String>,
 }

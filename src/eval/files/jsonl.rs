@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::eval::question::{Expected, Fact, Image, Question, Turn, letter, with_options};
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected text or a number")]
 enum Word {
     Text(String),
     Number(serde_json::Number),
@@ -38,6 +38,7 @@ impl Word {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a question: an object")]
 struct Row {
     id: Option<Word>,
     image: Option<String>,
@@ -50,6 +51,7 @@ struct Row {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a question: an object")]
 struct Asked {
     task: Option<String>,
     question: Option<String>,

@@ -16,24 +16,34 @@ use parquet::record::{Field, Row};
 use super::Source;
 use crate::error::{Error, Result};
 use crate::eval::question::{Expected, Image, Question, Turn, letter, with_options};
+use crate::guard::guarded;
 
 const MOST_IMAGES: usize = 7;
 
 pub(super) fn read(source: &Source) -> Result<Vec<Question>> {
     let path = &source.path;
-    let broken = |e: parquet::errors::ParquetError| {
-        let reason = e.to_string().replace('\n', " ");
-        Error::file(
-            path,
-            format!("is no parquet file that can be read: {reason}"),
-        )
-    };
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    let reader = SerializedFileReader::new(file).map_err(broken)?;
-    let rows = reader.get_row_iter(None).map_err(broken)?;
-    rows.enumerate()
-        .map(|(i, row)| question(source, i + 1, &row.map_err(broken)?))
-        .collect()
+    // What the reader says of a damaged file speaks of its own inside, and it may panic.
+    let reader = guarded(|| SerializedFileReader::new(file)).and_then(|reader| reader.ok());
+    let Some(reader) = reader else {
+        let reason = "is no parquet file, or its footer is damaged: expected MMMU's as published";
+        return Err(Error::file(path, reason));
+    };
+    let damaged = |number: usize| {
+        let reason = "is damaged, expected MMMU's columns as published";
+        source.wrong(&format!("row {number}"), reason)
+    };
+    let rows = guarded(|| reader.get_row_iter(None)).and_then(|rows| rows.ok());
+    let mut rows = rows.ok_or_else(|| damaged(1))?;
+    let mut questions = Vec::new();
+    loop {
+        let number = questions.len() + 1;
+        match guarded(|| rows.next()) {
+            Some(None) => return Ok(questions),
+            Some(Some(Ok(row))) => questions.push(question(source, number, &row)?),
+            Some(Some(Err(_))) | None => return Err(damaged(number)),
+        }
+    }
 }
 
 fn question(source: &Source, number: usize, row: &Row) -> Result<Question> {

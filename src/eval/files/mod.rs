@@ -226,10 +226,7 @@ impl Source {
         if bytes.len() as u64 > MOST {
             return Err(Error::file(path, format!("has more than {MOST} bytes")));
         }
-        String::from_utf8(bytes).map_err(|e| {
-            let at = e.utf8_error().valid_up_to();
-            Error::file(path, format!("is not UTF-8 at byte {at}, expected text"))
-        })
+        crate::text::decode(path, bytes)
     }
 }
 

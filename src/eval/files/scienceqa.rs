@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::eval::question::{Expected, Image, Question, Turn, with_options};
 
 #[derive(Deserialize)]
+#[serde(expecting = "a problem: an object")]
 struct Row {
     question: String,
     choices: Vec<String>,

@@ -201,8 +201,12 @@ fn broken_lines_are_named() {
     }
     refused(folder.write("q.jsonl", ""), "holds no question");
     refused(
-        folder.write("q.jsonl", [0xff, 0xfe]),
+        folder.write("q.jsonl", [0xff, 0xff]),
         "is not UTF-8 at byte 0",
+    );
+    refused(
+        folder.write("q.jsonl", [0xff, 0xfe]),
+        "is UTF-16, expected UTF-8",
     );
     refused(folder.write("q.txt", good), "cannot tell its format");
     refused(folder.write("q.json", "{}"), "cannot tell its format");
