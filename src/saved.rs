@@ -19,7 +19,7 @@ use crate::outfile::OutFile;
 use crate::prompt::Transcript;
 
 const MAGIC: &[u8; 8] = b"HAE-SESS";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = MAGIC.len() + 4 + 32;
 
 /// What a model must share with the one that a session was made with.
