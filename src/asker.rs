@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::eval::distance::{self, Followed, Places, Said, Watch};
 use crate::eval::question::Question;
 use crate::eval::record::{self, Distance, Evicted, Kv, Timings};
-use crate::generate::{Finish, Hooks, Segment, Session};
+use crate::generate::{Finish, Hooks, Length, Segment, Session};
 use crate::image::Picture;
 use crate::llama::{ContextOptions, LlamaEngine, Model, Piece, SamplerOptions, Vision};
 use crate::policy::{self, EvictionPolicy, Limits, PolicyOptions};
@@ -152,7 +152,10 @@ impl<'m> Asker<'m> {
         for turn in 0..question.turns.len() {
             let carried = usize::from(talk.pending.is_some());
             let (prepared, segments) = self.prompt(&mut talk, question, turn, pictures, watch)?;
-            let n_predict = self.reachable(stage, &segments, n_predict.get(turn).copied())?;
+            let length = Length {
+                n_predict: n_predict.get(turn).copied(),
+                reach: self.positions_left(stage, &segments)?,
+            };
             let session = &mut self.stages[stage].session;
             let shown = (0..).zip(prepared.order.iter().map(|&i| &pictures[i]));
             tell_pictures(&mut session.controller, self.vision.as_ref(), shown);
@@ -164,7 +167,7 @@ impl<'m> Asker<'m> {
                 cancelled: watch.cancelled,
                 now: watch.now,
             };
-            let generated = session.generate(&segments, n_predict, hooks)?;
+            let generated = session.generate(&segments, length, hooks)?;
             if generated.finish == Finish::Cancelled {
                 return Ok(None);
             }
@@ -244,9 +247,10 @@ impl<'m> Asker<'m> {
         let mut reference = Vec::new();
         for turn in 0..question.turns.len() {
             let (_, segments) = self.prompt(&mut talk, question, turn, pictures, watch)?;
-            let n_predict = self.reachable(stage, &segments, n_predict.get(turn).copied())?;
+            let reach = self.positions_left(stage, &segments)?;
+            let n_predict = n_predict.get(turn).copied().unwrap_or(usize::MAX);
+            let n_predict = reach.map_or(n_predict, |reach| n_predict.min(reach));
             let session = &mut self.stages[stage].session;
-            let n_predict = n_predict.unwrap_or(usize::MAX);
             let said = distance::listen(session, &segments, n_predict, watch.cancelled)?;
             let Some(said) = said else { return Ok(None) };
             let mut bytes = Vec::new();
@@ -426,21 +430,15 @@ impl<'m> Asker<'m> {
         Ok(prepared)
     }
 
-    /// Tokens that may follow this prompt: as many as were asked for, and as the rope factors
-    /// reach.
-    fn reachable(
-        &self,
-        stage: usize,
-        segments: &[Segment],
-        n_predict: Option<usize>,
-    ) -> Result<Option<usize>> {
+    /// Tokens after this prompt that the chosen rope factors reach, if they end anywhere.
+    fn positions_left(&self, stage: usize, segments: &[Segment]) -> Result<Option<usize>> {
         let Some(max) = self.max_positions else {
-            return Ok(n_predict);
+            return Ok(None);
         };
         let next = self.stages[stage].session.controller.next_pos();
         let taken = next as usize + segments.iter().map(Segment::positions).sum::<usize>();
         match max.checked_sub(taken) {
-            Some(left) => Ok(Some(n_predict.map_or(left, |n| n.min(left)))),
+            Some(left) => Ok(Some(left)),
             None => {
                 let reason = format!(
                     "the short factors reach {max} positions, the prompt ends at {taken}: give long, or a larger -c"

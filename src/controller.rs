@@ -17,7 +17,7 @@ pub use record::{After, Event, Recorder};
 use crate::cache::{Cell, Counts, Ledger, Modality, Pos, SavedLedger, ranges};
 use crate::engine::Observation;
 use crate::error::Result;
-use crate::policy::{DapMode, EvictionPolicy, Observe, Plan, Queries, Shift};
+use crate::policy::{DapMode, EvictionPolicy, Held, Observe, Plan, Queries, Shift};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -284,7 +284,8 @@ impl Controller {
     /// The policy's own.
     pub fn prune(&mut self, trial: &Ledger) -> Result<Vec<Pos>> {
         self.plan.clear();
-        self.policy.prune(trial, &mut self.plan)?;
+        let held = Held::with_trial(&self.ledger, trial);
+        self.policy.prune(trial, held, &mut self.plan)?;
         let pos = |&cell: &Cell| trial.get(cell).map(|entry| entry.pos);
         let mut pruned: Vec<Pos> = self.plan.evict.iter().filter_map(pos).collect();
         pruned.sort_unstable();
@@ -385,7 +386,8 @@ impl Controller {
         self.phase = Phase::Decode;
         self.plan.clear();
         if !pruned {
-            self.policy.prune(&self.ledger, &mut self.plan)?;
+            let held = Held::of(&self.ledger);
+            self.policy.prune(&self.ledger, held, &mut self.plan)?;
         }
         self.policy.after_prefill(&self.ledger, &mut self.plan)?;
         self.evicted_after_prefill += self.plan.evict.len();

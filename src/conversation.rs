@@ -10,7 +10,7 @@ use crate::cache::{Counts, PerModality, Pos};
 use crate::controller::{Controller, Event};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::generate::{Axes, Finish, Hooks, Segment, Session};
+use crate::generate::{Axes, Finish, Hooks, Length, Segment, Session};
 use crate::image::Picture;
 use crate::llama::{ImageEmbeddings, LlamaEngine, Mrope, Piece, Vision};
 use crate::prompt::{Transcript, place_pictures, tokenize};
@@ -31,6 +31,9 @@ pub struct Turn {
 pub struct Answer {
     pub text: String,
     pub finish: Finish,
+    /// Cancelled before the whole question was read: the conversation is as it was before.
+    #[serde(skip)]
+    pub taken_back: bool,
     pub tokens: TokenCounts,
     pub kv: KvReport,
     pub timings: TimingReport,
@@ -222,9 +225,7 @@ impl<'m> Conversation<'m> {
             images: self.images,
         };
         let answer = self.answer(turn, hooks);
-        let cancelled = |answer: &Answer| answer.finish == Finish::Cancelled;
-        let taken_back = answer.as_ref().is_ok_and(cancelled) && self.session.was_taken_back();
-        if taken_back || answer.is_err() {
+        if answer.as_ref().map_or(true, |answer| answer.taken_back) {
             self.transcript = before.transcript;
             self.pending = before.pending;
             self.images = before.images;
@@ -253,15 +254,11 @@ impl<'m> Conversation<'m> {
         let carried = usize::from(self.pending.is_some());
         let (segments, images) = self.encode(pieces, hooks.cancelled)?;
         let encoded = (hooks.now)();
-        let left = self.positions_left(&segments);
-        let n_predict = match (turn.n_predict, left) {
-            (Some(n), Some(left)) => Some(n.min(left)),
-            (n, left) => n.or(left),
+        let length = Length {
+            n_predict: turn.n_predict,
+            reach: self.positions_left(&segments),
         };
-        let mut generated = self.session.generate(&segments, n_predict, hooks)?;
-        if generated.finish == Finish::Length && n_predict != turn.n_predict {
-            generated.finish = Finish::Positions;
-        }
+        let generated = self.session.generate(&segments, length, hooks)?;
         self.transcript.answered(&generated.text);
         self.pending = generated.pending;
 
@@ -270,6 +267,7 @@ impl<'m> Conversation<'m> {
         let report = self.session.controller.report();
         Ok(Answer {
             finish: generated.finish,
+            taken_back: generated.taken_back,
             tokens: TokenCounts {
                 prompt: generated.prompt.without_text(carried),
                 images,
@@ -314,12 +312,21 @@ impl<'m> Conversation<'m> {
                 return Err(Error::option("-ub", reason));
             }
         }
-        let rows: usize = pieces.iter().map(Piece::len).sum();
+        let is_picture = |piece: &Piece| matches!(piece, Piece::Image(_));
+        let judged = self.session.judges_first(pieces.iter().any(is_picture));
+        let counts = self.session.controller.ledger().counts();
         let n_ctx = self.session.engine.n_cells();
-        let needed = self.session.controller.ledger().counts().cells()
-            + rows
-            + usize::from(self.pending.is_some());
-        // Where older tokens make room, the loop decides.
+        // Where a trial run says what of the pictures goes in, the loop decides; text does.
+        let (held, rows): (usize, usize) = match judged {
+            true => {
+                let text = pieces.iter().filter(|piece| !is_picture(piece));
+                let held = counts.live.text + counts.binned.text;
+                (held, text.map(Piece::len).sum())
+            }
+            false => (counts.cells(), pieces.iter().map(Piece::len).sum()),
+        };
+        let needed = held + rows + usize::from(self.pending.is_some());
+        // Where older tokens make room, the loop decides, too.
         let shifts = self.session.controller.shifts();
         if needed > n_ctx && !shifts {
             return Err(Error::PromptTooLong { needed, n_ctx });
@@ -402,11 +409,13 @@ pub fn segment(encoded: ImageEmbeddings, image: u32) -> Segment {
         n,
         n_pos,
         mrope,
+        separators,
     } = encoded;
     Segment::Image {
         embeddings: data,
         n,
         image,
         axes: mrope.map(|Mrope { rows, moves }| Axes { rows, moves, n_pos }),
+        separators,
     }
 }

@@ -42,6 +42,41 @@ pub enum Finish {
     Cancelled,
 }
 
+/// How long an answer may become.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Length {
+    /// Tokens that were asked for; policies leave room for them. `None`: until the model ends.
+    pub n_predict: Option<usize>,
+    /// Tokens that the model's rope factors reach behind the prompt, where they end somewhere.
+    /// Nobody expects an answer of that length, so no room is left for it.
+    pub reach: Option<usize>,
+}
+
+impl Length {
+    /// What ends an answer of so many tokens, if anything does.
+    fn ends(self, tokens: usize) -> Option<Finish> {
+        if self.n_predict == Some(tokens) {
+            return Some(Finish::Length);
+        }
+        (self.reach == Some(tokens)).then_some(Finish::Positions)
+    }
+
+    /// Tokens to come, if that is known.
+    fn expected(self) -> Option<usize> {
+        let n = self.n_predict?;
+        Some(self.reach.map_or(n, |reach| n.min(reach)))
+    }
+}
+
+impl From<Option<usize>> for Length {
+    fn from(n_predict: Option<usize>) -> Self {
+        Length {
+            n_predict,
+            reach: None,
+        }
+    }
+}
+
 /// What the loops ask of their surroundings.
 pub struct Hooks<'a> {
     /// Gets the text as it comes, in whole characters.
@@ -59,6 +94,8 @@ pub struct Generated {
     /// The answer's tokens, without the one that ended it.
     pub tokens: Vec<Token>,
     pub finish: Finish,
+    /// Cancelled before all of the prompt was in: what had gone in was taken out again.
+    pub taken_back: bool,
     /// The last token of `tokens`, when it is not in the cache (it was not needed, or there was
     /// no cell). The next turn's prompt has to begin with it.
     pub pending: Option<Token>,
@@ -99,7 +136,6 @@ pub struct Session<E> {
     moves: Vec<(Cell, Cell)>,
     /// What [`Session::expect`] was told.
     expected: Option<usize>,
-    taken_back: bool,
 }
 
 impl<E: Engine> Session<E> {
@@ -113,7 +149,6 @@ impl<E: Engine> Session<E> {
             feed: Feed::default(),
             moves: Vec::new(),
             expected: None,
-            taken_back: false,
         }
     }
 
@@ -129,7 +164,7 @@ impl<E: Engine> Session<E> {
     }
 
     /// Tells how many tokens will go through the model after the next prompt, for policies that
-    /// leave room for them. [`Session::generate`] takes `n_predict` at its word otherwise.
+    /// leave room for them. [`Session::generate`] takes [`Length::n_predict`] at its word otherwise.
     pub fn expect(&mut self, tokens: usize) {
         self.expected = Some(tokens);
     }
@@ -138,11 +173,6 @@ impl<E: Engine> Session<E> {
     pub fn with_host_bin(mut self, max_bytes: usize) -> Self {
         self.host_bin = HostBin::new(max_bytes);
         self
-    }
-
-    /// Whether the last prompt did not go in, or was taken out again.
-    pub fn was_taken_back(&self) -> bool {
-        self.taken_back
     }
 
     /// What went in since the cache was last empty, where it can be called back.
@@ -222,7 +252,7 @@ impl<E: Engine> Session<E> {
         Ok(())
     }
 
-    /// One turn: the prompt, then tokens until one ends the answer, `n_predict` are out, the
+    /// One turn: the prompt, then tokens until one ends the answer, it has its [`Length`], the
     /// cache is full, or it is cancelled.
     ///
     /// # Errors
@@ -230,9 +260,10 @@ impl<E: Engine> Session<E> {
     pub fn generate(
         &mut self,
         prompt: &[Segment],
-        n_predict: Option<usize>,
+        length: impl Into<Length>,
         hooks: Hooks<'_>,
     ) -> Result<Generated> {
+        let length = length.into();
         let Hooks {
             on_text,
             cancelled,
@@ -240,7 +271,7 @@ impl<E: Engine> Session<E> {
         } = hooks;
         let start = now();
         // The last token of an answer does not go in.
-        let to_come = n_predict.map(|n| n.saturating_sub(1));
+        let to_come = length.expected().map(|n| n.saturating_sub(1));
         self.expected = self.expected.or(to_come);
         let Prefilled { complete, probe } = self.prefill_timed(prompt, cancelled, now)?;
         let mut timings = Timings {
@@ -256,8 +287,8 @@ impl<E: Engine> Session<E> {
             if !complete || cancelled() {
                 break Finish::Cancelled;
             }
-            if n_predict == Some(tokens.len()) {
-                break Finish::Length;
+            if let Some(end) = length.ends(tokens.len()) {
+                break end;
             }
             let token = self.engine.sample()?;
             decoding.get_or_insert_with(now);
@@ -267,9 +298,9 @@ impl<E: Engine> Session<E> {
             tokens.push(token);
             self.engine.piece(token, &mut stream.held)?;
             emit(&mut text, on_text, |text| stream.take(text));
-            if n_predict == Some(tokens.len()) {
+            if let Some(end) = length.ends(tokens.len()) {
                 pending = Some(token);
-                break Finish::Length;
+                break end;
             }
             match self.step(token) {
                 Ok(()) => timings.steps += 1,
@@ -290,6 +321,7 @@ impl<E: Engine> Session<E> {
             text,
             tokens,
             finish,
+            taken_back: !complete,
             pending,
             prompt,
             timings,

@@ -80,6 +80,7 @@ impl Pictures {
                         n: rows,
                         image,
                         axes: None,
+                        separators: Vec::new(),
                     }
                 });
                 Made::Segments(segments.collect::<Vec<_>>().into_iter())

@@ -29,11 +29,11 @@ fn run(session: &mut Session<Scripted>, test: &Test, images: usize) -> Option<Sa
         cancelled: &|| false,
     };
     let picture = |image| Segment::Image {
-        // Rows alike would be taken for separators.
-        embeddings: (0..8u8).map(f32::from).collect(),
+        embeddings: vec![0.0; 8],
         n: 8,
         image,
         axes: None,
+        separators: Vec::new(),
     };
     let mut pictures = |n| {
         assert_eq!(n, images);

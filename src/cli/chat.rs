@@ -178,10 +178,9 @@ impl Chat<'_, '_> {
             pictures: std::mem::take(&mut self.pictures),
             n_predict: self.n_predict,
         };
-        let before = self.conversation.next_pos();
         match interrupt::working(|| answer(self.conversation, &turn, true)) {
             Ok(answer) if answer.finish == Finish::Cancelled => {
-                if self.conversation.next_pos() == before {
+                if answer.taken_back {
                     warn("the question was taken back, it had not been read to its end");
                     self.pictures = turn.pictures;
                 }

@@ -344,8 +344,8 @@ pub struct PolicyArgs {
     /// [default: exact]
     #[arg(long, value_enum, value_name = "WHEN")]
     dap_mode: Option<DapModeArg>,
-    /// With --dap-mode early: judge the tokens that separate parts of a picture like any other;
-    /// they stay otherwise
+    /// With --dap-mode early: judge the tokens that separate parts of a picture (the row ends of
+    /// Phi-3.5-vision) like any other; otherwise they stay first, as up to half of what is kept
     #[arg(long, action = ArgAction::SetTrue)]
     prune_separators: bool,
     /// Prune no visual tokens

@@ -21,6 +21,10 @@ impl Placed<'_> {
         let positions = Pos::try_from(self.segment.positions()).unwrap_or(Pos::MAX);
         self.base.saturating_add(positions)
     }
+
+    pub(super) fn is_picture(&self) -> bool {
+        matches!(*self.segment, Segment::Image { .. })
+    }
 }
 
 /// Segments in the order of their positions, without gaps between them.

@@ -83,7 +83,6 @@ impl<E: Engine> Session<E> {
         now: &dyn Fn() -> Duration,
     ) -> Result<Prefilled> {
         let expected = self.expected.take();
-        self.taken_back = true;
         self.check(prompt)?;
         self.controller.expect(expected);
         if self.controller.shifts() {
@@ -125,7 +124,6 @@ impl<E: Engine> Session<E> {
         }
         self.controller.after_prefill(judged)?;
         self.remove_planned()?;
-        self.taken_back = false;
         Ok(Prefilled {
             complete: true,
             probe,
@@ -139,6 +137,16 @@ impl<E: Engine> Session<E> {
             && self.engine.takes_any_position()
     }
 
+    /// Whether a prompt, with pictures of its own or not, is judged by a trial run, so that what
+    /// goes in may be less than it.
+    pub fn judges_first(&self, pictures: bool) -> bool {
+        let earlier = || self.history.pieces().iter().any(Placed::is_picture);
+        *self.controller.observe() != Observe::Nothing
+            && self.controller.dap_mode().has_trial()
+            && self.engine.takes_any_position()
+            && (pictures || earlier())
+    }
+
     /// Decides what goes in. `None`: cancelled.
     fn decide(
         &mut self,
@@ -146,13 +154,12 @@ impl<E: Engine> Session<E> {
         cancelled: &dyn Fn() -> bool,
     ) -> Result<Option<Order>> {
         let evicted = self.evicted_pictures();
-        let visual = |placed: &Placed<'_>| placed.segment.origin().modality == Modality::Vision;
-        let pictures = prompt.iter().chain(self.history.pieces()).any(visual);
+        let judges_first = self.judges_first(prompt.iter().any(Placed::is_picture));
         let Observe::Layers { queries, .. } = *self.controller.observe() else {
             return Ok(Some(Order::default()));
         };
-        let mode = self.controller.dap_mode();
-        if mode.has_trial() && pictures && self.engine.takes_any_position() {
+        if judges_first {
+            let mode = self.controller.dap_mode();
             let history = self.history.pieces();
             // What goes on must have seen all that is before it.
             let whole = self.history.positions() == i64::from(self.controller.next_pos());
@@ -208,7 +215,7 @@ impl<E: Engine> Session<E> {
         let held: HashSet<Pos> = ledger.entries().map(|entry| entry.pos).collect();
         let pictures = self.history.pieces().iter();
         pictures
-            .filter(|placed| placed.segment.origin().modality == Modality::Vision)
+            .filter(|placed| placed.is_picture())
             .flat_map(|placed| placed.base..placed.end())
             .filter(|pos| !held.contains(pos))
             .collect()

@@ -1,8 +1,5 @@
 //! What a turn begins with: tokens and pictures in order.
 
-use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hasher};
-
 use crate::cache::{PerModality, Pos};
 use crate::controller::Origin;
 use crate::engine::{Input, Token};
@@ -19,6 +16,9 @@ pub enum Segment {
         n: usize,
         image: u32,
         axes: Option<Axes>,
+        /// Rows that show nothing but separate parts of the picture, ascending; none where the
+        /// model's layout is not known.
+        separators: Vec<u32>,
     },
 }
 
@@ -81,22 +81,19 @@ impl Segment {
         Some(axes.rows[first..end].iter().map(absolute).collect())
     }
 
-    /// Which rows' embeddings occur more than once: `[n]`, or nothing for text.
+    /// Which rows separate parts of a picture: `[n]`, or nothing for text.
     pub(super) fn separators(&self) -> Vec<bool> {
-        let Segment::Image { embeddings, n, .. } = self else {
+        let Segment::Image { n, separators, .. } = self else {
             return Vec::new();
         };
-        let width = (embeddings.len() / (*n).max(1)).max(1);
-        let bits = |row: &[f32]| -> u64 {
-            let mut hasher = DefaultHasher::new();
-            row.iter().for_each(|x| hasher.write_u32(x.to_bits()));
-            hasher.finish()
-        };
-        let rows: Vec<u64> = embeddings.chunks(width).map(bits).collect();
-        let mut times = HashMap::new();
-        rows.iter()
-            .for_each(|row| *times.entry(row).or_insert(0) += 1);
-        rows.iter().map(|row| times[row] > 1).collect()
+        let mut all = vec![false; *n];
+        for &row in separators {
+            // In range, for a segment that was checked.
+            if let Some(is) = all.get_mut(row as usize) {
+                *is = true;
+            }
+        }
+        all
     }
 
     pub(super) fn origin(&self) -> Origin {
@@ -136,7 +133,16 @@ impl Segment {
                 n,
                 image,
                 axes,
+                separators,
             } => {
+                let ascend = separators.is_sorted_by(|a, b| a < b);
+                let in_range = |&last: &u32| (last as usize) < *n;
+                if !ascend || !separators.last().is_none_or(in_range) {
+                    let reason = format!(
+                        "picture {image} has separators that are no rows of its {n}, in order"
+                    );
+                    return Err(Error::option("prompt", reason));
+                }
                 if let Some(Axes { rows, n_pos, .. }) = axes {
                     let fits = usize::try_from(*n_pos).is_ok_and(|p| (1..=*n).contains(&p));
                     if rows.len() != *n || !fits {

@@ -29,6 +29,7 @@ fn picture(n: usize) -> Segment {
         n,
         image: 0,
         axes: None,
+        separators: Vec::new(),
     }
 }
 
@@ -52,6 +53,14 @@ fn turn(
         now: &now,
     };
     (session.generate(prompt, n_predict, hooks), parts)
+}
+
+fn quiet<R>(f: impl FnOnce(Hooks<'_>) -> R) -> R {
+    f(Hooks {
+        on_text: &mut |_| {},
+        cancelled: &|| false,
+        now: &|| Duration::ZERO,
+    })
 }
 
 /// The prompt's batches: position, rows, embeddings or not, query rows, logits.
@@ -324,6 +333,53 @@ fn cancelling() {
     assert_eq!(generated.finish, Finish::Length);
 }
 
+/// Positions tell nothing of it where older tokens move down to make room.
+#[test]
+fn a_question_that_is_taken_back_says_so() {
+    let options = PolicyOptions {
+        sinks: 2,
+        ..PolicyOptions::default()
+    };
+    let mut session = session(Scripted::new(16, 4), "context_shift", &options);
+    let generated = turn(&mut session, &[tokens(10)], Some(4), &|| false).0;
+    assert!(!generated.unwrap().taken_back);
+    let before = session.controller.next_pos();
+    let looks = Slot::new(0);
+    let second = || looks.replace(looks.get() + 1) == 1;
+    let generated = turn(&mut session, &[tokens(8)], None, &second).0.unwrap();
+    assert_eq!(generated.finish, Finish::Cancelled);
+    assert!(generated.taken_back && session.controller.next_pos() < before);
+    // Stopped in the answer, the question stays.
+    let looks = Slot::new(0);
+    let later = || looks.replace(looks.get() + 1) == 4;
+    let generated = turn(&mut session, &[tokens(4)], None, &later).0.unwrap();
+    assert_eq!(generated.finish, Finish::Cancelled);
+    assert!(!generated.taken_back);
+}
+
+#[test]
+fn room_is_left_for_answers_that_are_asked_for_not_for_all_that_could_be() {
+    let options = PolicyOptions {
+        kv_budget: Some(Amount::Cells(30)),
+        ..PolicyOptions::default()
+    };
+    let left = |n_predict, reach| {
+        let mut session = session(Scripted::new(200, 64), "snapkv", &options);
+        let length = Length { n_predict, reach };
+        let generated = quiet(|hooks| session.generate(&[tokens(50)], length, hooks)).unwrap();
+        let held = session.controller.ledger().counts().cells();
+        let said = generated.tokens.len();
+        // The last token does not go in.
+        (held + 1 - said, said, generated.finish)
+    };
+    assert_eq!(left(Some(5), None), (26, 5, Finish::Length));
+    assert_eq!(left(None, Some(20)), (30, 20, Finish::Positions));
+    assert_eq!(left(Some(5), Some(20)), (26, 5, Finish::Length));
+    assert_eq!(left(Some(20), Some(5)), (26, 5, Finish::Positions));
+    assert_eq!(left(Some(5), Some(5)), (26, 5, Finish::Length));
+    assert_eq!(left(None, Some(0)), (31, 0, Finish::Positions));
+}
+
 #[test]
 fn characters_come_whole() {
     let pieces: [&[u8]; 3] = [b"\xe2\x82", b"\xac", b"\xe2"];
@@ -358,6 +414,7 @@ fn prompts_that_cannot_be() {
         n,
         image: 4,
         axes: None,
+        separators: Vec::new(),
     };
     assert_eq!(
         refused(&[misshapen(5, 2)]),
@@ -365,6 +422,13 @@ fn prompts_that_cannot_be() {
     );
     assert!(refused(&[tokens(1), misshapen(5, 0)]).contains("5 values for 0 rows"));
     assert!(refused(&[tokens(1), misshapen(0, 2)]).contains("0 values for 2 rows"));
+    for separators in [vec![1, 0], vec![2], vec![0, 0]] {
+        let mut bad = misshapen(2, 2);
+        if let Segment::Image { separators: of, .. } = &mut bad {
+            *of = separators;
+        }
+        assert!(refused(&[bad]).contains("picture 4 has separators"));
+    }
 }
 
 #[test]
@@ -491,6 +555,7 @@ fn square(rows: usize, n_pos: Pos) -> Segment {
             moves: [true, true, true, false],
             n_pos,
         }),
+        separators: Vec::new(),
     }
 }
 

@@ -140,6 +140,20 @@ impl Layout {
         grid(&page, View::Whole, n, n, &mut places);
         places
     }
+
+    /// Which of a picture's `n` visual tokens show nothing: the ends of rows, and what stands
+    /// between the views. Ascending; none where the picture was cut in another way.
+    pub fn separators(&self, n: usize) -> Vec<u32> {
+        let places = self.places();
+        if places.len() != n {
+            return Vec::new();
+        }
+        let numbered = (0..).zip(&places);
+        numbered
+            .filter(|(_, place)| !matches!(place, Place::Patch(..)))
+            .map(|(row, _)| row)
+            .collect()
+    }
 }
 
 fn grid(page: &Page, view: View, rows: u32, cols: u32, places: &mut Vec<Place>) {
@@ -186,6 +200,18 @@ mod tests {
         assert_eq!((page.rows, page.cols), (2, 1));
         let Rect { x, width, .. } = page.picture;
         assert_eq!((x, width), (17.0, 134.0));
+    }
+
+    #[test]
+    fn rows_end_in_separators() {
+        // 2x2 crops and the whole view, 6 tokens along a side: rows of 12 and of 6, and their ends.
+        let square = layout(500, 500);
+        let crops = (1..=12).map(|row| row * 13 - 1);
+        let between = 12 * 13;
+        let whole = (1..=6).map(|row| between + row * 7);
+        let expected: Vec<u32> = crops.chain([between]).chain(whole).collect();
+        assert_eq!(square.separators(199), expected);
+        assert!(square.separators(198).is_empty(), "another layout");
     }
 
     #[test]

@@ -71,6 +71,9 @@ pub struct ImageTokens {
     pub n: usize,
     /// Positions that the picture takes in the sequence (less than `n` with M-RoPE).
     pub n_pos: Pos,
+    /// Those of the tokens that show nothing but separate parts of the picture, ascending; none
+    /// where the model's layout is not known.
+    pub separators: Vec<u32>,
 }
 
 impl Drop for ImageTokens {
@@ -89,6 +92,8 @@ pub struct ImageEmbeddings {
     pub n_pos: Pos,
     /// Only with M-RoPE.
     pub mrope: Option<Mrope>,
+    /// As [`ImageTokens::separators`].
+    pub separators: Vec<u32>,
 }
 
 /// Positions of a picture at the start of a sequence, on all axes.
@@ -298,7 +303,22 @@ impl<'m> Vision<'m> {
         // SAFETY: the chunks are alive.
         let n = unsafe { sys::mtmd_input_chunks_size(chunks.0.as_ptr()) };
         let pieces = (0..n).map(|i| self.piece(&chunks, i));
-        let pieces = pieces.collect::<Result<Vec<_>>>()?;
+        let mut pieces = pieces.collect::<Result<Vec<_>>>()?;
+        if self.cut.is_some() {
+            // Where the layout is known, a picture is one piece.
+            let images = pieces.iter_mut().filter_map(|piece| match piece {
+                Piece::Image(tokens) => Some(tokens),
+                Piece::Text(_) => None,
+            });
+            let pictures = parts.iter().filter_map(|part| match part {
+                Part::Picture(picture) => Some(picture),
+                Part::Text(_) => None,
+            });
+            for (tokens, picture) in images.zip(pictures) {
+                let layout = self.hd_layout(picture);
+                tokens.separators = layout.map_or(Vec::new(), |layout| layout.separators(tokens.n));
+            }
+        }
         Ok(match add_bos && self.bos_per_text() {
             true => self.with_empty_texts(pieces),
             false => pieces,
@@ -367,6 +387,7 @@ impl<'m> Vision<'m> {
                         chunk: copy,
                         n: sys::mtmd_input_chunk_get_n_tokens(chunk),
                         n_pos: sys::mtmd_input_chunk_get_n_pos(chunk),
+                        separators: Vec::new(),
                     }))
                 }
                 other => Err(Error::llama(
@@ -406,6 +427,7 @@ impl<'m> Vision<'m> {
             n: image.n,
             n_pos: image.n_pos,
             mrope: self.mrope(image),
+            separators: image.separators.clone(),
         })
     }
 

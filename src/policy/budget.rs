@@ -12,8 +12,7 @@
 //! comes on top.
 
 use super::scores::Guard;
-use super::{Amount, Limits};
-use crate::cache::Ledger;
+use super::{Amount, Held, Limits};
 use crate::error::{Error, Result};
 
 #[derive(Clone, Copy, Debug)]
@@ -59,23 +58,15 @@ impl Budget {
         matches!(self.amount, Amount::Share(share) if share >= 1.0)
     }
 
-    /// The budget of the turn whose prompt is now in the cache.
-    pub fn cells(&self, cache: &Ledger) -> usize {
-        self.amount
-            .of(went_in(cache))
-            .clamp(self.least, self.n_cells)
+    /// The budget of the turn whose prompt went in last.
+    pub fn cells(&self, held: Held) -> usize {
+        self.amount.of(held.went_in).clamp(self.least, self.n_cells)
     }
 
     /// What may be left of a prompt after which `to_come` tokens follow, when only the prompt is
     /// pruned; `None`: no limit.
-    pub fn after_prompt(&self, cache: &Ledger, to_come: Option<usize>) -> Option<usize> {
-        let cells = self.cells(cache).saturating_sub(to_come.unwrap_or(0));
+    pub fn after_prompt(&self, held: Held, to_come: Option<usize>) -> Option<usize> {
+        let cells = self.cells(held).saturating_sub(to_come.unwrap_or(0));
         (!self.is_whole()).then_some(cells)
     }
-}
-
-/// Every token so far: the cells that the full cache would hold.
-pub(super) fn went_in(cache: &Ledger) -> usize {
-    let counts = cache.counts();
-    counts.cells() + counts.evicted.total()
 }

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 use super::budget::Budget;
 use super::scores::Guard;
-use super::{EvictionPolicy, Limits, Observe, Plan, PolicyOptions, Shift};
+use super::{EvictionPolicy, Held, Limits, Observe, Plan, PolicyOptions, Shift};
 use crate::cache::{Cell, Ledger, Pos};
 use crate::error::Result;
 
@@ -86,7 +86,7 @@ impl EvictionPolicy for ContextShift {
     fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
         self.cells = match self.budget.is_whole() {
             true => self.n_ctx,
-            false => self.budget.cells(cache),
+            false => self.budget.cells(Held::of(cache)),
         };
         self.after_step(cache, plan)
     }

@@ -24,9 +24,10 @@
 //! - `Scope`: over one picture or over all of the turn.
 //! - Sinks, the recent window and the newest token stay whatever their score; those that are
 //!   visual count as kept.
-//! - So do, with [`DapMode::Early`], separators (the row ends of Phi-3.5-vision's crops): no
-//!   question points at them, but without them what goes in loses its place. After a few layers
-//!   or a whole prefill the others know their place already, and separators are judged like them.
+//! - So do, with [`DapMode::Early`], separators (the row ends of Phi-3.5-vision's crops) as long as
+//!   they are at most half of what is kept: no question points at them, but without them what goes
+//!   in loses its place. After a few layers or a whole prefill the others know their place already,
+//!   and separators are judged like them.
 //! - A token that no query could see is not judged: there is no evidence against it.
 //!
 //! As a policy of its own, `dap`, it prunes prompts and keeps what is decoded. Its budget leaves
@@ -37,7 +38,7 @@ use super::hae::Hae;
 use super::scores::{Guard, Norm};
 use super::visual::{Pictures, Visual, counted, keep_best};
 use super::{
-    Amount, DapMode, DapOptions, DapRule, EvictionPolicy, Limits, Plan, PolicyOptions, Scope,
+    Amount, DapMode, DapOptions, DapRule, EvictionPolicy, Held, Limits, Plan, PolicyOptions, Scope,
 };
 use crate::cache::Ledger;
 use crate::error::Result;
@@ -88,9 +89,9 @@ impl Dap {
 
     /// Adds the turn's visual tokens that go to `plan.evict`. `to_come` cells of the budget stay
     /// free.
-    pub fn prune(&mut self, cache: &Ledger, to_come: Option<usize>, plan: &mut Plan) {
+    pub fn prune(&mut self, cache: &Ledger, held: Held, to_come: Option<usize>, plan: &mut Plan) {
         let norm = self.norm;
-        let most = self.budget.and_then(|b| b.after_prompt(cache, to_come));
+        let most = self.budget.and_then(|b| b.after_prompt(held, to_come));
         let rule = match self.rule() {
             DapRule::Auto => None,
             rule => Some(rule),
@@ -106,7 +107,7 @@ impl Dap {
                 }
             }
         }
-        self.pictures.fit(cache, most, |v| v.token, plan);
+        self.pictures.fit(held, most, |v| v.token, plan);
     }
 }
 
@@ -124,7 +125,7 @@ impl DapOptions {
         };
         let alpha = self.alpha.unwrap_or(f64::INFINITY);
         let low = |v: &Visual| f64::from(v.token.score) < limit && f64::from(v.max) < alpha;
-        for token in group.iter_mut().filter(|v| v.open && low(v)) {
+        for token in group.iter_mut().filter(|v| v.is_open() && low(v)) {
             token.evict(plan);
         }
     }

@@ -26,10 +26,10 @@
 
 use std::collections::BinaryHeap;
 
-use super::budget::{Budget, went_in};
+use super::budget::Budget;
 use super::hae::Hae;
 use super::scores::{Candidate, Guard, Norm};
-use super::{EvictionPolicy, Limits, Plan, PolicyOptions};
+use super::{EvictionPolicy, Held, Limits, Plan, PolicyOptions};
 use crate::cache::{Cell, Ledger, Modality, State};
 use crate::error::{Error, Result};
 
@@ -127,10 +127,10 @@ impl Ddes {
         if self.budget.is_whole() {
             let most = self.n_cells - self.most_binned;
             self.bin_size = self.most_binned;
-            self.cells = went_in(cache).clamp(self.least, most);
+            self.cells = Held::of(cache).went_in.clamp(self.least, most);
             return;
         }
-        let cells = self.budget.cells(cache);
+        let cells = self.budget.cells(Held::of(cache));
         // At least 1: no budget is smaller than `least` and the next token.
         self.bin_size = self.most_binned.min(cells - self.least);
         self.cells = cells - self.bin_size;

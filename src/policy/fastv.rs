@@ -19,7 +19,8 @@ use super::budget::Budget;
 use super::scores::Guard;
 use super::visual::{Pictures, keep_best};
 use super::{
-    Amount, DapMode, DapRule, EvictionPolicy, Layers, Limits, Observe, Plan, PolicyOptions, Queries,
+    Amount, DapMode, DapRule, EvictionPolicy, Held, Layers, Limits, Observe, Plan, PolicyOptions,
+    Queries,
 };
 use crate::cache::Ledger;
 use crate::error::Result;
@@ -97,15 +98,15 @@ impl EvictionPolicy for Fastv {
         self.to_come = tokens;
     }
 
-    fn prune(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
-        let most = self.budget.after_prompt(cache, self.to_come);
+    fn prune(&mut self, cache: &Ledger, held: Held, plan: &mut Plan) -> Result<()> {
+        let most = self.budget.after_prompt(held, self.to_come);
         let visual = self.pictures.judge(cache, |e| e.latest);
         let keep = self.keep.or(most.is_none().then_some(KEEP));
         if let Some(keep) = keep {
             let keep = keep.of(visual.len());
             keep_best(visual, keep, |v| v.token, plan);
         }
-        self.pictures.fit(cache, most, |v| v.token, plan);
+        self.pictures.fit(held, most, |v| v.token, plan);
         Ok(())
     }
 

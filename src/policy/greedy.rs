@@ -3,7 +3,7 @@
 
 use super::budget::Budget;
 use super::scores::{Candidate, Guard};
-use super::{Limits, Plan, PolicyOptions};
+use super::{Held, Limits, Plan, PolicyOptions};
 use crate::cache::{Entry, Ledger};
 use crate::error::Result;
 
@@ -31,7 +31,7 @@ impl Greedy {
 
     /// Begins a turn, whose prompt is now in the cache; gives its budget.
     pub fn begin(&mut self, cache: &Ledger) -> usize {
-        self.cells = self.budget.cells(cache);
+        self.cells = self.budget.cells(Held::of(cache));
         self.cells
     }
 

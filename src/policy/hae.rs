@@ -13,7 +13,7 @@ use super::budget::Budget;
 use super::dap::Dap;
 use super::ddes::Ddes;
 use super::scores::Guard;
-use super::{DapMode, DapRule, EvictionPolicy, Limits, Observe, Plan, PolicyOptions};
+use super::{DapMode, DapRule, EvictionPolicy, Held, Limits, Observe, Plan, PolicyOptions};
 use crate::cache::Ledger;
 use crate::error::{Error, Result};
 
@@ -143,14 +143,14 @@ impl EvictionPolicy for Hae {
         self.to_come = tokens;
     }
 
-    fn prune(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
+    fn prune(&mut self, cache: &Ledger, held: Held, plan: &mut Plan) -> Result<()> {
         // What DDES holds the cache at while decoding leaves a cell for the next token.
         let to_come = match self.ddes {
             Some(_) => Some(1),
             None => self.to_come,
         };
         if let Some(dap) = &mut self.dap {
-            dap.prune(cache, to_come, plan);
+            dap.prune(cache, held, to_come, plan);
         }
         Ok(())
     }

@@ -22,7 +22,9 @@ mod streaming_llm;
 mod tova;
 mod visual;
 
-use crate::cache::{Cell, Ledger, Pos};
+use std::collections::HashSet;
+
+use crate::cache::{Cell, Ledger, Modality, Pos};
 use crate::error::{Error, Result};
 
 pub use options::{
@@ -137,6 +139,46 @@ impl Plan {
     }
 }
 
+/// What budgets are counted by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Cells that are taken, the prompt's included, before anything of it leaves.
+    pub cells: usize,
+    /// Every token so far: the cells that the full cache would hold.
+    pub went_in: usize,
+}
+
+impl Held {
+    /// By a cache that the prompt is in.
+    pub fn of(cache: &Ledger) -> Self {
+        let counts = cache.counts();
+        Held {
+            cells: counts.cells(),
+            went_in: counts.cells() + counts.evicted.total(),
+        }
+    }
+
+    /// By a cache that the prompt is not in yet, which a trial run has read, after what it
+    /// remembers of earlier turns. What the cache holds beside that takes cells, too; text of
+    /// earlier turns that it gave up does not come back.
+    pub fn with_trial(cache: &Ledger, trial: &Ledger) -> Self {
+        let next = cache.newest().map_or(0, |newest| newest + 1);
+        let held: HashSet<Pos> = cache.entries().map(|e| e.pos).collect();
+        let (mut new, mut seen, mut gone) = (0, 0, 0);
+        for entry in trial.entries() {
+            match held.contains(&entry.pos) {
+                true => seen += 1,
+                false if entry.pos >= next => new += 1,
+                false => gone += usize::from(entry.modality == Modality::Text),
+            }
+        }
+        Held {
+            cells: trial.counts().cells() - gone + (held.len() - seen),
+            went_in: Held::of(cache).went_in + new,
+        }
+    }
+}
+
 /// Decides what leaves the cache.
 pub trait EvictionPolicy {
     /// The name that `--kv-policy` takes.
@@ -196,11 +238,12 @@ pub trait EvictionPolicy {
 
     /// Which visual tokens of a prompt leave. Called once for each prompt (each user turn), with
     /// its scores in the ledger: that of the cache after the prefill, or that of a trial run of
-    /// the first layers before it, whose tokens then never go in.
+    /// the first layers before it, whose tokens then never go in. `held` is what the cache holds
+    /// with the prompt, whichever ledger it is.
     ///
     /// # Errors
     /// [`crate::Error::NanScore`] when a score is not a number.
-    fn prune(&mut self, _cache: &Ledger, _plan: &mut Plan) -> Result<()> {
+    fn prune(&mut self, _cache: &Ledger, _held: Held, _plan: &mut Plan) -> Result<()> {
         Ok(())
     }
 

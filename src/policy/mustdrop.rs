@@ -24,7 +24,7 @@ use super::budget::Budget;
 use super::scores::{Candidate, Guard};
 use super::visual::{Pictures, Visual, counted, keep_best};
 use super::{
-    DapMode, DapRule, EvictionPolicy, Layers, Limits, Observe, Plan, PolicyOptions, Queries,
+    DapMode, DapRule, EvictionPolicy, Held, Layers, Limits, Observe, Plan, PolicyOptions, Queries,
 };
 use crate::cache::Ledger;
 use crate::error::Result;
@@ -104,11 +104,11 @@ impl EvictionPolicy for Mustdrop {
         self.to_come = tokens;
     }
 
-    fn prune(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
+    fn prune(&mut self, cache: &Ledger, held: Held, plan: &mut Plan) -> Result<()> {
         let alpha = self.alpha;
         let low = |v: &Visual| f64::from(v.max) < alpha;
         let order = |v: &Visual| -> (bool, Candidate) { (!low(v), v.token) };
-        let most = self.budget.after_prompt(cache, self.to_come);
+        let most = self.budget.after_prompt(held, self.to_come);
         let visual = self.pictures.judge(cache, |e| e.sum);
         let sum: f64 = visual.iter().map(|v| f64::from(v.token.score)).sum();
         let limit = match self.rule {
@@ -121,10 +121,10 @@ impl EvictionPolicy for Mustdrop {
             keep_best(visual, keep, order, plan);
         }
         if let Some(limit) = limit {
-            let below = |v: &&mut Visual| f64::from(v.token.score) < limit && low(v) && v.open;
+            let below = |v: &&mut Visual| f64::from(v.token.score) < limit && low(v) && v.is_open();
             visual.iter_mut().filter(below).for_each(|v| v.evict(plan));
         }
-        self.pictures.fit(cache, most, order, plan);
+        self.pictures.fit(held, most, order, plan);
         Ok(())
     }
 

@@ -222,7 +222,8 @@ pub struct PolicyOptions {
     /// Pruning of visual tokens. None: off.
     pub dap: Option<DapOptions>,
     pub dap_mode: DapMode,
-    /// Whether [`DapMode::Early`] leaves the tokens that separate parts of a picture alone.
+    /// Whether [`DapMode::Early`] keeps the tokens that separate parts of a picture before others,
+    /// as up to half of what is kept.
     pub keep_separators: bool,
     /// The most cells that are taken at once from the end of a prompt's pruning on; a share
     /// counts the cells that the full cache would hold at the end of the prompt. `budget.rs` says
@@ -307,7 +308,7 @@ impl Default for PolicyOptions {
 }
 
 impl PolicyOptions {
-    /// Whether the tokens that separate parts of a picture stay, whatever their score.
+    /// Whether the tokens that separate parts of a picture stay before others, whatever their score.
     pub fn keeps_separators(&self) -> bool {
         self.keep_separators && self.dap_mode == DapMode::Early
     }

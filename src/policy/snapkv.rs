@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::budget::Budget;
 use super::scores::{Candidate, Guard};
 use super::{
-    EvictionPolicy, Limits, Observe, Plan, PolicyOptions, Pooling, Queries, SnapkvOptions,
+    EvictionPolicy, Held, Limits, Observe, Plan, PolicyOptions, Pooling, Queries, SnapkvOptions,
 };
 use crate::cache::Ledger;
 use crate::error::{Error, Result};
@@ -86,7 +86,7 @@ impl EvictionPolicy for Snapkv {
     }
 
     fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
-        let Some(most) = self.budget.after_prompt(cache, self.to_come) else {
+        let Some(most) = self.budget.after_prompt(Held::of(cache), self.to_come) else {
             return Ok(());
         };
         let mut tokens: Vec<Candidate> = cache

@@ -66,7 +66,7 @@ fn with_budget(cells: usize, bin_size: usize) -> PolicyOptions {
 fn prefill(options: &PolicyOptions, ledger: &Ledger) -> Plan {
     let mut plan = Plan::default();
     let mut policy = create("hae", options, LIMITS).unwrap();
-    policy.prune(ledger, &mut plan).unwrap();
+    policy.prune(ledger, Held::of(ledger), &mut plan).unwrap();
     policy.after_prefill(ledger, &mut plan).unwrap();
     plan.evict.sort_unstable();
     plan
@@ -203,7 +203,7 @@ fn dap_by_spread_under_a_budget() {
             LIMITS,
         )
         .unwrap();
-        dap.prune(&ledger, &mut plan).unwrap();
+        dap.prune(&ledger, Held::of(&ledger), &mut plan).unwrap();
         sorted(plan.evict)
     };
     assert_eq!(evicted(1.25, 4), [1, 4]);

@@ -1,8 +1,13 @@
 //! What policies share that prune the pictures of a prompt: its visual tokens with their scores,
 //! and how many more have to go for a budget.
+//!
+//! With [`super::DapMode::Early`] separators stay, and count among what is kept: no threshold
+//! takes them, and where a number or a budget says how many tokens stay, the others go before
+//! them. But a picture is no use for its row ends alone, so separators are at most half of what is
+//! kept; of more than that, the lowest go.
 
 use super::scores::{Candidate, Guard};
-use super::{DapRule, Plan};
+use super::{DapRule, Held, Plan};
 use crate::cache::{Entry, Ledger, Modality, State};
 
 pub(super) struct Visual {
@@ -11,11 +16,18 @@ pub(super) struct Visual {
     /// The most attention that a single query paid.
     pub max: f32,
     /// Whether the token may leave, and has not done so yet.
-    pub open: bool,
+    open: bool,
+    /// Whether it separates parts of a picture and stays for that.
+    separator: bool,
     gone: bool,
 }
 
 impl Visual {
+    /// Whether a threshold may take the token, which it did not yet.
+    pub fn is_open(&self) -> bool {
+        self.open && !self.separator
+    }
+
     pub fn evict(&mut self, plan: &mut Plan) {
         (self.open, self.gone) = (false, true);
         plan.evict.push(self.token.cell);
@@ -59,7 +71,8 @@ impl Pictures {
                         cell: e.cell,
                     },
                     max: e.max,
-                    open: open.contains(&e.pos) && !(keep_separators && e.separator),
+                    open: open.contains(&e.pos),
+                    separator: keep_separators && e.separator,
                     gone: false,
                 }),
         );
@@ -70,19 +83,17 @@ impl Pictures {
     /// cells are left; something of a picture always is.
     pub fn fit<K: Ord>(
         &mut self,
-        cache: &Ledger,
+        held: Held,
         most: Option<usize>,
         order: impl Fn(&Visual) -> K,
         plan: &mut Plan,
     ) {
         let Some(most) = most else { return };
-        let left = cache.counts().cells() - plan.evict.len();
+        let left = held.cells.saturating_sub(plan.evict.len());
         let kept = self.tokens.iter().filter(|v| !v.gone).count();
         let leave = left.saturating_sub(most).min(kept.saturating_sub(1));
         if leave > 0 {
-            self.tokens.sort_unstable_by_key(order);
-            let open = self.tokens.iter_mut().filter(|v| v.open);
-            open.take(leave).for_each(|v| v.evict(plan));
+            evict_first(&mut self.tokens, leave, order, plan);
         }
     }
 }
@@ -119,7 +130,30 @@ pub(super) fn keep_best<K: Ord>(
     plan: &mut Plan,
 ) {
     let leave = group.len().saturating_sub(keep.max(1));
+    evict_first(group, leave, order, plan);
+}
+
+/// Evicts so many of a group, the first in `order` first: separators only where they would be more
+/// than half of what is left, or where nothing else may leave.
+fn evict_first<K: Ord>(
+    group: &mut [Visual],
+    leave: usize,
+    order: impl Fn(&Visual) -> K,
+    plan: &mut Plan,
+) {
+    let count = |which: &dyn Fn(&Visual) -> bool| group.iter().filter(|v| which(v)).count();
+    let left = count(&|v| !v.gone).saturating_sub(leave);
+    let separators = count(&|v| v.separator && !v.gone);
+    let (open, others) = (count(&|v| v.open), count(&Visual::is_open));
+    let too_many = separators.saturating_sub(left / 2).min(open - others);
+    let of_others = leave.saturating_sub(too_many).min(others);
+    let mut rest = [of_others, leave - of_others];
     group.sort_unstable_by_key(order);
-    let open = group.iter_mut().filter(|v| v.open);
-    open.take(leave).for_each(|v| v.evict(plan));
+    for token in group.iter_mut().filter(|v| v.open) {
+        let rest = &mut rest[usize::from(token.separator)];
+        if *rest > 0 {
+            *rest -= 1;
+            token.evict(plan);
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use crate::cache::{Cell, Ledger, Pos};
 use crate::controller::{After, Controller};
 use crate::error::{Error, Result};
-use crate::policy::{EvictionPolicy, Observe, Plan};
+use crate::policy::{EvictionPolicy, Held, Observe, Plan};
 use crate::trace::Record;
 
 /// A cache that lives through a trace.
@@ -39,7 +39,7 @@ impl EvictionPolicy for ByDictate {
         Observe::Nothing
     }
 
-    fn prune(&mut self, _: &Ledger, plan: &mut Plan) -> Result<()> {
+    fn prune(&mut self, _: &Ledger, _: Held, plan: &mut Plan) -> Result<()> {
         plan.evict.append(&mut self.0.borrow_mut().judged);
         Ok(())
     }

@@ -266,17 +266,15 @@ impl Builder {
         Ok(())
     }
 
-    /// A picture of one value a row: all the loops ask of it is which rows are alike.
+    /// A picture of one value a row: the loops do not ask what it shows.
     fn picture(&self, base: usize, n: usize, image: u32) -> Segment {
-        let value = |row: usize| match self.separators.contains(&((base + row) as Pos)) {
-            true => -1.0,
-            false => row as f32,
-        };
+        let separates = |row: &usize| self.separators.contains(&((base + row) as Pos));
         Segment::Image {
-            embeddings: (0..n).map(value).collect(),
+            embeddings: vec![0.0; n],
             n,
             image,
             axes: None,
+            separators: (0..n).filter(separates).map(|row| row as u32).collect(),
         }
     }
 

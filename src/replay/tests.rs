@@ -61,12 +61,11 @@ fn recorded(policy: &str, options: &PolicyOptions) -> (Header, Vec<Record>) {
     let mut session = Session::new(engine, controller);
     for image in 0..2 {
         let picture = Segment::Image {
-            embeddings: (0..60)
-                .map(|i| if i % 7 == 6 { -1.0 } else { i as f32 })
-                .collect(),
+            embeddings: vec![0.0; 60],
             n: 60,
             image,
             axes: None,
+            separators: (6..60).step_by(7).collect(),
         };
         let text = |n: usize| Segment::Tokens(vec![5; n]);
         session

@@ -10,7 +10,7 @@ use hae::controller::Controller;
 use hae::engine::Engine;
 use hae::engine::scripted::{Call, Scripted, hashed};
 use hae::generate::Session;
-use hae::policy::{Amount, EvictionPolicy, Limits, Observe, Plan, PolicyOptions, create};
+use hae::policy::{Amount, EvictionPolicy, Held, Limits, Observe, Plan, PolicyOptions, create};
 use proptest::prelude::*;
 
 use crate::random::{N_LAYER, Turn, assert_in_step, options, prompt, turns};
@@ -104,8 +104,8 @@ impl EvictionPolicy for Spy {
         self.policy.decay()
     }
 
-    fn prune(&mut self, cache: &Ledger, plan: &mut Plan) -> hae::Result<()> {
-        self.policy.prune(cache, plan)
+    fn prune(&mut self, cache: &Ledger, held: Held, plan: &mut Plan) -> hae::Result<()> {
+        self.policy.prune(cache, held, plan)
     }
 
     fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> hae::Result<()> {

@@ -80,16 +80,13 @@ fn segments(turn: &[(bool, usize)], first_image: u32, n_embd: usize, seed: u64) 
             let token = |i| 3 + (uniform(place + i, 1) * 900.0) as Token;
             return Segment::Tokens((0..n).map(token).collect());
         }
-        let row = |i: usize| match i % 9 {
-            8 => 999_000,
-            _ => place + i,
-        };
-        let value = |i: usize| (uniform(row(i / n_embd), 2 + i % n_embd) - 0.5) as f32 * 0.2;
+        let value = |i: usize| (uniform(place + i / n_embd, 2 + i % n_embd) - 0.5) as f32 * 0.2;
         Segment::Image {
             embeddings: (0..n * n_embd).map(value).collect(),
             n,
             image,
             axes: None,
+            separators: (8..n as u32).step_by(9).collect(),
         }
     };
     numbered.map(segment).collect()

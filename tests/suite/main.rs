@@ -70,8 +70,10 @@ mod references;
 mod remake;
 mod replay;
 #[cfg(feature = "kv-patches")]
+mod room;
 mod rope;
 mod runtime;
+mod separators;
 mod session;
 mod signals;
 mod stock;

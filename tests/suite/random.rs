@@ -99,6 +99,7 @@ pub fn prompt(segments: &[(bool, usize)], first_image: u32) -> Vec<Segment> {
                 n,
                 image,
                 axes: None,
+                separators: Vec::new(),
             },
             false => Segment::Tokens(vec![3; n]),
         });

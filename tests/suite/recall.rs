@@ -15,11 +15,21 @@ use proptest::prelude::*;
 use crate::random::{N_LAYER, Turn, assert_in_step, options, prompt, row, turns};
 
 fn session(options: &PolicyOptions, seed: u64, n_cells: usize, host: usize) -> Session<Scripted> {
+    session_of("hae", options, seed, n_cells, host)
+}
+
+fn session_of(
+    name: &str,
+    options: &PolicyOptions,
+    seed: u64,
+    n_cells: usize,
+    host: usize,
+) -> Session<Scripted> {
     let limits = Limits {
         n_layer: N_LAYER,
         n_cells,
     };
-    let policy = create("hae", options, limits).unwrap();
+    let policy = create(name, options, limits).unwrap();
     let engine = Scripted::new(n_cells, 7)
         .with_attention(move |q, k| hashed(seed, q, k))
         .patched();
@@ -330,47 +340,137 @@ fn evicted_text_waits_on_the_host() {
     assert_eq!(recalled, waiting);
 }
 
-/// A picture of three rows that end in the same token, as Phi-3.5-vision's crops do.
+/// A picture of three rows with their ends, as Phi-3.5-vision's crops have them. All its rows have
+/// the same embeddings: what looks alike is no separator for that.
+fn rows_of_five() -> [Segment; 2] {
+    let picture = Segment::Image {
+        embeddings: vec![1.0; 15],
+        n: 15,
+        image: 0,
+        axes: None,
+        separators: vec![4, 9, 14],
+    };
+    [picture, Segment::Tokens(vec![3; 3])]
+}
+
+fn is_row_end(pos: &Pos) -> bool {
+    pos % 5 == 4
+}
+
 #[test]
 fn row_ends_stay_with_what_is_kept() {
-    let picture = |row: usize| [row as f32 * f32::from(u8::from(row % 5 != 4)), 1.0];
-    let prompt = [
-        Segment::Image {
-            embeddings: (1..=15).map(|row| row - 1).flat_map(picture).collect(),
-            n: 15,
-            image: 0,
-            axes: None,
-        },
-        Segment::Tokens(vec![3; 3]),
-    ];
-    // The row ends at 4, 9 and 14; row 0 has the same values, which makes it one of them.
     let kept = |keep_separators, mode| {
         let options = PolicyOptions {
             keep_separators,
             ..dap(mode, Amount::Cells(7))
         };
         let mut session = session(&options, 11, 64, 0);
-        assert!(session.prefill(&prompt, &|| false).unwrap());
+        assert!(session.prefill(&rows_of_five(), &|| false).unwrap());
         held(&session, Modality::Vision)
     };
     assert_eq!(kept(true, DapMode::Exact), kept(false, DapMode::Early));
     assert_eq!(kept(true, DapMode::Midway), kept(false, DapMode::Early));
+    assert_eq!(kept(false, DapMode::Early).len(), 7);
     let with = kept(true, DapMode::Early);
-    assert!(
-        [0, 4, 9, 14].iter().all(|pos| with.contains(pos)),
-        "{with:?}"
-    );
-    assert_eq!((with.len(), kept(false, DapMode::Early).len()), (7, 7));
-    let content = |kept: BTreeSet<Pos>| kept.into_iter().filter(|pos| pos % 5 != 4 && *pos > 0);
-    let best: Vec<Pos> = content(with).collect();
+    // The best others fill what the ends leave.
+    let mut others: Vec<Pos> = (0..15).filter(|pos| !is_row_end(pos)).collect();
     let scores = row(11, 17, &(0..18).collect::<Vec<_>>());
-    let lowest = best
-        .iter()
-        .map(|&pos| scores[pos as usize])
-        .fold(1.0, f64::min);
-    let left = (1..15).filter(|pos| pos % 5 != 4 && !best.contains(pos));
-    assert!(
-        left.map(|pos| scores[pos as usize])
-            .all(|score| score < lowest)
-    );
+    others.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]));
+    let best = others.into_iter().take(4).chain([4, 9, 14]);
+    assert_eq!(with, best.collect());
+}
+
+/// A number below twice that of the row ends: of these the best stay, at most half of it.
+#[test]
+fn row_ends_are_at_most_half_of_what_is_kept() {
+    for (keep, ends) in [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2), (6, 3), (7, 3)] {
+        let options = dap(DapMode::Early, Amount::Cells(keep));
+        let mut session = session(&options, 11, 64, 0);
+        assert!(session.prefill(&rows_of_five(), &|| false).unwrap());
+        let held = held(&session, Modality::Vision);
+        let kept_ends = held.iter().filter(|pos| is_row_end(pos)).count();
+        assert_eq!((held.len(), kept_ends), (keep, ends));
+    }
+}
+
+#[test]
+fn no_threshold_takes_row_ends() {
+    let options = PolicyOptions {
+        dap: Some(DapOptions {
+            rule: DapRule::Tau(100.0),
+            alpha: None,
+            scope: Scope::Turn,
+        }),
+        ..dap(DapMode::Early, Amount::Cells(1))
+    };
+    let mut session = session(&options, 11, 64, 0);
+    assert!(session.prefill(&rows_of_five(), &|| false).unwrap());
+    assert_eq!(held(&session, Modality::Vision), [4, 9, 14].into());
+}
+
+proptest! {
+    /// Budgets hold where a trial run judges, whether earlier turns are remembered or not, and
+    /// row ends do not stand in their way.
+    #[test]
+    fn what_is_pruned_before_it_goes_in_fits_the_budget(
+        turns in prop::collection::vec((1..8usize, 1..40usize, 1..10usize), 1..4),
+        budget in 8..80usize,
+        seed in any::<u64>(),
+        recall in any::<bool>(),
+        midway in any::<bool>(),
+    ) {
+        for name in ["hae", "dap", "fastv", "mustdrop"] {
+            let options = PolicyOptions {
+                dap_mode: if midway { DapMode::Midway } else { DapMode::Early },
+                kv_budget: Some(Amount::Cells(budget)),
+                sinks: 0,
+                recent: 0,
+                bin_size: 2,
+                recall,
+                ..PolicyOptions::default()
+            };
+            let mut session = session_of(name, &options, seed, 400, 0);
+            let remembers = recall && ["hae", "dap"].contains(&name);
+            for &(n_text, n_picture, answer) in &turns {
+                let earlier = match remembers {
+                    true => 0,
+                    false => held(&session, Modality::Vision).len(),
+                };
+                let picture = Segment::Image {
+                    embeddings: vec![1.0; n_picture],
+                    n: n_picture,
+                    image: 0,
+                    axes: None,
+                    separators: (1..n_picture as u32).step_by(2).collect(),
+                };
+                session.expect(answer);
+                let prompt = [picture, Segment::Tokens(vec![3; n_text])];
+                prop_assert!(session.prefill(&prompt, &|| false).unwrap());
+                let text = held(&session, Modality::Text).len();
+                let cells = session.controller.ledger().counts().cells();
+                // Text is not theirs to prune, and something of the pictures stays.
+                let least = match name {
+                    "hae" => 0,
+                    _ => text + earlier + 1,
+                };
+                let room = match name {
+                    "hae" => budget,
+                    _ => budget.saturating_sub(answer),
+                };
+                prop_assert!(cells <= room.max(least), "{name}: {cells} of {room}");
+                // And no more leave than must, where nothing but the budget says so.
+                if name == "fastv" {
+                    let all = text + earlier + n_picture;
+                    prop_assert_eq!(cells, all.min(room.max(least)), "{}", name);
+                }
+                for _ in 0..answer {
+                    session.step(3).unwrap();
+                    assert_in_step(&session);
+                }
+            }
+            if name == "hae" {
+                prop_assert!(session.controller.report().peak_decoding <= budget);
+            }
+        }
+    }
 }
