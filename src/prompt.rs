@@ -161,7 +161,8 @@ pub fn place_pictures(text: &str, n: usize, line: bool) -> Result<(String, Vec<u
 /// Tokenizes the new text of a turn. `first` is the conversation's first.
 ///
 /// # Errors
-/// [`Error::Option`] for pictures without a vision file, otherwise as [`Vision::tokenize`].
+/// [`Error::Option`] for pictures without a vision file, otherwise as [`Vision::tokenize`] and
+/// [`Model::tokenize`].
 pub fn tokenize(
     model: &Model,
     vision: Option<&Vision<'_>>,
@@ -178,7 +179,7 @@ pub fn tokenize(
         // turns, but not the text that goes on from an earlier turn.
         Some(vision) if !first && vision.bos_per_text() && !pictures.is_empty() => {
             let (head, _) = text.split_once(Vision::MARKER).unwrap_or((text, ""));
-            let mut pieces = vec![Piece::Text(model.tokenize(head, false, true))];
+            let mut pieces = vec![Piece::Text(model.tokenize(head, false, true)?)];
             let rest = vision.tokenize(&text[head.len()..], pictures, true)?;
             // It begins with the picture: the empty text before that has its own BOS, too.
             let empty = usize::from(matches!(rest.first(), Some(Piece::Text(_))));
@@ -186,7 +187,7 @@ pub fn tokenize(
             Ok(pieces)
         }
         Some(vision) if !pictures.is_empty() => vision.tokenize(text, pictures, first),
-        _ => Ok(vec![Piece::Text(model.tokenize(text, first, true))]),
+        _ => Ok(vec![Piece::Text(model.tokenize(text, first, true)?)]),
     }
 }
 

@@ -3,8 +3,12 @@
 use llama_cpp_sys_2 as sys;
 
 use super::context::{LlamaEngine, SEQ};
-use super::log;
+#[cfg(feature = "kv-patches")]
+use super::rows::MAX_POS;
+use super::{log, memory};
 use crate::cache::Cell;
+#[cfg(feature = "kv-patches")]
+use crate::cache::Pos;
 use crate::error::{Error, Result};
 
 /// `LLAMA_STATE_SEQ_FLAGS_ON_DEVICE`, a macro that the bindings lack.
@@ -26,6 +30,11 @@ impl SequenceState {
 
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
+    }
+
+    /// What a file would hold.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 }
 
@@ -96,40 +105,73 @@ impl LlamaEngine<'_> {
     ///
     /// # Errors
     /// [`Error::ContextFull`] when they do not fit, [`Error::Llama`] when llama.cpp refuses the
-    /// state; the cache is then empty.
-    pub fn restore_bytes(&mut self, bytes: Vec<u8>, n: usize) -> Result<Vec<Cell>> {
+    /// state, or it is not one of `n` tokens; the cache is then empty.
+    pub fn reopen(&mut self, state: &SequenceState, n: usize) -> Result<Vec<Cell>> {
         self.clear();
         if n > self.n_ctx {
             return Err(Error::ContextFull { n_ctx: self.n_ctx });
         }
         self.grow(n)?;
-        let n = Cell::try_from(n).unwrap_or(Cell::MAX);
-        let counted = self.counted.map(|_| n);
-        let restored = self.restore(&SequenceState { bytes, counted });
+        let restored = self.restore(state).and_then(|()| self.check_restored(n));
         if restored.is_err() {
             self.clear();
         }
-        restored.map(|()| (0..n).collect())
+        restored.map(|()| (0..Cell::try_from(n).unwrap_or(Cell::MAX)).collect())
+    }
+
+    /// As [`LlamaEngine::reopen`], of bytes from a file: llama.cpp checks their sizes, and what they
+    /// say of positions is checked here.
+    pub(crate) fn restore_bytes(&mut self, bytes: Vec<u8>, n: usize) -> Result<Vec<Cell>> {
+        let counted = self.counted.map(|_| Cell::try_from(n).unwrap_or(Cell::MAX));
+        self.reopen(&SequenceState { bytes, counted }, n)
+    }
+
+    #[cfg(feature = "kv-patches")]
+    fn check_restored(&self, n: usize) -> Result<()> {
+        if !self.is_plain() {
+            return Ok(());
+        }
+        let mut map = Vec::new();
+        self.cell_map(&mut map)?;
+        let (used, free) = map.split_at(n.min(map.len()));
+        let possible = |pos: &Option<Pos>| pos.is_some_and(|pos| pos <= MAX_POS);
+        match used.len() == n && used.iter().all(possible) && free.iter().all(Option::is_none) {
+            true => Ok(()),
+            false => Err(Error::llama(
+                "llama_state_seq_set_data_ext",
+                format!("the state does not hold {n} tokens at positions up to {MAX_POS}"),
+            )),
+        }
+    }
+
+    #[cfg(not(feature = "kv-patches"))]
+    fn check_restored(&self, _n: usize) -> Result<()> {
+        Ok(())
     }
 
     fn get_state(&mut self, flags: sys::llama_state_seq_flags) -> Result<SequenceState> {
+        const CALL: &str = "llama_state_seq_get_data_ext";
         log::forget();
         let context = self.raw.as_ptr();
-        // SAFETY: the context is alive and borrowed mutably; the second call writes no more than
-        // the buffer's size, which it is told.
-        let (bytes, written) = unsafe {
-            let size = sys::llama_state_seq_get_size_ext(context, SEQ, flags);
-            let mut bytes = vec![0; size];
-            let written =
-                sys::llama_state_seq_get_data_ext(context, bytes.as_mut_ptr(), size, SEQ, flags);
-            (bytes, written)
+        // SAFETY: the context is alive and borrowed mutably.
+        let size = unsafe { sys::llama_state_seq_get_size_ext(context, SEQ, flags) };
+        let mut bytes = Vec::new();
+        let what = "a copy of the conversation's cache";
+        memory::reserve(
+            &mut bytes,
+            size,
+            CALL,
+            what,
+            "a smaller -c, or a -ctk and -ctv",
+        )?;
+        bytes.resize(size, 0);
+        // SAFETY: as above; the call writes no more than the buffer's size, which it is told.
+        let written = unsafe {
+            sys::llama_state_seq_get_data_ext(context, bytes.as_mut_ptr(), size, SEQ, flags)
         };
         if written == 0 || written != bytes.len() {
             let reason = format!("{written} of {} bytes written", bytes.len());
-            return Err(Error::llama(
-                "llama_state_seq_get_data_ext",
-                log::take_reason(&reason),
-            ));
+            return Err(Error::llama(CALL, log::take_reason(&reason)));
         }
         Ok(SequenceState {
             bytes,
@@ -143,9 +185,10 @@ impl LlamaEngine<'_> {
         flags: sys::llama_state_seq_flags,
     ) -> Result<()> {
         log::forget();
-        // SAFETY: the context is alive and borrowed mutably; the bytes are a whole state that
-        // llama.cpp wrote (in this process, or in a file with a checksum), read with the flags they were written
-        // with, and a state on the device is the last one of this context.
+        // SAFETY: the context is alive and borrowed mutably, and llama.cpp reads no more bytes than
+        // there are. They are a state that it wrote in this process, read with the flags they were
+        // written with, or come from a file: of those it checks every size before it copies
+        // (state_read_meta, state_read_data). A state on the device is the last one of this context.
         let read = unsafe {
             sys::llama_state_seq_set_data_ext(
                 self.raw.as_ptr(),

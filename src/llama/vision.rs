@@ -7,11 +7,14 @@ use std::ptr::NonNull;
 use llama_cpp_sys_2 as sys;
 
 use super::gguf::{Gguf, c_path};
-use super::{Model, log};
+use super::{Model, hparams, log, memory, weights};
 use crate::cache::Pos;
 use crate::engine::Token;
 use crate::error::{Error, Result};
 use crate::image::{Picture, hd};
+
+/// What makes a picture need less memory.
+const SMALLER: &str = "a smaller picture, or a smaller --num-crops to Phi-3.5-vision";
 
 /// How to load a vision file.
 #[derive(Clone, Copy, Debug)]
@@ -148,6 +151,8 @@ impl<'m> Vision<'m> {
         let projector = meta
             .text("clip.projector_type")
             .or_else(|e| meta.text("clip.vision.projector_type").map_err(|_| e))?;
+        hparams::check_vision(&meta)?;
+        weights::check(&meta)?;
         let c_path = c_path(path)?;
         let marker = CString::new(Self::MARKER)
             .map_err(|e| Error::llama("mtmd_init_from_file", e.to_string()))?;
@@ -284,9 +289,10 @@ impl<'m> Vision<'m> {
             )
         };
         if status != 0 {
+            let reason = log::take_reason(&format!("status {status}"));
             return Err(Error::llama(
                 "mtmd_tokenize",
-                log::take_reason(&format!("status {status}")),
+                memory::explained(reason, "cutting up a picture", SMALLER),
             ));
         }
         // SAFETY: the chunks are alive.
@@ -335,22 +341,26 @@ impl<'m> Vision<'m> {
         log::forget();
         // SAFETY: context and chunk are alive.
         let status = unsafe { sys::mtmd_encode_chunk(self.ctx.as_ptr(), image.chunk.as_ptr()) };
+        let what = format!("encoding a picture of {} tokens", image.n);
         if status != 0 {
+            let reason = log::take_reason(&format!("status {status}"));
             return Err(Error::llama(
                 "mtmd_encode_chunk",
-                log::take_reason(&format!("status {status}")),
+                memory::explained(reason, &what, SMALLER),
             ));
         }
         let len = image.n * self.model.n_embd();
+        let mut data = Vec::new();
+        memory::reserve(&mut data, len, "mtmd_get_output_embd", &what, SMALLER)?;
         // SAFETY: after a successful encode the output holds n_tokens * n_embd floats, until the
         // next encode; they are copied at once.
-        let data = unsafe {
-            let data = sys::mtmd_get_output_embd(self.ctx.as_ptr());
-            if data.is_null() {
+        unsafe {
+            let output = sys::mtmd_get_output_embd(self.ctx.as_ptr());
+            if output.is_null() {
                 return Err(Error::llama("mtmd_get_output_embd", "no embeddings"));
             }
-            std::slice::from_raw_parts(data, len).to_vec()
-        };
+            data.extend_from_slice(std::slice::from_raw_parts(output, len));
+        }
         Ok(ImageEmbeddings {
             data,
             n: image.n,
@@ -416,7 +426,10 @@ fn bitmap(picture: &Picture) -> Result<Bitmap> {
         sys::mtmd_bitmap_init(picture.width, picture.height, picture.rgb.as_ptr())
     })
     .map(Bitmap)
-    .ok_or_else(|| Error::llama("mtmd_bitmap_init", "out of memory"))?;
+    .ok_or_else(|| {
+        let reason = memory::explained("no memory".to_owned(), "a picture", SMALLER);
+        Error::llama("mtmd_bitmap_init", reason)
+    })?;
     if let Some(n) = picture.num_crops {
         // SAFETY: the bitmap is alive; mtmd checks the number when it cuts the picture.
         unsafe { sys::mtmd_bitmap_set_max_tiles(bitmap.0.as_ptr(), n.try_into().unwrap_or(-1)) }

@@ -138,6 +138,7 @@ impl<'m> Run<'m> {
     fn reopen(&self, mut session: Session<Mirrored<'m>>) -> Session<Mirrored<'m>> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("chat.session");
+        let state = session.engine.engine.save().unwrap();
         let saved = Saved {
             model: ModelIdentity {
                 arch: self.model.arch().to_owned(),
@@ -152,7 +153,7 @@ impl<'m> Run<'m> {
             pending: None,
             images: 0,
             ledger: session.controller.ledger().save(),
-            state: session.engine.engine.state().unwrap(),
+            state: state.bytes().to_vec(),
             history: session.history().clone(),
             host_bin: session.host_bin().saved().cloned().collect(),
         };
@@ -175,7 +176,8 @@ impl<'m> Run<'m> {
         engine.grow(n);
         let order: Vec<Pos> = cells.entries().map(|(_, pos)| pos).collect();
         let expected = engine.cells.insert(&order).unwrap();
-        let got = engine.engine.restore_bytes(saved.state, n).unwrap();
+        assert!(saved.state == state.bytes());
+        let got = engine.engine.reopen(&state, n).unwrap();
         assert!(got.iter().map(|&cell| cell as usize).eq(expected));
         engine.check("opening a session");
         let mut controller = self.controller();
