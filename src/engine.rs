@@ -28,7 +28,7 @@ pub enum Input<'a> {
 }
 
 impl Input<'_> {
-    /// Number of positions the input takes.
+    /// Rows of the input: tokens, or visual embeddings.
     pub fn len(&self) -> usize {
         match self {
             Input::Tokens(t) => t.len(),

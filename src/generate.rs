@@ -99,7 +99,7 @@ pub struct Generated {
     /// The last token of `tokens`, when it is not in the cache (it was not needed, or there was
     /// no cell). The next turn's prompt has to begin with it.
     pub pending: Option<Token>,
-    /// Positions of the prompt.
+    /// Rows of the prompt.
     pub prompt: PerModality,
     pub timings: Timings,
 }

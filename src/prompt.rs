@@ -148,7 +148,8 @@ fn after_answer<'a>(rest: &'a str, answer: &str) -> Option<&'a str> {
 /// order of their places.
 ///
 /// # Errors
-/// [`Error::Option`] for pictures without a vision file, otherwise as [`Vision::tokenize`].
+/// [`Error::Option`] for pictures without a vision file, otherwise as [`Vision::tokenize`] and
+/// [`Model::tokenize`].
 pub fn tokenize(
     model: &Model,
     vision: Option<&Vision<'_>>,
@@ -158,7 +159,7 @@ pub fn tokenize(
 ) -> Result<Vec<Piece>> {
     let mut parts = places::parts(text, pictures)?;
     match (vision, &mut parts[..]) {
-        (_, [Part::Text(text)]) => Ok(vec![Piece::Text(model.tokenize(text, first, true))]),
+        (_, [Part::Text(text)]) => Ok(vec![Piece::Text(model.tokenize(text, first, true)?)]),
         (None, _) => Err(Error::option(
             "--image",
             "pictures need a vision file, give one with --mmproj",
@@ -166,11 +167,8 @@ pub fn tokenize(
         // Phi-3.5-vision's processor starts the text behind a picture with BOS, also in later
         // turns, but not the text that goes on from an earlier turn.
         (Some(vision), [Part::Text(head), ..]) if !first && vision.bos_per_text() => {
-            let mut pieces = vec![Piece::Text(model.tokenize(
-                &std::mem::take(head),
-                false,
-                true,
-            ))];
+            let head = model.tokenize(&std::mem::take(head), false, true)?;
+            let mut pieces = vec![Piece::Text(head)];
             let rest = vision.tokenize(&parts, true)?;
             // It begins with the picture: the empty text before that has its own BOS, too.
             let empty = usize::from(matches!(rest.first(), Some(Piece::Text(_))));

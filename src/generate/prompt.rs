@@ -168,7 +168,7 @@ impl Segment {
     }
 }
 
-/// Positions that the prompt takes.
+/// Rows of the prompt.
 pub(super) fn count(prompt: &[Segment]) -> PerModality {
     let mut counts = PerModality::default();
     for segment in prompt {

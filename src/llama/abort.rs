@@ -6,6 +6,8 @@ use std::sync::Mutex;
 
 use llama_cpp_sys_2 as sys;
 
+use super::{log, memory};
+
 /// Told what went wrong; returns the exit status.
 type Handler = fn(&str) -> i32;
 
@@ -32,7 +34,10 @@ unsafe extern "C" fn receive(message: *const c_char) {
                 .to_string_lossy()
                 .into_owned()
         };
-        Some(handler(without_folder(&message)))
+        Some(handler(&reason(
+            without_folder(&message),
+            log::take_reason(""),
+        )))
     });
     match status {
         // At once, without atexit handlers.
@@ -40,6 +45,19 @@ unsafe extern "C" fn receive(message: *const c_char) {
         // Another thread is reporting: leave it the time.
         Ok(None) => std::thread::sleep(std::time::Duration::from_secs(5)),
         Err(_) => {}
+    }
+}
+
+/// The assertion, and where the log says that memory was refused before: that.
+fn reason(assertion: &str, logged: String) -> String {
+    let explained = memory::explained(
+        logged,
+        "what is to be computed",
+        "a smaller -c, -ub or picture",
+    );
+    match explained.starts_with("not enough memory") {
+        true => explained,
+        false => assertion.to_owned(),
     }
 }
 
@@ -52,7 +70,22 @@ fn without_folder(message: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use super::without_folder;
+    use super::{reason, without_folder};
+
+    #[test]
+    fn an_assertion_behind_a_lack_of_memory_says_so() {
+        let assertion = "ggml.c:1: GGML_ASSERT(ctx->mem_buffer) failed";
+        let logged = "insufficient memory (attempted to allocate 12.00 MB)";
+        assert_eq!(
+            reason(assertion, logged.to_owned()),
+            format!(
+                "not enough memory for what is to be computed: give a smaller -c, -ub or picture ({logged})"
+            )
+        );
+        for other in ["", "failed to open a file"] {
+            assert_eq!(reason(assertion, other.to_owned()), assertion);
+        }
+    }
 
     #[test]
     fn folders_are_cut_from_the_place_alone() {

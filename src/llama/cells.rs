@@ -210,7 +210,16 @@ impl LlamaEngine<'_> {
     pub fn rows(&mut self, cells: &[Cell]) -> Result<Vec<u8>> {
         const CALL: &str = "llama_hae_kv_rows_get";
         let n = count(CALL, cells.len())?;
-        let mut rows = vec![0; self.row_bytes()? * cells.len()];
+        let size = self.row_bytes()?.saturating_mul(cells.len());
+        let mut rows = Vec::new();
+        memory::reserve(
+            &mut rows,
+            size,
+            CALL,
+            "evicted text",
+            "a smaller --bin-host-mib",
+        )?;
+        rows.resize(size, 0);
         log::forget();
         // SAFETY: the context is alive and borrowed mutably; `cells` holds n cells, and the size of
         // `rows` is passed along and checked there.

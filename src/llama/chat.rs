@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use llama_cpp_2::model::{LlamaChatMessage, LlamaChatTemplate};
 use llama_cpp_sys_2 as sys;
 
-use super::Model;
+use super::{Model, log};
 use crate::error::{Error, Result};
 
 /// One turn of a conversation.
@@ -35,9 +35,15 @@ pub fn apply(
         .map(|m| LlamaChatMessage::new(m.role.to_owned(), m.content.clone()))
         .collect::<std::result::Result<Vec<_>, _>>()
         .map_err(|_| Error::option("-p", "the prompt contains a NUL byte"))?;
-    model.inner.apply_chat_template(&template, &messages, open_answer).map_err(|_| {
-        bad("llama.cpp does not know this template, expected a name such as phi3, chatml or llama3".into())
-    })
+    log::forget();
+    model
+        .inner
+        .apply_chat_template(&template, &messages, open_answer)
+        .map_err(|_| {
+            bad(log::take_reason(
+                "llama.cpp does not know this template, expected a name such as phi3, chatml or llama3",
+            ))
+        })
 }
 
 /// The names of the templates that llama.cpp knows.

@@ -9,20 +9,25 @@ use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
+use super::callback::{Owned, on_node};
 #[cfg(feature = "kv-patches")]
 use super::layers::Hidden;
 use super::memory::OwnBlocks;
-use super::observer::{Observer, on_node};
+use super::observer::Observer;
 use super::options::{ContextOptions, FlashAttention};
 use super::room::{self, Room};
+use super::rows::{Rows, Takes, check_token};
 use super::sampler::Sampler;
 use super::state::SequenceState;
 #[cfg(feature = "kv-patches")]
-use super::taps::{self, ScoreSource};
-use super::{Model, RopeFactors, SamplerOptions, backend, log, trial};
+use super::taps;
+use super::{Model, RopeFactors, SamplerOptions, backend, log, memory, trial};
 use crate::cache::{Cell, Pos};
 use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
 use crate::error::{Error, Result};
+
+/// What makes a context and its batches need less memory.
+const SMALLER: &str = "a smaller -c or -ub, or -ctk and -ctv q8_0";
 
 /// The one sequence of the context.
 pub(super) const SEQ: sys::llama_seq_id = 0;
@@ -31,7 +36,8 @@ pub(super) const SEQ: sys::llama_seq_id = 0;
 pub struct LlamaEngine<'m> {
     // Declared first, so dropped before the observer that it points to.
     ctx: LlamaContext<'m>,
-    /// The same context, for calls that only read it.
+    /// The same context, for calls that the wrapper has no name for. Those that change it borrow
+    /// the engine mutably.
     pub(super) raw: NonNull<sys::llama_context>,
     observer: Owned,
     /// Whether llama.cpp calls the observer: where nothing else tells cells, sizes or scores.
@@ -51,49 +57,12 @@ pub struct LlamaEngine<'m> {
     /// In a trial run: what its tokens were when they came to the last layer.
     #[cfg(feature = "kv-patches")]
     pub(super) hidden: Option<Hidden>,
+    /// Query rows of a batch that the graph has buffers for.
+    #[cfg(feature = "kv-patches")]
+    tap_rows: u32,
     /// Whether the last batch asked for logits: reading absent ones would end the process.
     has_logits: bool,
     rows: Rows,
-}
-
-/// The observer that llama.cpp holds a pointer to. It is only ever reached through this one
-/// pointer, so that neither side's access invalidates the other's.
-struct Owned(NonNull<Observer>);
-
-impl Owned {
-    fn new(observer: Observer) -> Self {
-        Owned(NonNull::from(Box::leak(Box::new(observer))))
-    }
-
-    fn get(&self) -> &Observer {
-        // SAFETY: alive until drop; llama.cpp uses it only inside llama_decode, which borrows
-        // the engine mutably.
-        unsafe { self.0.as_ref() }
-    }
-
-    fn get_mut(&mut self) -> &mut Observer {
-        // SAFETY: as above.
-        unsafe { self.0.as_mut() }
-    }
-}
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        // SAFETY: made by Box::leak in `new`, freed once; the context is gone by now.
-        drop(unsafe { Box::from_raw(self.0.as_ptr()) });
-    }
-}
-
-/// Per-row fields of a `llama_batch`, reused.
-#[derive(Default)]
-struct Rows {
-    pos: Vec<sys::llama_pos>,
-    n_seq_id: Vec<i32>,
-    seq_id: Vec<*mut sys::llama_seq_id>,
-    logits: Vec<i8>,
-    /// What goes on from a trial run.
-    #[cfg(feature = "kv-patches")]
-    hidden: Vec<f32>,
 }
 
 impl<'m> LlamaEngine<'m> {
@@ -161,25 +130,25 @@ impl<'m> LlamaEngine<'m> {
         room::set(options.kv_size, raw);
         if watched {
             raw.cb_eval = Some(on_node);
-            raw.cb_eval_user_data = observer.0.as_ptr().cast();
+            raw.cb_eval_user_data = observer.user_data();
         }
 
         log::forget();
         let blocks = OwnBlocks::new();
         let mut ctx = model.inner.new_context(backend()?, params).map_err(|e| {
+            let reason = log::take_reason(&e.to_string());
+            let what = format!("a context of {} cells", options.n_ctx);
             Error::llama(
                 "llama_init_from_model",
-                format!(
-                    "no context of {} cells: {}",
-                    options.n_ctx,
-                    log::take_reason(&e.to_string())
-                ),
+                memory::explained(reason, &what, SMALLER),
             )
         })?;
+        // As many query rows as most policies have, the last one; a batch with more asks for more.
         #[cfg(feature = "kv-patches")]
-        if options.score_source == ScoreSource::Graph && !options.score_layers.is_empty() {
-            ctx = taps::tapped(ctx, &options.score_layers)?;
-        }
+        let tap_rows = match options.taps() {
+            true => taps::set(&mut ctx, &options.score_layers, 1)?,
+            false => 0,
+        };
         drop(blocks);
         let n_ctx = ctx.n_ctx() as usize;
         let raw = NonNull::new(ctx.as_mut_ptr())
@@ -200,6 +169,8 @@ impl<'m> LlamaEngine<'m> {
             trial: None,
             #[cfg(feature = "kv-patches")]
             hidden: None,
+            #[cfg(feature = "kv-patches")]
+            tap_rows,
             has_logits: false,
             rows: Rows::default(),
         };
@@ -262,27 +233,33 @@ impl<'m> LlamaEngine<'m> {
         }
     }
 
-    fn set_causal(&mut self, causal: bool) {
-        // SAFETY: the pointer is valid while `self.ctx` lives.
-        unsafe { sys::llama_set_causal_attn(self.ctx.as_mut_ptr(), causal) };
+    /// Refuses query rows that nothing would be read of: their missing attention would let every
+    /// token look unused.
+    fn check_queries(&self, batch: &Batch<'_>) -> Result<()> {
+        let (rows, most) = (batch.input.len(), self.n_ubatch());
+        let refused = |reason: String| Err(Error::llama("llama_decode", reason));
+        if batch.queries.is_empty() || self.options.calls_back() {
+            return Ok(());
+        }
+        if self.options.score_layers.is_empty() {
+            return refused("attention of a context that was made without score layers".to_owned());
+        }
+        if rows > most {
+            return refused(format!("attention of {rows} rows in batches of {most}"));
+        }
+        Ok(())
     }
 
     /// Tells the graph which rows to score; whether there will be scores to read.
     #[cfg(feature = "kv-patches")]
     fn begin_taps(&mut self, batch: &Batch<'_>) -> Result<bool> {
-        let options = &self.options;
-        if options.score_layers.is_empty() || options.score_source != ScoreSource::Graph {
+        if !self.options.taps() {
             return Ok(false);
         }
-        if !batch.queries.is_empty() && batch.input.len() > self.n_ubatch() {
-            return Err(Error::llama(
-                "llama_hae_taps_rows",
-                format!(
-                    "scores of {} rows in batches of {}",
-                    batch.input.len(),
-                    self.n_ubatch()
-                ),
-            ));
+        let n_rows = u32::try_from(batch.queries.len()).unwrap_or(u32::MAX);
+        if n_rows > self.tap_rows {
+            let n_rows = taps::rows_for(n_rows, self.n_ubatch());
+            self.tap_rows = taps::set(&mut self.ctx, &self.options.score_layers, n_rows)?;
         }
         taps::begin(&mut self.ctx, batch.queries)?;
         Ok(!batch.queries.is_empty())
@@ -295,8 +272,10 @@ impl<'m> LlamaEngine<'m> {
         cells: &mut Vec<Cell>,
         seen: &mut Observation,
     ) -> Result<()> {
-        seen.queries
-            .extend(batch.queries.iter().map(|&row| batch.pos[row as usize]));
+        if !seen.sum.is_empty() {
+            let pos_of = |&row: &u32| batch.pos.get(row as usize);
+            seen.queries.extend(batch.queries.iter().filter_map(pos_of));
+        }
         if let Some(next) = &mut self.counted {
             cells.clear();
             cells.extend((*next..).take(batch.input.len()));
@@ -327,105 +306,25 @@ impl<'m> LlamaEngine<'m> {
             .collect();
         drop(self.remove(&ranges).and_then(|()| self.recount()));
     }
+}
 
-    /// Fills the per-row arrays and returns a batch that borrows them and the input.
-    fn batch(
-        &mut self,
-        batch: &Batch<'_>,
-        seq: &mut sys::llama_seq_id,
-    ) -> Result<sys::llama_batch> {
-        let n = batch.input.len();
-        let n_tokens = i32::try_from(n)
-            .map_err(|_| Error::llama("llama_decode", format!("{n} rows in one batch")))?;
-        let ascending = batch.pos.windows(2).all(|pair| pair[0] <= pair[1]);
-        let bounds = (batch.pos.first(), batch.pos.last());
-        if batch.pos.len() != n || !ascending || !in_range(bounds) {
-            return Err(Error::llama(
-                "llama_decode",
-                format!("positions {bounds:?} for {n} rows"),
-            ));
-        }
-        let rows = &mut self.rows;
-        rows.pos.clear();
-        rows.logits.clear();
-        let (tokens, embd) = match batch.input {
-            Input::Tokens(tokens) => {
-                let n_vocab = self.model.n_vocab();
-                if let Some(t) = tokens
-                    .iter()
-                    .find(|&&t| usize::try_from(t).map_or(true, |t| t >= n_vocab))
-                {
-                    return Err(Error::llama(
-                        "llama_decode",
-                        format!("token {t} is not in the vocabulary of {n_vocab}"),
-                    ));
-                }
-                rows.pos.extend(batch.pos);
-                (tokens.as_ptr().cast_mut(), std::ptr::null_mut())
-            }
-            Input::Embeddings { data, n, mrope } => {
-                let n_embd = self.model.n_embd();
-                if n.checked_mul(n_embd) != Some(data.len()) {
-                    return Err(Error::llama(
-                        "llama_decode",
-                        format!("{} values for {n} embeddings of width {n_embd}", data.len()),
-                    ));
-                }
-                match mrope {
-                    None => rows.pos.extend(batch.pos),
-                    // llama.cpp wants the four axes one after the other, n values each.
-                    Some(mrope) if mrope.len() == n => {
-                        for axis in 0..4 {
-                            rows.pos.extend(mrope.iter().map(|p| p[axis]));
-                        }
-                    }
-                    Some(mrope) => {
-                        return Err(Error::llama(
-                            "llama_decode",
-                            format!("{} positions for {n} embeddings", mrope.len()),
-                        ));
-                    }
-                }
-                (std::ptr::null_mut(), data.as_ptr().cast_mut())
-            }
-            #[cfg(feature = "kv-patches")]
-            Input::Trial(cells) => {
-                let trial = self
-                    .trial
-                    .as_deref()
-                    .and_then(|trial| trial.hidden.as_ref());
-                trial
-                    .ok_or_else(Hidden::absent)?
-                    .take(cells, &mut rows.hidden)?;
-                rows.pos.extend(batch.pos);
-                (std::ptr::null_mut(), rows.hidden.as_ptr().cast_mut())
-            }
-            #[cfg(not(feature = "kv-patches"))]
-            Input::Trial(_) => return Err(Error::contract("rows that no trial run has kept")),
-        };
-        rows.n_seq_id.clear();
-        rows.n_seq_id.resize(n, 1);
-        rows.seq_id.clear();
-        rows.seq_id.resize(n, std::ptr::from_mut(seq));
-        rows.logits.resize(n, 0);
-        if let (true, Some(last)) = (batch.logits, rows.logits.last_mut()) {
-            *last = 1;
-        }
-        Ok(sys::llama_batch {
-            n_tokens,
-            token: tokens,
-            embd,
-            pos: rows.pos.as_mut_ptr(),
-            n_seq_id: rows.n_seq_id.as_mut_ptr(),
-            seq_id: rows.seq_id.as_mut_ptr(),
-            logits: rows.logits.as_mut_ptr(),
-        })
+/// While it lives, the tokens of a batch attend to all of it.
+struct NonCausal(NonNull<sys::llama_context>);
+
+impl NonCausal {
+    /// The context outlives the result.
+    fn new(raw: NonNull<sys::llama_context>) -> Self {
+        // SAFETY: the caller's engine owns the context and is borrowed by the call.
+        unsafe { sys::llama_set_causal_attn(raw.as_ptr(), false) };
+        NonCausal(raw)
     }
 }
 
-/// Whether positions can be told to llama.cpp: none is negative, and the last has a successor.
-fn in_range(bounds: (Option<&Pos>, Option<&Pos>)) -> bool {
-    matches!(bounds, (Some(&first), Some(&last)) if first >= 0 && last < Pos::MAX)
+impl Drop for NonCausal {
+    fn drop(&mut self) {
+        // SAFETY: as above: it is a local of a method of the context's owner.
+        unsafe { sys::llama_set_causal_attn(self.0.as_ptr(), true) };
+    }
 }
 
 impl Engine for LlamaEngine<'_> {
@@ -435,8 +334,20 @@ impl Engine for LlamaEngine<'_> {
         cells: &mut Vec<Cell>,
         seen: &mut Observation,
     ) -> Result<()> {
-        let mut seq = SEQ;
-        let raw = self.batch(&batch, &mut seq)?;
+        self.check_queries(&batch)?;
+        let takes = Takes {
+            n_batch: self.ctx.n_batch() as usize,
+            n_vocab: self.model.n_vocab(),
+            n_embd: self.model.n_embd(),
+        };
+        #[cfg(feature = "kv-patches")]
+        let hidden = self.trial.as_deref().and_then(|t| t.hidden.as_ref());
+        let raw = self.rows.batch(
+            &batch,
+            takes,
+            #[cfg(feature = "kv-patches")]
+            hidden,
+        )?;
         let non_causal =
             self.options.non_causal_images && matches!(batch.input, Input::Embeddings { .. });
         if non_causal && batch.input.len() > self.n_ubatch() {
@@ -459,49 +370,41 @@ impl Engine for LlamaEngine<'_> {
         let tapped = self.begin_taps(&batch)?;
         self.observer.get_mut().begin(batch.queries);
         self.has_logits = false;
-        // If this fails it has set nothing.
+        // Until they are dropped, whatever happens meanwhile.
         #[cfg(feature = "kv-patches")]
-        let from = self.go_on(&batch.input)?;
-        // From here to the call nothing may return: the context would stay as it is set here.
-        if non_causal {
-            self.set_causal(false);
-        }
+        let first_layer = self.go_on(&batch.input)?;
+        let attends_to_all = non_causal.then(|| NonCausal::new(self.raw));
         log::forget();
         // SAFETY: every pointer in the batch is null or points to n_tokens valid elements that
         // outlive the call (llama.cpp only reads them); token ids and lengths were checked; the
         // observer is not touched by anyone else during the call.
         let status = unsafe { sys::llama_decode(self.ctx.as_mut_ptr(), raw) };
-        if non_causal {
-            self.set_causal(true);
-        }
+        drop(attends_to_all);
         #[cfg(feature = "kv-patches")]
-        let reset = match from {
-            Some(_) => self.set_first_layer(0),
-            None => Ok(()),
-        };
-        #[cfg(not(feature = "kv-patches"))]
-        let reset: Result<()> = Ok(());
+        drop(first_layer);
         let observed = self.observer.get_mut().finish(cells, seen);
         match status {
             0 => {}
             1 => return Err(Error::ContextFull { n_ctx: self.n_ctx }),
             code => {
+                let reason = log::take_reason(&format!("status {code}"));
+                let what = format!("a batch of {rows} tokens beside {} cells", self.n_ctx);
                 return Err(Error::llama(
                     "llama_decode",
-                    log::take_reason(&format!("status {code}")),
+                    memory::explained(reason, &what, SMALLER),
                 ));
             }
         }
-        let done = reset
-            .and_then(|()| observed.map_err(|reason| Error::llama("llama_decode", reason)))
+        let done = observed
+            .map_err(|reason| Error::llama("llama_decode", reason))
             .and_then(|()| {
                 #[cfg(feature = "kv-patches")]
                 if tapped {
-                    taps::read(&mut self.ctx, self.n_ctx, seen)?;
+                    taps::read(&mut self.ctx, seen)?;
                 }
                 self.account(&batch, cells, seen)?;
                 #[cfg(feature = "kv-patches")]
-                self.pass_on(from, cells)?;
+                self.pass_on(&batch.input, cells)?;
                 Ok(())
             });
         match done {
@@ -532,7 +435,14 @@ impl Engine for LlamaEngine<'_> {
                 "the last batch asked for no logits",
             ));
         }
-        Ok(self.sampler.sample(&self.ctx))
+        log::forget();
+        let token = self.sampler.sample(&self.ctx);
+        check_token("llama_sampler_sample", token, self.model.n_vocab())
+            .map_err(|error| match log::take_reason("") {
+                reason if reason.is_empty() => error,
+                reason => Error::llama("llama_sampler_sample", reason),
+            })
+            .map(|()| token)
     }
 
     fn is_eog(&self, token: Token) -> bool {
@@ -540,11 +450,7 @@ impl Engine for LlamaEngine<'_> {
     }
 
     fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
-        self.model
-            .inner
-            .vocab()
-            .token_to_piece_into(LlamaToken(token), out, false, None);
-        Ok(())
+        self.model.piece(token, out)
     }
 
     fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {

@@ -70,6 +70,11 @@ impl TensorType {
         (unsafe { sys::ggml_blck_size(raw) } > 0).then_some(Self(raw))
     }
 
+    /// ggml's number of the type.
+    pub(super) fn raw(self) -> sys::ggml_type {
+        self.0
+    }
+
     /// ggml's name of the type, in lower case (`f16`, `q8_0`).
     pub fn name(self) -> &'static str {
         // SAFETY: a TensorType is always a known type, for which ggml returns a static C string.

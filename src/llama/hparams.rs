@@ -91,6 +91,26 @@ pub(super) fn check(gguf: &Gguf, arch: &str) -> Result<()> {
     Ok(())
 }
 
+/// The same of a vision file, whatever its projector: mtmd makes room for as many blocks as the file
+/// claims.
+///
+/// # Errors
+/// As [`check`].
+pub(super) fn check_vision(gguf: &Gguf) -> Result<()> {
+    for key in gguf.keys() {
+        let claimed = match gguf.get(&key) {
+            Some(Value::Unsigned(n)) => n,
+            _ => continue,
+        };
+        let counts = key.starts_with("clip.") && key.ends_with("block_count");
+        if counts && claimed > MAX_LAYERS {
+            let reason = format!("{key} is {claimed}, expected at most {MAX_LAYERS}");
+            return Err(Error::file(gguf.path(), reason));
+        }
+    }
+    Ok(())
+}
+
 /// llama.cpp takes all of these for optional with this architecture, and reads through a null
 /// pointer, or without rope factors, where they are missing (models/phi3.cpp).
 fn check_phi3(gguf: &Gguf, blocks: u64) -> Result<()> {

@@ -2,6 +2,8 @@
 //! hidden states in place of embeddings, and its K and V in the first layers of the cells that
 //! they take.
 
+use std::ptr::NonNull;
+
 use llama_cpp_sys_2 as sys;
 
 use super::context::LlamaEngine;
@@ -47,6 +49,16 @@ impl Hidden {
         let rows = (first + cells.len()) * self.width;
         self.values.resize(rows, 0.0);
         &mut self.values[first * self.width..]
+    }
+}
+
+/// While it lives, batches begin at a layer behind the first.
+pub(super) struct FirstLayer(NonNull<sys::llama_context>);
+
+impl Drop for FirstLayer {
+    fn drop(&mut self) {
+        // SAFETY: it is a local of a method of the context's owner. Layer 0 is never refused.
+        unsafe { sys::llama_hae_layers_set(self.0.as_ptr(), 0) };
     }
 }
 
@@ -97,21 +109,21 @@ impl LlamaEngine<'_> {
         Ok(())
     }
 
-    /// Before a batch: lets it begin where the trial run came to, if it goes on from there. The
-    /// run's cells of its rows.
-    pub(super) fn go_on<'a>(&mut self, input: &Input<'a>) -> Result<Option<&'a [Cell]>> {
-        let Input::Trial(cells) = *input else {
+    /// Before a batch: lets it begin where the trial run came to, if it goes on from there, until
+    /// what is returned is dropped.
+    pub(super) fn go_on(&mut self, input: &Input<'_>) -> Result<Option<FirstLayer>> {
+        let Input::Trial(_) = *input else {
             return Ok(None);
         };
         let last = self.last_score_layer().ok_or_else(Hidden::absent)?;
         self.set_first_layer(last)?;
-        Ok(Some(cells))
+        Ok(Some(FirstLayer(self.raw)))
     }
 
     /// After a batch: the trial run's K and V in its first layers, or in a trial run itself what
     /// the next layer would have begun with.
-    pub(super) fn pass_on(&mut self, from: Option<&[Cell]>, cells: &[Cell]) -> Result<()> {
-        if let Some(from) = from {
+    pub(super) fn pass_on(&mut self, input: &Input<'_>, cells: &[Cell]) -> Result<()> {
+        if let Input::Trial(from) = *input {
             return self.copy_first_layers(from, cells);
         }
         let raw = self.raw;
@@ -119,7 +131,7 @@ impl LlamaEngine<'_> {
             return Ok(());
         };
         let rows = hidden.push(cells);
-        // SAFETY: the context is alive, and `rows` is as large as is said.
+        // SAFETY: the context is alive and borrowed mutably, and `rows` is as large as is said.
         let n = unsafe { sys::llama_hae_layers_read(raw.as_ptr(), rows.as_mut_ptr(), rows.len()) };
         match usize::try_from(n) == Ok(cells.len()) {
             true => Ok(()),

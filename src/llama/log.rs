@@ -40,7 +40,9 @@ pub(super) fn forget() {
 /// (those after it say who had to give up in turn); `otherwise` when there is none.
 pub(super) fn take_reason(otherwise: &str) -> String {
     let line = ERROR.lock().unwrap_or_else(|e| e.into_inner()).take();
-    line.map_or(otherwise.to_owned(), |line| bare(&line).to_owned())
+    line.map_or(otherwise.to_owned(), |line| {
+        bare(&line).replace("std::bad_alloc", "not enough memory")
+    })
 }
 
 /// A line without what llama.cpp puts before the reason: functions, and that a model of this path

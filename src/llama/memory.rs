@@ -104,6 +104,33 @@ fn bytes_per_cell(model: &Model, n_layer: u32, k: CacheType, v: CacheType) -> u6
     }
 }
 
+/// llama.cpp's reason for a failure; if it is a lack of memory, what for, and which flags need less.
+pub(super) fn explained(reason: String, what: &str, smaller: &str) -> String {
+    let lacks = ["memory", "alloc"].iter().any(|word| reason.contains(word));
+    match lacks {
+        true => format!("not enough memory for {what}: give {smaller} ({reason})"),
+        false => reason,
+    }
+}
+
+/// As [`explained`], for what this program would allocate itself.
+///
+/// # Errors
+/// [`Error::Llama`] where there is no room for `n` more values.
+pub(super) fn reserve<T>(
+    values: &mut Vec<T>,
+    n: usize,
+    call: &'static str,
+    what: &str,
+    smaller: &str,
+) -> Result<()> {
+    values.try_reserve_exact(n).map_err(|_| {
+        let bytes = n.saturating_mul(size_of::<T>());
+        let reason = explained(format!("{bytes} bytes of memory"), what, smaller);
+        Error::llama(call, reason)
+    })
+}
+
 /// All of the machine's main memory, if ggml knows.
 fn total_memory() -> Option<u64> {
     let (mut free, mut total) = (0, 0);
@@ -120,7 +147,7 @@ fn total_memory() -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::fits;
+    use super::{explained, fits};
 
     #[test]
     fn a_cache_larger_than_the_machine_is_refused() {
@@ -131,5 +158,20 @@ mod tests {
             "-c: 16777216 cells take 96.0 of the machine's 24.0 GiB, expected at most 3355443"
         );
         assert!(fits(u32::MAX, u64::MAX, u64::MAX - 1).is_err());
+    }
+
+    #[test]
+    fn a_lack_of_memory_says_what_needs_less() {
+        let text = |reason: &str| explained(reason.to_owned(), "a picture", "a smaller one");
+        for reason in [
+            "not enough memory",
+            "failed to allocate graph",
+            "std::bad_alloc",
+        ] {
+            let expected =
+                format!("not enough memory for a picture: give a smaller one ({reason})");
+            assert_eq!(text(reason), expected);
+        }
+        assert_eq!(text("no such layer"), "no such layer");
     }
 }

@@ -6,6 +6,7 @@
 //! from nodes in llama.cpp's graph (`taps.rs`), or from the callback as well.
 
 mod abort;
+mod callback;
 #[cfg(feature = "kv-patches")]
 mod cells;
 pub mod chat;
@@ -23,11 +24,13 @@ mod options;
 pub mod quantize;
 mod room;
 mod rope;
+mod rows;
 mod sampler;
 mod state;
 mod taps;
 mod trial;
 mod vision;
+mod weights;
 
 pub use abort::on_abort;
 pub use context::LlamaEngine;
@@ -35,6 +38,7 @@ pub use devices::{Device, devices};
 pub use model::{Model, ModelOptions};
 pub use options::{CacheType, ContextOptions, FlashAttention};
 pub use rope::RopeFactors;
+pub use rows::MAX_POS;
 pub use sampler::SamplerOptions;
 pub use state::SequenceState;
 pub use taps::ScoreSource;

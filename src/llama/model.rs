@@ -7,7 +7,8 @@ use llama_cpp_2::model::{LlamaModel, RopeType};
 use llama_cpp_sys_2 as sys;
 
 use super::gguf::{Gguf, c_path};
-use super::{backend, devices, hparams, log};
+use super::rows::check_token;
+use super::{backend, devices, hparams, log, weights};
 use crate::engine::Token;
 use crate::error::{Error, Result};
 
@@ -56,6 +57,7 @@ impl Model {
             ));
         }
         hparams::check(&meta, &arch)?;
+        weights::check(&meta)?;
         let orig_key = format!("{arch}.rope.scaling.original_context_length");
         let two_sets = meta
             .tensors()
@@ -189,15 +191,85 @@ impl Model {
         }
     }
 
+    fn vocab(&self) -> *const sys::llama_vocab {
+        // SAFETY: the pointer is valid while `self.inner` lives; the vocabulary is a part of it.
+        unsafe { sys::llama_model_get_vocab(self.inner.as_ptr()) }
+    }
+
     /// Token ids of a text. `special` parses special tokens, `add_bos` adds what the model wants
     /// at the start of a text.
-    pub fn tokenize(&self, text: &str, add_bos: bool, special: bool) -> Vec<Token> {
-        self.inner
-            .vocab()
-            .tokenize(text.as_bytes(), add_bos, special)
-            .into_iter()
-            .map(|t| t.0)
-            .collect()
+    ///
+    /// # Errors
+    /// [`Error::Llama`] for more text than llama.cpp counts, or when its tokenizer fails.
+    pub fn tokenize(&self, text: &str, add_bos: bool, special: bool) -> Result<Vec<Token>> {
+        const CALL: &str = "llama_tokenize";
+        let len = i32::try_from(text.len())
+            .map_err(|_| Error::llama(CALL, format!("a text of {} bytes", text.len())))?;
+        // Most texts have fewer tokens than half of their bytes.
+        let mut tokens = vec![0; text.len() / 2 + 8];
+        for _ in 0..2 {
+            let most = i32::try_from(tokens.len()).unwrap_or(i32::MAX);
+            log::forget();
+            // SAFETY: the model is alive, the text as long as is said, and so is the room for
+            // tokens.
+            let n = unsafe {
+                sys::llama_tokenize(
+                    self.vocab(),
+                    text.as_ptr().cast(),
+                    len,
+                    tokens.as_mut_ptr(),
+                    most,
+                    add_bos,
+                    special,
+                )
+            };
+            match (usize::try_from(n), n.checked_neg()) {
+                (Ok(n), _) => {
+                    tokens.truncate(n);
+                    return Ok(tokens);
+                }
+                // So many there are.
+                (Err(_), Some(needed)) => tokens.resize(needed as usize, 0),
+                // The smallest integer: the tokenizer has failed.
+                (Err(_), None) => break,
+            }
+        }
+        Err(Error::llama(
+            CALL,
+            log::take_reason("the text has too many tokens"),
+        ))
+    }
+
+    /// Appends a token's text bytes to `out`.
+    ///
+    /// # Errors
+    /// [`Error::Llama`] for a token that is not in the vocabulary.
+    pub(super) fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
+        const CALL: &str = "llama_token_to_piece";
+        check_token(CALL, token, self.n_vocab())?;
+        let start = out.len();
+        let mut room = 32;
+        for _ in 0..2 {
+            out.resize(start + room as usize, 0);
+            let to = out[start..].as_mut_ptr().cast();
+            log::forget();
+            // SAFETY: the model is alive, the token one of its vocabulary, and `to` has as much
+            // room as is said.
+            let n = unsafe { sys::llama_token_to_piece(self.vocab(), token, to, room, 0, false) };
+            match (usize::try_from(n), n.checked_neg()) {
+                (Ok(n), _) => {
+                    out.truncate(start + n);
+                    return Ok(());
+                }
+                (Err(_), Some(needed)) => room = needed,
+                (Err(_), None) => break,
+            }
+        }
+        out.truncate(start);
+        Err(Error::llama(
+            CALL,
+            log::take_reason("the token has no text"),
+        ))
     }
 
     /// The chat template in the file.

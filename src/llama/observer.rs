@@ -12,7 +12,7 @@
 //!   only while flash attention is off.
 
 use std::any::Any;
-use std::ffi::{CStr, c_void};
+use std::ffi::CStr;
 
 use llama_cpp_sys_2 as sys;
 
@@ -46,7 +46,8 @@ pub(super) struct Observer {
     indices: Vec<i64>,
     memory: Memory,
     failure: Option<String>,
-    panic: Option<Box<dyn Any + Send>>,
+    /// Of the callback: resumed when llama_decode has returned.
+    pub panic: Option<Box<dyn Any + Send>>,
 }
 
 /// Figures of the cache's tensors, collected while the first graph runs.
@@ -60,7 +61,7 @@ struct Memory {
 }
 
 impl Observer {
-    pub(super) fn new(layers: Vec<u32>) -> Self {
+    pub fn new(layers: Vec<u32>) -> Self {
         Observer {
             layers,
             ..Observer::default()
@@ -68,7 +69,7 @@ impl Observer {
     }
 
     /// Prepares for one batch; `rows` are the batch rows whose attention is wanted.
-    pub(super) fn begin(&mut self, rows: &[u32]) {
+    pub fn begin(&mut self, rows: &[u32]) {
         self.rows.clear();
         if !self.layers.is_empty() {
             self.rows.extend_from_slice(rows);
@@ -84,11 +85,7 @@ impl Observer {
     }
 
     /// Ends the batch: hands out cells and attention, or says what went wrong.
-    pub(super) fn finish(
-        &mut self,
-        cells: &mut Vec<Cell>,
-        seen: &mut Observation,
-    ) -> Result<(), String> {
+    pub fn finish(&mut self, cells: &mut Vec<Cell>, seen: &mut Observation) -> Result<(), String> {
         if let Some(payload) = self.panic.take() {
             std::panic::resume_unwind(payload);
         }
@@ -106,7 +103,7 @@ impl Observer {
     }
 
     /// Bytes per cell and in buffers; zero before the first batch.
-    pub(super) fn kv_bytes(&self, n_cells: usize) -> KvBytes {
+    pub fn kv_bytes(&self, n_cells: usize) -> KvBytes {
         KvBytes {
             per_cell: self.memory.tensor_bytes / (n_cells.max(1) as u64),
             allocated: self.memory.buffer_bytes,
@@ -158,7 +155,7 @@ impl Observer {
     ///
     /// # Safety
     /// `t` is a node of the graph that the scheduler is running, inputs set.
-    unsafe fn ask(&mut self, t: &sys::ggml_tensor) -> bool {
+    pub unsafe fn ask(&mut self, t: &sys::ggml_tensor) -> bool {
         if t.op == sys::GGML_OP_SET_ROWS && !t.view_src.is_null() {
             // SAFETY: a view's source outlives the view.
             let target = unsafe { &*t.view_src };
@@ -220,7 +217,7 @@ impl Observer {
     ///
     /// # Safety
     /// `t` is a computed node of the running graph.
-    unsafe fn read_scores(&mut self, t: &sys::ggml_tensor) {
+    pub unsafe fn read_scores(&mut self, t: &sys::ggml_tensor) {
         let [n_kv, n_tokens, n_head, n_stream] = t.ne.map(|n| usize::try_from(n).unwrap_or(0));
         if t.type_ != sys::GGML_TYPE_F32
             || n_stream != 1
@@ -311,32 +308,4 @@ fn name(t: &sys::ggml_tensor) -> &[u8] {
 fn scored_layer(t: &sys::ggml_tensor) -> Option<u32> {
     let digits = name(t).strip_prefix(SCORES)?;
     std::str::from_utf8(digits).ok()?.parse().ok()
-}
-
-/// The callback itself; `user_data` is an [`Observer`].
-pub(super) unsafe extern "C" fn on_node(
-    t: *mut sys::ggml_tensor,
-    ask: bool,
-    user_data: *mut c_void,
-) -> bool {
-    // SAFETY: the context was made with a pointer to an observer that outlives it, and nobody
-    // else touches the observer while llama_decode runs.
-    let observer = unsafe { &mut *user_data.cast::<Observer>() };
-    // SAFETY: the scheduler passes a live node.
-    let t = unsafe { &*t };
-    let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        if ask {
-            // SAFETY: we are called by the scheduler about this node.
-            unsafe { observer.ask(t) }
-        } else {
-            // SAFETY: as above, and the node was computed.
-            unsafe { observer.read_scores(t) };
-            true
-        }
-    }));
-    // A panic must not cross C: it is kept and resumed when llama_decode has returned.
-    answer.unwrap_or_else(|payload| {
-        observer.panic = Some(payload);
-        !ask
-    })
 }

@@ -165,6 +165,12 @@ impl ContextOptions {
         !self.score_layers.is_empty() && self.score_source == ScoreSource::Callback
     }
 
+    /// Whether the graph sums scores up.
+    #[cfg(feature = "kv-patches")]
+    pub(super) fn taps(&self) -> bool {
+        !self.score_layers.is_empty() && self.score_source == ScoreSource::Graph
+    }
+
     /// What the context is made with: the callback's scores exist without flash attention only.
     pub fn effective_flash_attention(&self) -> FlashAttention {
         if self.calls_back() {

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use llama_cpp_sys_2 as sys;
 
 use super::gguf::{Gguf, c_path};
-use super::hparams;
+use super::{hparams, weights};
 use crate::error::{Error, Result};
 use crate::outfile::{FilesInUse, OutFile};
 
@@ -230,6 +230,9 @@ fn check(gguf: &Gguf, kind: QuantType) -> Result<()> {
             t.name,
             t.kind.name()
         ));
+    }
+    if kind.class != Class::Copy {
+        weights::check(gguf)?;
     }
     if arch == "clip" {
         // The mixes ask for the number of heads and layers, which llama.cpp does not load for

@@ -85,7 +85,10 @@ impl Sampler {
     /// Chooses from the logits of the context's last row.
     pub fn sample(&mut self, ctx: &LlamaContext<'_>) -> Token {
         let token = self.chain.sample(ctx, -1).0;
-        self.note(token);
+        // One below 0 says that nothing could be chosen.
+        if token >= 0 {
+            self.note(token);
+        }
         token
     }
 

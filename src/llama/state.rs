@@ -3,7 +3,7 @@
 use llama_cpp_sys_2 as sys;
 
 use super::context::{LlamaEngine, SEQ};
-use super::log;
+use super::{log, memory};
 use crate::cache::{Cell, Pos};
 use crate::error::{Error, Result};
 
@@ -117,7 +117,7 @@ impl LlamaEngine<'_> {
             Ok(()) => self.count(n),
             Err(_) => self.clear(),
         }
-        restored.map(|()| (0..n).collect())
+        restored.map(|()| (0..Cell::try_from(n).unwrap_or(Cell::MAX)).collect())
     }
 
     /// Whether the cells hold these positions and nothing else, where they can be read.
@@ -146,23 +146,28 @@ impl LlamaEngine<'_> {
     }
 
     fn get_state(&mut self, flags: sys::llama_state_seq_flags) -> Result<SequenceState> {
+        const CALL: &str = "llama_state_seq_get_data_ext";
         log::forget();
         let context = self.raw.as_ptr();
-        // SAFETY: the context is alive and borrowed mutably; the second call writes no more than
-        // the buffer's size, which it is told.
-        let (bytes, written) = unsafe {
-            let size = sys::llama_state_seq_get_size_ext(context, SEQ, flags);
-            let mut bytes = vec![0; size];
-            let written =
-                sys::llama_state_seq_get_data_ext(context, bytes.as_mut_ptr(), size, SEQ, flags);
-            (bytes, written)
+        // SAFETY: the context is alive and borrowed mutably.
+        let size = unsafe { sys::llama_state_seq_get_size_ext(context, SEQ, flags) };
+        let mut bytes = Vec::new();
+        let what = "a copy of the conversation's cache";
+        memory::reserve(
+            &mut bytes,
+            size,
+            CALL,
+            what,
+            "a smaller -c, or a -ctk and -ctv",
+        )?;
+        bytes.resize(size, 0);
+        // SAFETY: as above; the call writes no more than the buffer's size, which it is told.
+        let written = unsafe {
+            sys::llama_state_seq_get_data_ext(context, bytes.as_mut_ptr(), size, SEQ, flags)
         };
         if written == 0 || written != bytes.len() {
             let reason = format!("{written} of {} bytes written", bytes.len());
-            return Err(Error::llama(
-                "llama_state_seq_get_data_ext",
-                log::take_reason(&reason),
-            ));
+            return Err(Error::llama(CALL, log::take_reason(&reason)));
         }
         Ok(SequenceState {
             bytes,

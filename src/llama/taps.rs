@@ -15,7 +15,7 @@ pub enum ScoreSource {
 }
 
 #[cfg(feature = "kv-patches")]
-pub(super) use patched::{begin, read, tapped};
+pub(super) use patched::{begin, read, rows_for, set};
 
 #[cfg(feature = "kv-patches")]
 mod patched {
@@ -24,6 +24,7 @@ mod patched {
 
     use crate::engine::Observation;
     use crate::error::{Error, Result};
+    use crate::llama::{log, memory};
 
     /// The error behind a negative code of the call.
     fn reason(call: &'static str, code: i32) -> Error {
@@ -35,30 +36,44 @@ mod patched {
             sys::LLAMA_HAE_TAPS_ERR_NOTHING => {
                 "attention of the scoring layers did not appear in the graph".to_owned()
             }
-            sys::LLAMA_HAE_TAPS_ERR_FAILED => "no memory for the larger graph".to_owned(),
+            sys::LLAMA_HAE_TAPS_ERR_FAILED => memory::explained(
+                log::take_reason("no memory for the larger graph"),
+                "attention scores",
+                "a smaller -ub or -c, or fewer --score-layers",
+            ),
             code => format!("status {code}"),
         };
         Error::llama(call, text)
     }
 
-    /// The context with these layers tapped from now on.
-    pub(in crate::llama) fn tapped<'m>(
-        mut ctx: LlamaContext<'m>,
+    /// Rows to make buffers for when a batch asks for so many: few steps, since each of them makes
+    /// all buffers of the graph anew.
+    pub(in crate::llama) fn rows_for(n: u32, n_ubatch: usize) -> u32 {
+        const WINDOW: u32 = 64;
+        let most = u32::try_from(n_ubatch).unwrap_or(u32::MAX);
+        if n <= WINDOW { WINDOW.min(most) } else { most }
+    }
+
+    /// Taps these layers from now on, for at most so many rows of a batch, which are returned.
+    pub(in crate::llama) fn set(
+        ctx: &mut LlamaContext<'_>,
         layers: &[u32],
-    ) -> Result<LlamaContext<'m>> {
+        max_rows: u32,
+    ) -> Result<u32> {
         let call = "llama_hae_taps_set";
         let layers: Vec<i32> = layers
             .iter()
             // A layer that no i32 names does not exist: -1 is refused.
             .map(|&il| i32::try_from(il).unwrap_or(-1))
             .collect();
+        log::forget();
         // SAFETY: the context is alive, the pointer is to as many values as said.
-        let code =
-            unsafe { sys::llama_hae_taps_set(ctx.as_mut_ptr(), layers.as_ptr(), layers.len()) };
-        if code == 0 {
-            Ok(ctx)
-        } else {
-            Err(reason(call, code))
+        let code = unsafe {
+            sys::llama_hae_taps_set(ctx.as_mut_ptr(), layers.as_ptr(), layers.len(), max_rows)
+        };
+        match code {
+            0 => Ok(max_rows),
+            code => Err(reason(call, code)),
         }
     }
 
@@ -76,27 +91,30 @@ mod patched {
         }
     }
 
-    /// Waits for the batch and takes the scores of all cells in view, at most `n_cells`.
-    pub(in crate::llama) fn read(
-        ctx: &mut LlamaContext<'_>,
-        n_cells: usize,
-        seen: &mut Observation,
-    ) -> Result<()> {
+    /// Waits for the batch and takes the scores of all cells in view.
+    pub(in crate::llama) fn read(ctx: &mut LlamaContext<'_>, seen: &mut Observation) -> Result<()> {
         let call = "llama_hae_taps_read";
-        seen.sum.resize(n_cells, 0.0);
-        seen.max.resize(n_cells, 0.0);
-        // SAFETY: the context is alive, both buffers hold n_cells values.
-        let code = unsafe {
-            sys::llama_hae_taps_read(
-                ctx.as_mut_ptr(),
-                seen.sum.as_mut_ptr(),
-                seen.max.as_mut_ptr(),
-                n_cells,
-            )
-        };
-        let n_kv = usize::try_from(code).map_err(|_| reason(call, code))?;
-        seen.sum.truncate(n_kv);
-        seen.max.truncate(n_kv);
-        Ok(())
+        let count = |code: i32| usize::try_from(code).map_err(|_| reason(call, code));
+        let none = std::ptr::null_mut();
+        // SAFETY: the context is alive; without buffers it only says how many cells are in view.
+        let n = count(unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), none, none, 0) })?;
+        seen.sum.resize(n, 0.0);
+        seen.max.resize(n, 0.0);
+        let (sum, max) = (seen.sum.as_mut_ptr(), seen.max.as_mut_ptr());
+        // SAFETY: the context is alive, both buffers hold n values.
+        let code = unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), sum, max, n) };
+        count(code).map(drop)
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::rows_for;
+
+        #[test]
+        fn buffers_for_query_rows_grow_in_two_steps() {
+            assert_eq!([2, 33, 64].map(|n| rows_for(n, 512)), [64, 64, 64]);
+            assert_eq!([65, 512].map(|n| rows_for(n, 512)), [512, 512]);
+            assert_eq!([2, 7].map(|n| rows_for(n, 7)), [7, 7]);
+        }
     }
 }

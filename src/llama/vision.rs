@@ -6,11 +6,14 @@ use std::ptr::NonNull;
 use llama_cpp_sys_2 as sys;
 
 use super::gguf::{Gguf, c_path};
-use super::{Model, log};
+use super::{Model, hparams, log, memory, weights};
 use crate::cache::Pos;
 use crate::engine::Token;
 use crate::error::{Error, Result};
 use crate::image::{Picture, hd};
+
+/// What makes a picture need less memory.
+const SMALLER: &str = "a smaller picture, or a smaller --num-crops to Phi-3.5-vision";
 
 /// How to load a vision file.
 #[derive(Clone, Copy, Debug)]
@@ -180,6 +183,8 @@ impl<'m> Vision<'m> {
         let projector = meta
             .text("clip.projector_type")
             .or_else(|e| meta.text("clip.vision.projector_type").map_err(|_| e))?;
+        hparams::check_vision(&meta)?;
+        weights::check(&meta)?;
         let c_path = c_path(path)?;
         log::forget();
         // SAFETY: the path outlives the call; the model outlives `Self`.
@@ -295,9 +300,10 @@ impl<'m> Vision<'m> {
             )
         };
         if status != 0 {
+            let reason = log::take_reason(&format!("status {status}"));
             return Err(Error::llama(
                 "mtmd_tokenize_from_parts",
-                log::take_reason(&format!("status {status}")),
+                memory::explained(reason, "cutting up a picture", SMALLER),
             ));
         }
         // SAFETY: the chunks are alive.
@@ -319,28 +325,7 @@ impl<'m> Vision<'m> {
                 tokens.separators = layout.map_or(Vec::new(), |layout| layout.separators(tokens.n));
             }
         }
-        Ok(match add_bos && self.bos_per_text() {
-            true => self.with_empty_texts(pieces),
-            false => pieces,
-        })
-    }
-
-    /// Phi-3.5-vision's processor cuts the prompt at its pictures: between two that touch, and
-    /// behind one at the end, it has an empty text with the BOS of every text.
-    fn with_empty_texts(&self, pieces: Vec<Piece>) -> Vec<Piece> {
-        let is_image = |piece: Option<&Piece>| matches!(piece, Some(Piece::Image(_)));
-        let mut all: Vec<Piece> = Vec::with_capacity(pieces.len() + 1);
-        let empty = || Piece::Text(self.model.tokenize("", true, true));
-        for piece in pieces {
-            if is_image(all.last()) && is_image(Some(&piece)) {
-                all.push(empty());
-            }
-            all.push(piece);
-        }
-        if is_image(all.last()) {
-            all.push(empty());
-        }
-        all
+        Ok(pieces)
     }
 
     fn input(&self, part: &Part<'_>) -> Result<Input> {
@@ -406,22 +391,26 @@ impl<'m> Vision<'m> {
         log::forget();
         // SAFETY: context and chunk are alive.
         let status = unsafe { sys::mtmd_encode_chunk(self.ctx.as_ptr(), image.chunk.as_ptr()) };
+        let what = format!("encoding a picture of {} tokens", image.n);
         if status != 0 {
+            let reason = log::take_reason(&format!("status {status}"));
             return Err(Error::llama(
                 "mtmd_encode_chunk",
-                log::take_reason(&format!("status {status}")),
+                memory::explained(reason, &what, SMALLER),
             ));
         }
         let len = image.n * self.model.n_embd();
+        let mut data = Vec::new();
+        memory::reserve(&mut data, len, "mtmd_get_output_embd", &what, SMALLER)?;
         // SAFETY: after a successful encode the output holds n_tokens * n_embd floats, until the
         // next encode; they are copied at once.
-        let data = unsafe {
-            let data = sys::mtmd_get_output_embd(self.ctx.as_ptr());
-            if data.is_null() {
+        unsafe {
+            let output = sys::mtmd_get_output_embd(self.ctx.as_ptr());
+            if output.is_null() {
                 return Err(Error::llama("mtmd_get_output_embd", "no embeddings"));
             }
-            std::slice::from_raw_parts(data, len).to_vec()
-        };
+            data.extend_from_slice(std::slice::from_raw_parts(output, len));
+        }
         Ok(ImageEmbeddings {
             data,
             n: image.n,
@@ -488,7 +477,10 @@ fn bitmap(picture: &Picture) -> Result<Bitmap> {
         sys::mtmd_bitmap_init(picture.width, picture.height, picture.rgb.as_ptr())
     })
     .map(Bitmap)
-    .ok_or_else(|| Error::llama("mtmd_bitmap_init", "out of memory"))?;
+    .ok_or_else(|| {
+        let reason = memory::explained("no memory".to_owned(), "a picture", SMALLER);
+        Error::llama("mtmd_bitmap_init", reason)
+    })?;
     if let Some(n) = picture.num_crops {
         // SAFETY: the bitmap is alive; mtmd checks the number when it cuts the picture.
         unsafe { sys::mtmd_bitmap_set_max_tiles(bitmap.0.as_ptr(), n.try_into().unwrap_or(-1)) }

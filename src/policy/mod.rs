@@ -105,7 +105,8 @@ impl Queries {
     pub const EVERY: Queries = Queries::Window(usize::MAX);
 }
 
-/// What is to change, in cells; no cell is in it twice. The controller clears it before each call.
+/// What is to change, in cells; no cell is in it twice. The controller clears it once for a
+/// prompt and once for each token: `after_prefill` finds what `prune` has planned.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Live cells that go into the recycle bin.

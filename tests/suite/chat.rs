@@ -67,7 +67,7 @@ fn stats<'a>(stderr: &'a str, what: &str) -> Vec<&'a str> {
 fn new_tokens(question: &str) -> usize {
     let model = load(&repository(TEXT));
     let text = format!("<|end|>\n<|user|>\n{question}<|end|>\n<|assistant|>\n");
-    model.tokenize(&text, false, true).len()
+    model.tokenize(&text, false, true).unwrap().len()
 }
 
 #[test]

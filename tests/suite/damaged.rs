@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hae::llama::gguf::Value;
+use hae::llama::gguf::{TensorType, Value};
 use tempfile::TempDir;
 
 use crate::bin::{answer, refusal};
@@ -280,6 +280,54 @@ fn arrays_of_the_wrong_type_or_length() {
         ("clip.vision.image_std", Value::Float(0.5)),
     ] {
         Kind::Vision.refuses(|r| r.set(key, value), "");
+    }
+}
+
+/// The file with a matrix of numbers of this type, as large as it has to be.
+fn with_type(file: &mut Remake, name: &str, raw: u32) {
+    let tensor = file.tensor(name);
+    tensor.kind = TensorType::from_raw(raw).unwrap();
+    let bytes = tensor.kind.tensor_bytes(&tensor.dims).unwrap();
+    tensor.data = vec![1; bytes as usize];
+}
+
+/// llama.cpp loads them, and then has no function that multiplies them.
+#[test]
+fn weights_of_types_that_cannot_be_multiplied() {
+    for (name, raw, kind) in [
+        ("blk.0.attn_qkv.weight", 24, "i8"),
+        ("blk.1.attn_output.weight", 25, "i16"),
+        ("blk.2.ffn_up.weight", 26, "i32"),
+        ("output.weight", 27, "i64"),
+        ("token_embd.weight", 28, "f64"),
+        ("blk.0.ffn_down.weight", 9, "q8_1"),
+        ("output_norm.weight", 26, "i32"),
+    ] {
+        let expected = format!("tensor {name} is {kind}, expected f32, f16");
+        Kind::Text.refuses(|r| with_type(r, name, raw), &expected);
+    }
+    for (name, raw, kind) in [
+        ("v.blk.0.attn_q.weight", 24, "i8"),
+        ("v.blk.1.ffn_up.weight", 28, "f64"),
+        ("v.blk.1.ln1.weight", 25, "i16"),
+    ] {
+        let expected = format!("tensor {name} is {kind}, expected f32, f16");
+        Kind::Vision.refuses(|r| with_type(r, name, raw), &expected);
+    }
+}
+
+/// mtmd makes room for as many blocks as a file claims, whatever its projector.
+#[test]
+fn vision_files_of_any_projector_claim_blocks_that_can_be() {
+    for projector in ["mlp", "gemma3", "qwen2vl_merger", "idefics3", "phi3v"] {
+        for claimed in [513, 2_000_000_000] {
+            let change = |r: &mut Remake| {
+                r.set_text("clip.projector_type", projector);
+                r.set_u32("clip.vision.block_count", claimed);
+            };
+            let expected = format!("clip.vision.block_count is {claimed}, expected at most 512");
+            Kind::Vision.refuses(change, &expected);
+        }
     }
 }
 

@@ -56,6 +56,8 @@ mod masked;
 #[cfg(feature = "kv-patches")]
 mod midway;
 mod model;
+#[cfg(target_os = "linux")]
+mod no_memory;
 mod npz;
 mod others;
 mod parity;
@@ -67,6 +69,8 @@ mod random;
 mod random_llama;
 mod recall;
 mod references;
+#[cfg(feature = "kv-patches")]
+mod refused;
 mod remake;
 mod replay;
 #[cfg(feature = "kv-patches")]

@@ -30,8 +30,36 @@ fn context(
 }
 
 fn tap(ctx: &mut LlamaContext<'_>, layers: &[i32]) -> i32 {
+    tap_rows(ctx, layers, N_UBATCH)
+}
+
+fn tap_rows(ctx: &mut LlamaContext<'_>, layers: &[i32], max_rows: u32) -> i32 {
     // SAFETY: the context is alive, the pointer is to as many values as said.
-    unsafe { sys::llama_hae_taps_set(ctx.as_mut_ptr(), layers.as_ptr(), layers.len()) }
+    unsafe { sys::llama_hae_taps_set(ctx.as_mut_ptr(), layers.as_ptr(), layers.len(), max_rows) }
+}
+
+fn ask(ctx: &mut LlamaContext<'_>, rows: &[i32]) -> i32 {
+    // SAFETY: as above.
+    unsafe { sys::llama_hae_taps_rows(ctx.as_mut_ptr(), rows.as_ptr(), rows.len()) }
+}
+
+/// How many cells the last batch's scores are of.
+fn in_view(ctx: &mut LlamaContext<'_>) -> i32 {
+    let none = std::ptr::null_mut();
+    // SAFETY: the context is alive; nothing is written.
+    unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), none, none, 0) }
+}
+
+fn small(dir: &tempfile::TempDir) -> LlamaModel {
+    let path = dir.path().join("model.gguf");
+    let shape = Shape {
+        n_layer: 6,
+        n_head: 4,
+        n_head_kv: 4,
+        width: 16,
+    };
+    llama(&path, shape);
+    load(&path)
 }
 
 /// Decodes a micro-batch and gives the sum of its rows' scores.
@@ -42,11 +70,7 @@ fn scores(ctx: &mut LlamaContext<'_>, start: i32, rows: &[i32]) -> f64 {
             .add(LlamaToken(3 + pos * 7919 % 900), pos, &[0], false)
             .unwrap();
     }
-    // SAFETY: the context is alive, the pointers are to as many values as said.
-    unsafe {
-        let done = sys::llama_hae_taps_rows(ctx.as_mut_ptr(), rows.as_ptr(), rows.len());
-        assert_eq!(done, 0);
-    }
+    assert_eq!(ask(ctx, rows), 0);
     ctx.decode(&mut batch).unwrap();
     if rows.is_empty() {
         return 0.0;
@@ -101,15 +125,7 @@ fn the_largest_graphs_fit_what_is_reserved() {
 #[test]
 fn a_context_of_the_first_layers_taps_only_these() {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("model.gguf");
-    let shape = Shape {
-        n_layer: 6,
-        n_head: 4,
-        n_head_kv: 4,
-        width: 16,
-    };
-    llama(&path, shape);
-    let model = load(&path);
+    let model = small(&dir);
     let mut whole = context(&model, 1024, true, |_| {});
     assert_eq!(tap(&mut whole, &[0, 5]), 0);
     assert_eq!(tap(&mut whole, &[6]), sys::LLAMA_HAE_TAPS_ERR_ARGUMENT);
@@ -129,4 +145,79 @@ fn a_context_of_the_first_layers_taps_only_these() {
     let rows: Vec<i32> = (0..511).collect();
     let total = scores(&mut first, 0, &rows);
     assert!((total - 511.0).abs() < 0.05, "{total}");
+}
+
+/// More of the first layers than there are would be a whole context that nobody asked for.
+#[test]
+fn a_context_of_more_layers_than_there_are_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = small(&dir);
+    for (n, possible) in [(6, true), (7, false), (u32::MAX, false)] {
+        let mut params = LlamaContextParams::default()
+            .with_n_ctx(std::num::NonZeroU32::new(256))
+            .with_n_batch(64)
+            .with_n_ubatch(64);
+        params.as_raw_mut().n_layer_first = n;
+        params.as_raw_mut().n_outputs_max = 1;
+        assert_eq!(
+            model.new_context(backend(), params).is_ok(),
+            possible,
+            "{n}"
+        );
+    }
+}
+
+/// Buffers are for as many query rows as were announced: more are refused, not computed in what
+/// was not reserved for them.
+#[test]
+fn more_query_rows_than_announced_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = small(&dir);
+    let mut ctx = context(&model, 1024, true, |_| {});
+    assert_eq!(
+        tap_rows(&mut ctx, &[0], 0),
+        sys::LLAMA_HAE_TAPS_ERR_ARGUMENT
+    );
+    assert_eq!(tap_rows(&mut ctx, &[0, 5], 3), 0);
+    assert_eq!(
+        ask(&mut ctx, &[1, 2, 3, 4]),
+        sys::LLAMA_HAE_TAPS_ERR_ARGUMENT
+    );
+    let total = scores(&mut ctx, 0, &[7, 300, 511]);
+    assert!((total - 3.0).abs() < 1e-3, "{total}");
+    // The next batch is not asked: what is refused leaves no rows behind.
+    assert_eq!(
+        ask(&mut ctx, &[1, 2, 3, 4]),
+        sys::LLAMA_HAE_TAPS_ERR_ARGUMENT
+    );
+    scores(&mut ctx, 512, &[]);
+    assert_eq!(in_view(&mut ctx), sys::LLAMA_HAE_TAPS_ERR_NOTHING);
+    // And more can be announced.
+    let rows: Vec<i32> = (0..512).collect();
+    assert_eq!(tap(&mut ctx, &[0, 5]), 0);
+    ctx.clear_kv_cache();
+    let total = scores(&mut ctx, 0, &rows);
+    assert!((total - 512.0).abs() < 0.05, "{total}");
+    assert_eq!(in_view(&mut ctx), 512);
+}
+
+/// Query rows are those of one batch, also of one that is refused.
+#[test]
+fn a_refused_batch_leaves_no_query_rows_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = small(&dir);
+    let mut ctx = context(&model, 1024, true, |_| {});
+    assert_eq!(tap(&mut ctx, &[0]), 0);
+    let total = scores(&mut ctx, 0, &[3]);
+    assert!((total - 1.0).abs() < 1e-3, "{total}");
+    // At a position that the cache has; larger than any; no tokens at all.
+    for pos in [0, i32::MAX - 1] {
+        let mut batch = LlamaBatch::new(1, 1);
+        batch.add(LlamaToken(3), pos, &[0], false).unwrap();
+        assert_eq!(ask(&mut ctx, &[0]), 0);
+        assert!(ctx.decode(&mut batch).is_err(), "{pos}");
+        ctx.clear_kv_cache();
+        scores(&mut ctx, 0, &[]);
+        assert_eq!(in_view(&mut ctx), sys::LLAMA_HAE_TAPS_ERR_NOTHING, "{pos}");
+    }
 }

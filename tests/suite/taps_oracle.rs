@@ -186,7 +186,9 @@ fn context<'m>(
     params.as_raw_mut().cb_eval_user_data = std::ptr::from_mut(seen).cast();
     let mut ctx = model.new_context(backend(), params).unwrap();
     // SAFETY: the context is alive, the pointer is to as many values as said.
-    let done = unsafe { sys::llama_hae_taps_set(ctx.as_mut_ptr(), layers.as_ptr(), layers.len()) };
+    let done = unsafe {
+        sys::llama_hae_taps_set(ctx.as_mut_ptr(), layers.as_ptr(), layers.len(), u32::MAX)
+    };
     assert_eq!(done, 0);
     ctx
 }

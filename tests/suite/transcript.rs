@@ -40,7 +40,7 @@ fn fed(
             tokenize(model, Some(vision), &text, &shown, first).unwrap()
         ));
         // The model's own tokens, and no token that ends the answer.
-        all.extend(model.tokenize(answer, false, false));
+        all.extend(model.tokenize(answer, false, false).unwrap());
         transcript.answered(answer);
     }
     all
@@ -77,7 +77,11 @@ fn at_once(
     let text = chat::apply(model, template, &messages, true).unwrap();
     let shown = vec![&pictures[0]; n_pictures];
     let mut all = ids(tokenize(model, Some(vision), &text, &shown, true).unwrap());
-    all.extend(model.tokenize(turns.last().unwrap().2, false, false));
+    all.extend(
+        model
+            .tokenize(turns.last().unwrap().2, false, false)
+            .unwrap(),
+    );
     all
 }
 

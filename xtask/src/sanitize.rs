@@ -15,10 +15,20 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{pin, setup, steps, vendor};
 
 /// What is run when nothing is named: copies of a quantized cache on the device, and cells that are
-/// moved, resized, saved and restored at random; failed batches; positions with holes. Others can be
+/// moved, resized, saved and restored at random, also those of several sequences; prompts that go on
+/// behind the first layers; taps; batches that fail or are refused; positions with holes. Others can be
 /// named, but for `kv_memory`, which limits the address space and measures what a process holds: the
 /// sanitizer's shadow memory is more than either.
-const TESTS: [&str; 4] = ["kv_state::", "kv_cells::cells_f", "failed::", "holes::"];
+const TESTS: [&str; 8] = [
+    "kv_state::",
+    "kv_cells::cells_f",
+    "kv_streams::",
+    "midway::",
+    "taps_limits::",
+    "failed::",
+    "refused::",
+    "holes::",
+];
 
 const SANITIZERS: &str = "-fsanitize=address,undefined";
 
@@ -140,10 +150,12 @@ mod tests {
     use super::{FLAGS, SANITIZERS, TESTS, arguments, environment, host};
 
     #[test]
-    fn the_test_of_states_on_the_device_is_among_the_usual_ones() {
+    fn states_on_the_device_midway_and_several_sequences_are_among_the_usual_ones() {
         let target = host().unwrap();
         let usual = arguments(&target, &[]);
-        assert!(usual.contains(&"kv_state::".to_owned()));
+        for module in ["kv_state::", "midway::", "kv_streams::"] {
+            assert!(usual.contains(&module.to_owned()), "{module}");
+        }
         let at = usual.iter().position(|arg| arg == "--").unwrap();
         assert_eq!(usual[at + 1..], TESTS);
         let named = arguments(&target, &["holes::".to_owned()]);

@@ -9,6 +9,7 @@ use llama_cpp_sys_2 as sys;
 use super::header::{self, Header};
 use super::{MAX_DIMS, TensorType, c_path};
 use crate::error::{Error, Result};
+use crate::llama::log;
 
 /// A value of the metadata. Integers are widened; strings that are not UTF-8 have their bad bytes
 /// replaced.
@@ -66,12 +67,13 @@ impl Gguf {
             no_alloc: true,
             ctx: std::ptr::null_mut(),
         };
+        log::forget();
         // SAFETY: `c_path` is a C string that outlives the call. With a null ctx ggml reads the
         // metadata only. Counts, lengths, types and extents were checked above, so that none of
         // ggml's assertions can fail and its allocations stay below a few times MAX_METADATA.
         let ctx = unsafe { sys::gguf_init_from_file(c_path.as_ptr(), params) };
-        let ctx =
-            NonNull::new(ctx).ok_or_else(|| Error::file(path, "ggml cannot read it as a GGUF"))?;
+        let ctx = NonNull::new(ctx)
+            .ok_or_else(|| Error::file(path, log::take_reason("ggml cannot read it as a GGUF")))?;
         Ok(Self {
             ctx,
             path: path.to_owned(),

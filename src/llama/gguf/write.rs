@@ -20,6 +20,8 @@ pub struct Writer {
     path: PathBuf,
     tensors: Vec<(String, u64)>,
     names: HashSet<String>,
+    /// Those set, each once.
+    keys: HashSet<String>,
 }
 
 impl Drop for Writer {
@@ -43,19 +45,22 @@ impl Writer {
             path: path.to_owned(),
             tensors: Vec::new(),
             names: HashSet::new(),
+            keys: HashSet::new(),
         })
     }
 
     /// A key that ggml accepts: not empty (asserted there), no zero byte, and not the alignment,
     /// which ggml would check by aborting and which [`DataWriter`] takes to be [`ALIGNMENT`].
-    fn key(&self, key: &str) -> Result<CString> {
+    fn key(&mut self, key: &str) -> Result<CString> {
         if key.is_empty() || key == "general.alignment" {
             return Err(Error::file(
                 &self.path,
                 format!("key \"{key}\" cannot be set"),
             ));
         }
-        self.c_string(key, key)
+        let c_key = self.c_string(key, key)?;
+        self.keys.insert(key.to_owned());
+        Ok(c_key)
     }
 
     fn c_string(&self, key: &str, text: &str) -> Result<CString> {
@@ -199,13 +204,27 @@ impl Writer {
     }
 
     /// The file up to its tensor data, padded to where the data starts.
-    fn metadata(&self) -> Vec<u8> {
-        // SAFETY: a live context; the first call returns the size that the second one writes, and
-        // nothing changes in between.
-        unsafe {
-            let mut bytes = vec![0u8; sys::gguf_get_meta_size(self.ctx.as_ptr())];
-            sys::gguf_get_meta_data(self.ctx.as_ptr(), bytes.as_mut_ptr().cast());
+    ///
+    /// # Errors
+    /// [`Error::Llama`] where there was no memory for it, or for a key or a tensor before.
+    fn metadata(&self) -> Result<Vec<u8>> {
+        let ctx = self.ctx.as_ptr();
+        // SAFETY: a live context; the calls only count.
+        let (keys, tensors) = unsafe { (sys::gguf_get_n_kv(ctx), sys::gguf_get_n_tensors(ctx)) };
+        let set = (usize::try_from(keys), usize::try_from(tensors));
+        if set != (Ok(self.keys.len()), Ok(self.tensors.len())) {
+            return Err(Error::llama("gguf_set_kv", "not enough memory"));
+        }
+        // SAFETY: the first call returns the size that the second one writes, and nothing changes
+        // in between.
+        let bytes = unsafe {
+            let mut bytes = vec![0u8; sys::gguf_get_meta_size(ctx)];
+            sys::gguf_get_meta_data(ctx, bytes.as_mut_ptr().cast());
             bytes
+        };
+        match bytes.starts_with(b"GGUF") {
+            true => Ok(bytes),
+            false => Err(Error::llama("gguf_get_meta_data", "not enough memory")),
         }
     }
 
@@ -215,7 +234,7 @@ impl Writer {
     /// # Errors
     /// [`Error::Io`] naming the file.
     pub fn begin<W: Write>(self, mut out: W) -> Result<DataWriter<W>> {
-        out.write_all(&self.metadata())
+        out.write_all(&self.metadata()?)
             .map_err(|e| Error::io(&self.path, e))?;
         Ok(DataWriter {
             out,
