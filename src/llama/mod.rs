@@ -26,6 +26,7 @@ mod rope;
 mod sampler;
 mod state;
 mod taps;
+mod threads;
 mod trial;
 mod vision;
 
@@ -38,6 +39,7 @@ pub use rope::RopeFactors;
 pub use sampler::SamplerOptions;
 pub use state::SequenceState;
 pub use taps::ScoreSource;
+pub use threads::Poll;
 pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Piece, Vision, VisionOptions};
 
 use std::sync::OnceLock;

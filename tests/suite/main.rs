@@ -57,6 +57,7 @@ mod npz;
 mod others;
 mod parity;
 mod policies;
+mod polling;
 mod precision;
 mod quantize;
 mod random;
