@@ -1,6 +1,6 @@
 //! `--poll`: how threads wait for each other, which changes times and nothing else.
 
-use crate::bin::{answer, hae, refusal_of};
+use crate::bin::{answer, hae};
 use crate::model::{PICTURE, repository};
 
 fn asked(args: &[&str]) -> String {
