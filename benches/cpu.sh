@@ -5,9 +5,10 @@
 #   cargo xtask model full && cargo build --release --benches --bin hae
 #   benches/cpu.sh target/release/hae models/full/phi-3.5-random-Q4_0.gguf OUT [PART...]
 #
-# PART: taps, early, story, chat, quantized, tower; all of them without one. One JSON line a test in
-# OUT/PART.jsonl. The part tower takes vision files and a text model of one layer from MODEL's folder:
-# cargo xtask model full --layers 1.
+# PART: taps, early, story, chat, quantized, tower, busy; all but busy without one. One JSON line a test
+# in OUT/PART.jsonl. The part tower takes vision files and a text model of one layer from MODEL's folder:
+# cargo xtask model full --layers 1. The part busy keeps two processors busy, CPUS (0,1), which should be
+# two cores' own.
 # Wants a quiet machine and, for all parts, about an hour.
 set -u
 hae=$(realpath "$1") model=$(realpath "$2") out=$(realpath -m "$3")
@@ -88,11 +89,28 @@ tower() {
     done
 }
 
+# How threads wait for each other: alone on two processors, and beside loops that keep the same two busy.
+# In a shell of its own, whose children inherit its processors.
+busy() (
+    taskset -cp "${CPUS:-0,1}" "$BASHPID" >/dev/null
+    for loops in 0 2 4 8; do
+        others=()
+        for ((i = 0; i < loops; i++)); do
+            (while :; do :; done) &
+            others+=($!)
+        done
+        for spins in 0 300 1000 3000 10000 30000 300000; do
+            GOMP_SPINCOUNT=$spins bench busy "$loops-$spins" --no-warmup -p 0 -n 0 -pg 64,16 --kv-policy full
+        done
+        [ "$loops" = 0 ] || kill "${others[@]}"
+    done
+)
+
 for part in "${parts[@]}"; do
     case $part in
-        taps | early | story | chat | quantized | tower) "$part" ;;
+        taps | early | story | chat | quantized | tower | busy) "$part" ;;
         *)
-            echo "$part: expected taps, early, story, chat, quantized or tower" >&2
+            echo "$part: expected taps, early, story, chat, quantized, tower or busy" >&2
             exit 2
             ;;
     esac

@@ -13,7 +13,7 @@ use hae::cache::{Cell, Pos};
 use hae::engine::scripted::hashed;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::llama::{
-    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, RopeFactors,
+    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Poll, RopeFactors,
     SamplerOptions, ScoreSource,
 };
 
@@ -31,6 +31,7 @@ fn engine(model: &Model, flash: bool) -> LlamaEngine<'_> {
         n_ubatch: 64,
         n_threads: THREADS,
         n_threads_batch: THREADS,
+        poll: Poll::default(),
         flash_attention: if flash {
             FlashAttention::On
         } else {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use cli::polling::PollArgs;
 use cli::{
     Done, bench, calibrate, compare, convert, demo, eval, interrupt, options, quantize, replay,
     report, run,
@@ -43,6 +44,24 @@ enum Command {
     Report(report::Args),
 }
 
+impl Command {
+    /// Of a command that computes with a model.
+    fn poll(&self) -> Option<PollArgs> {
+        match self {
+            Command::Run(args) => Some(args.context.poll),
+            Command::Demo(args) => Some(args.context.poll),
+            Command::Bench(args) => Some(args.poll),
+            Command::Compare(args) => Some(args.exam.ask.context.poll),
+            Command::Eval(args) => Some(args.exam.ask.context.poll),
+            Command::Calibrate(args) => Some(args.ask.context.poll),
+            Command::Convert(_)
+            | Command::Quantize(_)
+            | Command::Replay(_)
+            | Command::Report(_) => None,
+        }
+    }
+}
+
 /// Parses the command line and runs it. Exit codes: 0 done, 1 a threshold was
 /// missed, 2 usage or run-time error, 130 ended by Ctrl-C, 143 and 129 by SIGTERM and SIGHUP; a
 /// closed pipe is 0, as for any filter.
@@ -65,6 +84,9 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if let Some(poll) = cli.command.poll() {
+        poll.apply();
+    }
     let command = || {
         interrupt::install()?;
         match cli.command {

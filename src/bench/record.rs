@@ -9,7 +9,7 @@ use super::stats::{Summary, ratio};
 use super::{Pictures, Sample, Test};
 use crate::build::Build;
 use crate::error::Result;
-use crate::llama::{CacheType, FlashAttention, Model, devices};
+use crate::llama::{CacheType, FlashAttention, Model, Poll, devices};
 
 /// The machine, as ggml sees it.
 #[derive(Clone, Debug)]
@@ -67,6 +67,7 @@ pub struct Settings {
     pub n_batch: u32,
     pub n_ubatch: u32,
     pub n_threads: i32,
+    pub poll: Poll,
     /// `None`: llama.cpp's choice.
     pub n_gpu_layers: Option<u32>,
     /// As it was used.
@@ -275,6 +276,7 @@ impl Record {
         all.integer("n_batch", s.n_batch);
         all.integer("n_ubatch", s.n_ubatch);
         all.integer("n_threads", s.n_threads);
+        all.integer("poll", u32::from(s.poll));
         all.integer("n_gpu_layers", s.n_gpu_layers);
         all.text("flash_attn", s.flash_attention);
         all.text("type_k", s.type_k);

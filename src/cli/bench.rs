@@ -15,6 +15,7 @@ use super::crops::CropArgs;
 use super::load::{self, Files};
 use super::options::PolicyArgs;
 use super::output::ContextReport;
+use super::polling::PollArgs;
 use super::{Done, interrupt, warn};
 pub use cases::policies;
 use cases::{Case, Plan, Shape};
@@ -23,7 +24,7 @@ use hae::bench::stats::Summary;
 use hae::bench::{self, Hardware, Record, Sample, Settings, Subject, Watch, Work};
 use hae::build::{Build, build};
 use hae::llama::{
-    ContextOptions, Model, ModelOptions, RopeFactors, ScoreSource, Vision, VisionOptions,
+    ContextOptions, Model, ModelOptions, Poll, RopeFactors, ScoreSource, Vision, VisionOptions,
 };
 use hae::policy::{self, Limits};
 use print::{Format, Printer};
@@ -97,6 +98,8 @@ pub struct Args {
     /// Threads, list [default: physical cores]
     #[arg(short, long, value_name = "N")]
     threads: Vec<String>,
+    #[command(flatten)]
+    pub poll: PollArgs,
     /// Rows of one decode call, list
     #[arg(short, long, value_name = "N", default_value = "2048")]
     batch_size: Vec<String>,
@@ -227,7 +230,7 @@ impl Bench<'_> {
                     _ => case.pictures.tokens(vision.as_ref())?,
                 };
                 let cells = case.test.cells(image_tokens);
-                let mut context = context(shape, cells, n_threads)?;
+                let mut context = context(shape, cells, n_threads, plan.poll)?;
                 context.non_causal_images = vision.as_ref().is_some_and(Vision::non_causal);
                 let contexts = plan.policies.iter().map(|policy| {
                     load::for_policy(context.clone(), model, (policy, &plan.policy_options))
@@ -334,7 +337,7 @@ impl Bench<'_> {
 
 /// A context that holds so many cells. It is as large as llama.cpp would make it, so that checks
 /// and reports see the real size.
-fn context(shape: Shape, cells: usize, n_threads: i32) -> Result<ContextOptions> {
+fn context(shape: Shape, cells: usize, n_threads: i32, poll: Poll) -> Result<ContextOptions> {
     let n_ctx = u32::try_from(cells).ok().filter(|&n| n <= MOST_TOKENS);
     let n_ctx = n_ctx.ok_or_else(|| {
         let reason = format!("{cells} tokens in all, expected at most {MOST_TOKENS}");
@@ -347,6 +350,7 @@ fn context(shape: Shape, cells: usize, n_threads: i32) -> Result<ContextOptions>
         n_ubatch: shape.n_ubatch.min(n_ctx),
         n_threads,
         n_threads_batch: n_threads,
+        poll,
         flash_attention: shape.flash_attention,
         type_k: shape.type_k,
         type_v: shape.type_v,
@@ -369,6 +373,7 @@ fn settings(asked: Shape, context: &ContextOptions, model: &Model) -> Settings {
         n_batch: asked.n_batch,
         n_ubatch: asked.n_ubatch,
         n_threads: report.n_threads,
+        poll: context.poll,
         n_gpu_layers: model.options().n_gpu_layers,
         flash_attention: report.flash_attention,
         type_k: report.type_k,

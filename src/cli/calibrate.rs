@@ -57,7 +57,7 @@ pub struct Args {
     )]
     kv_budget: Amount,
     #[command(flatten)]
-    ask: AskArgs,
+    pub ask: AskArgs,
     /// Write the parameters to FILE [default: MODEL.hae.json beside the model]
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,

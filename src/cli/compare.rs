@@ -48,7 +48,7 @@ pub struct Args {
     #[arg(long)]
     no_distance: bool,
     #[command(flatten)]
-    exam: ExamArgs,
+    pub exam: ExamArgs,
 }
 
 pub fn run(args: &Args) -> Result<Done> {

@@ -32,7 +32,7 @@ pub struct Args {
     #[arg(long, value_name = "NATS")]
     max_kl: Option<f64>,
     #[command(flatten)]
-    exam: ExamArgs,
+    pub exam: ExamArgs,
 }
 
 pub fn run(args: &Args) -> Result<Done> {

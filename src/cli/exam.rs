@@ -45,7 +45,7 @@ pub struct ExamArgs {
     #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
-    ask: AskArgs,
+    pub ask: AskArgs,
     /// Save each answer in FILE as it comes, JSON lines; a file that was begun goes on
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,

@@ -15,6 +15,7 @@ pub mod interrupt;
 mod load;
 pub mod options;
 mod output;
+pub mod polling;
 pub mod quantize;
 pub mod replay;
 pub mod report;

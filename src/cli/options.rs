@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
+use super::polling::PollArgs;
 use hae::Error;
 use hae::llama::{
     CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions, ScoreSource,
@@ -114,6 +115,8 @@ pub struct ContextArgs {
     /// -tb: threads while reading the prompt [default: as --threads]
     #[arg(long, alias = "tb", value_name = "N")]
     threads_batch: Option<i64>,
+    #[command(flatten)]
+    pub poll: PollArgs,
     /// -fa: flash attention
     #[cfg_attr(
         not(feature = "kv-patches"),
@@ -182,6 +185,7 @@ impl ContextArgs {
                 Some(n) => threads("-tb", n)?,
                 None => n_threads,
             },
+            poll: self.poll.level(),
             flash_attention: match self.flash_attn {
                 FlashArg::On => FlashAttention::On,
                 FlashArg::Off => FlashAttention::Off,

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use hae::Error;
 use hae::build::Build;
 use hae::conversation::Answer;
-use hae::llama::{CacheType, ContextOptions, FlashAttention, SamplerOptions};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, Poll, SamplerOptions};
 
 #[derive(Debug, Serialize)]
 pub struct Report<'a> {
@@ -31,6 +31,7 @@ pub struct ContextReport {
     pub n_ubatch: u32,
     pub n_threads: i32,
     pub n_threads_batch: i32,
+    pub poll: Poll,
     pub flash_attention: FlashAttention,
     pub type_k: CacheType,
     pub type_v: CacheType,
@@ -45,6 +46,7 @@ impl ContextReport {
             n_ubatch: options.n_ubatch,
             n_threads: options.n_threads,
             n_threads_batch: options.n_threads_batch,
+            poll: options.poll,
             flash_attention: options.effective_flash_attention(),
             type_k: options.type_k,
             type_v: options.type_v,

@@ -65,7 +65,7 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
-    context: ContextArgs,
+    pub context: ContextArgs,
     #[command(flatten)]
     sampler: SamplerArgs,
     /// `full` keeps everything, as llama.cpp does; `hae` prunes visual tokens after the prompt

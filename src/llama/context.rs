@@ -3,6 +3,7 @@
 use std::num::NonZeroU32;
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::rc::Rc;
 
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::params::LlamaContextParams;
@@ -21,6 +22,7 @@ use super::sampler::Sampler;
 use super::state::SequenceState;
 #[cfg(feature = "kv-patches")]
 use super::taps;
+use super::threads::Threads;
 use super::{Model, RopeFactors, SamplerOptions, backend, log, memory, trial};
 use crate::cache::{Cell, Pos};
 use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
@@ -63,6 +65,8 @@ pub struct LlamaEngine<'m> {
     /// Whether the last batch asked for logits: reading absent ones would end the process.
     has_logits: bool,
     rows: Rows,
+    // Declared last, so dropped after the contexts that compute with them.
+    pub(super) threads: Option<Rc<Threads>>,
 }
 
 impl<'m> LlamaEngine<'m> {
@@ -76,7 +80,8 @@ impl<'m> LlamaEngine<'m> {
         options: ContextOptions,
         sampler: &SamplerOptions,
     ) -> Result<Self> {
-        Self::of_layers(model, options, sampler, None)
+        let threads = Threads::new(&options)?;
+        Self::of_layers(model, options, sampler, None, threads)
     }
 
     /// As [`LlamaEngine::new`], with this many of the model's first layers.
@@ -85,17 +90,28 @@ impl<'m> LlamaEngine<'m> {
         options: ContextOptions,
         sampler: &SamplerOptions,
         n_layer_first: Option<u32>,
+        threads: Option<Rc<Threads>>,
     ) -> Result<Self> {
         options.check(model, n_layer_first)?;
         let watched = !cfg!(feature = "kv-patches") || options.calls_back();
-        let engine = Self::make(model, options, sampler, n_layer_first, watched)?;
+        let make = |options, watched| {
+            Self::make(
+                model,
+                options,
+                sampler,
+                n_layer_first,
+                watched,
+                threads.clone(),
+            )
+        };
+        let engine = make(options, watched)?;
         if watched || engine.is_plain() {
             return Ok(engine);
         }
         // Only the callback knows the cells of this model's memory.
         let options = engine.options.clone();
         drop(engine);
-        Self::make(model, options, sampler, n_layer_first, true)
+        make(options, true)
     }
 
     fn make(
@@ -104,6 +120,7 @@ impl<'m> LlamaEngine<'m> {
         sampler: &SamplerOptions,
         n_layer_first: Option<u32>,
         watched: bool,
+        threads: Option<Rc<Threads>>,
     ) -> Result<Self> {
         let called_back = match options.calls_back() {
             true => options.score_layers.clone(),
@@ -150,6 +167,9 @@ impl<'m> LlamaEngine<'m> {
             false => 0,
         };
         drop(blocks);
+        if let Some(threads) = &threads {
+            threads.attach(&mut ctx);
+        }
         let n_ctx = ctx.n_ctx() as usize;
         let raw = NonNull::new(ctx.as_mut_ptr())
             .ok_or_else(|| Error::llama("llama_init_from_model", "returned null"))?;
@@ -173,6 +193,7 @@ impl<'m> LlamaEngine<'m> {
             tap_rows,
             has_logits: false,
             rows: Rows::default(),
+            threads,
         };
         engine.room.resizable = engine.options.kv_size.is_some() && engine.is_plain();
         Ok(engine)

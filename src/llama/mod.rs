@@ -28,6 +28,7 @@ mod rows;
 mod sampler;
 mod state;
 mod taps;
+mod threads;
 mod trial;
 mod vision;
 mod weights;
@@ -42,6 +43,7 @@ pub use rows::MAX_POS;
 pub use sampler::SamplerOptions;
 pub use state::SequenceState;
 pub use taps::ScoreSource;
+pub use threads::Poll;
 pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Part, Piece, Vision, VisionOptions};
 
 use std::sync::OnceLock;

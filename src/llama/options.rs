@@ -3,6 +3,7 @@
 use llama_cpp_2::context::params::KvCacheType;
 
 use super::taps::ScoreSource;
+use super::threads::Poll;
 use super::{Model, RopeFactors, memory};
 use crate::error::{Error, Result};
 
@@ -100,6 +101,8 @@ pub struct ContextOptions {
     pub n_ubatch: u32,
     pub n_threads: i32,
     pub n_threads_batch: i32,
+    /// How eagerly they wait for work, where ggml's own pool of threads serves.
+    pub poll: Poll,
     pub flash_attention: FlashAttention,
     pub type_k: CacheType,
     pub type_v: CacheType,

@@ -41,7 +41,8 @@ impl<'m> LlamaEngine<'m> {
             rope_factors: self.rope_factors(),
             ..self.options.clone()
         };
-        let engine = Self::of_layers(self.model, options, &SamplerOptions::GREEDY, Some(last + 1))?;
+        let (sampler, threads) = (&SamplerOptions::GREEDY, self.threads.clone());
+        let engine = Self::of_layers(self.model, options, sampler, Some(last + 1), threads)?;
         Ok(Some(Box::new(engine)))
     }
 

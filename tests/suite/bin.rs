@@ -11,7 +11,9 @@ pub fn hae() -> Command {
     command
         .env("LC_ALL", "C")
         .env_remove("RUST_BACKTRACE")
-        .env_remove("RUST_LOG");
+        .env_remove("RUST_LOG")
+        .env_remove("GOMP_SPINCOUNT")
+        .env_remove("OMP_WAIT_POLICY");
     command
 }
 

@@ -62,6 +62,7 @@ mod npz;
 mod others;
 mod parity;
 mod policies;
+mod polling;
 mod precision;
 mod quantize;
 mod random;

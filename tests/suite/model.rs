@@ -11,7 +11,7 @@ use hae::engine::{Batch, Engine, Input, Observation};
 use hae::generate::{Hooks, Segment};
 use hae::image::{self, Picture};
 use hae::llama::{
-    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Piece,
+    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Piece, Poll,
     RopeFactors, SamplerOptions, ScoreSource, Vision, VisionOptions,
 };
 use hae::prompt;
@@ -74,6 +74,7 @@ pub fn exact(n_ctx: u32) -> ContextOptions {
         n_ubatch: 512.min(n_ctx),
         n_threads: 1,
         n_threads_batch: 1,
+        poll: Poll::default(),
         flash_attention: FlashAttention::Off,
         type_k: CacheType::F32,
         type_v: CacheType::F32,

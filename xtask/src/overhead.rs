@@ -100,6 +100,9 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
 
 fn measure(program: &Path, ours: bool, args: &Args) -> Result<Run> {
     let mut command = Command::new(program);
+    // Each waits for its threads as it does by itself: cargo sets one of them for what it starts.
+    command.env_remove("GOMP_SPINCOUNT");
+    command.env_remove("OMP_WAIT_POLICY");
     let numbers = [("-d", args.n_depth), ("-t", args.n_threads)];
     if ours {
         command.args(["bench", "-r", "1", "-o", "jsonl", "--kv-policy", "full"]);

@@ -9,7 +9,7 @@ use super::lists::{numbers, pairs, size, values};
 use super::{Args, MOST_TOKENS};
 use hae::bench::{Pictures, Test, Turn, Workload};
 use hae::llama::gguf::header;
-use hae::llama::{CacheType, FlashAttention};
+use hae::llama::{CacheType, FlashAttention, Poll};
 use hae::policy::{self, PolicyOptions};
 use hae::{Error, Result};
 
@@ -43,6 +43,7 @@ pub struct Plan {
     pub files: Vec<Files>,
     pub gpu_layers: Vec<GpuLayers>,
     pub threads: Vec<i32>,
+    pub poll: Poll,
     pub shapes: Vec<Shape>,
     pub cases: Vec<Case>,
     pub policies: Vec<&'static str>,
@@ -79,6 +80,7 @@ impl Plan {
         Ok(Plan {
             gpu_layers: values("-ngl", &args.gpu_layers, gpu_layers)?,
             threads,
+            poll: args.poll.level(),
             shapes: shapes(args)?,
             policies,
             policy_options,

@@ -154,6 +154,7 @@ fn table(records: &[Record]) -> Table {
     for name in [
         "n_gpu_layers",
         "n_threads",
+        "poll",
         "n_batch",
         "n_ubatch",
         "type_k",
