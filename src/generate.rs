@@ -14,6 +14,7 @@ mod utf8;
 
 use std::time::Duration;
 
+use crate::attend::{Attended, Lookup};
 use crate::cache::{Cell, PerModality, Pos};
 use crate::controller::{Controller, Event, Origin};
 use crate::engine::{Engine, Input, Observation, Token};
@@ -64,6 +65,8 @@ pub struct Generated {
     pub pending: Option<Token>,
     /// Positions of the prompt.
     pub prompt: PerModality,
+    /// What decoding steps attended to, where they looked cells up.
+    pub attended: Attended,
     pub timings: Timings,
 }
 
@@ -100,6 +103,10 @@ pub struct Session<E> {
     /// What [`Session::expect`] was told.
     expected: Option<usize>,
     taken_back: bool,
+    /// The position that the newest answer began at.
+    answer: Pos,
+    /// Buffer of a step's lookups.
+    lookup: Lookup,
 }
 
 impl<E: Engine> Session<E> {
@@ -114,6 +121,8 @@ impl<E: Engine> Session<E> {
             moves: Vec::new(),
             expected: None,
             taken_back: false,
+            answer: 0,
+            lookup: Lookup::default(),
         }
     }
 
@@ -191,7 +200,22 @@ impl<E: Engine> Session<E> {
         }
         feed.pos.clear();
         feed.pos.push(pos);
-        feed.run(&mut self.engine, Input::Tokens(&[token]), true)?;
+        let mut lookup = std::mem::take(&mut self.lookup);
+        let ledger = self.controller.ledger();
+        let looks_up = self.engine.attend().is_some_and(|attend| {
+            attend.plan(ledger, self.answer, &mut lookup, &mut feed.attended)
+        });
+        let done = match looks_up {
+            true => {
+                feed.lookup = Some(lookup);
+                let done = feed.run(&mut self.engine, Input::Tokens(&[token]), true);
+                lookup = feed.lookup.take().unwrap_or_default();
+                done
+            }
+            false => feed.run(&mut self.engine, Input::Tokens(&[token]), true),
+        };
+        self.lookup = lookup;
+        done?;
         self.controller
             .inserted(&feed.cells, &feed.pos, Origin::TEXT)?;
         self.controller.observed(&feed.seen)?;
@@ -234,6 +258,7 @@ impl<E: Engine> Session<E> {
         // The last token of an answer does not go in.
         let to_come = n_predict.map(|n| n.saturating_sub(1));
         self.expected = self.expected.or(to_come);
+        self.feed.attended = Attended::default();
         let Prefilled { complete, probe } = self.prefill_timed(prompt, cancelled, now)?;
         let mut timings = Timings {
             probe,
@@ -284,6 +309,7 @@ impl<E: Engine> Session<E> {
             finish,
             pending,
             prompt,
+            attended: self.feed.attended,
             timings,
         })
     }

@@ -19,7 +19,8 @@ use super::room::{self, Room};
 use super::state::SequenceState;
 #[cfg(feature = "kv-patches")]
 use super::taps::{self, ScoreSource};
-use super::{Model, RopeFactors, SamplerOptions, backend, log, trial};
+use super::{Model, RopeFactors, SamplerOptions, attend, backend, log, trial};
+use crate::attend::Attend;
 use crate::cache::{Cell, Pos};
 use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
 use crate::error::{Error, Result};
@@ -179,6 +180,10 @@ impl<'m> LlamaEngine<'m> {
         #[cfg(feature = "kv-patches")]
         if options.score_source == ScoreSource::Graph && !options.score_layers.is_empty() {
             ctx = taps::tapped(ctx, &options.score_layers)?;
+        }
+        if !options.attend.is_whole() && n_layer_first.is_none() {
+            let (keep_sets, plain) = (options.keep_sets, options.plain_lookups);
+            ctx = attend::allowed(ctx, &options.attend, keep_sets, plain)?;
         }
         drop(blocks);
         let n_ctx = ctx.n_ctx() as usize;
@@ -432,6 +437,7 @@ impl Engine for LlamaEngine<'_> {
         self.grow(rows)?;
         #[cfg(feature = "kv-patches")]
         let tapped = self.begin_taps(&batch)?;
+        self.begin_lookup(batch.lookup)?;
         self.observer.get_mut().begin(batch.queries);
         self.has_logits = false;
         // If this fails it has set nothing.
@@ -484,6 +490,10 @@ impl Engine for LlamaEngine<'_> {
             Err(_) => self.discard(batch.pos),
         }
         done
+    }
+
+    fn attend(&self) -> Option<&Attend> {
+        (!self.options.attend.is_whole()).then_some(&self.options.attend)
     }
 
     fn logits(&self) -> Result<&[f32]> {
