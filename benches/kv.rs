@@ -55,6 +55,7 @@ fn decode(engine: &mut LlamaEngine<'_>, pos: Pos) {
         pos: &[pos],
         queries: &[],
         logits: true,
+        lookup: None,
     };
     engine
         .decode(batch, &mut Vec::new(), &mut Observation::default())

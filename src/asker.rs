@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use crate::attend::{Attend, Shares};
 use crate::bench::{Watch as Clock, wake};
 use crate::controller::Controller;
 use crate::conversation::{segment, tell_pictures};
@@ -44,6 +45,7 @@ pub struct Answered {
     pub finish: Finish,
     pub tokens: record::Tokens,
     pub kv: Kv,
+    pub attended: Option<Shares>,
     pub timings: Timings,
     pub evicted: Evicted,
 }
@@ -71,6 +73,7 @@ struct Talk {
 struct Stage<'m> {
     score_layers: Vec<u32>,
     kv_size: Option<u32>,
+    attend: Attend,
     session: Session<LlamaEngine<'m>>,
 }
 
@@ -193,6 +196,7 @@ impl<'m> Asker<'m> {
                 },
                 finish: generated.finish,
                 kv: kv(session),
+                attended: generated.attended.shares(),
                 evicted: evicted(session),
                 timings,
                 text: generated.text,
@@ -236,6 +240,7 @@ impl<'m> Asker<'m> {
         let readable = cfg!(feature = "kv-patches") && self.model.eviction_obstacle().is_none();
         let n_layer = self.model.n_layer();
         let mut context = context.clone();
+        context.attend = Attend::default();
         let stage = if readable {
             context.score_layers = (0..n_layer).collect();
             self.stage(&context, |_| Ok(Box::new(Watch::all(n_layer)) as _))?
@@ -313,7 +318,9 @@ impl<'m> Asker<'m> {
         policy: impl Fn(Limits) -> Result<Box<dyn EvictionPolicy>>,
     ) -> Result<usize> {
         let like = |stage: &Stage<'_>| {
-            stage.score_layers == context.score_layers && stage.kv_size == context.kv_size
+            stage.score_layers == context.score_layers
+                && stage.kv_size == context.kv_size
+                && stage.attend == context.attend
         };
         let Some(at) = self.stages.iter().position(like) else {
             let mut engine =
@@ -324,6 +331,7 @@ impl<'m> Asker<'m> {
             self.stages.push(Stage {
                 score_layers: context.score_layers.clone(),
                 kv_size: context.kv_size,
+                attend: context.attend,
                 session: Session::new(engine, controller),
             });
             return Ok(self.stages.len() - 1);

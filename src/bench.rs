@@ -330,6 +330,7 @@ pub(crate) fn wake(engine: &mut LlamaEngine<'_>, token: Token) -> Result<()> {
         pos: &[0],
         queries: &[],
         logits: true,
+        lookup: None,
     };
     engine.decode(batch, &mut Vec::new(), &mut Observation::default())?;
     engine.logits()?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::attend::Shares;
 use crate::cache::{Counts, PerModality, Pos};
 use crate::controller::{Controller, Event};
 use crate::engine::Engine;
@@ -36,6 +37,9 @@ pub struct Answer {
     pub taken_back: bool,
     pub tokens: TokenCounts,
     pub kv: KvReport,
+    /// What decoding steps attended to, where they looked cells up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attended: Option<Shares>,
     pub timings: TimingReport,
     pub policy: PolicyReport,
 }
@@ -274,6 +278,7 @@ impl<'m> Conversation<'m> {
                 generated: generated.tokens.len(),
             },
             kv: self.kv(),
+            attended: generated.attended.shares(),
             timings: TimingReport {
                 vision_encode_ms: ms(encode),
                 probe_ms: ms(generated.timings.probe),

@@ -5,6 +5,7 @@ pub mod scripted;
 
 use std::ops::Range;
 
+use crate::attend::{Attend, Lookup};
 use crate::cache::{Cell, Pos};
 use crate::error::Result;
 
@@ -53,6 +54,8 @@ pub struct Batch<'a> {
     pub queries: &'a [u32],
     /// Whether the logits of the last row are wanted.
     pub logits: bool,
+    /// What each layer may leave out, for a batch of one token; `None`: nothing.
+    pub lookup: Option<&'a Lookup>,
 }
 
 /// Attention that the query rows of one batch paid to each cell. Buffers are reused.
@@ -98,6 +101,12 @@ pub trait Engine {
         cells: &mut Vec<Cell>,
         seen: &mut Observation,
     ) -> Result<()>;
+
+    /// What decoding steps attend to, where that is not everything: the loop then says with each
+    /// step which cells may be left out.
+    fn attend(&self) -> Option<&Attend> {
+        None
+    }
 
     /// Logits of the last row of the last batch that asked for them: `[n_vocab]`.
     fn logits(&self) -> Result<&[f32]>;

@@ -14,6 +14,7 @@ mod utf8;
 
 use std::time::Duration;
 
+use crate::attend::{Attended, Lookup};
 use crate::cache::{Cell, PerModality, Pos};
 use crate::controller::{Controller, Event, Origin};
 use crate::engine::{Engine, Input, Observation, Token};
@@ -101,6 +102,8 @@ pub struct Generated {
     pub pending: Option<Token>,
     /// Rows of the prompt.
     pub prompt: PerModality,
+    /// What decoding steps attended to, where they looked cells up.
+    pub attended: Attended,
     pub timings: Timings,
 }
 
@@ -136,6 +139,10 @@ pub struct Session<E> {
     moves: Vec<(Cell, Cell)>,
     /// What [`Session::expect`] was told.
     expected: Option<usize>,
+    /// The position that the newest answer began at.
+    answer: Pos,
+    /// Buffer of a step's lookups.
+    lookup: Lookup,
 }
 
 impl<E: Engine> Session<E> {
@@ -149,6 +156,8 @@ impl<E: Engine> Session<E> {
             feed: Feed::default(),
             moves: Vec::new(),
             expected: None,
+            answer: 0,
+            lookup: Lookup::default(),
         }
     }
 
@@ -229,7 +238,22 @@ impl<E: Engine> Session<E> {
         }
         feed.pos.clear();
         feed.pos.push(pos);
-        feed.run(&mut self.engine, Input::Tokens(&[token]), true)?;
+        let mut lookup = std::mem::take(&mut self.lookup);
+        let ledger = self.controller.ledger();
+        let looks_up = self.engine.attend().is_some_and(|attend| {
+            attend.plan(ledger, self.answer, &mut lookup, &mut feed.attended)
+        });
+        let done = match looks_up {
+            true => {
+                feed.lookup = Some(lookup);
+                let done = feed.run(&mut self.engine, Input::Tokens(&[token]), true);
+                lookup = feed.lookup.take().unwrap_or_default();
+                done
+            }
+            false => feed.run(&mut self.engine, Input::Tokens(&[token]), true),
+        };
+        self.lookup = lookup;
+        done?;
         self.controller
             .inserted(&feed.cells, &feed.pos, Origin::TEXT)?;
         self.controller.observed(&feed.seen)?;
@@ -273,6 +297,7 @@ impl<E: Engine> Session<E> {
         // The last token of an answer does not go in.
         let to_come = length.expected().map(|n| n.saturating_sub(1));
         self.expected = self.expected.or(to_come);
+        self.feed.attended = Attended::default();
         let Prefilled { complete, probe } = self.prefill_timed(prompt, cancelled, now)?;
         let mut timings = Timings {
             probe,
@@ -324,6 +349,7 @@ impl<E: Engine> Session<E> {
             taken_back: !complete,
             pending,
             prompt,
+            attended: self.feed.attended,
             timings,
         })
     }

@@ -11,6 +11,7 @@
 #![deny(unsafe_code)]
 
 pub mod asker;
+pub mod attend;
 pub mod bench;
 pub mod build;
 pub mod cache;

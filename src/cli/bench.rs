@@ -13,13 +13,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::crops::CropArgs;
 use super::load::{self, Files};
-use super::options::PolicyArgs;
+use super::options::{AttendArgs, PolicyArgs};
 use super::output::ContextReport;
 use super::polling::PollArgs;
 use super::{Done, interrupt, warn};
 pub use cases::policies;
 use cases::{Case, Plan, Shape};
 use hae::Error;
+use hae::attend::Attend;
 use hae::bench::stats::Summary;
 use hae::bench::{self, Hardware, Record, Sample, Settings, Subject, Watch, Work};
 use hae::build::{Build, build};
@@ -117,6 +118,8 @@ pub struct Args {
     no_warmup: bool,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten, next_help_heading = "Lookups of the policies behind the first, or of a single one")]
+    attend: AttendArgs,
     /// What stdout carries
     #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
@@ -232,8 +235,13 @@ impl Bench<'_> {
                 let cells = case.test.cells(image_tokens);
                 let mut context = context(shape, cells, n_threads, plan.poll)?;
                 context.non_causal_images = vision.as_ref().is_some_and(Vision::non_causal);
-                let contexts = plan.policies.iter().map(|policy| {
-                    load::for_policy(context.clone(), model, (policy, &plan.policy_options))
+                let contexts = plan.policies.iter().enumerate().map(|(i, policy)| {
+                    let attend = plan.attend(i);
+                    let context = ContextOptions {
+                        attend,
+                        ..context.clone()
+                    };
+                    load::for_policy(context, model, (policy, &plan.policy_options))
                 });
                 ready.push(Ready {
                     case,
@@ -360,6 +368,9 @@ fn context(shape: Shape, cells: usize, n_threads: i32, poll: Poll) -> Result<Con
         non_causal_images: false,
         // As many positions as cells: llama.cpp's own rule is the right one.
         rope_factors: RopeFactors::Context,
+        attend: Attend::default(),
+        keep_sets: false,
+        plain_lookups: false,
     })
 }
 

@@ -91,7 +91,7 @@ impl ExamArgs {
     /// Every policy at every budget; `full` has none. What can be wrong with a budget without a
     /// model is found here.
     fn candidates(&self) -> Result<Vec<Candidate>> {
-        let policies = policies(&self.kv_policy)?;
+        let policies = policies(&self.kv_policy, false)?;
         let budgets = self.policy.budgets();
         if let Some(i) = (0..budgets.len()).find(|&i| budgets[..i].contains(&budgets[i])) {
             let reason = format!("{} is in the list twice", budget_text(budgets[i]));

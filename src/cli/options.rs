@@ -10,6 +10,7 @@ use clap::{ArgAction, ValueEnum};
 
 use super::polling::PollArgs;
 use hae::Error;
+use hae::attend::Attend;
 use hae::llama::{
     CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions, ScoreSource,
 };
@@ -130,6 +131,40 @@ pub struct ContextArgs {
     /// -ctv: type of the V cache; quantized types need flash attention
     #[arg(long, alias = "ctv", default_value = "f16", value_parser = cache_type, value_name = "TYPE")]
     cache_type_v: CacheType,
+    #[command(flatten)]
+    attend: AttendArgs,
+}
+
+/// What a decoded token attends to.
+#[derive(Debug, clap::Args)]
+pub struct AttendArgs {
+    /// Visual tokens that each layer looks at while the answer is written: a number, or a share.
+    /// Every layer and token chooses anew, and nothing is removed [default: all]
+    #[arg(long, value_name = "N|SHARE")]
+    attend: Option<Amount>,
+    /// The same of text, beside the first tokens, the last ones and the question [default: all]
+    #[arg(long, value_name = "N|SHARE")]
+    attend_text: Option<Amount>,
+    /// Last tokens that every layer looks at [default: 16]
+    #[arg(long, value_name = "N")]
+    attend_recent: Option<usize>,
+    /// Layers before this one look at everything [default: 0]
+    #[arg(long, value_name = "LAYER")]
+    attend_from: Option<u32>,
+}
+
+impl AttendArgs {
+    /// What was asked for.
+    pub fn options(&self) -> Attend {
+        let default = Attend::default();
+        Attend {
+            vision: self.attend,
+            text: self.attend_text,
+            recent: self.attend_recent.unwrap_or(default.recent),
+            first_layer: self.attend_from.unwrap_or(default.first_layer),
+            ..default
+        }
+    }
 }
 
 pub fn cache_type(text: &str) -> Result<CacheType, String> {
@@ -198,6 +233,9 @@ impl ContextArgs {
             score_source: ScoreSource::default(),
             non_causal_images: false,
             rope_factors: RopeFactors::default(),
+            attend: self.attend.options(),
+            keep_sets: false,
+            plain_lookups: false,
         })
     }
 }

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::attend::Shares;
 use crate::cache::{Counts, PerModality};
 use crate::generate::Finish;
 use crate::policy::Amount;
@@ -101,6 +102,9 @@ pub struct Answer {
     pub finish: Finish,
     pub tokens: Tokens,
     pub kv: Kv,
+    /// What decoding steps attended to, where they looked cells up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attended: Option<Shares>,
     pub timings: Timings,
     pub evicted: Evicted,
     pub distance: Option<Distance>,

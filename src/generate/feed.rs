@@ -2,6 +2,7 @@
 
 use super::prompt::Segment;
 use super::trial::Trial;
+use crate::attend::{Attended, Lookup};
 use crate::cache::{Cell, Modality, Pos};
 use crate::controller::Origin;
 use crate::engine::{Batch, Engine, Input, Observation, Token};
@@ -20,6 +21,10 @@ pub(super) struct Feed {
     pub seen: Observation,
     /// Whether each row separates parts of a picture; empty for text.
     pub separators: Vec<bool>,
+    /// What the next batch may leave out.
+    pub lookup: Option<Lookup>,
+    /// What batches with a lookup attended to.
+    pub attended: Attended,
     /// Bytes of another cache that is there meanwhile.
     pub beside: u64,
     /// The most bytes that caches were ever allocated, after a batch.
@@ -171,6 +176,7 @@ impl Feed {
             pos: &self.pos,
             queries: &self.queries,
             logits,
+            lookup: self.lookup.as_ref(),
         };
         engine.decode(batch, &mut self.cells, &mut self.seen)?;
         let bytes = engine.kv_bytes().allocated + self.beside;

@@ -67,6 +67,7 @@ impl<E: Engine> Session<E> {
         now: &dyn Fn() -> Duration,
     ) -> Result<Prefilled> {
         let done = self.decide_and_take_in(prompt, cancelled, now);
+        self.answer = self.controller.next_pos();
         if self.controller.dap_mode() != DapMode::Midway {
             return done;
         }

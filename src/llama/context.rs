@@ -23,7 +23,8 @@ use super::state::SequenceState;
 #[cfg(feature = "kv-patches")]
 use super::taps;
 use super::threads::Threads;
-use super::{Model, RopeFactors, SamplerOptions, backend, log, memory, trial};
+use super::{Model, RopeFactors, SamplerOptions, attend, backend, log, memory, trial};
+use crate::attend::Attend;
 use crate::cache::{Cell, Pos};
 use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
 use crate::error::{Error, Result};
@@ -166,6 +167,9 @@ impl<'m> LlamaEngine<'m> {
             true => taps::set(&mut ctx, &options.score_layers, 1)?,
             false => 0,
         };
+        if !options.attend.is_whole() && n_layer_first.is_none() {
+            attend::allow(&mut ctx, &options)?;
+        }
         drop(blocks);
         if let Some(threads) = &threads {
             threads.attach(&mut ctx);
@@ -389,6 +393,7 @@ impl Engine for LlamaEngine<'_> {
         self.grow(rows)?;
         #[cfg(feature = "kv-patches")]
         let tapped = self.begin_taps(&batch)?;
+        self.begin_lookup(batch.lookup)?;
         self.observer.get_mut().begin(batch.queries);
         self.has_logits = false;
         // Until they are dropped, whatever happens meanwhile.
@@ -433,6 +438,10 @@ impl Engine for LlamaEngine<'_> {
             Err(_) => self.discard(batch.pos),
         }
         done
+    }
+
+    fn attend(&self) -> Option<&Attend> {
+        (!self.options.attend.is_whole()).then_some(&self.options.attend)
     }
 
     fn logits(&self) -> Result<&[f32]> {

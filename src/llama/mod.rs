@@ -6,6 +6,7 @@
 //! from nodes in llama.cpp's graph (`taps.rs`), or from the callback as well.
 
 mod abort;
+mod attend;
 mod callback;
 #[cfg(feature = "kv-patches")]
 mod cells;

@@ -5,6 +5,7 @@ use llama_cpp_2::context::params::KvCacheType;
 use super::taps::ScoreSource;
 use super::threads::Poll;
 use super::{Model, RopeFactors, memory};
+use crate::attend::Attend;
 use crate::error::{Error, Result};
 
 /// `-fa`.
@@ -112,6 +113,12 @@ pub struct ContextOptions {
     /// Pictures attend to all of themselves (a property of the vision model).
     pub non_causal_images: bool,
     pub rope_factors: RopeFactors,
+    /// What decoding steps attend to.
+    pub attend: Attend,
+    /// Lets [`super::LlamaEngine::looked_up`] read what layers attended to, at the cost of memory.
+    pub keep_sets: bool,
+    /// Looks up by operations that every backend has, also where there is a faster way.
+    pub plain_lookups: bool,
 }
 
 impl ContextOptions {
@@ -129,6 +136,7 @@ impl ContextOptions {
                 ),
             ));
         }
+        self.attend.check(model.n_layer())?;
         let flash = self.effective_flash_attention();
         if self.type_v.is_quantized() && flash == FlashAttention::Off {
             let why = if self.calls_back() {

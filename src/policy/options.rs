@@ -108,7 +108,7 @@ impl Amount {
 
     /// # Errors
     /// [`Error::Option`] for none, or a share that is none.
-    pub(super) fn check(self, flag: &'static str) -> Result<()> {
+    pub(crate) fn check(self, flag: &'static str) -> Result<()> {
         match self {
             Amount::Cells(0) => Err(Error::option(flag, "0 cells, expected at least 1")),
             Amount::Share(share) if !(share > 0.0 && share <= 1.0) => Err(Error::option(

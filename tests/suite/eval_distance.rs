@@ -184,6 +184,7 @@ impl Naive<'_> {
             pos: &[self.pos],
             queries: &[0],
             logits: true,
+            lookup: None,
         };
         let (mut cells, mut seen) = (Vec::new(), Observation::default());
         self.engine.decode(batch, &mut cells, &mut seen).unwrap();

@@ -87,6 +87,7 @@ pub fn answer(id: usize, policy: &str, share: Option<f64>, right: bool) -> Answe
             bytes_allocated: 2048,
             bytes_allocated_peak: 4096,
         },
+        attended: None,
         timings: Timings {
             vision_encode_ms: 1.5,
             probe_ms: 0.0,

@@ -151,6 +151,7 @@ fn feed(engine: &mut LlamaEngine<'_>, input: Input<'_>, pos: Pos) -> hae::Result
         pos: &places,
         queries: &[],
         logits: true,
+        lookup: None,
     };
     engine.decode(batch, &mut Vec::new(), &mut Observation::default())
 }

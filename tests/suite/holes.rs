@@ -49,6 +49,7 @@ fn feed(
                 pos,
                 queries: &[],
                 logits: true,
+                lookup: None,
             };
             engine.decode(batch, &mut cells, &mut seen).unwrap();
             assert_eq!(cells.len(), rows.len());
@@ -64,6 +65,7 @@ pub fn step(engine: &mut LlamaEngine<'_>, token: i32, pos: Pos) -> hae::Result<(
         pos: &[pos],
         queries: &[],
         logits: true,
+        lookup: None,
     };
     engine.decode(batch, &mut Vec::new(), &mut Observation::default())
 }
@@ -178,6 +180,7 @@ fn taken_decreasing_and_negative_positions_are_refused() {
             pos,
             queries: &[],
             logits: false,
+            lookup: None,
         };
         let error = engine
             .decode(batch, &mut Vec::new(), &mut Observation::default())
@@ -214,6 +217,7 @@ fn a_sliding_window_wants_positions_in_a_row() {
             pos,
             queries: &[],
             logits: false,
+            lookup: None,
         };
         engine.decode(batch, &mut Vec::new(), &mut Observation::default())
     };

@@ -111,6 +111,7 @@ impl<'m> Pair<'m> {
             pos: &places,
             queries: &[],
             logits: true,
+            lookup: None,
         };
         let (mut cells, mut seen) = (Vec::new(), Observation::default());
         let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();

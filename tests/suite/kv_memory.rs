@@ -84,6 +84,7 @@ fn decode(engine: &mut LlamaEngine<'_>, from: Pos) {
         pos: &positions,
         queries: &[],
         logits: true,
+        lookup: None,
     };
     engine
         .decode(batch, &mut Vec::new(), &mut Observation::default())

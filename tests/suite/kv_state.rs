@@ -18,6 +18,7 @@ fn decode(engine: &mut LlamaEngine<'_>, tokens: &[i32], pos: Pos) {
         pos: &positions,
         queries: &[],
         logits: true,
+        lookup: None,
     };
     engine
         .decode(batch, &mut Vec::new(), &mut Observation::default())

@@ -52,6 +52,8 @@ mod kv_state;
 mod kv_streams;
 #[cfg(feature = "kv-patches")]
 mod kv_twin;
+#[cfg(feature = "kv-patches")]
+mod lookup;
 mod masked;
 #[cfg(feature = "kv-patches")]
 mod midway;

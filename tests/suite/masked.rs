@@ -158,6 +158,7 @@ fn eviction_equals_masked_attention() {
                 pos: &[pos],
                 queries: &[0],
                 logits: true,
+                lookup: None,
             };
             engine.decode(batch, &mut cells, &mut seen).unwrap();
             let cell = cells[0] as usize;

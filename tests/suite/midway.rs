@@ -58,6 +58,7 @@ fn go_on(
                 pos: &pos,
                 queries: &[],
                 logits: false,
+                lookup: None,
             };
             trial.decode(batch, &mut cells, &mut seen).unwrap();
             at.extend(&cells);
@@ -80,6 +81,7 @@ fn go_on(
             pos,
             queries: &[],
             logits: true,
+            lookup: None,
         };
         engine.decode(batch, &mut cells, &mut seen).unwrap();
     }
@@ -206,6 +208,7 @@ fn going_on_into_scattered_cells_changes_nothing() {
                     pos: &after,
                     queries: &[],
                     logits: false,
+                    lookup: None,
                 };
                 let (mut cells, mut seen) = (Vec::new(), Observation::default());
                 engine.decode(batch, &mut cells, &mut seen).unwrap();
@@ -250,6 +253,7 @@ fn rows_that_no_trial_run_has_are_refused() {
             pos: &pos,
             queries: &[],
             logits: true,
+            lookup: None,
         };
         let error = engine
             .decode(batch, &mut Vec::new(), &mut Observation::default())
@@ -264,6 +268,7 @@ fn rows_that_no_trial_run_has_are_refused() {
             pos: &[0, 1, 2],
             queries: &[],
             logits: false,
+            lookup: None,
         };
         trial
             .decode(batch, &mut Vec::new(), &mut Observation::default())

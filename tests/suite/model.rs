@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use hae::attend::Attend;
 use hae::cache::Pos;
 use hae::conversation::segment;
 use hae::engine::{Batch, Engine, Input, Observation};
@@ -82,6 +83,9 @@ pub fn exact(n_ctx: u32) -> ContextOptions {
         score_source: ScoreSource::default(),
         non_causal_images: false,
         rope_factors: RopeFactors::default(),
+        attend: Attend::default(),
+        keep_sets: false,
+        plain_lookups: false,
     }
 }
 
@@ -196,6 +200,7 @@ pub fn prefill(
             pos: &places,
             queries: &queries,
             logits: i + 1 == segments.len(),
+            lookup: None,
         };
         engine.decode(batch, &mut cells, &mut all).unwrap();
         if !queries.is_empty() {

@@ -140,6 +140,7 @@ fn every_cache_type_agrees_with_the_callback() {
                     pos: &[pos],
                     queries: &[0],
                     logits: true,
+                    lookup: None,
                 };
                 theirs.decode(batch, &mut cells, &mut expected).unwrap();
                 ours.decode(batch, &mut cells, &mut seen).unwrap();
@@ -166,6 +167,7 @@ fn long_prompt(engine: &mut LlamaEngine<'_>, wanted: impl Fn(u32) -> bool) -> Ob
             pos,
             queries: &queries,
             logits: last,
+            lookup: None,
         };
         engine.decode(batch, &mut cells, &mut seen).unwrap();
     }
@@ -241,6 +243,7 @@ fn trace(model: &Model, options: ContextOptions, queries: bool) -> Vec<Vec<u32>>
         pos: &places,
         queries: if queries { &rows } else { &[] },
         logits: true,
+        lookup: None,
     };
     engine.decode(batch, &mut cells, &mut seen).unwrap();
     let mut all = vec![bits(&engine)];
@@ -251,6 +254,7 @@ fn trace(model: &Model, options: ContextOptions, queries: bool) -> Vec<Vec<u32>>
             // Now and then, so that graphs with and without taps follow each other.
             queries: if queries && pos % 3 > 0 { &[0] } else { &[] },
             logits: true,
+            lookup: None,
         };
         engine.decode(batch, &mut cells, &mut seen).unwrap();
         assert_eq!(seen.sum.is_empty(), batch.queries.is_empty());
@@ -293,6 +297,7 @@ fn what_cannot_be_tapped_is_refused() {
             pos: &tokens,
             queries,
             logits: true,
+            lookup: None,
         };
         let mut seen = Observation::default();
         let done = engine.decode(batch, &mut Vec::new(), &mut seen);
@@ -342,6 +347,7 @@ fn other_kinds_of_attention_agree_with_the_callback() {
             pos: &places,
             queries: &rows,
             logits: true,
+            lookup: None,
         };
         let mut engine = engine(model, options);
         engine.decode(batch, &mut Vec::new(), &mut seen).unwrap();

@@ -7,6 +7,7 @@ use super::super::options::{
 };
 use super::lists::{numbers, pairs, size, values};
 use super::{Args, MOST_TOKENS};
+use hae::attend::Attend;
 use hae::bench::{Pictures, Test, Turn, Workload};
 use hae::llama::gguf::header;
 use hae::llama::{CacheType, FlashAttention, Poll};
@@ -49,6 +50,8 @@ pub struct Plan {
     pub policies: Vec<&'static str>,
     /// `full` has none.
     pub policy_options: PolicyOptions,
+    /// Of the policies behind the first, or of a single one.
+    attend: Attend,
     pub num_crops: Option<u32>,
     pub repetitions: usize,
     pub warm_up: bool,
@@ -57,7 +60,8 @@ pub struct Plan {
 
 impl Plan {
     pub fn new(args: &Args) -> anyhow::Result<Self> {
-        let policies = policies(&args.kv_policy)?;
+        let attend = args.attend.options();
+        let policies = policies(&args.kv_policy, !attend.is_whole())?;
         let policy_options = args.policy.options()?;
         if policies == ["full"] && policy_options != PolicyOptions::default() {
             return Err(full_takes_no_parameters().into());
@@ -84,6 +88,7 @@ impl Plan {
             shapes: shapes(args)?,
             policies,
             policy_options,
+            attend,
             repetitions: repetitions.ok_or_else(|| {
                 let found = args.repetitions.escape_debug();
                 Error::option("-r", format!("\"{found}\", expected 1 to 10000"))
@@ -94,6 +99,14 @@ impl Plan {
             files: files(args, &cases)?,
             cases,
         })
+    }
+
+    /// What decoded tokens attend to under policy `i`.
+    pub fn attend(&self, i: usize) -> Attend {
+        match (i, self.policies.len()) {
+            (0, 2..) => Attend::default(),
+            _ => self.attend,
+        }
     }
 
     /// Repetitions under one policy, warming up included.
@@ -117,7 +130,8 @@ impl Plan {
 }
 
 /// Names of policies, none twice.
-pub fn policies(given: &[String]) -> Result<Vec<&'static str>> {
+/// `twice_is_right`: whether one may be there more than once.
+pub fn policies(given: &[String], twice_is_right: bool) -> Result<Vec<&'static str>> {
     let known = || policy::names().collect::<Vec<_>>().join(", ");
     let policies = values("--kv-policy", given, |name| {
         policy::names()
@@ -125,7 +139,7 @@ pub fn policies(given: &[String]) -> Result<Vec<&'static str>> {
             .ok_or_else(|| format!("expected names of {}", known()))
     })?;
     let twice = |i: &usize| policies[..*i].contains(&policies[*i]);
-    match (0..policies.len()).find(twice) {
+    match (0..policies.len()).find(twice).filter(|_| !twice_is_right) {
         Some(i) => {
             let reason = format!("{} is in the list twice", policies[i]);
             Err(Error::option("--kv-policy", reason))

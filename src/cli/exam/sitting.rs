@@ -237,6 +237,7 @@ impl Sitting<'_, '_> {
                 finish: answered.finish,
                 tokens: answered.tokens.clone(),
                 kv: answered.kv.clone(),
+                attended: answered.attended,
                 timings: answered.timings.clone(),
                 evicted: answered.evicted.clone(),
                 distance: distances.get_mut(turn).and_then(Option::take),

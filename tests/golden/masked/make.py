@@ -276,4 +276,5 @@ def main():
     print(f"{len(scenarios)} scenarios, {(out / 'masked.npz').stat().st_size} bytes")
 
 
-main()
+if __name__ == "__main__":
+    main()

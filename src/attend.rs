@@ -1,0 +1,243 @@
+//! Lookups: in a decoding step each layer attends to the cells that its own query asks for.
+//!
+//! Nothing is removed. [`Attend`] says how many cells of each modality a layer attends to;
+//! [`Attend::plan`] says of each cell whether it may be left out. The engine does the choosing, layer
+//! by layer, by the attention that the layer's heads would pay to all cells in view (their mean).
+
+use crate::cache::{Entry, Ledger, Modality, Pos};
+use crate::error::{Error, Result};
+use crate::policy::Amount;
+
+/// Text tokens at the end of a prompt that count as the question: always attended to.
+const QUESTION: Pos = 64;
+
+/// What decoding steps attend to. The default is everything.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attend {
+    /// Visual cells that a layer attends to: a number, or a share of those in view. `None`: all.
+    pub vision: Option<Amount>,
+    /// The same of text, beside the cells that are always attended to.
+    pub text: Option<Amount>,
+    /// The last cells, always attended to.
+    pub recent: usize,
+    /// The first positions, always attended to.
+    pub sinks: usize,
+    /// Layers before this one attend to everything.
+    pub first_layer: u32,
+}
+
+impl Default for Attend {
+    fn default() -> Self {
+        Attend {
+            vision: None,
+            text: None,
+            recent: 16,
+            sinks: 4,
+            first_layer: 0,
+        }
+    }
+}
+
+/// Whether a layer may leave a cell out. The numbers are those of `llama_hae_attend_kind`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// Every layer attends to it.
+    Always = 0,
+    /// A visual cell to choose from.
+    Vision = 1,
+    /// A text cell to choose from.
+    Text = 2,
+}
+
+/// One decoding step's lookups.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lookup {
+    /// `[cells]`, by cell; cells behind it are attended to always.
+    pub kinds: Vec<Kind>,
+    /// Visual cells that a layer attends to, of those that may be left out.
+    pub n_vision: usize,
+    /// The same of text.
+    pub n_text: usize,
+}
+
+/// Cells in view and cells attended to, added up over steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Attended {
+    /// Steps that looked something up.
+    pub steps: u64,
+    /// Cells in view, summed over these steps.
+    pub in_view: u64,
+    /// Cells attended to by a layer that looks up.
+    pub attended: u64,
+    /// The visual ones of `in_view`.
+    pub in_view_vision: u64,
+    /// The visual ones of `attended`.
+    pub attended_vision: u64,
+}
+
+/// [`Attended`] as reports show it.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Shares {
+    /// Decoding steps that looked something up.
+    pub steps: u64,
+    /// Cells that a looking layer attended to, of all in view.
+    pub all: f64,
+    /// The same of the visual cells; none where there are none.
+    pub vision: Option<f64>,
+}
+
+impl Attended {
+    /// `None` where no step looked anything up.
+    pub fn shares(&self) -> Option<Shares> {
+        let share = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
+        Some(Shares {
+            steps: self.steps,
+            all: share(self.attended, self.in_view)?,
+            vision: share(self.attended_vision, self.in_view_vision),
+        })
+    }
+}
+
+impl Attend {
+    /// Whether every step attends to everything.
+    pub fn is_whole(&self) -> bool {
+        self.vision.is_none() && self.text.is_none()
+    }
+
+    /// # Errors
+    /// [`Error::Option`] for amounts that cannot be, or a layer that the model does not have.
+    pub fn check(&self, n_layer: u32) -> Result<()> {
+        for (flag, amount) in [("--attend", self.vision), ("--attend-text", self.text)] {
+            if let Some(amount) = amount {
+                amount.check(flag)?;
+            }
+        }
+        if self.first_layer > n_layer {
+            let reason = format!("layer {}, the model has {n_layer}", self.first_layer);
+            return Err(Error::option("--attend-from", reason));
+        }
+        Ok(())
+    }
+
+    /// Fills `lookup` for the token behind the newest one; `answer` is the position that the answer
+    /// began at. False: the step attends to everything.
+    pub fn plan(
+        &self,
+        ledger: &Ledger,
+        answer: Pos,
+        lookup: &mut Lookup,
+        attended: &mut Attended,
+    ) -> bool {
+        if self.is_whole() {
+            return false;
+        }
+        lookup.kinds.clear();
+        lookup.kinds.resize(ledger.span(), Kind::Always);
+        let next = ledger.newest().map_or(0, |newest| newest + 1);
+        let (mut vision, mut text) = (0, 0);
+        for entry in ledger.entries() {
+            let kind = self.kind(&entry, answer, next);
+            match kind {
+                Kind::Always => continue,
+                Kind::Vision => vision += 1,
+                Kind::Text => text += 1,
+            }
+            lookup.kinds[entry.cell as usize] = kind;
+        }
+        let of = |amount: Option<Amount>, n: usize| amount.map_or(n, |amount| amount.of(n).min(n));
+        lookup.n_vision = of(self.vision, vision);
+        lookup.n_text = of(self.text, text);
+        let left_out = (vision - lookup.n_vision) as u64;
+        let left_out_text = (text - lookup.n_text) as u64;
+        if left_out + left_out_text == 0 {
+            return false;
+        }
+        let counts = ledger.counts();
+        let in_view = counts.cells() as u64 + 1;
+        let in_view_vision = (counts.live.vision + counts.binned.vision) as u64;
+        attended.steps += 1;
+        attended.in_view += in_view;
+        attended.attended += in_view - left_out - left_out_text;
+        attended.in_view_vision += in_view_vision;
+        attended.attended_vision += in_view_vision - left_out;
+        true
+    }
+
+    fn kind(&self, entry: &Entry, answer: Pos, next: Pos) -> Kind {
+        let sinks = Pos::try_from(self.sinks).unwrap_or(Pos::MAX);
+        let recent = Pos::try_from(self.recent).unwrap_or(Pos::MAX);
+        let pos = entry.pos;
+        if pos < sinks || pos >= next.saturating_sub(recent) {
+            return Kind::Always;
+        }
+        match entry.modality {
+            Modality::Vision if self.vision.is_some() => Kind::Vision,
+            Modality::Text if (answer.saturating_sub(QUESTION)..answer).contains(&pos) => {
+                Kind::Always
+            }
+            Modality::Text if self.text.is_some() => Kind::Text,
+            _ => Kind::Always,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Cells 0..8 text, 8..28 a picture, 28..40 text, positions as the cells.
+    fn ledger() -> Ledger {
+        let mut ledger = Ledger::new(64);
+        ledger.begin_turn();
+        for cell in 0..40u32 {
+            let (modality, image) = match cell {
+                8..28 => (Modality::Vision, Some(0)),
+                _ => (Modality::Text, None),
+            };
+            let placed = ledger.insert(cell, cell as Pos, modality, image);
+            assert!(placed.is_ok());
+        }
+        ledger
+    }
+
+    fn plan(attend: Attend, answer: Pos) -> Option<(Lookup, Attended)> {
+        let (mut lookup, mut attended) = (Lookup::default(), Attended::default());
+        attend
+            .plan(&ledger(), answer, &mut lookup, &mut attended)
+            .then_some((lookup, attended))
+    }
+
+    #[test]
+    fn everything_is_attended_to_by_default_and_where_the_number_is_large_enough() {
+        assert_eq!(plan(Attend::default(), 30), None);
+        let attend = Attend {
+            vision: Some(Amount::Cells(20)),
+            text: Some(Amount::Share(1.0)),
+            ..Attend::default()
+        };
+        assert_eq!(plan(attend, 30), None);
+    }
+
+    #[test]
+    fn sinks_recent_cells_and_the_question_are_never_left_out() {
+        let attend = Attend {
+            vision: Some(Amount::Share(0.25)),
+            text: Some(Amount::Cells(1)),
+            recent: 6,
+            sinks: 2,
+            first_layer: 0,
+        };
+        // The whole text lies among the last 64 tokens before the answer.
+        let (lookup, attended) = plan(attend, 32).unwrap_or_default();
+        assert_eq!((lookup.n_vision, lookup.n_text), (5, 1));
+        assert!((8..28).all(|cell| lookup.kinds[cell] == Kind::Vision));
+        let always = lookup.kinds.iter().filter(|&&kind| kind == Kind::Always);
+        // Text of the question; of the answer, positions 32 and 33 are neither recent nor asked.
+        assert_eq!(always.count(), 8 + 4 + 6);
+        assert_eq!(lookup.kinds[32], Kind::Text);
+        assert_eq!(attended.in_view, 41);
+        assert_eq!(attended.attended, 41 - 15 - 1);
+        assert_eq!((attended.in_view_vision, attended.attended_vision), (20, 5));
+    }
+}

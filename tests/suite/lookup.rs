@@ -1,0 +1,186 @@
+//! Lookups: every layer attends to the cells that its own query asks for. The oracle is
+//! tests/golden/lookup, computed by numpy.
+
+use hae::attend::{Attend, Kind, Lookup};
+use hae::engine::{Batch, Engine, Input, Observation};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
+use hae::policy::Amount;
+use serde::Deserialize;
+
+use crate::model::{converted, engine, exact, goldens, load, load_vision, prefill};
+use crate::npz::{self, Array};
+use crate::precision;
+
+#[derive(Debug, Deserialize)]
+struct Scenario {
+    name: String,
+    /// The golden prompt's id.
+    prompt: String,
+    /// Tokens to feed one by one behind the prompt, whatever is sampled.
+    ids: Vec<i32>,
+    /// By position: 0 always, 1 visual, 2 text.
+    kinds: Vec<u8>,
+    n_vision: usize,
+    n_text: usize,
+    first_layer: u32,
+}
+
+impl Scenario {
+    /// What the token at this position may leave out; cells hold positions in order.
+    fn lookup(&self, pos: usize) -> Lookup {
+        let kinds = self.kinds[..pos].iter().map(|kind| match kind {
+            1 => Kind::Vision,
+            2 => Kind::Text,
+            _ => Kind::Always,
+        });
+        Lookup {
+            kinds: kinds.collect(),
+            n_vision: self.n_vision,
+            n_text: self.n_text,
+        }
+    }
+}
+
+/// Scenarios with logits `[steps, vocab]` and sets `[steps, layers, positions]`.
+fn scenarios() -> Vec<(Scenario, Array, Array)> {
+    #[derive(Deserialize)]
+    struct Index {
+        scenarios: Vec<Scenario>,
+    }
+    let text = std::fs::read_to_string(npz::golden("lookup/lookup.json")).unwrap();
+    let index: Index = serde_json::from_str(&text).unwrap();
+    let mut arrays = npz::read("lookup/lookup.npz");
+    let all = index.scenarios.into_iter().map(|s| {
+        let logits = arrays.remove(&s.name).unwrap();
+        let sets = arrays.remove(&format!("{}_sets", s.name)).unwrap();
+        (s, logits, sets)
+    });
+    all.collect()
+}
+
+/// A context that may look up, and lets the sets be read.
+fn looking(options: ContextOptions, first_layer: u32, plain_lookups: bool) -> ContextOptions {
+    ContextOptions {
+        attend: Attend {
+            vision: Some(Amount::Cells(1)),
+            text: Some(Amount::Cells(1)),
+            first_layer,
+            ..Attend::default()
+        },
+        keep_sets: true,
+        plain_lookups,
+        ..options
+    }
+}
+
+/// Feeds one token.
+fn step(engine: &mut LlamaEngine<'_>, token: i32, pos: i32, lookup: Option<&Lookup>) -> Vec<f32> {
+    let batch = Batch {
+        input: Input::Tokens(&[token]),
+        pos: &[pos],
+        queries: &[],
+        logits: true,
+        lookup,
+    };
+    let mut cells = Vec::new();
+    engine
+        .decode(batch, &mut cells, &mut Observation::default())
+        .unwrap();
+    assert_eq!(cells, [pos as u32]);
+    engine.logits().unwrap().to_vec()
+}
+
+/// The sets of every layer and step are numpy's, and so are the logits: the way of the processor
+/// and the way of every backend, with flash attention and without.
+#[test]
+fn lookups_equal_numpy() {
+    let (text, vision) = converted("f32");
+    let model = load(text);
+    let mut vision = load_vision(vision, &model);
+    let goldens = goldens();
+    let ways = [
+        (FlashAttention::Off, true, 1e-3),
+        (FlashAttention::On, false, 1e-3),
+        // Flash attention takes an F32 cache as F16.
+        (FlashAttention::On, true, 5e-2),
+    ];
+    let mut compared = 0;
+    for (s, logits, sets) in scenarios() {
+        let golden = goldens.iter().find(|g| g.id() == s.prompt).unwrap();
+        let segments = golden.segments(&model, &mut vision);
+        for (flash_attention, plain, bound) in ways {
+            let base = ContextOptions {
+                flash_attention,
+                ..exact(1024)
+            };
+            let mut engine = engine(&model, looking(base, s.first_layer, plain));
+            let start = prefill(&mut engine, &segments, &mut Observation::default(), |_| false);
+            for (k, (&id, pos)) in s.ids.iter().zip(start..).enumerate() {
+                let at = format!("{} step {k}, {flash_attention:?}, plain {plain}", s.name);
+                let lookup = s.lookup(pos as usize);
+                let ours = step(&mut engine, id, pos, Some(&lookup));
+                let n = s.kinds.len();
+                let expected = sets.row(k).chunks(n).enumerate();
+                for (layer, set) in expected.skip(s.first_layer as usize) {
+                    let set = (0u32..).zip(set).filter(|(_, seen)| **seen == 1.0);
+                    let set: Vec<u32> = set.map(|(cell, _)| cell).collect();
+                    let chosen = engine.looked_up(layer as u32).unwrap();
+                    assert_eq!(chosen, set, "{at}, layer {layer}");
+                    compared += 1;
+                }
+                assert!((0..s.first_layer).all(|layer| engine.looked_up(layer).is_err()));
+                let error = npz::max_abs_diff(&ours, logits.row(k));
+                assert!(error < precision::logits(bound), "{at}: {error}");
+            }
+        }
+    }
+    // Six layers; three ways; 5 scenarios of 20 and of 10 steps, one of them with two dense layers.
+    assert_eq!(compared, 3 * (4 * 6 + 4) * (20 + 10));
+}
+
+/// A context that may look up, and does not, gives the bits of one that may not; so does one that
+/// is given more than there is.
+#[test]
+fn without_lookups_the_bits_are_those_of_a_plain_context() {
+    let (text, vision) = converted("f32");
+    let model = load(text);
+    let mut vision = load_vision(vision, &model);
+    let goldens = goldens();
+    let golden = goldens.iter().find(|g| g.id() == "story0").unwrap();
+    let segments = golden.segments(&model, &mut vision);
+    for flash_attention in [FlashAttention::Off, FlashAttention::On] {
+        let base = ContextOptions {
+            flash_attention,
+            type_k: CacheType::F16,
+            type_v: CacheType::F16,
+            ..exact(1024)
+        };
+        let run = |options: ContextOptions, every: i32| {
+            let mut engine = engine(&model, options);
+            let start = prefill(&mut engine, &segments, &mut Observation::default(), |_| false);
+            let all: Vec<Vec<f32>> = (start..start + 12)
+                .map(|pos| {
+                    let looks_up = (pos - start) % every == every - 1;
+                    let lookup = looks_up.then(|| sixteen(pos));
+                    step(&mut engine, 7 + pos, pos, lookup.as_ref())
+                })
+                .collect();
+            all
+        };
+        let plain = run(base.clone(), i32::MAX);
+        let able = run(looking(base.clone(), 0, false), i32::MAX);
+        assert_eq!(plain, able);
+        let some = run(looking(base.clone(), 0, false), 4);
+        assert_eq!(plain[..3], some[..3]);
+        assert_ne!(plain[3], some[3]);
+    }
+}
+
+/// Sixteen of all cells.
+fn sixteen(pos: i32) -> Lookup {
+    Lookup {
+        kinds: vec![Kind::Vision; pos as usize],
+        n_vision: 16,
+        n_text: 0,
+    }
+}
