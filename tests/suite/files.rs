@@ -21,12 +21,15 @@ impl Files {
             std::fs::copy(repository(from), files.at(name)).unwrap();
         }
         std::fs::write(files.at("prompt.txt"), "Hello").unwrap();
-        let lines = [
-            r#"{"images":["p.png"],"question":"What?","answer":"a"}"#,
-            r#"{"images":["q.png"],"question":"What?","answer":"a"}"#,
-        ];
-        std::fs::copy(repository(PICTURE), files.at("q.png")).unwrap();
-        std::fs::write(files.at("q.jsonl"), lines.join("\n")).unwrap();
+        // Enough that a share of the pictures is some.
+        let mut lines = String::new();
+        for name in ["q", "a", "b", "c", "d", "e", "f", "g"] {
+            std::fs::copy(repository(PICTURE), files.at(&format!("{name}.png"))).unwrap();
+            lines += &format!(
+                "{{\"images\":[\"{name}.png\"],\"question\":\"What?\",\"answer\":\"a\"}}\n"
+            );
+        }
+        std::fs::write(files.at("q.jsonl"), lines).unwrap();
         files
     }
 
@@ -75,7 +78,7 @@ fn no_output_is_an_input() {
         (format!("{run} --trace @m.gguf"), "--trace: "),
         (
             format!("{run} --trace @link.gguf"),
-            "m.gguf is the same file as -m",
+            "link.gguf is the same file as -m",
         ),
         (
             format!("{run} --trace @hard.gguf"),
@@ -214,7 +217,7 @@ fn a_file_that_may_not_grow_is_an_ordinary_error() {
         ),
         ("quantize @m.gguf @q.gguf COPY".into(), "m.gguf: "),
     ] {
-        let output = limited(16, &files.words(&line));
+        let output = limited(4, &files.words(&line));
         let stderr = String::from_utf8(output.stderr.clone()).unwrap();
         assert_eq!(output.status.code(), Some(2), "{line}: {output:?}");
         assert!(stderr.contains(what), "{line}: {stderr}");
@@ -229,7 +232,7 @@ fn a_file_that_may_not_grow_is_an_ordinary_error() {
     }
     let tiny = repository("models/tiny-phi3v").display().to_string();
     let line = format!("convert {tiny} -o @c.gguf --mmproj @d.gguf");
-    let said = refusal_of(&limited(16, &files.words(&line)));
+    let said = refusal_of(&limited(4, &files.words(&line)));
     assert!(said.contains("File too large"), "{said}");
     assert!(files.contents() == before, "{:?}", names(files.0.path()));
     // The model inside the program needs a file, too.

@@ -5,10 +5,10 @@ use std::io::IsTerminal;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use anyhow::{Context, Result};
+use rustyline::Editor;
 use rustyline::config::{Behavior, Config};
 use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
-use rustyline::{DefaultEditor, Editor};
 
 use crate::cli::interrupt;
 
@@ -72,14 +72,7 @@ impl Lines {
 fn read(asked: &Receiver<Option<String>>, tell: &Sender<Told>) {
     let mut source = Source::open();
     for remember in asked {
-        let line = match &mut source {
-            Ok(source) => source.line(remember),
-            Err(_) => match std::mem::replace(&mut source, Ok(Source::piped())) {
-                Err(e) => Err(e),
-                Ok(_) => Err(ReadlineError::Eof),
-            },
-        };
-        if tell.send(Told::Line(line)).is_err() {
+        if tell.send(Told::Line(source.line(remember))).is_err() {
             return;
         }
     }
@@ -88,35 +81,39 @@ fn read(asked: &Receiver<Option<String>>, tell: &Sender<Told>) {
 /// Where the questions come from.
 enum Source {
     /// A terminal, with editing and history.
-    Typed(Box<DefaultEditor>),
+    Typed {
+        behavior: Behavior,
+        history: Vec<String>,
+    },
     /// A file or another program: no prompt, which would mix with the answers. `begun`: whether
     /// its first line was read, which may have a byte order mark.
     Piped { begun: bool },
 }
 
 impl Source {
-    fn piped() -> Self {
-        Source::Piped { begun: false }
-    }
-
-    fn open() -> Result<Self, ReadlineError> {
+    fn open() -> Self {
         if !std::io::stdin().is_terminal() {
-            return Ok(Source::piped());
+            return Source::Piped { begun: false };
         }
         // The prompt belongs to the terminal, even if the answers go to a file.
         let behavior = match std::io::stdout().is_terminal() {
             true => Behavior::Stdio,
             false => Behavior::PreferTerm,
         };
-        let config = Config::builder().behavior(behavior).build();
-        let editor = Editor::<(), DefaultHistory>::with_config(config)?;
-        Ok(Source::Typed(Box::new(editor)))
+        Source::Typed {
+            behavior,
+            history: Vec::new(),
+        }
     }
 
     fn line(&mut self, remember: Option<String>) -> Result<String, ReadlineError> {
         match self {
-            Source::Typed(editor) => {
-                if let Some(line) = remember {
+            Source::Typed { behavior, history } => {
+                history.extend(remember);
+                // One for each line: it takes Ctrl-C for itself as long as it lives.
+                let config = Config::builder().behavior(*behavior).build();
+                let mut editor = Editor::<(), DefaultHistory>::with_config(config)?;
+                for line in &*history {
                     // A history that cannot grow is no reason to stop.
                     let _ = editor.add_history_entry(line);
                 }
