@@ -118,7 +118,10 @@ pub struct Args {
     no_warmup: bool,
     #[command(flatten)]
     policy: PolicyArgs,
-    #[command(flatten, next_help_heading = "Lookups of the policies behind the first, or of a single one")]
+    #[command(
+        flatten,
+        next_help_heading = "Lookups of the policies behind the first, or of a single one"
+    )]
     attend: AttendArgs,
     /// What stdout carries
     #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]

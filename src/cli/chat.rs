@@ -3,7 +3,6 @@
 mod lines;
 
 use std::io::ErrorKind;
-use std::path::Path;
 
 use anyhow::Result;
 use rustyline::error::ReadlineError;

@@ -106,6 +106,7 @@ mod tests {
             n,
             image: 0,
             axes: None,
+            separators: Vec::new(),
         }
     }
 

@@ -75,15 +75,12 @@ impl LlamaEngine<'_> {
         let mut cells: Vec<i32> = vec![0; self.n_ctx];
         // SAFETY: the context is alive, the buffer holds as many values as said.
         let code = unsafe {
-            sys::llama_hae_attend_read(
-                self.raw.as_ptr(),
-                layer,
-                cells.as_mut_ptr(),
-                cells.len(),
-            )
+            sys::llama_hae_attend_read(self.raw.as_ptr(), layer, cells.as_mut_ptr(), cells.len())
         };
         let n = usize::try_from(code).map_err(|_| reason(call, code))?;
         let cells = cells.iter().take(n);
-        Ok(cells.map(|&cell| Cell::try_from(cell).unwrap_or(0)).collect())
+        Ok(cells
+            .map(|&cell| Cell::try_from(cell).unwrap_or(0))
+            .collect())
     }
 }

@@ -114,7 +114,9 @@ fn lookups_equal_numpy() {
                 ..exact(1024)
             };
             let mut engine = engine(&model, looking(base, s.first_layer, plain));
-            let start = prefill(&mut engine, &segments, &mut Observation::default(), |_| false);
+            let start = prefill(&mut engine, &segments, &mut Observation::default(), |_| {
+                false
+            });
             for (k, (&id, pos)) in s.ids.iter().zip(start..).enumerate() {
                 let at = format!("{} step {k}, {flash_attention:?}, plain {plain}", s.name);
                 let lookup = s.lookup(pos as usize);
@@ -157,7 +159,9 @@ fn without_lookups_the_bits_are_those_of_a_plain_context() {
         };
         let run = |options: ContextOptions, every: i32| {
             let mut engine = engine(&model, options);
-            let start = prefill(&mut engine, &segments, &mut Observation::default(), |_| false);
+            let start = prefill(&mut engine, &segments, &mut Observation::default(), |_| {
+                false
+            });
             let all: Vec<Vec<f32>> = (start..start + 12)
                 .map(|pos| {
                     let looks_up = (pos - start) % every == every - 1;

@@ -29,6 +29,7 @@ fn decode(
         pos,
         queries,
         logits: true,
+        lookup: None,
     };
     let mut seen = Observation::default();
     engine.decode(batch, &mut Vec::new(), &mut seen)?;
@@ -46,6 +47,7 @@ fn prompt(model: &Model) -> Vec<Segment> {
             embeddings: values.collect(),
             n,
             axes: None,
+            separators: Vec::new(),
         },
         Segment::Tokens(tokens(24)),
     ]

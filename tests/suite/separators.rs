@@ -49,7 +49,7 @@ fn mostly_blank() -> Picture {
 }
 
 fn prompt(model: &Model, vision: &mut Vision<'_>, picture: &Picture) -> Vec<Segment> {
-    let (content, _) = place_pictures(QUESTION, 1, true).unwrap();
+    let (content, _) = place_pictures(QUESTION, 0, 1, true).unwrap();
     let mut transcript = Transcript::new(model.chat_template(), None);
     let text = transcript.ask(model, content).unwrap();
     let pieces = tokenize(model, Some(&*vision), &text, &[picture], true).unwrap();

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use hae::image::hd::{Layout, Place, View};
 use hae::image::{self, Picture};
 use hae::llama::Vision;
-use hae::prompt;
 use hae::replay::tapes;
 use hae::trace::{self, Cut, Record};
 use serde_json::Value;
@@ -321,7 +320,7 @@ fn patches_lie_where_the_layout_says() {
         let picture = picture.unwrap();
         let layout = vision.hd_layout(&picture).unwrap();
         let (page, places) = (layout.page().unwrap(), layout.places());
-        let before = embeddings(&mut vision, &model, &picture);
+        let before = embeddings(&mut vision, &picture);
         let width = before.len() / places.len();
         // Some patches that lie on the picture, all over it.
         let inside = |place: &Place| match place {
@@ -354,7 +353,7 @@ fn patches_lie_where_the_layout_says() {
                     }
                 }
             }
-            let after = embeddings(&mut vision, &model, &painted);
+            let after = embeddings(&mut vision, &painted);
             let change = |i: usize| -> f64 {
                 let row = i * width..(i + 1) * width;
                 let pairs = before[row.clone()].iter().zip(&after[row]);
@@ -382,7 +381,7 @@ fn patches_lie_where_the_layout_says() {
     }
 }
 
-fn embeddings(vision: &mut Vision<'_>, model: &hae::llama::Model, picture: &Picture) -> Vec<f32> {
+fn embeddings(vision: &mut Vision<'_>, picture: &Picture) -> Vec<f32> {
     let pieces = vision
         .tokenize(&[hae::llama::Part::Picture(picture)], true)
         .unwrap();

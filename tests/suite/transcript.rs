@@ -202,7 +202,7 @@ fn empty_texts_between_and_behind_pictures_have_a_bos() {
         });
         tokens.flatten().collect::<Vec<i32>>()
     };
-    let text = |text: &str, bos: bool| model.tokenize(text, bos, true);
+    let text = |text: &str, bos: bool| model.tokenize(text, bos, true).unwrap();
     let (bos, image) = (vec![1], vec![-1]);
     assert_eq!(text("", true), bos);
     let two = "<|user|>\n<|image_1|><|image_2|>Hi";
@@ -253,10 +253,12 @@ fn text_that_looks_like_a_place_is_tokenized_as_text() {
     };
     assert_eq!(
         *head,
-        model.tokenize(&format!("<|system|>\n{odd}<|end|>\n<|user|>\n"), true, true)
+        model
+            .tokenize(&format!("<|system|>\n{odd}<|end|>\n<|user|>\n"), true, true)
+            .unwrap()
     );
     let question = format!("{odd}<|end|>\n<|assistant|>\n");
-    assert_eq!(*tail, model.tokenize(&question, true, true));
+    assert_eq!(*tail, model.tokenize(&question, true, true).unwrap());
     transcript.answered(odd);
     let (content, _) = place_pictures(odd, transcript.pictures(), 0, true).unwrap();
     let second = transcript.ask(&model, content).unwrap();
@@ -265,5 +267,5 @@ fn text_that_looks_like_a_place_is_tokenized_as_text() {
         panic!("{pieces:?}")
     };
     let question = format!("<|end|>\n<|user|>\n{odd}<|end|>\n<|assistant|>\n");
-    assert_eq!(*all, model.tokenize(&question, false, true));
+    assert_eq!(*all, model.tokenize(&question, false, true).unwrap());
 }
