@@ -28,6 +28,7 @@ class Looking(Decoder):
     def layer(self, layer, x, positions, seen):
         if self.kinds is None or layer < self.first_layer:
             if self.kinds is not None:
+                self.gaps.append(1.0)
                 self.sets.append(seen[0].copy())
             return super().layer(layer, x, positions, seen)
         # Everything as ever, on copies, for the weights alone.
@@ -36,13 +37,15 @@ class Looking(Decoder):
         self.keys[layer], self.values[layer] = keys, values
         kinds = self.kinds[self.positions]
         chosen = seen[0] & (kinds == ALWAYS)
+        gap = 1.0
         for kind, count in self.counts.items():
             group = np.flatnonzero(seen[0] & (kinds == kind))
             order = group[np.argsort(-weights[0, group], kind="stable")]
             chosen[order[:count]] = True
             if 0 < count < len(order):
                 best, next_best = weights[0, order[count - 1]], weights[0, order[count]]
-                self.gaps.append((best - next_best) / best)
+                gap = min(gap, (best - next_best) / best)
+        self.gaps.append(gap)
         self.sets.append(chosen)
         return super().layer(layer, x, positions, chosen[None])
 
@@ -98,6 +101,7 @@ def main():
             print(f"{key}: {counts}, {sets.mean():.3f} seen, smallest relative gap {gap:.1e}, "
                   f"logits move by up to {np.abs(logits - full).max():.2f}")
             arrays[key] = logits.astype(np.float32)
+            arrays[key + "_gaps"] = np.array(decoder.gaps, dtype=np.float32).reshape(steps, -1)
             arrays[key + "_sets"] = sets.astype(np.float32)
             scenarios.append({
                 "name": key, "prompt": name, "ids": [int(i) for i in ids], "kinds": kinds.tolist(),
@@ -115,7 +119,8 @@ def main():
     np.savez_compressed(out / "lookup.npz", **arrays)
     note = (
         "logits[k] follow the feeding of ids[k] at position prompt length + k, which attends to itself; sets are "
-        "[steps, layers, positions]: what each layer attended to; kinds by position, 0 always, 1 and 2 chosen from"
+        "[steps, layers, positions]: what each layer attended to; gaps [steps, layers]: how much less than the last "
+        "chosen weight the next one is; kinds by position, 0 always, 1 and 2 chosen from"
     )
     (out / "lookup.json").write_text(json.dumps({"note": note, "scenarios": scenarios}) + "\n")
     print(f"{len(scenarios)} scenarios, {(out / 'lookup.npz').stat().st_size} bytes")
