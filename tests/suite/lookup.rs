@@ -111,11 +111,11 @@ fn lookups_equal_numpy() {
     let mut vision = load_vision(vision, &model);
     let goldens = goldens();
     // Flash attention takes an F32 cache as F16 while the prompt goes in, so that two cells with
-    // weights this near may change places.
+    // weights this near may change places. With wrong sets logits move by 2 and more.
     let ways = [
         (FlashAttention::Off, true, 1e-3, 0.0),
-        (FlashAttention::On, false, 5e-2, 2e-2),
-        (FlashAttention::On, true, 5e-2, 2e-2),
+        (FlashAttention::On, false, 1e-1, 2e-2),
+        (FlashAttention::On, true, 1e-1, 2e-2),
     ];
     let mut compared = [0; 3];
     for (s, expected) in scenarios() {
@@ -152,7 +152,7 @@ fn lookups_equal_numpy() {
                 }
                 assert!((0..s.first_layer).all(|layer| engine.looked_up(layer).is_err()));
                 let error = npz::max_abs_diff(&ours, expected.logits.row(k));
-                let bound = if same { bound } else { 4.0 * bound };
+                let bound = if same { bound } else { 2.0 * bound };
                 assert!(error < precision::logits(bound), "{at}: {error}");
             }
         }
