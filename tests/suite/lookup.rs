@@ -7,6 +7,7 @@ use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 use hae::policy::Amount;
 use serde::Deserialize;
 
+use crate::bin::{answer, refusal};
 use crate::model::{converted, engine, exact, goldens, load, load_vision, prefill};
 use crate::npz::{self, Array};
 use crate::precision;
@@ -214,5 +215,49 @@ fn sixteen(pos: i32) -> Lookup {
         kinds: vec![Kind::Vision; pos as usize],
         n_vision: 16,
         n_text: 0,
+    }
+}
+
+/// What a user sees: the same answer from a tenth of the visual cells, and a report that says so;
+/// under eviction, with a quantized cache and without flash attention too.
+#[test]
+fn answers_stay_and_reports_say_what_was_looked_at() {
+    let asked = |flags: &[&str]| {
+        let mut args = vec!["run", "--image", "models/demo.png", "--num-crops", "16"];
+        args.extend([
+            "-p",
+            "Where is the red triangle?",
+            "--temp",
+            "0",
+            "-o",
+            "json",
+        ]);
+        args.extend(flags);
+        let report: serde_json::Value = serde_json::from_str(&answer(&args)).unwrap();
+        assert_eq!(report["text"], " Row 6, column 7", "{flags:?}");
+        report["attended"].clone()
+    };
+    assert!(asked(&[]).is_null());
+    assert!(asked(&["--attend", "1.0"]).is_null());
+    let ways: [&[&str]; 4] = [
+        &["-t", "2"],
+        &["-fa", "off"],
+        &["-ctk", "q8_0", "-ctv", "q8_0"],
+        &["--kv-policy", "h2o", "--kv-budget", "0.5"],
+    ];
+    for way in ways {
+        let attended = asked(&[way, &["--attend", "0.1"]].concat());
+        assert_eq!(attended["steps"], 7, "{way:?}");
+        let share = attended["vision"].as_f64().unwrap();
+        assert!((0.1..0.12).contains(&share), "{way:?}: {share}");
+    }
+    let run = ["run", "-p", "Why?", "--attend"];
+    for (flags, reason) in [
+        (&["0"][..], "--attend: 0 cells, expected at least 1"),
+        (&["1.5"], "--attend: a share of 1.5"),
+        (&["0.1", "--attend-from", "99"], "--attend-from: layer 99"),
+    ] {
+        let error = refusal(&[&run[..], flags].concat());
+        assert!(error.contains(reason), "{error}");
     }
 }
