@@ -9,6 +9,7 @@ mod wide;
 
 use std::time::Instant;
 
+use hae::attend::Attend;
 use hae::cache::{Cell, Pos};
 use hae::engine::scripted::hashed;
 use hae::engine::{Batch, Engine, Input, Observation};
@@ -43,6 +44,9 @@ fn engine(model: &Model, flash: bool) -> LlamaEngine<'_> {
         score_source: ScoreSource::default(),
         non_causal_images: false,
         rope_factors: RopeFactors::default(),
+        attend: Attend::default(),
+        keep_sets: false,
+        plain_lookups: false,
     };
     let mut engine = LlamaEngine::new(model, options, &SamplerOptions::GREEDY).expect("a context");
     engine.resize_by_hand();
