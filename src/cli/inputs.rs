@@ -298,7 +298,7 @@ mod tests {
             (shown(&quote), &quote),
             (shell.clone(), &quote),
         ] {
-            assert_eq!(dropped(&text), [expected.clone()], "{text}");
+            assert_eq!(dropped(&text), std::slice::from_ref(expected), "{text}");
         }
         let two = format!("'{}' {shell}", shown(&spaced));
         assert_eq!(dropped(&two), [spaced, quote]);
@@ -306,7 +306,7 @@ mod tests {
         let home = std::env::home_dir().unwrap();
         assert_eq!(dropped("~/x.png"), [home.join("x.png")]);
 
-        assert_eq!(pictures(&[comma.clone()]), [comma]);
+        assert_eq!(pictures(std::slice::from_ref(&comma)), [comma]);
         let list = format!("{},{}", shown(&first), shown(&second));
         assert_eq!(pictures(&[list.into()]), [first, second]);
     }

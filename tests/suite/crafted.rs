@@ -333,7 +333,7 @@ fn a_damaged_trace_is_one_line() {
     let made = made();
     let (header, records) = hae::trace::read(&made.trace, Cut::Refuse).unwrap();
     let header = Record::Header(Box::new(header));
-    let whole = |records: &[Record]| [&[header.clone()], records].concat();
+    let whole = |records: &[Record]| [std::slice::from_ref(&header), records].concat();
     let path = made.trace.display().to_string();
     // No end.
     write_trace(&made.trace, &whole(&records));

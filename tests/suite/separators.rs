@@ -116,7 +116,8 @@ fn as_many_are_kept_as_were_asked_for_whatever_looks_alike() {
     let share = Amount::Share;
     let small = [(share(0.2), 17)];
     let large = [(share(0.1), 64), (Amount::Cells(30), 30), (share(0.4), 257)];
-    let cases: [(&str, Picture, usize, &[(Amount, usize)]); 6] = [
+    type Case<'a> = (&'a str, Picture, usize, &'a [(Amount, usize)]);
+    let cases: [Case<'_>; 6] = [
         ("demo", demo(), 643, &large),
         ("mostly blank", mostly_blank(), 643, &large),
         ("white", drawn(672, 16, |_, _| None), 643, &large),
