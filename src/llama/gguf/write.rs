@@ -73,7 +73,8 @@ impl Writer {
     }
 
     pub fn set_text(&mut self, key: &str, value: &str) -> Result<()> {
-        let (c_key, c_value) = (self.key(key)?, self.c_string(key, value)?);
+        let c_value = self.c_string(key, value)?;
+        let c_key = self.key(key)?;
         // SAFETY: both are C strings that outlive the call, and ggml copies them.
         unsafe { sys::gguf_set_val_str(self.ctx.as_ptr(), c_key.as_ptr(), c_value.as_ptr()) };
         Ok(())
@@ -134,11 +135,11 @@ impl Writer {
     }
 
     pub fn set_text_array(&mut self, key: &str, values: &[String]) -> Result<()> {
-        let c_key = self.key(key)?;
         let owned: Vec<CString> = values
             .iter()
             .map(|v| self.c_string(key, v))
             .collect::<Result<_>>()?;
+        let c_key = self.key(key)?;
         let mut pointers: Vec<*const std::ffi::c_char> = owned.iter().map(|s| s.as_ptr()).collect();
         // SAFETY: `pointers` holds values.len() C strings owned by `owned`, which lives until after
         // the call; ggml copies them and does not write to the array.
