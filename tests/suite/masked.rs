@@ -153,10 +153,11 @@ fn eviction_equals_masked_attention() {
                 }
             }
             let mut cells = Vec::new();
+            let queries: &[u32] = if s.attention { &[0] } else { &[] };
             let batch = Batch {
                 input: Input::Tokens(&[id]),
                 pos: &[pos],
-                queries: &[0],
+                queries,
                 logits: true,
                 lookup: None,
             };
