@@ -270,7 +270,7 @@ impl<'m> LlamaEngine<'m> {
             return refused("attention of a context that was made without score layers".to_owned());
         }
         if rows > most {
-            return refused(format!("attention of {rows} rows in batches of {most}"));
+            return refused(format!("scores of {rows} rows in batches of {most}"));
         }
         Ok(())
     }
