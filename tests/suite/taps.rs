@@ -308,10 +308,10 @@ fn what_cannot_be_tapped_is_refused() {
     for (n, queries, expected) in [
         // The scores of two micro-batches.
         (5, &[0, 4][..], "scores of 5 rows in batches of 4"),
-        // Rows that there are not, or in disorder.
-        (3, &[3], "did not appear in the graph"),
-        (3, &[2, 1], "no such layer or row"),
-        (3, &[u32::MAX], "no such layer or row"),
+        // Rows that there are not, or in disorder: refused before llama.cpp hears of them.
+        (3, &[3], "query rows [3] of 3"),
+        (3, &[2, 1], "query rows [2, 1] of 3"),
+        (3, &[u32::MAX], "query rows [4294967295] of 3"),
     ] {
         let text = decode(n, queries).unwrap_err();
         assert!(text.contains(expected) && !text.contains('\n'), "{text}");
