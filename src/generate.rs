@@ -14,7 +14,7 @@ mod utf8;
 
 use std::time::Duration;
 
-use crate::attend::{Attended, Lookup};
+use crate::attend::Attended;
 use crate::cache::{Cell, PerModality, Pos};
 use crate::controller::{Controller, Event, Origin};
 use crate::engine::{Engine, Input, Observation, Token};
@@ -141,8 +141,6 @@ pub struct Session<E> {
     expected: Option<usize>,
     /// The position that the newest answer began at.
     answer: Pos,
-    /// Buffer of a step's lookups.
-    lookup: Lookup,
 }
 
 impl<E: Engine> Session<E> {
@@ -157,7 +155,6 @@ impl<E: Engine> Session<E> {
             moves: Vec::new(),
             expected: None,
             answer: 0,
-            lookup: Lookup::default(),
         }
     }
 
@@ -238,21 +235,12 @@ impl<E: Engine> Session<E> {
         }
         feed.pos.clear();
         feed.pos.push(pos);
-        let mut lookup = std::mem::take(&mut self.lookup);
         let ledger = self.controller.ledger();
-        let looks_up = self.engine.attend().is_some_and(|attend| {
-            attend.plan(ledger, self.answer, &mut lookup, &mut feed.attended)
+        feed.looks_up = self.engine.attend().is_some_and(|attend| {
+            attend.plan(ledger, self.answer, &mut feed.lookup, &mut feed.attended)
         });
-        let done = match looks_up {
-            true => {
-                feed.lookup = Some(lookup);
-                let done = feed.run(&mut self.engine, Input::Tokens(&[token]), true);
-                lookup = feed.lookup.take().unwrap_or_default();
-                done
-            }
-            false => feed.run(&mut self.engine, Input::Tokens(&[token]), true),
-        };
-        self.lookup = lookup;
+        let done = feed.run(&mut self.engine, Input::Tokens(&[token]), true);
+        feed.looks_up = false;
         done?;
         self.controller
             .inserted(&feed.cells, &feed.pos, Origin::TEXT)?;

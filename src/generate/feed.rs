@@ -21,8 +21,9 @@ pub(super) struct Feed {
     pub seen: Observation,
     /// Whether each row separates parts of a picture; empty for text.
     pub separators: Vec<bool>,
-    /// What the next batch may leave out.
-    pub lookup: Option<Lookup>,
+    /// What the next batch may leave out, if it looks up.
+    pub lookup: Lookup,
+    pub looks_up: bool,
     /// What batches with a lookup attended to.
     pub attended: Attended,
     /// Bytes of another cache that is there meanwhile.
@@ -176,7 +177,7 @@ impl Feed {
             pos: &self.pos,
             queries: &self.queries,
             logits,
-            lookup: self.lookup.as_ref(),
+            lookup: self.looks_up.then_some(&self.lookup),
         };
         engine.decode(batch, &mut self.cells, &mut self.seen)?;
         let bytes = engine.kv_bytes().allocated + self.beside;
