@@ -236,8 +236,7 @@ impl<'m> Asker<'m> {
         n_predict: &[usize],
         watch: Clock<'_>,
     ) -> Result<Option<Reference>> {
-        // Attention is read beside flash attention, by the patches alone.
-        let readable = cfg!(feature = "kv-patches") && self.model.eviction_obstacle().is_none();
+        let readable = self.model.eviction_obstacle().is_none();
         let n_layer = self.model.n_layer();
         let mut context = context.clone();
         context.attend = Attend::default();

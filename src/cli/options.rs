@@ -119,10 +119,6 @@ pub struct ContextArgs {
     #[command(flatten)]
     pub poll: PollArgs,
     /// -fa: flash attention
-    #[cfg_attr(
-        not(feature = "kv-patches"),
-        doc = "[policies that read attention scores switch it off]"
-    )]
     #[arg(long, alias = "fa", value_enum, num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_name = "WHEN")]
     flash_attn: FlashArg,
     /// -ctk: type of the K cache: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1

@@ -19,7 +19,6 @@ use hae::Error;
 use hae::build::build;
 use hae::conversation::{Answer, Conversation, Turn};
 use hae::generate::{Finish, Hooks};
-use hae::llama::{ContextOptions, FlashAttention};
 use hae::policy::PolicyOptions;
 use hae::trace;
 
@@ -175,7 +174,6 @@ pub fn run(args: &Args) -> Result<Done> {
         trace: args.trace.as_deref(),
     };
     let done = setup.run(|conversation, made| {
-        warn_about_flash_attention(&made.context);
         if let Some(calibrated) = calibrated.as_ref().filter(|_| args.output == Format::Text) {
             note(&format!("{}: {}", calibrated.path, calibrated.flags()));
         }
@@ -264,13 +262,6 @@ fn prompt(args: &Args) -> Result<Option<String>> {
         (None, Some(text)) => Some(args.escapes.prompt("-p", text)?),
         (None, None) => None,
     })
-}
-
-fn warn_about_flash_attention(context: &ContextOptions) {
-    let off = context.effective_flash_attention() == FlashAttention::Off;
-    if off && context.flash_attention == FlashAttention::On {
-        warn("this policy reads attention scores, which switches flash attention off");
-    }
 }
 
 /// One turn with its text streamed to stdout; a signal ends it where this is

@@ -11,7 +11,6 @@ use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
 use super::callback::{Owned, on_node};
-#[cfg(feature = "kv-patches")]
 use super::layers::Hidden;
 use super::memory::OwnBlocks;
 use super::observer::Observer;
@@ -20,7 +19,6 @@ use super::room::{self, Room};
 use super::rows::{Rows, Takes, check_token};
 use super::sampler::Sampler;
 use super::state::SequenceState;
-#[cfg(feature = "kv-patches")]
 use super::taps;
 use super::threads::Threads;
 use super::{Model, RopeFactors, SamplerOptions, attend, backend, log, memory, trial};
@@ -55,13 +53,10 @@ pub struct LlamaEngine<'m> {
     /// What the host needs to restore the copy of the sequence that is on the device.
     pub(super) on_device: Option<SequenceState>,
     /// A context of the first layers, during a trial run or kept for the next one.
-    #[cfg(feature = "kv-patches")]
     pub(super) trial: Option<Box<LlamaEngine<'m>>>,
     /// In a trial run: what its tokens were when they came to the last layer.
-    #[cfg(feature = "kv-patches")]
     pub(super) hidden: Option<Hidden>,
     /// Query rows of a batch that the graph has buffers for.
-    #[cfg(feature = "kv-patches")]
     tap_rows: u32,
     /// Whether the last batch asked for logits: reading absent ones would end the process.
     has_logits: bool,
@@ -94,7 +89,7 @@ impl<'m> LlamaEngine<'m> {
         threads: Option<Rc<Threads>>,
     ) -> Result<Self> {
         options.check(model, n_layer_first)?;
-        let watched = !cfg!(feature = "kv-patches") || options.calls_back();
+        let watched = options.calls_back();
         let make = |options, watched| {
             Self::make(
                 model,
@@ -143,7 +138,7 @@ impl<'m> LlamaEngine<'m> {
             .with_type_k(options.type_k.raw())
             .with_type_v(options.type_v.raw());
         let raw = params.as_raw_mut();
-        options.rope_factors.set(model, options.n_ctx, raw)?;
+        options.rope_factors.set(raw);
         trial::set(n_layer_first, raw);
         room::set(options.kv_size, raw);
         if watched {
@@ -162,7 +157,6 @@ impl<'m> LlamaEngine<'m> {
             )
         })?;
         // As many query rows as most policies have, the last one; a batch with more asks for more.
-        #[cfg(feature = "kv-patches")]
         let tap_rows = match options.taps() {
             true => taps::set(&mut ctx, &options.score_layers, 1)?,
             false => 0,
@@ -189,11 +183,8 @@ impl<'m> LlamaEngine<'m> {
             model,
             options,
             n_ctx,
-            #[cfg(feature = "kv-patches")]
             trial: None,
-            #[cfg(feature = "kv-patches")]
             hidden: None,
-            #[cfg(feature = "kv-patches")]
             tap_rows,
             has_logits: false,
             rows: Rows::default(),
@@ -276,7 +267,6 @@ impl<'m> LlamaEngine<'m> {
     }
 
     /// Tells the graph which rows to score; whether there will be scores to read.
-    #[cfg(feature = "kv-patches")]
     fn begin_taps(&mut self, batch: &Batch<'_>) -> Result<bool> {
         if !self.options.taps() {
             return Ok(false);
@@ -365,14 +355,8 @@ impl Engine for LlamaEngine<'_> {
             n_vocab: self.model.n_vocab(),
             n_embd: self.model.n_embd(),
         };
-        #[cfg(feature = "kv-patches")]
         let hidden = self.trial.as_deref().and_then(|t| t.hidden.as_ref());
-        let raw = self.rows.batch(
-            &batch,
-            takes,
-            #[cfg(feature = "kv-patches")]
-            hidden,
-        )?;
+        let raw = self.rows.batch(&batch, takes, hidden)?;
         let non_causal =
             self.options.non_causal_images && matches!(batch.input, Input::Embeddings { .. });
         if non_causal && batch.input.len() > self.n_ubatch() {
@@ -391,13 +375,11 @@ impl Engine for LlamaEngine<'_> {
             return Err(Error::ContextFull { n_ctx: self.n_ctx });
         }
         self.grow(rows)?;
-        #[cfg(feature = "kv-patches")]
         let tapped = self.begin_taps(&batch)?;
         self.begin_lookup(batch.lookup)?;
         self.observer.get_mut().begin(batch.queries);
         self.has_logits = false;
         // Until they are dropped, whatever happens meanwhile.
-        #[cfg(feature = "kv-patches")]
         let first_layer = self.go_on(&batch.input)?;
         let attends_to_all = non_causal.then(|| NonCausal::new(self.raw));
         log::forget();
@@ -406,7 +388,6 @@ impl Engine for LlamaEngine<'_> {
         // observer is not touched by anyone else during the call.
         let status = unsafe { sys::llama_decode(self.ctx.as_mut_ptr(), raw) };
         drop(attends_to_all);
-        #[cfg(feature = "kv-patches")]
         drop(first_layer);
         let observed = self.observer.get_mut().finish(cells, seen);
         match status {
@@ -424,12 +405,10 @@ impl Engine for LlamaEngine<'_> {
         let done = observed
             .map_err(|reason| Error::llama("llama_decode", reason))
             .and_then(|()| {
-                #[cfg(feature = "kv-patches")]
                 if tapped {
                     taps::read(&mut self.ctx, seen)?;
                 }
                 self.account(&batch, cells, seen)?;
-                #[cfg(feature = "kv-patches")]
                 self.pass_on(&batch.input, cells)?;
                 Ok(())
             });
@@ -559,18 +538,15 @@ impl Engine for LlamaEngine<'_> {
         Ok(())
     }
 
-    #[cfg(feature = "kv-patches")]
     fn takes_any_position(&self) -> bool {
         // Rows of a picture that attend to later ones would see what they came before.
         self.counted.is_none() && !self.options.non_causal_images
     }
 
-    #[cfg(feature = "kv-patches")]
     fn trial(&mut self, n_cells: usize, goes_on: bool) -> Result<Option<&mut (dyn Engine + '_)>> {
         self.begin_trial(n_cells, goes_on)
     }
 
-    #[cfg(feature = "kv-patches")]
     fn continues_trial(&self) -> bool {
         // The callback finds cells in the first layer's nodes, which are left out then.
         self.takes_any_position()
@@ -578,28 +554,23 @@ impl Engine for LlamaEngine<'_> {
             && self.last_score_layer().is_some_and(|il| il > 0)
     }
 
-    #[cfg(feature = "kv-patches")]
     fn end_trial(&mut self) -> Result<()> {
         self.finish_trial();
         Ok(())
     }
 
-    #[cfg(feature = "kv-patches")]
     fn expect_trials(&mut self) -> Result<()> {
         self.prepare_trials()
     }
 
-    #[cfg(feature = "kv-patches")]
     fn make_room(&mut self, n: usize) -> Result<()> {
         self.grow(n)
     }
 
-    #[cfg(feature = "kv-patches")]
     fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
         self.tidy(moves)
     }
 
-    #[cfg(feature = "kv-patches")]
     fn save_rows(&mut self, cells: &[Cell], out: &mut Vec<u8>) -> Result<bool> {
         if !self.is_plain() {
             return Ok(false);
@@ -608,7 +579,6 @@ impl Engine for LlamaEngine<'_> {
         Ok(true)
     }
 
-    #[cfg(feature = "kv-patches")]
     fn restore_rows(&mut self, pos: &[Pos], rows: &[u8], cells: &mut Vec<Cell>) -> Result<()> {
         self.recount()?;
         if self.room.used + pos.len() > self.n_ctx {
@@ -631,7 +601,6 @@ impl Engine for LlamaEngine<'_> {
     }
 
     fn kv_bytes(&self) -> KvBytes {
-        #[cfg(feature = "kv-patches")]
         if let Some(bytes) = self.cache_bytes() {
             return bytes;
         }

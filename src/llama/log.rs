@@ -40,8 +40,20 @@ pub(super) fn forget() {
 /// (those after it say who had to give up in turn); `otherwise` when there is none.
 pub(super) fn take_reason(otherwise: &str) -> String {
     let line = ERROR.lock().unwrap_or_else(|e| e.into_inner()).take();
-    line.map_or(otherwise.to_owned(), |line| {
-        bare(&line).replace("std::bad_alloc", "not enough memory")
+    line.map_or(otherwise.to_owned(), |line| reason(&line))
+}
+
+/// Where llama.cpp says in other words that memory was refused: the second by the number of ggml's
+/// status (`GGML_STATUS_ALLOC_FAILED`).
+const MEMORY: [&str; 2] = [
+    "std::bad_alloc",
+    "ggml_backend_sched_graph_compute_async failed with error -2",
+];
+
+/// A line as our own messages quote it.
+fn reason(line: &str) -> String {
+    MEMORY.iter().fold(bare(line).to_owned(), |line, words| {
+        line.replace(words, "not enough memory")
     })
 }
 
@@ -96,7 +108,7 @@ extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _: *mut c
 
 #[cfg(test)]
 mod tests {
-    use super::bare;
+    use super::reason;
 
     #[test]
     fn reasons_are_bare() {
@@ -109,11 +121,16 @@ mod tests {
                 "clip_init: failed to load model 'a: b.gguf': operator(): unable to find tensor v.x",
                 "unable to find tensor v.x",
             ),
+            ("operator(): std::bad_alloc", "not enough memory"),
+            (
+                "graph_compute: ggml_backend_sched_graph_compute_async failed with error -2",
+                "not enough memory",
+            ),
             ("init: expected 3: got 4", "init: expected 3: got 4"),
             ("a_b: ", "a_b: "),
             ("", ""),
         ] {
-            assert_eq!(bare(line), expected, "{line}");
+            assert_eq!(reason(line), expected, "{line}");
         }
     }
 }

@@ -8,14 +8,12 @@
 mod abort;
 mod attend;
 mod callback;
-#[cfg(feature = "kv-patches")]
 mod cells;
 pub mod chat;
 mod context;
 mod devices;
 pub mod gguf;
 mod hparams;
-#[cfg(feature = "kv-patches")]
 mod layers;
 pub mod log;
 mod memory;

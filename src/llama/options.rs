@@ -93,7 +93,7 @@ pub struct ContextOptions {
     /// Cells of the cache, or with `kv_size` the most that it may get.
     pub n_ctx: u32,
     /// Cells that the cache begins with, to grow and shrink with its tokens in steps of 256;
-    /// `None`: all of them, for good. Needs the feature `kv-patches` and a plain cache (no
+    /// `None`: all of them, for good. Needs a plain cache (no
     /// windows, nothing recurrent), otherwise it is ignored.
     pub kv_size: Option<u32>,
     /// Rows of one decode call.
@@ -166,8 +166,8 @@ impl ContextOptions {
     /// Cells that the cache begins with.
     pub(super) fn cells_at_first(&self) -> u32 {
         match self.kv_size {
-            Some(n) if cfg!(feature = "kv-patches") => n.min(self.n_ctx),
-            _ => self.n_ctx,
+            Some(n) => n.min(self.n_ctx),
+            None => self.n_ctx,
         }
     }
 
@@ -177,7 +177,6 @@ impl ContextOptions {
     }
 
     /// Whether the graph sums scores up.
-    #[cfg(feature = "kv-patches")]
     pub(super) fn taps(&self) -> bool {
         !self.score_layers.is_empty() && self.score_source == ScoreSource::Graph
     }

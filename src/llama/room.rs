@@ -4,14 +4,10 @@ use llama_cpp_sys_2 as sys;
 
 use super::LlamaEngine;
 use crate::cache::Cell;
-#[cfg(not(feature = "kv-patches"))]
-use crate::engine::Batch;
 use crate::error::Result;
-#[cfg(feature = "kv-patches")]
 use crate::{engine::Engine, error::Error};
 
 /// Cells by which the cache grows. llama.cpp computes attention over multiples of as many.
-#[cfg(feature = "kv-patches")]
 const STEP: usize = 256;
 
 /// What is in use, as the engine last knew it.
@@ -40,27 +36,20 @@ impl Room {
 }
 
 /// The cells that the context begins with.
-#[cfg(feature = "kv-patches")]
 pub(super) fn set(kv_size: Option<u32>, params: &mut sys::llama_context_params) {
     params.kv_size = kv_size.unwrap_or(0);
 }
 
-#[cfg(not(feature = "kv-patches"))]
-pub(super) fn set(_: Option<u32>, _: &mut sys::llama_context_params) {}
-
-#[cfg(feature = "kv-patches")]
 fn padded(n: usize) -> usize {
     n.max(1).next_multiple_of(STEP)
 }
 
 /// Cells to grow to when so many are needed: a step, but a sixteenth of a large cache, which costs
 /// a copy of all of it to change.
-#[cfg(feature = "kv-patches")]
 fn grown(n: usize) -> usize {
     padded(n) + n / 16 / STEP * STEP
 }
 
-#[cfg(feature = "kv-patches")]
 impl LlamaEngine<'_> {
     /// Looks at the cache again, after something other than a batch has changed it.
     pub(super) fn recount(&mut self) -> Result<()> {
@@ -115,27 +104,7 @@ impl LlamaEngine<'_> {
     }
 }
 
-/// Without the patches a cache has the size that it was made with.
-#[cfg(not(feature = "kv-patches"))]
-impl LlamaEngine<'_> {
-    pub(super) fn is_plain(&self) -> bool {
-        false
-    }
-
-    pub(super) fn recount(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    pub(super) fn grow(&mut self, _n: usize) -> Result<()> {
-        Ok(())
-    }
-
-    pub(super) fn cells_of(&self, _batch: &Batch<'_>, _cells: &mut [Cell]) -> Result<()> {
-        Ok(())
-    }
-}
-
-#[cfg(all(test, feature = "kv-patches"))]
+#[cfg(test)]
 mod tests {
     use super::{STEP, grown};
 

@@ -3,9 +3,6 @@
 use llama_cpp_sys_2 as sys;
 
 use super::Model;
-#[cfg(not(feature = "kv-patches"))]
-use crate::error::Error;
-use crate::error::Result;
 
 /// Which of longrope's two factor sets to use. llama.cpp follows the size of the cache, which a
 /// cache that evicts does not share with the positions; the choice belongs to the positions that
@@ -32,35 +29,11 @@ impl RopeFactors {
         }
     }
 
-    #[cfg(feature = "kv-patches")]
-    pub(super) fn set(
-        self,
-        _: &Model,
-        _: u32,
-        params: &mut sys::llama_context_params,
-    ) -> Result<()> {
+    pub(super) fn set(self, params: &mut sys::llama_context_params) {
         params.rope_factors = match self {
             RopeFactors::Context => sys::LLAMA_ROPE_FACTORS_BY_CONTEXT,
             RopeFactors::Short => sys::LLAMA_ROPE_FACTORS_SHORT,
             RopeFactors::Long => sys::LLAMA_ROPE_FACTORS_LONG,
         };
-        Ok(())
-    }
-
-    /// The library as it comes knows its own rule only.
-    #[cfg(not(feature = "kv-patches"))]
-    pub(super) fn set(
-        self,
-        model: &Model,
-        n_ctx: u32,
-        _: &mut sys::llama_context_params,
-    ) -> Result<()> {
-        if self == RopeFactors::Context || self == RopeFactors::Context.resolved(model, n_ctx) {
-            return Ok(());
-        }
-        Err(Error::option(
-            "--rope-factors",
-            "this build follows the size of the context: give a -c up to the model's original context for short ones, a larger one for long ones",
-        ))
     }
 }

@@ -3,7 +3,6 @@
 use llama_cpp_sys_2 as sys;
 
 use super::context::SEQ;
-#[cfg(feature = "kv-patches")]
 use super::layers::Hidden;
 use crate::cache::Pos;
 use crate::engine::{Batch, Input, Token};
@@ -22,7 +21,6 @@ pub(super) struct Rows {
     seq: Box<sys::llama_seq_id>,
     logits: Vec<i8>,
     /// What goes on from a trial run.
-    #[cfg(feature = "kv-patches")]
     hidden: Vec<f32>,
 }
 
@@ -90,7 +88,7 @@ impl Rows {
         &mut self,
         batch: &Batch<'_>,
         takes: Takes,
-        #[cfg(feature = "kv-patches")] hidden: Option<&Hidden>,
+        hidden: Option<&Hidden>,
     ) -> Result<sys::llama_batch> {
         let n_tokens = check_rows(batch, takes.n_batch)?;
         let n = batch.input.len();
@@ -114,7 +112,6 @@ impl Rows {
                 self.places(batch.pos, mrope)?;
                 (std::ptr::null_mut(), data.as_ptr().cast_mut())
             }
-            #[cfg(feature = "kv-patches")]
             Input::Trial(cells) => {
                 hidden
                     .ok_or_else(Hidden::absent)?
@@ -122,8 +119,6 @@ impl Rows {
                 self.pos.extend(batch.pos);
                 (std::ptr::null_mut(), self.hidden.as_ptr().cast_mut())
             }
-            #[cfg(not(feature = "kv-patches"))]
-            Input::Trial(_) => return Err(Error::contract("rows that no trial run has kept")),
         };
         *self.seq = SEQ;
         self.n_seq_id.clear();

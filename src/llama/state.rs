@@ -64,16 +64,8 @@ impl LlamaEngine<'_> {
     /// one takes its place.
     ///
     /// # Errors
-    /// [`Error::Llama`] when llama.cpp refuses, or for a quantized cache without the feature
-    /// `kv-patches`: llama.cpp by itself copies only a part of it.
+    /// [`Error::Llama`] when llama.cpp refuses: most often for want of memory.
     pub fn save_on_device(&mut self) -> Result<()> {
-        let quantized = self.options.type_k.is_quantized() || self.options.type_v.is_quantized();
-        if quantized && !cfg!(feature = "kv-patches") {
-            return Err(Error::llama(
-                "llama_state_seq_get_data_ext",
-                "a quantized cache cannot be copied on the device without the feature kv-patches",
-            ));
-        }
         self.on_device = None;
         self.on_device = Some(self.get_state(ON_DEVICE)?);
         Ok(())
@@ -121,7 +113,6 @@ impl LlamaEngine<'_> {
     }
 
     /// Whether the cells hold these positions and nothing else, where they can be read.
-    #[cfg(feature = "kv-patches")]
     fn check_restored(&self, pos: &[Pos]) -> Result<()> {
         // Rows of a picture with two axes have other positions in the books.
         if !self.is_plain() || self.model.eviction_obstacle().is_some() {
@@ -138,11 +129,6 @@ impl LlamaEngine<'_> {
                 "the state holds other positions than the books say",
             )),
         }
-    }
-
-    #[cfg(not(feature = "kv-patches"))]
-    fn check_restored(&self, _: &[Pos]) -> Result<()> {
-        Ok(())
     }
 
     fn get_state(&mut self, flags: sys::llama_state_seq_flags) -> Result<SequenceState> {

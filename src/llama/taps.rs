@@ -1,120 +1,108 @@
 //! Attention scores out of llama.cpp's graph: nodes beside the attention of a layer, with flash
 //! attention on or off (the patch `score-taps`). Two numbers for each cell leave the device.
 
+use llama_cpp_2::context::LlamaContext;
+use llama_cpp_sys_2 as sys;
+
+use super::{log, memory};
+use crate::engine::Observation;
+use crate::error::{Error, Result};
+
 /// Where attention scores come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ScoreSource {
     /// The graph sums them up itself.
-    #[cfg(feature = "kv-patches")]
     #[default]
     Graph,
     /// The evaluation callback reads the attention weights of every head, which exist only while
     /// flash attention is off.
-    #[cfg_attr(not(feature = "kv-patches"), default)]
     Callback,
 }
 
-#[cfg(feature = "kv-patches")]
-pub(super) use patched::{begin, read, rows_for, set};
-
-#[cfg(feature = "kv-patches")]
-mod patched {
-    use llama_cpp_2::context::LlamaContext;
-    use llama_cpp_sys_2 as sys;
-
-    use crate::engine::Observation;
-    use crate::error::{Error, Result};
-    use crate::llama::{log, memory};
-
-    /// The error behind a negative code of the call.
-    fn reason(call: &'static str, code: i32) -> Error {
-        let text = match code {
-            sys::LLAMA_HAE_TAPS_ERR_ARGUMENT => "no such layer or row".to_owned(),
-            sys::LLAMA_HAE_TAPS_ERR_MEMORY => {
-                "the attention of this model's memory cannot be read".to_owned()
-            }
-            sys::LLAMA_HAE_TAPS_ERR_NOTHING => {
-                "attention of the scoring layers did not appear in the graph".to_owned()
-            }
-            sys::LLAMA_HAE_TAPS_ERR_FAILED => memory::explained(
-                log::take_reason("no memory for the larger graph"),
-                "attention scores",
-                "a smaller -ub or -c, or fewer --score-layers",
-            ),
-            code => format!("status {code}"),
-        };
-        Error::llama(call, text)
-    }
-
-    /// Rows to make buffers for when a batch asks for so many: few steps, since each of them makes
-    /// all buffers of the graph anew.
-    pub(in crate::llama) fn rows_for(n: u32, n_ubatch: usize) -> u32 {
-        const WINDOW: u32 = 64;
-        let most = u32::try_from(n_ubatch).unwrap_or(u32::MAX);
-        if n <= WINDOW { WINDOW.min(most) } else { most }
-    }
-
-    /// Taps these layers from now on, for at most so many rows of a batch, which are returned.
-    pub(in crate::llama) fn set(
-        ctx: &mut LlamaContext<'_>,
-        layers: &[u32],
-        max_rows: u32,
-    ) -> Result<u32> {
-        let call = "llama_hae_taps_set";
-        let layers: Vec<i32> = layers
-            .iter()
-            // A layer that no i32 names does not exist: -1 is refused.
-            .map(|&il| i32::try_from(il).unwrap_or(-1))
-            .collect();
-        log::forget();
-        // SAFETY: the context is alive, the pointer is to as many values as said.
-        let code = unsafe {
-            sys::llama_hae_taps_set(ctx.as_mut_ptr(), layers.as_ptr(), layers.len(), max_rows)
-        };
-        match code {
-            0 => Ok(max_rows),
-            code => Err(reason(call, code)),
+/// The error behind a negative code of the call.
+fn reason(call: &'static str, code: i32) -> Error {
+    let text = match code {
+        sys::LLAMA_HAE_TAPS_ERR_ARGUMENT => "no such layer or row".to_owned(),
+        sys::LLAMA_HAE_TAPS_ERR_MEMORY => {
+            "the attention of this model's memory cannot be read".to_owned()
         }
-    }
-
-    /// Asks for the rows of the batch that comes next, which is one micro-batch.
-    pub(in crate::llama) fn begin(ctx: &mut LlamaContext<'_>, rows: &[u32]) -> Result<()> {
-        let call = "llama_hae_taps_rows";
-        // SAFETY: the context is alive, the pointer is to as many values as said. A row beyond
-        // i32 becomes negative, which is refused as not ascending.
-        let code =
-            unsafe { sys::llama_hae_taps_rows(ctx.as_mut_ptr(), rows.as_ptr().cast(), rows.len()) };
-        if code == 0 {
-            Ok(())
-        } else {
-            Err(reason(call, code))
+        sys::LLAMA_HAE_TAPS_ERR_NOTHING => {
+            "attention of the scoring layers did not appear in the graph".to_owned()
         }
+        sys::LLAMA_HAE_TAPS_ERR_FAILED => memory::explained(
+            log::take_reason("no memory for the larger graph"),
+            "attention scores",
+            "a smaller -ub or -c, or fewer --score-layers",
+        ),
+        code => format!("status {code}"),
+    };
+    Error::llama(call, text)
+}
+
+/// Rows to make buffers for when a batch asks for so many: few steps, since each of them makes
+/// all buffers of the graph anew.
+pub(super) fn rows_for(n: u32, n_ubatch: usize) -> u32 {
+    const WINDOW: u32 = 64;
+    let most = u32::try_from(n_ubatch).unwrap_or(u32::MAX);
+    if n <= WINDOW { WINDOW.min(most) } else { most }
+}
+
+/// Taps these layers from now on, for at most so many rows of a batch, which are returned.
+pub(super) fn set(ctx: &mut LlamaContext<'_>, layers: &[u32], max_rows: u32) -> Result<u32> {
+    let call = "llama_hae_taps_set";
+    let layers: Vec<i32> = layers
+        .iter()
+        // A layer that no i32 names does not exist: -1 is refused.
+        .map(|&il| i32::try_from(il).unwrap_or(-1))
+        .collect();
+    log::forget();
+    // SAFETY: the context is alive, the pointer is to as many values as said.
+    let code = unsafe {
+        sys::llama_hae_taps_set(ctx.as_mut_ptr(), layers.as_ptr(), layers.len(), max_rows)
+    };
+    match code {
+        0 => Ok(max_rows),
+        code => Err(reason(call, code)),
     }
+}
 
-    /// Waits for the batch and takes the scores of all cells in view.
-    pub(in crate::llama) fn read(ctx: &mut LlamaContext<'_>, seen: &mut Observation) -> Result<()> {
-        let call = "llama_hae_taps_read";
-        let count = |code: i32| usize::try_from(code).map_err(|_| reason(call, code));
-        let none = std::ptr::null_mut();
-        // SAFETY: the context is alive; without buffers it only says how many cells are in view.
-        let n = count(unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), none, none, 0) })?;
-        seen.sum.resize(n, 0.0);
-        seen.max.resize(n, 0.0);
-        let (sum, max) = (seen.sum.as_mut_ptr(), seen.max.as_mut_ptr());
-        // SAFETY: the context is alive, both buffers hold n values.
-        let code = unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), sum, max, n) };
-        count(code).map(drop)
+/// Asks for the rows of the batch that comes next, which is one micro-batch.
+pub(super) fn begin(ctx: &mut LlamaContext<'_>, rows: &[u32]) -> Result<()> {
+    let call = "llama_hae_taps_rows";
+    // SAFETY: the context is alive, the pointer is to as many values as said. A row beyond
+    // i32 becomes negative, which is refused as not ascending.
+    let code =
+        unsafe { sys::llama_hae_taps_rows(ctx.as_mut_ptr(), rows.as_ptr().cast(), rows.len()) };
+    if code == 0 {
+        Ok(())
+    } else {
+        Err(reason(call, code))
     }
+}
 
-    #[cfg(test)]
-    mod tests {
-        use super::rows_for;
+/// Waits for the batch and takes the scores of all cells in view.
+pub(super) fn read(ctx: &mut LlamaContext<'_>, seen: &mut Observation) -> Result<()> {
+    let call = "llama_hae_taps_read";
+    let count = |code: i32| usize::try_from(code).map_err(|_| reason(call, code));
+    let none = std::ptr::null_mut();
+    // SAFETY: the context is alive; without buffers it only says how many cells are in view.
+    let n = count(unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), none, none, 0) })?;
+    seen.sum.resize(n, 0.0);
+    seen.max.resize(n, 0.0);
+    let (sum, max) = (seen.sum.as_mut_ptr(), seen.max.as_mut_ptr());
+    // SAFETY: the context is alive, both buffers hold n values.
+    let code = unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), sum, max, n) };
+    count(code).map(drop)
+}
 
-        #[test]
-        fn buffers_for_query_rows_grow_in_two_steps() {
-            assert_eq!([2, 33, 64].map(|n| rows_for(n, 512)), [64, 64, 64]);
-            assert_eq!([65, 512].map(|n| rows_for(n, 512)), [512, 512]);
-            assert_eq!([2, 7].map(|n| rows_for(n, 7)), [7, 7]);
-        }
+#[cfg(test)]
+mod tests {
+    use super::rows_for;
+
+    #[test]
+    fn buffers_for_query_rows_grow_in_two_steps() {
+        assert_eq!([2, 33, 64].map(|n| rows_for(n, 512)), [64, 64, 64]);
+        assert_eq!([65, 512].map(|n| rows_for(n, 512)), [512, 512]);
+        assert_eq!([2, 7].map(|n| rows_for(n, 7)), [7, 7]);
     }
 }

@@ -2,7 +2,6 @@
 
 use llama_cpp_sys_2 as sys;
 
-#[cfg(feature = "kv-patches")]
 use {
     super::{ContextOptions, LlamaEngine, SamplerOptions},
     crate::engine::Engine,
@@ -10,7 +9,6 @@ use {
 };
 
 /// Cuts the context off after this many layers.
-#[cfg(feature = "kv-patches")]
 pub(super) fn set(n_layer_first: Option<u32>, params: &mut sys::llama_context_params) {
     if let Some(n) = n_layer_first {
         params.n_layer_first = n;
@@ -18,14 +16,9 @@ pub(super) fn set(n_layer_first: Option<u32>, params: &mut sys::llama_context_pa
     }
 }
 
-#[cfg(not(feature = "kv-patches"))]
-pub(super) fn set(_: Option<u32>, _: &mut sys::llama_context_params) {}
-
 /// Cells that a context made in advance is good for: more than a picture of 16 crops takes.
-#[cfg(feature = "kv-patches")]
 const CELLS_IN_ADVANCE: usize = 4096;
 
-#[cfg(feature = "kv-patches")]
 impl<'m> LlamaEngine<'m> {
     /// An empty engine of the layers up to the last whose attention is read, that computes as this
     /// one does.

@@ -131,8 +131,7 @@ fn each_combination_is_a_row() {
         );
         // The cache of `full` is llama.cpp's, which has its size from the start.
         assert_eq!(row["kv_size"].is_null(), !first);
-        let off = first && cfg!(not(feature = "kv-patches"));
-        assert_eq!(text(row, "flash_attn"), if off { "off" } else { "auto" });
+        assert_eq!(text(row, "flash_attn"), "auto");
     }
 }
 

@@ -168,11 +168,7 @@ fn policies_and_their_parameters() {
         ),
         (
             "--kv-policy hae -ctv q8_0 -fa off",
-            if cfg!(feature = "kv-patches") {
-                "needs flash attention, which -fa off switches off"
-            } else {
-                "needs flash attention, which reading attention scores switches off"
-            },
+            "needs flash attention, which -fa off switches off",
         ),
     ] {
         refuses(args, expected);

@@ -131,11 +131,8 @@ fn the_full_cache_is_at_no_distance_of_itself() {
                 (0.0, 1.0, 1.0)
             );
             assert_eq!(distance.first_differing, None);
-            // Without the patches attention is not read beside flash attention.
-            if cfg!(feature = "kv-patches") {
-                assert_eq!(distance.lost.len(), distance.n_tokens - 1);
-                assert_eq!(distance.attention_lost, Some(0.0));
-            }
+            assert_eq!(distance.lost.len(), distance.n_tokens - 1);
+            assert_eq!(distance.attention_lost, Some(0.0));
         }
     }
 }
@@ -305,11 +302,9 @@ fn distances_are_what_logits_and_attention_say() {
         );
         let right = same.iter().filter(|&&s| s).count() as f64 / n as f64;
         assert_eq!(distance.top1, right, "{name}");
-        if cfg!(feature = "kv-patches") {
-            assert!(mean(&lost) > 0.01, "{name} loses something");
-            for (a, &b) in lost.iter().zip(&distance.lost) {
-                assert!((a - f64::from(b)).abs() < 1e-4, "{name}: {a} {b}");
-            }
+        assert!(mean(&lost) > 0.01, "{name} loses something");
+        for (a, &b) in lost.iter().zip(&distance.lost) {
+            assert!((a - f64::from(b)).abs() < 1e-4, "{name}: {a} {b}");
         }
     }
 }

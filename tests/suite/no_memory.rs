@@ -1,4 +1,4 @@
-//! No memory, at any moment between the start and the answer about a picture: one line that says what did not fit
+//! No memory, at any moment between the start and the answer: one line that says what did not fit
 //! and which flags need less, and exit code 2. Never a signal, nor an exception that nobody catches.
 
 use std::process::{Command, Output};
@@ -35,18 +35,12 @@ fn least(args: &[&str]) -> u64 {
     high
 }
 
-/// Every MiB below what a run needs, as far down as where the model cannot be loaded.
-#[test]
-fn a_run_without_memory_ends_with_one_line() {
-    let picture = repository(PICTURE);
-    let picture = picture.to_str().unwrap();
-    let fixed = ["run", "-n", "2", "--temp", "0", "-t", "1"];
-    let prompt = ["--image", picture, "--num-crops", "16"];
-    let args = [&fixed[..], &prompt, &["-p", "What?", "-c", "2048"]].concat();
-    let least = least(&args);
-    let mut reasons = Vec::new();
+/// The lines of a run with less and less address space, down to where the model cannot be loaded.
+fn lines(args: &[&str]) -> Vec<String> {
+    let least = least(args);
+    let mut lines = Vec::new();
     for mib in (0..48).map(|i| i * 2 + 1) {
-        let output = within(least - mib * MIB, &args);
+        let output = within(least - mib * MIB, args);
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         if output.status.success() {
             continue;
@@ -54,8 +48,27 @@ fn a_run_without_memory_ends_with_one_line() {
         assert_eq!(output.status.code(), Some(2), "{mib} MiB: {output:?}");
         assert_eq!(stderr.lines().count(), 1, "{mib} MiB: {stderr}");
         assert!(stderr.contains("memory"), "{mib} MiB: {stderr}");
-        reasons.push(stderr);
+        lines.push(stderr);
     }
-    let said = |reason: &String| reason.contains("picture") && reason.contains("give ");
-    assert!(reasons.iter().any(said), "{reasons:#?}");
+    lines
+}
+
+#[test]
+fn a_run_without_memory_ends_with_one_line() {
+    let picture = repository(PICTURE);
+    let picture = picture.to_str().unwrap();
+    let fixed = ["run", "-n", "2", "--temp", "0", "-t", "1"];
+    let prompt = ["--image", picture, "--num-crops", "16"];
+    let lines = lines(&[&fixed[..], &prompt, &["-p", "What?", "-c", "2048"]].concat());
+    let said = |line: &String| line.contains("picture") && line.contains("give ");
+    assert!(lines.iter().any(said), "{lines:#?}");
+}
+
+#[test]
+fn a_long_text_without_memory_ends_with_one_line() {
+    let text = "the red square is left of the blue circle and ".repeat(130);
+    let fixed = ["run", "-n", "2", "--temp", "0", "-t", "1", "-p", &text];
+    let lines = lines(&[&fixed[..], &["-c", "4096", "-b", "2048", "-ub", "2048"]].concat());
+    let said = |line: &String| line.contains("context") && line.contains("give ");
+    assert!(lines.iter().any(said), "{lines:#?}");
 }

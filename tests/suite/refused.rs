@@ -88,7 +88,6 @@ fn only_rows_that_were_read_are_said_to_be() {
     let all = tokens(20);
     let pos: Vec<Pos> = (5..25).collect();
     let mut sources = vec![ScoreSource::Callback];
-    #[cfg(feature = "kv-patches")]
     sources.push(ScoreSource::Graph);
     for score_source in sources {
         let options = ContextOptions {

@@ -40,7 +40,6 @@ impl Tensor {
     }
 
     /// Multiplies the values, which are F32.
-    #[cfg(feature = "kv-patches")]
     pub fn scale(&mut self, by: f32) {
         assert_eq!(self.kind, TensorType::F32);
         for value in self.data.as_chunks_mut().0 {

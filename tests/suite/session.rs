@@ -73,7 +73,6 @@ fn a_conversation_goes_on_in_another_process() {
     assert_eq!(cells["evicted"]["vision"], 0);
 }
 
-#[cfg(feature = "kv-patches")]
 #[test]
 fn what_was_evicted_comes_back_in_another_process() {
     let second = assert_goes_on(&["--kv-policy", "hae", "--dap-keep", "40"]);
@@ -102,7 +101,6 @@ fn a_session_that_does_not_fit_is_refused() {
         );
     };
     // llama.cpp as it comes has no choice of factors to refuse.
-    #[cfg(feature = "kv-patches")]
     refused(&["--rope-factors", "long"], "--rope-factors short");
     for (flags, expected) in [
         (
