@@ -24,7 +24,7 @@ const KEPT: usize = 1000;
 const ROUNDS: usize = 7;
 const THREADS: i32 = 2;
 
-fn engine(model: &Model, flash: bool) -> LlamaEngine<'_> {
+fn engine(model: &Model, flash: bool) -> LlamaEngine {
     let options = ContextOptions {
         n_ctx: 4096,
         kv_size: Some(2560),
@@ -53,7 +53,7 @@ fn engine(model: &Model, flash: bool) -> LlamaEngine<'_> {
     engine
 }
 
-fn decode(engine: &mut LlamaEngine<'_>, pos: Pos) {
+fn decode(engine: &mut LlamaEngine, pos: Pos) {
     let batch = Batch {
         input: Input::Tokens(&[pos % wide::VOCAB as i32]),
         pos: &[pos],
@@ -68,7 +68,7 @@ fn decode(engine: &mut LlamaEngine<'_>, pos: Pos) {
 
 /// Fills the cache without computing all of it: copies of one row at other positions. Then takes
 /// most of them out again, so that the kept ones are scattered.
-fn scatter(engine: &mut LlamaEngine<'_>) {
+fn scatter(engine: &mut LlamaEngine) {
     engine.rewind(0, 0).expect("an empty cache");
     engine.resize(2560).expect("2560 cells");
     decode(engine, 0);
@@ -105,7 +105,7 @@ fn median(values: &mut [f64]) -> f64 {
 }
 
 /// Milliseconds of a token behind position `pos`, in as many cells as there are.
-fn per_token(engine: &mut LlamaEngine<'_>, pos: Pos) -> f64 {
+fn per_token(engine: &mut LlamaEngine, pos: Pos) -> f64 {
     let mut times: Vec<f64> = (pos..pos + 12)
         .map(|pos| time(|| decode(engine, pos)).0)
         .collect();

@@ -25,7 +25,7 @@ use crate::eval::record::{self, Distance, Evicted, Kv, Timings};
 use crate::generate::{Finish, Hooks, Length, Segment, Session};
 use crate::image::Picture;
 use crate::llama::{ContextOptions, LlamaEngine, Model, Piece, SamplerOptions, Vision};
-use crate::policy::{self, EvictionPolicy, Limits, PolicyOptions};
+use crate::policy::{EvictionPolicy, Limits, PolicySpec};
 use crate::prompt::{Transcript, place_pictures, tokenize};
 use crate::trace;
 
@@ -33,7 +33,7 @@ use crate::trace;
 #[derive(Clone, Debug)]
 pub struct Entrant {
     pub contender: record::Contender,
-    pub options: PolicyOptions,
+    pub policy: PolicySpec,
     /// With what the policy wants of it.
     pub context: ContextOptions,
 }
@@ -70,21 +70,21 @@ struct Talk {
 }
 
 /// A context and what it was made for.
-struct Stage<'m> {
+struct Stage {
     score_layers: Vec<u32>,
     kv_size: Option<u32>,
     attend: Attend,
-    session: Session<LlamaEngine<'m>>,
+    session: Session<LlamaEngine>,
 }
 
-pub struct Asker<'m> {
-    model: &'m Model,
-    vision: Option<Vision<'m>>,
+pub struct Asker {
+    model: Model,
+    vision: Option<Vision>,
     /// `None`: prompts go in as they are.
     template: Option<String>,
     /// Positions that the chosen rope factors reach, if not all.
     max_positions: Option<usize>,
-    stages: Vec<Stage<'m>>,
+    stages: Vec<Stage>,
     /// This question's prompts by what they say.
     prepared: HashMap<String, Rc<Prepared>>,
     /// Pictures by content, of this question and the one before it.
@@ -101,15 +101,15 @@ struct Encoded {
     used: bool,
 }
 
-impl<'m> Asker<'m> {
+impl Asker {
     pub fn new(
-        model: &'m Model,
-        vision: Option<Vision<'m>>,
+        model: &Model,
+        vision: Option<Vision>,
         template: Option<String>,
         max_positions: Option<usize>,
     ) -> Self {
         Asker {
-            model,
+            model: model.clone(),
             vision,
             template,
             max_positions,
@@ -148,7 +148,9 @@ impl<'m> Asker<'m> {
         expected: Option<&[usize]>,
         watch: Clock<'_>,
     ) -> Result<Option<Vec<Answered>>> {
-        let stage = self.stage(&entrant.context, policy_of(entrant, question))?;
+        let stage = self.stage(&entrant.context, |limits| {
+            policy_of(entrant, question).create(limits)
+        })?;
         self.begin_trace(stage, entrant, question)?;
         let mut talk = self.talk();
         let mut answers = Vec::new();
@@ -215,11 +217,10 @@ impl<'m> Asker<'m> {
         let Session {
             engine, controller, ..
         } = &mut self.stages[stage].session;
-        let limits = limits(self.model, engine);
-        let options = options_of(entrant, question);
-        let policy = (&*entrant.contender.policy, &options);
+        let limits = limits(&self.model, engine);
+        let policy = policy_of(entrant, question);
         let layers = entrant.context.score_layers.clone();
-        let header = trace::Header::new(model, limits, policy, layers);
+        let header = trace::Header::new(model, limits, &policy, layers);
         trace::record(controller, &path, header)
     }
 
@@ -244,8 +245,7 @@ impl<'m> Asker<'m> {
             context.score_layers = (0..n_layer).collect();
             self.stage(&context, |_| Ok(Box::new(Watch::all(n_layer)) as _))?
         } else {
-            let full = |limits| policy::create("full", &PolicyOptions::default(), limits);
-            self.stage(&context, full)?
+            self.stage(&context, |limits| PolicySpec::full().create(limits))?
         };
         let mut talk = self.talk();
         let mut reference = Vec::new();
@@ -283,7 +283,9 @@ impl<'m> Asker<'m> {
         reference: &Reference,
         watch: Clock<'_>,
     ) -> Result<Option<(Vec<Option<Distance>>, Evicted)>> {
-        let stage = self.stage(&entrant.context, policy_of(entrant, question))?;
+        let stage = self.stage(&entrant.context, |limits| {
+            policy_of(entrant, question).create(limits)
+        })?;
         let mut talk = self.talk();
         let mut places = Places::default();
         let mut distances = Vec::new();
@@ -316,16 +318,16 @@ impl<'m> Asker<'m> {
         context: &ContextOptions,
         policy: impl Fn(Limits) -> Result<Box<dyn EvictionPolicy>>,
     ) -> Result<usize> {
-        let like = |stage: &Stage<'_>| {
+        let like = |stage: &Stage| {
             stage.score_layers == context.score_layers
                 && stage.kv_size == context.kv_size
                 && stage.attend == context.attend
         };
         let Some(at) = self.stages.iter().position(like) else {
             let mut engine =
-                LlamaEngine::new(self.model, context.clone(), &SamplerOptions::GREEDY)?;
+                LlamaEngine::new(&self.model, context.clone(), &SamplerOptions::GREEDY)?;
             wake(&mut engine, 0)?;
-            let policy = policy(limits(self.model, &engine))?;
+            let policy = policy(limits(&self.model, &engine))?;
             let controller = Controller::new(policy, engine.n_cells());
             self.stages.push(Stage {
                 score_layers: context.score_layers.clone(),
@@ -337,7 +339,7 @@ impl<'m> Asker<'m> {
         };
         let session = &mut self.stages[at].session;
         empty(session)?;
-        let policy = policy(limits(self.model, &session.engine))?;
+        let policy = policy(limits(&self.model, &session.engine))?;
         session.controller = Controller::new(policy, session.engine.n_cells());
         session.forget();
         Ok(at)
@@ -363,13 +365,13 @@ impl<'m> Asker<'m> {
         let is_new = talk.transcript.is_new();
         let (content, order) =
             place_pictures(text, talk.transcript.pictures(), pictures.len(), line)?;
-        let text = talk.transcript.ask(self.model, content)?;
+        let text = talk.transcript.ask(&self.model, content)?;
         let key = format!("{turn} {text}");
         let prepared = match self.prepared.get(&key) {
             Some(prepared) => Rc::clone(prepared),
             None => {
                 let ordered: Vec<&Picture> = order.iter().map(|&i| &pictures[i]).collect();
-                let pieces = tokenize(self.model, self.vision.as_ref(), &text, &ordered, is_new)?;
+                let pieces = tokenize(&self.model, self.vision.as_ref(), &text, &ordered, is_new)?;
                 let tokenized = (watch.now)().saturating_sub(start);
                 let mut prepared = self.encode(pieces, &ordered, tokenized, watch)?;
                 prepared.order = order;
@@ -456,7 +458,7 @@ impl<'m> Asker<'m> {
     }
 }
 
-fn limits(model: &Model, engine: &LlamaEngine<'_>) -> Limits {
+fn limits(model: &Model, engine: &LlamaEngine) -> Limits {
     Limits {
         n_layer: model.n_layer(),
         n_cells: engine.n_cells(),
@@ -464,27 +466,19 @@ fn limits(model: &Model, engine: &LlamaEngine<'_>) -> Limits {
 }
 
 /// Empties a context and gives back what a question made it grow by.
-fn empty(session: &mut Session<LlamaEngine<'_>>) -> Result<()> {
+fn empty(session: &mut Session<LlamaEngine>) -> Result<()> {
     session.engine.clear();
     session.engine.compact(&mut Vec::new())
 }
 
 /// The policy for this question. One that draws by lot draws anew for each: the same places of
 /// every picture would be a pattern, not chance.
-fn policy_of<'a>(
-    entrant: &'a Entrant,
-    question: &Question,
-) -> impl Fn(Limits) -> Result<Box<dyn EvictionPolicy>> + 'a {
-    let options = options_of(entrant, question);
-    move |limits| policy::create(&entrant.contender.policy, &options, limits)
-}
-
-fn options_of(entrant: &Entrant, question: &Question) -> PolicyOptions {
+fn policy_of(entrant: &Entrant, question: &Question) -> PolicySpec {
     let digest = Sha256::digest(&question.id);
     let number = digest.iter().take(8).fold(0, |n, &b| n << 8 | u64::from(b));
-    let mut options = entrant.options.clone();
-    options.seed ^= number;
-    options
+    let mut policy = entrant.policy.clone();
+    policy.options.seed ^= number;
+    policy
 }
 
 fn numbered(segment: &Segment, number: u32) -> Segment {
@@ -495,7 +489,7 @@ fn numbered(segment: &Segment, number: u32) -> Segment {
     segment
 }
 
-fn kv(session: &Session<LlamaEngine<'_>>) -> Kv {
+fn kv(session: &Session<LlamaEngine>) -> Kv {
     let report = session.controller.report();
     let bytes = session.engine.kv_bytes();
     Kv {
@@ -511,7 +505,7 @@ fn kv(session: &Session<LlamaEngine<'_>>) -> Kv {
     }
 }
 
-fn evicted(session: &Session<LlamaEngine<'_>>) -> Evicted {
+fn evicted(session: &Session<LlamaEngine>) -> Evicted {
     let report = session.controller.report();
     Evicted {
         after_prefill: report.evicted_after_prefill,

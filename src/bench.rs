@@ -22,7 +22,7 @@ use crate::error::Result;
 use crate::generate::{Finish, Generated, Hooks, Segment, Session};
 use crate::llama::{ContextOptions, LlamaEngine, Model, SamplerOptions, Vision};
 use crate::noise::Noise;
-use crate::policy::{self, Limits, PolicyOptions};
+use crate::policy::{Limits, PolicySpec};
 use energy::Energy;
 use memory::PeakRss;
 
@@ -274,7 +274,7 @@ pub struct Work<'a> {
     pub model: &'a Model,
     /// Whose tokens attend to the score layers of `policy`, and with room for the test.
     pub context: &'a ContextOptions,
-    pub policy: (&'a str, &'a PolicyOptions),
+    pub policy: &'a PolicySpec,
     pub test: &'a Test,
     pub pictures: Pictures,
     /// Decides tokens and pictures.
@@ -286,11 +286,7 @@ impl Work<'_> {
     ///
     /// # Errors
     /// Those of the engine, the policy and the pictures.
-    pub fn run(
-        &self,
-        mut vision: Option<&mut Vision<'_>>,
-        watch: Watch<'_>,
-    ) -> Result<Option<Sample>> {
+    pub fn run(&self, mut vision: Option<&mut Vision>, watch: Watch<'_>) -> Result<Option<Sample>> {
         let rss = PeakRss::start();
         let model = self.model;
         let mut engine = LlamaEngine::new(model, self.context.clone(), &SamplerOptions::GREEDY)?;
@@ -298,7 +294,7 @@ impl Work<'_> {
             n_layer: model.n_layer(),
             n_cells: engine.n_cells(),
         };
-        let policy = policy::create(self.policy.0, self.policy.1, limits)?;
+        let policy = self.policy.create(limits)?;
         let mut noise = Noise::new(self.seed);
         let n_vocab = model.n_vocab().max(1);
         let mut tokens = || Token::try_from(noise.below(n_vocab)).unwrap_or(0);
@@ -324,7 +320,7 @@ impl Work<'_> {
 }
 
 /// Decodes one token and forgets it: the first decode of a context makes its graphs.
-pub(crate) fn wake(engine: &mut LlamaEngine<'_>, token: Token) -> Result<()> {
+pub(crate) fn wake(engine: &mut LlamaEngine, token: Token) -> Result<()> {
     let batch = Batch {
         input: Input::Tokens(&[token]),
         pos: &[0],

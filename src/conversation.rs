@@ -105,9 +105,9 @@ pub struct PolicyReport {
 }
 
 /// A model, its cache and what was said.
-pub struct Conversation<'m> {
-    session: Session<LlamaEngine<'m>>,
-    vision: Option<Vision<'m>>,
+pub struct Conversation {
+    session: Session<LlamaEngine>,
+    vision: Option<Vision>,
     transcript: Transcript,
     /// Last token of the last answer, when it has not gone through the model yet.
     pending: Option<i32>,
@@ -123,7 +123,7 @@ struct Before {
     images: u32,
 }
 
-impl std::fmt::Debug for Conversation<'_> {
+impl std::fmt::Debug for Conversation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Conversation")
             .field("transcript", &self.transcript)
@@ -131,12 +131,12 @@ impl std::fmt::Debug for Conversation<'_> {
     }
 }
 
-impl<'m> Conversation<'m> {
+impl Conversation {
     /// `max_positions`: how far the rope factors reach, if not everywhere; `host_bin`: bytes of
     /// host memory for evicted text.
     pub fn new(
-        engine: LlamaEngine<'m>,
-        vision: Option<Vision<'m>>,
+        engine: LlamaEngine,
+        vision: Option<Vision>,
         controller: Controller,
         transcript: Transcript,
         max_positions: Option<usize>,
@@ -394,7 +394,7 @@ impl<'m> Conversation<'m> {
 /// Tells a recorder, if there is one, which pictures are shown, with their numbers.
 pub fn tell_pictures<'p>(
     controller: &mut Controller,
-    vision: Option<&Vision<'_>>,
+    vision: Option<&Vision>,
     pictures: impl Iterator<Item = (u32, &'p Picture)>,
 ) {
     for (image, picture) in pictures {

@@ -152,7 +152,7 @@ fn after_answer<'a>(rest: &'a str, answer: &str) -> Option<&'a str> {
 /// [`Model::tokenize`].
 pub fn tokenize(
     model: &Model,
-    vision: Option<&Vision<'_>>,
+    vision: Option<&Vision>,
     text: &str,
     pictures: &[&Picture],
     first: bool,

@@ -21,7 +21,7 @@ pub struct Attempt {
     pub evicted: Evicted,
 }
 
-impl Asker<'_> {
+impl Asker {
     /// Asks every turn of a question. `None`: cancelled.
     ///
     /// # Errors

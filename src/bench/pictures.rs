@@ -43,7 +43,7 @@ impl Pictures {
     ///
     /// # Errors
     /// As [`Vision::tokenize`], and [`Error::Option`] for pixels without a vision file.
-    pub fn tokens(self, vision: Option<&Vision<'_>>) -> Result<usize> {
+    pub fn tokens(self, vision: Option<&Vision>) -> Result<usize> {
         match self {
             Pictures::Embeddings { n } => Ok(n),
             Pictures::Noise {
@@ -97,11 +97,7 @@ pub(super) enum Made {
 
 impl Made {
     /// What the next prompt takes for its `n` pictures.
-    pub(super) fn encode(
-        &mut self,
-        n: usize,
-        vision: Option<&mut Vision<'_>>,
-    ) -> Result<Vec<Segment>> {
+    pub(super) fn encode(&mut self, n: usize, vision: Option<&mut Vision>) -> Result<Vec<Segment>> {
         let pictures = match self {
             Made::Segments(segments) => return Ok(segments.take(n).collect()),
             Made::Pixels(_) if n == 0 => return Ok(Vec::new()),
@@ -125,7 +121,7 @@ impl Made {
 }
 
 /// The picture with the tokens that the model puts around it.
-fn cut(vision: &Vision<'_>, picture: &Picture) -> Result<Vec<Piece>> {
+fn cut(vision: &Vision, picture: &Picture) -> Result<Vec<Piece>> {
     let mut pieces = vision.tokenize(&[Part::Picture(picture)], false)?;
     pieces.retain(|piece| !piece.is_empty());
     Ok(pieces)

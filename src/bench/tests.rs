@@ -2,7 +2,7 @@ use std::cell::Cell;
 
 use super::*;
 use crate::engine::scripted::{Call, Scripted};
-use crate::policy::{Amount, DapMode};
+use crate::policy::{self, Amount, DapMode, PolicyOptions};
 
 /// A clock that moves on by a millisecond each time somebody looks.
 fn ticking() -> impl Fn() -> Duration {

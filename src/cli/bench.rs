@@ -238,13 +238,13 @@ impl Bench<'_> {
                 let cells = case.test.cells(image_tokens);
                 let mut context = context(shape, cells, n_threads, plan.poll)?;
                 context.non_causal_images = vision.as_ref().is_some_and(Vision::non_causal);
-                let contexts = plan.policies.iter().enumerate().map(|(i, policy)| {
+                let contexts = (0..plan.policies.len()).map(|i| {
                     let attend = plan.attend(i);
                     let context = ContextOptions {
                         attend,
                         ..context.clone()
                     };
-                    load::for_policy(context, model, (policy, &plan.policy_options))
+                    load::for_policy(context, model, &plan.policy(i))
                 });
                 ready.push(Ready {
                     case,
@@ -265,9 +265,9 @@ impl Bench<'_> {
     /// One test under all policies, by turns; false: cancelled.
     fn case(
         &mut self,
-        ready: &Ready<'_>,
+        ready: &Ready,
         model: &Model,
-        mut vision: Option<&mut Vision<'_>>,
+        mut vision: Option<&mut Vision>,
         subject: &Subject,
     ) -> Result<bool> {
         let Ready { case, contexts, .. } = ready;
@@ -282,13 +282,13 @@ impl Bench<'_> {
         for round in 0..plan.rounds() {
             let counts = round > 0 || !plan.warm_up;
             for i in bench::turns(plan.policies.len(), round) {
-                let policy = plan.policies[i];
+                let policy = plan.policy(i);
                 let name = case.test.name();
-                self.bar.set_message(format!("{name} {policy}"));
+                self.bar.set_message(format!("{name} {}", policy.name));
                 let work = Work {
                     model,
                     context: &contexts[i],
-                    policy: (policy, &plan.policy_options),
+                    policy: &policy,
                     test: if counts { &case.test } else { &warm_up },
                     pictures: case.pictures,
                     // The same for all policies of a round.
@@ -309,7 +309,7 @@ impl Bench<'_> {
 
     fn records(
         &mut self,
-        ready: &Ready<'_>,
+        ready: &Ready,
         model: &Model,
         subject: &Subject,
         samples: Vec<Vec<Sample>>,

@@ -26,7 +26,7 @@ use hae::eval::split::Part;
 use hae::eval::summary::budget_text;
 use hae::llama::gguf;
 use hae::outfile::OutFile;
-use hae::policy::{Amount, PolicyOptions};
+use hae::policy::{Amount, PolicySpec};
 use trials::Trials;
 
 const FULL: &str = "full";
@@ -181,12 +181,7 @@ struct Outcome {
 
 impl Job<'_> {
     /// `None`: cancelled.
-    fn run(
-        &self,
-        ready: Ready<'_>,
-        tune: Asked<'_>,
-        held_out: Asked<'_>,
-    ) -> Result<Option<Outcome>> {
+    fn run(&self, ready: Ready, tune: Asked<'_>, held_out: Asked<'_>) -> Result<Option<Outcome>> {
         // What can be wrong with a budget is found before the search.
         let entrants = self.entrants(&ready, &Setting::default())?;
         let asked = ("calibrate", &self.held_out.set, true, 0);
@@ -224,15 +219,16 @@ impl Job<'_> {
     }
 
     /// Who takes the check: `full`, the defaults, and what was found, if that is something else.
-    fn entrants(&self, ready: &Ready<'_>, found: &Setting) -> Result<Vec<Entrant>> {
+    fn entrants(&self, ready: &Ready, found: &Setting) -> Result<Vec<Entrant>> {
         let budget = self.args.kv_budget;
         let at = |name: &str| format!("{name}@{}", budget_text(budget));
         let of = |name: &str, setting: &Setting| {
-            ready.entrant(at(name), "hae", Some(budget), setting.options(Some(budget)))
+            let policy = PolicySpec::new("hae", setting.options(Some(budget)));
+            ready.entrant(at(name), policy, Some(budget))
         };
         let defaults = Setting::default();
         let mut all = vec![
-            ready.entrant(FULL.into(), "full", None, PolicyOptions::default())?,
+            ready.entrant(FULL.into(), PolicySpec::full(), None)?,
             of("hae", &defaults)?,
         ];
         if *found != defaults {

@@ -37,8 +37,8 @@ pub struct Start {
     pub calibration: Option<String>,
 }
 
-struct Chat<'c, 'm> {
-    conversation: &'c mut Conversation<'m>,
+struct Chat<'c> {
+    conversation: &'c mut Conversation,
     /// Pictures for the next question.
     pictures: Vec<Picture>,
     /// Crops of the pictures that follow.
@@ -49,7 +49,7 @@ struct Chat<'c, 'm> {
 }
 
 /// Reads questions until the end of input. A mistake in one of them does not end the chat.
-pub fn chat(conversation: &mut Conversation<'_>, start: Start) -> Result<()> {
+pub fn chat(conversation: &mut Conversation, start: Start) -> Result<()> {
     let Start {
         pictures,
         num_crops,
@@ -115,7 +115,7 @@ fn help() {
     HELP.iter().for_each(|line| note(line));
 }
 
-impl Chat<'_, '_> {
+impl Chat<'_> {
     fn clear(&mut self) {
         self.conversation.clear();
         self.pictures.clear();

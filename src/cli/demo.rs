@@ -18,7 +18,7 @@ use hae::embedded;
 use hae::generate::Finish;
 use hae::image::{self, Picture};
 use hae::llama::SamplerOptions;
-use hae::policy::PolicyOptions;
+use hae::policy::PolicySpec;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -56,13 +56,13 @@ pub fn run(args: &Args) -> Result<Done> {
     let (mut stock, mut hae) = (Vec::new(), Vec::new());
     // By turns, so that a machine that gets busier does not favour one side.
     for _ in 0..args.repetitions {
-        stock.push(ask(
+        stock.push(ask(args, &files, &picture, &PolicySpec::full())?);
+        hae.push(ask(
             args,
             &files,
             &picture,
-            ("full", &PolicyOptions::default()),
+            &PolicySpec::new("hae", hae_options.clone()),
         )?);
-        hae.push(ask(args, &files, &picture, ("hae", &hae_options))?);
         if stock
             .iter()
             .chain(&hae)
@@ -109,12 +109,7 @@ fn shown(args: &Args) -> Result<Picture> {
 }
 
 /// One greedy answer in a context of its own.
-fn ask(
-    args: &Args,
-    files: &Files,
-    picture: &Picture,
-    policy: (&str, &PolicyOptions),
-) -> Result<Answer> {
+fn ask(args: &Args, files: &Files, picture: &Picture, policy: &PolicySpec) -> Result<Answer> {
     let setup = Setup {
         files,
         model: &args.model,

@@ -20,7 +20,7 @@ use hae::eval::question::Question;
 use hae::eval::record::{Answer, Header, QuestionSet};
 use hae::eval::results::{Results, key};
 use hae::eval::summary::budget_text;
-use hae::policy::{Amount, PolicyOptions};
+use hae::policy::{Amount, PolicyOptions, PolicySpec};
 use hae::trace;
 
 pub use asking::{AskArgs, Asked, Ready, bar};
@@ -156,15 +156,17 @@ impl Exam<'_> {
         args.ask.ready(&files, questions, self.num_crops, |ready| {
             let mut entrants = candidates
                 .into_iter()
-                .map(|c| ready.entrant(c.name(), c.policy, c.budget, c.options))
+                .map(|c| {
+                    let policy = PolicySpec::new(c.policy, c.options.clone());
+                    ready.entrant(c.name(), policy, c.budget)
+                })
                 .collect::<Result<Vec<_>>>()?;
             if let Some(dir) = &args.trace {
                 std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
                 let layers = args.policy.options_at(None)?.layers;
                 for entrant in &mut entrants {
-                    entrant.options.layers.clone_from(&layers);
-                    let policy = (&*entrant.contender.policy, &entrant.options);
-                    read_for_trace(&mut entrant.context, ready.model, policy)?;
+                    entrant.policy.options.layers.clone_from(&layers);
+                    read_for_trace(&mut entrant.context, &ready.model, &entrant.policy)?;
                 }
             }
             let seed = args.policy.options_at(None)?.seed;
@@ -200,7 +202,7 @@ impl Exam<'_> {
 
     fn sit(
         &self,
-        ready: Ready<'_>,
+        ready: Ready,
         header: Header,
         entrants: &[Entrant],
         traces: Option<Traces>,

@@ -22,7 +22,7 @@ use hae::llama::{
     ContextOptions, LlamaEngine, Model, ModelOptions, Piece, RopeFactors, SamplerOptions, Vision,
     VisionOptions,
 };
-use hae::policy::{self, Limits, Observe, PolicyOptions};
+use hae::policy::{Limits, Observe, PolicySpec};
 use hae::prompt::{Transcript, place_pictures, tokenize};
 use hae::saved::Saved;
 use hae::trace;
@@ -111,8 +111,7 @@ pub struct Setup<'a> {
     pub files: &'a Files,
     pub model: &'a ModelArgs,
     pub context: &'a ContextArgs,
-    /// Name and parameters of the eviction policy.
-    pub policy: (&'a str, &'a PolicyOptions),
+    pub policy: &'a PolicySpec,
     pub sampler: SamplerOptions,
     pub template: Template<'a>,
     pub system_prompt: Option<&'a str>,
@@ -171,7 +170,7 @@ pub struct Made {
 
 impl Setup<'_> {
     /// Loads the model, makes the context and hands the conversation to `f`.
-    pub fn run<R>(&self, f: impl FnOnce(&mut Conversation<'_>, &Made) -> Result<R>) -> Result<R> {
+    pub fn run<R>(&self, f: impl FnOnce(&mut Conversation, &Made) -> Result<R>) -> Result<R> {
         let start = Instant::now();
         let n_threads = self.context.n_threads()?;
         let model = load_model(self.files, self.model)?;
@@ -199,10 +198,7 @@ impl Setup<'_> {
             n_layer: model.n_layer(),
             n_cells: engine.n_cells(),
         };
-        let mut controller = Controller::new(
-            policy::create(self.policy.0, self.policy.1, limits)?,
-            engine.n_cells(),
-        );
+        let mut controller = Controller::new(self.policy.create(limits)?, engine.n_cells());
         if self.bin_host_mib > 0 && !controller.recalls() {
             let reason = "wants a policy that calls evicted tokens back: hae, without --no-recall";
             return Err(Error::option("--bin-host-mib", reason).into());
@@ -242,7 +238,7 @@ impl Setup<'_> {
     }
 
     /// A number that no picture can be cut into is better refused now than at the first picture.
-    fn check_num_crops(&self, vision: Option<&Vision<'_>>) -> Result<()> {
+    fn check_num_crops(&self, vision: Option<&Vision>) -> Result<()> {
         match (self.num_crops, vision) {
             (None, _) => Ok(()),
             (Some(n), Some(vision)) => Ok(vision.check_num_crops(n)?),
@@ -254,11 +250,7 @@ impl Setup<'_> {
     }
 
     /// The context's options with what the policy and the vision model need.
-    fn context_options(
-        &self,
-        model: &Model,
-        vision: Option<&Vision<'_>>,
-    ) -> Result<ContextOptions> {
+    fn context_options(&self, model: &Model, vision: Option<&Vision>) -> Result<ContextOptions> {
         let mut context = self.context.options(model.n_ctx_train())?;
         context.non_causal_images = vision.is_some_and(Vision::non_causal);
         Ok(for_policy(context, model, self.policy)?)
@@ -268,7 +260,7 @@ impl Setup<'_> {
     fn rope_factors(
         &self,
         model: &Model,
-        vision: Option<&Vision<'_>>,
+        vision: Option<&Vision>,
         context: &ContextOptions,
         transcript: &Transcript,
     ) -> Result<(RopeFactors, Option<usize>)> {
@@ -290,7 +282,7 @@ impl Setup<'_> {
             n_layer: model.n_layer(),
             n_cells: n_ctx,
         };
-        let shifts = policy::create(self.policy.0, self.policy.1, limits)?.shifts();
+        let shifts = self.policy.create(limits)?.shifts();
         let evicts = context.kv_size.is_some() && !shifts;
         let positions = match (self.model.rope_factors, self.prompt, self.n_predict) {
             (RopeArg::Short, ..) => 0,
@@ -323,7 +315,7 @@ impl Setup<'_> {
     fn first_prompt(
         &self,
         model: &Model,
-        vision: Option<&Vision<'_>>,
+        vision: Option<&Vision>,
         text: &str,
         transcript: &Transcript,
     ) -> Result<usize> {
@@ -387,12 +379,12 @@ pub fn load_model(files: &Files, args: &ModelArgs) -> Result<Model> {
     Ok(model?)
 }
 
-pub fn load_vision<'m>(
+pub fn load_vision(
     files: &Files,
     args: &ModelArgs,
     n_threads: i32,
-    model: &'m Model,
-) -> Result<Option<Vision<'m>>> {
+    model: &Model,
+) -> Result<Option<Vision>> {
     let Some(path) = &files.mmproj else {
         return Ok(None);
     };
@@ -414,13 +406,13 @@ const KV_SIZE_AT_FIRST: u32 = 256;
 pub fn for_policy(
     mut context: ContextOptions,
     model: &Model,
-    policy: (&str, &PolicyOptions),
+    policy: &PolicySpec,
 ) -> hae::Result<ContextOptions> {
     let limits = Limits {
         n_layer: model.n_layer(),
         n_cells: context.n_ctx as usize,
     };
-    let policy = policy::create(policy.0, policy.1, limits)?;
+    let policy = policy.create(limits)?;
     if policy.evicts() {
         if let Some(reason) = model.eviction_obstacle() {
             return Err(Error::Unsupported {
@@ -444,9 +436,9 @@ pub fn for_policy(
 pub fn read_for_trace(
     context: &mut ContextOptions,
     model: &Model,
-    (policy, options): (&str, &PolicyOptions),
+    policy: &PolicySpec,
 ) -> hae::Result<()> {
-    if policy != "full" {
+    if policy.name != "full" {
         return Ok(());
     }
     if let Some(reason) = model.eviction_obstacle() {
@@ -457,8 +449,8 @@ pub fn read_for_trace(
         n_layer: model.n_layer(),
         n_cells: context.n_ctx as usize,
     };
-    options.validate(limits)?;
-    context.score_layers = options.layers.resolve(limits.n_layer);
+    policy.options.validate(limits)?;
+    context.score_layers = policy.options.layers.resolve(limits.n_layer);
     Ok(())
 }
 

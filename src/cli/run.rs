@@ -19,7 +19,7 @@ use hae::Error;
 use hae::build::build;
 use hae::conversation::{Answer, Conversation, Turn};
 use hae::generate::{Finish, Hooks};
-use hae::policy::PolicyOptions;
+use hae::policy::{PolicyOptions, PolicySpec};
 use hae::trace;
 
 #[derive(Debug, clap::Args)]
@@ -157,11 +157,12 @@ pub fn run(args: &Args) -> Result<Done> {
         Some(calibrated) => calibrated.options.clone(),
         None => policy_options,
     };
+    let policy = PolicySpec::new(&args.kv_policy, policy_options);
     let setup = Setup {
         files: &files,
         model: &args.model,
         context: &args.context,
-        policy: (&args.kv_policy, &policy_options),
+        policy: &policy,
         sampler: args.sampler.options(load::clock_seed())?,
         template,
         system_prompt: args.system_prompt.as_deref(),
@@ -266,7 +267,7 @@ fn prompt(args: &Args) -> Result<Option<String>> {
 
 /// One turn with its text streamed to stdout; a signal ends it where this is
 /// [`interrupt::working`].
-pub fn answer(conversation: &mut Conversation<'_>, turn: &Turn, stream: bool) -> Result<Answer> {
+pub fn answer(conversation: &mut Conversation, turn: &Turn, stream: bool) -> Result<Answer> {
     let now = load::clock();
     let bar = load::spinner("reading the prompt");
     let mut out = std::io::stdout().lock();

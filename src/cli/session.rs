@@ -82,7 +82,7 @@ fn shown(text: &str) -> String {
 ///
 /// # Errors
 /// Those of [`Conversation::save`].
-pub fn keep(conversation: &mut Conversation<'_>, session: Option<&Path>) -> Result<()> {
+pub fn keep(conversation: &mut Conversation, session: Option<&Path>) -> Result<()> {
     match session {
         Some(path) if conversation.next_pos() > 0 => Ok(conversation.save(path)?),
         _ => Ok(()),

@@ -77,7 +77,7 @@ pub enum Event<'a> {
 }
 
 /// Gets every event. It must not fail in the middle of a run, so errors wait for the end.
-pub trait Recorder {
+pub trait Recorder: Send {
     fn record(&mut self, event: Event<'_>);
 
     /// Nothing more will come.

@@ -13,7 +13,7 @@ use crate::saved::{ModelIdentity, Saved, Storage};
 /// Pictures of one conversation; their numbers are counted on.
 const MOST_IMAGES: u32 = 1 << 24;
 
-impl Conversation<'_> {
+impl Conversation {
     /// Keeps the conversation in a file.
     ///
     /// # Errors
@@ -98,7 +98,7 @@ fn refuse(reason: String) -> Error {
     Error::option(SESSION, reason)
 }
 
-fn storage(engine: &LlamaEngine<'_>) -> Storage {
+fn storage(engine: &LlamaEngine) -> Storage {
     let options = engine.options();
     Storage {
         type_k: options.type_k,
@@ -120,7 +120,7 @@ fn does_not_fit(saved: &Storage, now: &Storage, e: &Error) -> Error {
     }
 }
 
-fn check_model(saved: &Saved, engine: &LlamaEngine<'_>) -> Result<()> {
+fn check_model(saved: &Saved, engine: &LlamaEngine) -> Result<()> {
     let model = identity(engine.model())?;
     if saved.model != model {
         let of = |m: &ModelIdentity| {

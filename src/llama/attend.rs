@@ -41,7 +41,7 @@ pub(super) fn allow(ctx: &mut LlamaContext<'_>, options: &ContextOptions) -> Res
     }
 }
 
-impl LlamaEngine<'_> {
+impl LlamaEngine {
     /// Tells the graph what the next step looks up.
     pub(super) fn begin_lookup(&mut self, lookup: Option<&Lookup>) -> Result<()> {
         let Some(lookup) = lookup else {

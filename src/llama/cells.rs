@@ -40,7 +40,7 @@ fn count(call: &'static str, n: usize) -> Result<u32> {
     u32::try_from(n).map_err(|_| Error::llama(call, format!("{n} cells at once")))
 }
 
-impl LlamaEngine<'_> {
+impl LlamaEngine {
     /// Cells that the cache has now; [`crate::engine::Engine::n_cells`] is the most it may get.
     ///
     /// # Errors
@@ -179,7 +179,7 @@ impl LlamaEngine<'_> {
         let n_cells = count(CALL, n_cells)?;
         if n_cells as usize > self.cells_now()? {
             memory::check(
-                self.model,
+                &self.model,
                 self.model.n_layer(),
                 n_cells.min(self.options.n_ctx),
                 self.options.type_k,

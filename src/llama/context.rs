@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::params::LlamaContextParams;
@@ -30,20 +30,23 @@ use crate::error::{Error, Result};
 /// What makes a context and its batches need less memory.
 const SMALLER: &str = "a smaller -c or -ub, or -ctk and -ctv q8_0";
 
+/// Held while a context is made.
+static MAKING: Mutex<()> = Mutex::new(());
+
 /// The one sequence of the context.
 pub(super) const SEQ: sys::llama_seq_id = 0;
 
 /// A context on a [`Model`].
-pub struct LlamaEngine<'m> {
+pub struct LlamaEngine {
     // Declared first, so dropped before the observer that it points to.
-    ctx: LlamaContext<'m>,
+    ctx: LlamaContext<'static>,
     /// The same context, for calls that the wrapper has no name for. Those that change it borrow
     /// the engine mutably.
     pub(super) raw: NonNull<sys::llama_context>,
     observer: Owned,
     /// Whether llama.cpp calls the observer: where nothing else tells cells, sizes or scores.
     watched: bool,
-    pub(super) model: &'m Model,
+    pub(super) model: Model,
     sampler: Sampler,
     pub(super) options: ContextOptions,
     pub(super) n_ctx: usize,
@@ -53,7 +56,7 @@ pub struct LlamaEngine<'m> {
     /// What the host needs to restore the copy of the sequence that is on the device.
     pub(super) on_device: Option<SequenceState>,
     /// A context of the first layers, during a trial run or kept for the next one.
-    pub(super) trial: Option<Box<LlamaEngine<'m>>>,
+    pub(super) trial: Option<Box<LlamaEngine>>,
     /// In a trial run: what its tokens were when they came to the last layer.
     pub(super) hidden: Option<Hidden>,
     /// Query rows of a batch that the graph has buffers for.
@@ -62,31 +65,32 @@ pub struct LlamaEngine<'m> {
     has_logits: bool,
     rows: Rows,
     // Declared last, so dropped after the contexts that compute with them.
-    pub(super) threads: Option<Rc<Threads>>,
+    pub(super) threads: Option<Arc<Threads>>,
 }
 
-impl<'m> LlamaEngine<'m> {
+// SAFETY: a context is bound to no thread. What it points to is reached by the engine alone, which
+// is not `Sync`: the observer by the callback, which llama.cpp calls inside `llama_decode`; the
+// pool of threads by this engine's contexts.
+unsafe impl Send for LlamaEngine {}
+
+impl LlamaEngine {
     /// Makes a context with an empty cache.
     ///
     /// # Errors
     /// [`Error::Option`] for a cache type or score layer that cannot be served,
     /// [`Error::Llama`] when llama.cpp refuses (not enough memory, most often).
-    pub fn new(
-        model: &'m Model,
-        options: ContextOptions,
-        sampler: &SamplerOptions,
-    ) -> Result<Self> {
+    pub fn new(model: &Model, options: ContextOptions, sampler: &SamplerOptions) -> Result<Self> {
         let threads = Threads::new(&options)?;
         Self::of_layers(model, options, sampler, None, threads)
     }
 
     /// As [`LlamaEngine::new`], with this many of the model's first layers.
     pub(super) fn of_layers(
-        model: &'m Model,
+        model: &Model,
         options: ContextOptions,
         sampler: &SamplerOptions,
         n_layer_first: Option<u32>,
-        threads: Option<Rc<Threads>>,
+        threads: Option<Arc<Threads>>,
     ) -> Result<Self> {
         options.check(model, n_layer_first)?;
         let watched = options.calls_back();
@@ -111,12 +115,12 @@ impl<'m> LlamaEngine<'m> {
     }
 
     fn make(
-        model: &'m Model,
+        model: &Model,
         options: ContextOptions,
         sampler: &SamplerOptions,
         n_layer_first: Option<u32>,
         watched: bool,
-        threads: Option<Rc<Threads>>,
+        threads: Option<Arc<Threads>>,
     ) -> Result<Self> {
         let called_back = match options.calls_back() {
             true => options.score_layers.clone(),
@@ -148,7 +152,12 @@ impl<'m> LlamaEngine<'m> {
 
         log::forget();
         let blocks = OwnBlocks::new();
-        let mut ctx = model.inner.new_context(backend()?, params).map_err(|e| {
+        let ctx = {
+            // Contexts of one model are made one after the other: llama.cpp writes into the model.
+            let _one = MAKING.lock().unwrap_or_else(|e| e.into_inner());
+            model.inner.new_context(backend()?, params)
+        };
+        let ctx = ctx.map_err(|e| {
             let reason = log::take_reason(&e.to_string());
             let what = format!("a context of {} cells", options.n_ctx);
             Error::llama(
@@ -156,6 +165,9 @@ impl<'m> LlamaEngine<'m> {
                 memory::explained(reason, &what, SMALLER),
             )
         })?;
+        // SAFETY: only the lifetime changes. The context needs the model for as long as it lives, and
+        // the engine owns a clone of it that is dropped after the context.
+        let mut ctx: LlamaContext<'static> = unsafe { std::mem::transmute(ctx) };
         // As many query rows as most policies have, the last one; a batch with more asks for more.
         let tap_rows = match options.taps() {
             true => taps::set(&mut ctx, &options.score_layers, 1)?,
@@ -180,7 +192,7 @@ impl<'m> LlamaEngine<'m> {
             counted: model.eviction_obstacle().map(|_| 0),
             ctx,
             observer,
-            model,
+            model: model.clone(),
             options,
             n_ctx,
             trial: None,
@@ -197,11 +209,11 @@ impl<'m> LlamaEngine<'m> {
     /// The rope factors that it computes with.
     pub fn rope_factors(&self) -> RopeFactors {
         let options = &self.options;
-        options.rope_factors.resolved(self.model, options.n_ctx)
+        options.rope_factors.resolved(&self.model, options.n_ctx)
     }
 
-    pub fn model(&self) -> &'m Model {
-        self.model
+    pub fn model(&self) -> &Model {
+        &self.model
     }
 
     /// How it was made.
@@ -342,7 +354,7 @@ impl Drop for NonCausal {
     }
 }
 
-impl Engine for LlamaEngine<'_> {
+impl Engine for LlamaEngine {
     fn decode(
         &mut self,
         batch: Batch<'_>,

@@ -72,7 +72,7 @@ fn reason(call: &'static str, code: i32) -> Error {
     }
 }
 
-impl LlamaEngine<'_> {
+impl LlamaEngine {
     /// Names the layer that is the first to be computed, or in a context of the first layers the
     /// one whose input is kept. 0: as usual.
     pub(super) fn set_first_layer(&mut self, il: u32) -> Result<()> {

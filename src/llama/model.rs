@@ -1,6 +1,7 @@
 //! A loaded text model.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::model::{LlamaModel, RopeType};
@@ -23,9 +24,11 @@ pub struct ModelOptions {
     pub mlock: bool,
 }
 
-/// A GGUF text model, shared by the contexts made from it.
+/// A GGUF text model. Clones share its weights, and so do the contexts made from it, each of which
+/// holds a clone.
+#[derive(Clone)]
 pub struct Model {
-    pub(super) inner: LlamaModel,
+    pub(super) inner: Arc<LlamaModel>,
     path: PathBuf,
     options: ModelOptions,
     arch: String,
@@ -88,7 +91,7 @@ impl Model {
             )
         })?;
         Ok(Model {
-            inner,
+            inner: Arc::new(inner),
             path: path.to_owned(),
             options: options.clone(),
             arch,

@@ -50,7 +50,7 @@ fn grown(n: usize) -> usize {
     padded(n) + n / 16 / STEP * STEP
 }
 
-impl LlamaEngine<'_> {
+impl LlamaEngine {
     /// Looks at the cache again, after something other than a batch has changed it.
     pub(super) fn recount(&mut self) -> Result<()> {
         if !self.is_plain() {

@@ -42,7 +42,7 @@ impl SequenceState {
     }
 }
 
-impl LlamaEngine<'_> {
+impl LlamaEngine {
     /// Copies the sequence to the host.
     ///
     /// # Errors

@@ -1,8 +1,7 @@
 //! The threads that a context computes with, and how eagerly they wait for each other.
 
 use std::ptr::NonNull;
-use std::rc::Rc;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_sys_2 as sys;
@@ -93,13 +92,13 @@ pub(super) struct Threads {
 
 impl Threads {
     /// `None` where OpenMP serves. Without pools llama.cpp would start threads for every token.
-    pub(super) fn new(options: &ContextOptions) -> Result<Option<Rc<Self>>> {
+    pub(super) fn new(options: &ContextOptions) -> Result<Option<Arc<Self>>> {
         if openmp() {
             return Ok(None);
         }
         let (tokens, prompts) = (options.n_threads, options.n_threads_batch);
         let pool = |n_threads| Pool::new(n_threads, options.poll);
-        Ok(Some(Rc::new(Threads {
+        Ok(Some(Arc::new(Threads {
             tokens: pool(tokens)?,
             prompts: (tokens != prompts).then(|| pool(prompts)).transpose()?,
         })))

@@ -19,10 +19,10 @@ pub(super) fn set(n_layer_first: Option<u32>, params: &mut sys::llama_context_pa
 /// Cells that a context made in advance is good for: more than a picture of 16 crops takes.
 const CELLS_IN_ADVANCE: usize = 4096;
 
-impl<'m> LlamaEngine<'m> {
+impl LlamaEngine {
     /// An empty engine of the layers up to the last whose attention is read, that computes as this
     /// one does.
-    fn trial_engine(&self, n_ctx: usize) -> Result<Option<Box<LlamaEngine<'m>>>> {
+    fn trial_engine(&self, n_ctx: usize) -> Result<Option<Box<LlamaEngine>>> {
         let Some(last) = self.last_score_layer() else {
             return Ok(None);
         };
@@ -35,7 +35,7 @@ impl<'m> LlamaEngine<'m> {
             ..self.options.clone()
         };
         let (sampler, threads) = (&SamplerOptions::GREEDY, self.threads.clone());
-        let engine = Self::of_layers(self.model, options, sampler, Some(last + 1), threads)?;
+        let engine = Self::of_layers(&self.model, options, sampler, Some(last + 1), threads)?;
         Ok(Some(Box::new(engine)))
     }
 
@@ -48,7 +48,7 @@ impl<'m> LlamaEngine<'m> {
         n_cells: usize,
         goes_on: bool,
     ) -> Result<Option<&mut (dyn Engine + '_)>> {
-        let fits = |engine: &LlamaEngine<'_>| engine.n_ctx >= n_cells;
+        let fits = |engine: &LlamaEngine| engine.n_ctx >= n_cells;
         if !self.trial.as_deref().is_some_and(fits) {
             self.trial = None;
             // Kept ones are for conversations, which grow.

@@ -109,16 +109,20 @@ pub struct Mrope {
 }
 
 /// A loaded vision file (`--mmproj`).
-pub struct Vision<'m> {
+pub struct Vision {
     ctx: NonNull<sys::mtmd_context>,
-    model: &'m Model,
+    model: Model,
     path: PathBuf,
     projector: String,
     /// How Phi-3.5-vision's pictures are cut.
     cut: Option<hd::Cut>,
 }
 
-impl Drop for Vision<'_> {
+// SAFETY: an mtmd context is bound to no thread, and is reached through `Self` alone, which is not
+// `Sync`.
+unsafe impl Send for Vision {}
+
+impl Drop for Vision {
     fn drop(&mut self) {
         // SAFETY: made by mtmd_init_from_file, freed once.
         unsafe { sys::mtmd_free(self.ctx.as_ptr()) }
@@ -161,7 +165,7 @@ impl Drop for Chunks {
     }
 }
 
-impl<'m> Vision<'m> {
+impl Vision {
     /// Crops that a picture may be cut into at most: what our part of mtmd makes room for.
     pub const MAX_CROPS: u32 = 64;
 
@@ -169,7 +173,7 @@ impl<'m> Vision<'m> {
     ///
     /// # Errors
     /// [`Error::File`] when the file is not a vision file, or not one for this model.
-    pub fn load(path: &Path, model: &'m Model, options: &VisionOptions) -> Result<Self> {
+    pub fn load(path: &Path, model: &Model, options: &VisionOptions) -> Result<Self> {
         let meta = Gguf::open(path)?;
         let arch = meta.text("general.architecture")?;
         if arch != "clip" {
@@ -187,7 +191,7 @@ impl<'m> Vision<'m> {
         weights::check(&meta)?;
         let c_path = c_path(path)?;
         log::forget();
-        // SAFETY: the path outlives the call; the model outlives `Self`.
+        // SAFETY: the path outlives the call; `Self` owns a clone of the model.
         let ctx = unsafe {
             let mut params = sys::mtmd_context_params_default();
             params.use_gpu = options.use_gpu;
@@ -204,7 +208,7 @@ impl<'m> Vision<'m> {
         })?;
         let vision = Vision {
             ctx,
-            model,
+            model: model.clone(),
             path: path.to_owned(),
             cut: (projector == "phi3v").then(|| cut(&meta)).flatten(),
             projector,

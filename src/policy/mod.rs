@@ -18,6 +18,7 @@ mod options;
 mod random;
 mod scores;
 mod snapkv;
+mod spec;
 mod streaming_llm;
 mod tova;
 mod visual;
@@ -32,6 +33,7 @@ pub use options::{
     SnapkvOptions,
 };
 pub use scores::Norm;
+pub use spec::PolicySpec;
 
 type Create = fn(&PolicyOptions, Limits) -> Result<Box<dyn EvictionPolicy>>;
 
@@ -181,7 +183,7 @@ impl Held {
 }
 
 /// Decides what leaves the cache.
-pub trait EvictionPolicy {
+pub trait EvictionPolicy: Send {
     /// The name that `--kv-policy` takes.
     fn name(&self) -> &'static str;
 

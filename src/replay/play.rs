@@ -1,8 +1,7 @@
 //! Following a trace record by record: a controller that is told what was told, and decides
 //! either by itself or as the trace says.
 
-use std::cell::RefCell;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::cache::{Cell, Ledger, Pos};
 use crate::controller::{After, Controller};
@@ -13,7 +12,7 @@ use crate::trace::Record;
 /// A cache that lives through a trace.
 pub struct Player {
     controller: Controller,
-    dictated: Option<Rc<RefCell<Dictated>>>,
+    dictated: Option<Arc<Mutex<Dictated>>>,
 }
 
 /// Decisions that are read out, not made.
@@ -24,7 +23,13 @@ struct Dictated {
     judged: Vec<Cell>,
 }
 
-struct ByDictate(Rc<RefCell<Dictated>>);
+struct ByDictate(Arc<Mutex<Dictated>>);
+
+impl ByDictate {
+    fn dictated(&self) -> MutexGuard<'_, Dictated> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl EvictionPolicy for ByDictate {
     fn name(&self) -> &'static str {
@@ -40,17 +45,17 @@ impl EvictionPolicy for ByDictate {
     }
 
     fn prune(&mut self, _: &Ledger, _: Held, plan: &mut Plan) -> Result<()> {
-        plan.evict.append(&mut self.0.borrow_mut().judged);
+        plan.evict.append(&mut self.dictated().judged);
         Ok(())
     }
 
     fn after_prefill(&mut self, _: &Ledger, plan: &mut Plan) -> Result<()> {
-        std::mem::swap(plan, &mut self.0.borrow_mut().plan);
+        std::mem::swap(plan, &mut self.dictated().plan);
         Ok(())
     }
 
     fn after_step(&mut self, _: &Ledger, plan: &mut Plan) -> Result<()> {
-        std::mem::swap(plan, &mut self.0.borrow_mut().plan);
+        std::mem::swap(plan, &mut self.dictated().plan);
         Ok(())
     }
 }
@@ -58,8 +63,8 @@ impl EvictionPolicy for ByDictate {
 impl Player {
     /// A cache that does what the trace says.
     pub fn new(records: &[Record]) -> Self {
-        let dictated = Rc::new(RefCell::new(Dictated::default()));
-        let policy = Box::new(ByDictate(Rc::clone(&dictated)));
+        let dictated = Arc::new(Mutex::new(Dictated::default()));
+        let policy = Box::new(ByDictate(Arc::clone(&dictated)));
         Player {
             controller: Controller::new(policy, highest_cell(records)),
             dictated: Some(dictated),
@@ -123,7 +128,10 @@ impl Player {
                     let judged = ledger
                         .entries()
                         .filter(|e| pruned.binary_search(&e.pos).is_ok());
-                    dictated.borrow_mut().judged = judged.map(|e| e.cell).collect();
+                    dictated
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .judged = judged.map(|e| e.cell).collect();
                 }
                 return controller.prune(&ledger).map(Some);
             }
@@ -134,7 +142,7 @@ impl Player {
             Record::Reopened => controller.reopen_pictures(),
             Record::Planned { after, .. } => {
                 if let (Some(dictated), Some(plan)) = (&self.dictated, record.plan()) {
-                    dictated.borrow_mut().plan = plan;
+                    dictated.lock().unwrap_or_else(PoisonError::into_inner).plan = plan;
                 }
                 match after {
                     After::Prompt { pruned } => controller.after_prefill(*pruned)?,

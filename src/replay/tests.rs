@@ -8,21 +8,22 @@ use crate::controller::{Controller, Event, Recorder};
 use crate::engine::scripted::{Scripted, hashed};
 use crate::error::Result;
 use crate::generate::{Segment, Session};
-use crate::policy::{self, Amount, Limits, PolicyOptions};
+use crate::policy::{self, Amount, Limits, PolicyOptions, PolicySpec};
 use crate::trace::{Header, Record, SINGLE_ROWS};
 
-use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 
 const N_CELLS: usize = 256;
 
 /// Keeps the records instead of writing them.
-struct Kept(Rc<RefCell<Vec<Record>>>, Header);
+struct Kept(Arc<Mutex<Vec<Record>>>, Header);
 
 impl Recorder for Kept {
     fn record(&mut self, event: Event<'_>) {
         self.0
-            .borrow_mut()
+            .lock()
+            .unwrap()
             .push(Record::of(event, self.1.precision));
     }
 
@@ -46,14 +47,19 @@ fn recorded(policy: &str, options: &PolicyOptions) -> (Header, Vec<Record>) {
         n_layer: 2,
         n_cells: N_CELLS,
     };
-    let header = Header::new("scripted".into(), limits, (policy, options), vec![0]);
-    let kept = Rc::new(RefCell::new(Vec::new()));
+    let header = Header::new(
+        "scripted".into(),
+        limits,
+        &PolicySpec::new(policy, options.clone()),
+        vec![0],
+    );
+    let kept = Arc::new(Mutex::new(Vec::new()));
     let created = policy::create(policy, options, limits).unwrap();
     let mut controller = Controller::new(created, N_CELLS);
     if header.is_full() {
         controller.observe_for_recorder(vec![0], SINGLE_ROWS);
     }
-    controller.record(Box::new(Kept(Rc::clone(&kept), header.clone())));
+    controller.record(Box::new(Kept(Arc::clone(&kept), header.clone())));
     let attention = |query: Pos, key: Pos| hashed(1, query, key);
     let engine = Scripted::new(N_CELLS, 16)
         .patched()
@@ -75,7 +81,7 @@ fn recorded(policy: &str, options: &PolicyOptions) -> (Header, Vec<Record>) {
     }
     session.controller.finish_recording().unwrap();
     drop(session);
-    let records = kept.take();
+    let records = std::mem::take(&mut *kept.lock().unwrap());
     (header, records)
 }
 

@@ -87,7 +87,12 @@ fn page_of(records: &[Record]) -> String {
     };
     let options = PolicyOptions::default();
     let name = "a <b>".to_owned();
-    let header = crate::trace::Header::new(name, limits, ("hae", &options), vec![0]);
+    let header = crate::trace::Header::new(
+        name,
+        limits,
+        &crate::policy::PolicySpec::new("hae", options),
+        vec![0],
+    );
     let traced = Traced {
         path: "x&y.trace".into(),
         header,

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::controller::Controller;
 use crate::error::{Error, Result};
-use crate::policy::{Limits, PolicyOptions};
+use crate::policy::{Limits, PolicyOptions, PolicySpec};
 
 pub use read::{Cut, Reader, read};
 pub use record::{Jpeg, Record};
@@ -74,22 +74,17 @@ pub struct Header {
 impl Header {
     /// That of a recording by this version of hae; `model` is the name to show, `layers` are those
     /// whose attention the engine reads.
-    pub fn new(
-        model: String,
-        limits: Limits,
-        (policy, options): (&str, &PolicyOptions),
-        layers: Vec<u32>,
-    ) -> Self {
+    pub fn new(model: String, limits: Limits, policy: &PolicySpec, layers: Vec<u32>) -> Self {
         Header {
             build: env!("CARGO_PKG_VERSION").into(),
             model,
             n_layer: limits.n_layer,
             n_cells: limits.n_cells,
-            policy: policy.into(),
-            options: options.clone(),
+            policy: policy.name.clone(),
+            options: policy.options.clone(),
             layers,
             // Nobody decided anything by the attention that `full` shows.
-            precision: match policy {
+            precision: match &*policy.name {
                 FULL => Precision::Rounded,
                 _ => Precision::Exact,
             },

@@ -16,7 +16,12 @@ fn header(policy: &str) -> Header {
         n_cells: 512,
     };
     let options = PolicyOptions::default();
-    Header::new("a model".into(), limits, (policy, &options), vec![0, 5])
+    Header::new(
+        "a model".into(),
+        limits,
+        &crate::policy::PolicySpec::new(policy, options),
+        vec![0, 5],
+    )
 }
 
 /// A file in a folder of its own, which goes with it.

@@ -1,8 +1,7 @@
 //! The controller on random conversations with random options: what must hold after every step.
 
-use std::cell::RefCell;
 use std::ops::Range;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 
 use hae::Error;
 use hae::cache::{Ledger, Modality, Pos, State};
@@ -23,7 +22,7 @@ struct Spy {
     /// B and d of the turn.
     budget: usize,
     bin_size: usize,
-    plans: Rc<RefCell<Vec<Plan>>>,
+    plans: Arc<Mutex<Vec<Plan>>>,
 }
 
 impl Spy {
@@ -79,7 +78,7 @@ impl Spy {
         let gone = leaving(Modality::Text) + leaving(Modality::Vision);
         let live = cache.counts().live.total() - gone + plan.restore.len();
         assert!(live <= self.budget && cells < self.budget + self.bin_size);
-        self.plans.borrow_mut().push(plan.clone());
+        self.plans.lock().unwrap().push(plan.clone());
     }
 }
 
@@ -154,7 +153,7 @@ fn converse(
         },
     )
     .unwrap();
-    let plans = Rc::new(RefCell::new(Vec::new()));
+    let plans = Arc::new(Mutex::new(Vec::new()));
     let spy = Spy {
         policy,
         options: options.clone(),
@@ -183,7 +182,7 @@ fn converse(
         rows,
         "nobody is lost"
     );
-    let plans = plans.take();
+    let plans = std::mem::take(&mut *plans.lock().unwrap());
     (session, plans)
 }
 

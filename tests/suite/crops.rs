@@ -46,7 +46,7 @@ fn pictures_of_other_shapes_are_the_ports() {
 
 /// Visual tokens of a blank picture: 6 x 6 merged patches a crop, a line end behind every row of
 /// the grid and of the global view, and one separator.
-fn tokens(vision: &Vision<'_>, size: (u32, u32), num_crops: Option<u32>) -> hae::Result<usize> {
+fn tokens(vision: &Vision, size: (u32, u32), num_crops: Option<u32>) -> hae::Result<usize> {
     let (width, height) = size;
     let picture = Picture {
         width,

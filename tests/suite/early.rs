@@ -17,7 +17,7 @@ use crate::precision;
 
 const N_CTX: u32 = 1024;
 
-fn session<'m>(model: &'m Model, options: &PolicyOptions) -> Session<LlamaEngine<'m>> {
+fn session(model: &Model, options: &PolicyOptions) -> Session<LlamaEngine> {
     let limits = Limits {
         n_layer: model.n_layer(),
         n_cells: N_CTX as usize,
@@ -46,7 +46,7 @@ fn dap(dap_mode: DapMode, layers: &[u32], queries: Queries, rule: DapRule) -> Po
     }
 }
 
-fn held(session: &Session<LlamaEngine<'_>>) -> BTreeSet<Pos> {
+fn held(session: &Session<LlamaEngine>) -> BTreeSet<Pos> {
     let entries = session.controller.ledger().entries();
     entries.map(|entry| entry.pos).collect()
 }

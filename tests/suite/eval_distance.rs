@@ -15,7 +15,7 @@ use hae::eval::record::{Contender, Distance};
 use hae::generate::Session;
 use hae::image::Picture;
 use hae::llama::{ContextOptions, FlashAttention, LlamaEngine, Model, ScoreSource};
-use hae::policy::{self, Amount, Limits, Observe, PolicyOptions};
+use hae::policy::{self, Amount, Limits, Observe, PolicyOptions, PolicySpec};
 use hae::prompt::{place_pictures, tokenize};
 use hae::{conversation, generate::Segment, llama::Piece};
 use serde_json::json;
@@ -54,7 +54,7 @@ fn entrant(policy: &str, options: PolicyOptions, model: &Model, base: &ContextOp
             budget: options.kv_budget,
             params: json!({}),
         },
-        options,
+        policy: PolicySpec::new(policy, options),
         context,
     }
 }
@@ -83,7 +83,7 @@ fn watch<'a>() -> Watch<'a> {
 fn distances(
     entrants: &[Entrant],
     base: &ContextOptions,
-    asker: &mut Asker<'_>,
+    asker: &mut Asker,
     question: &Question,
     n: usize,
 ) -> Vec<Vec<Distance>> {
@@ -169,12 +169,12 @@ fn softmax(logits: &[f32]) -> Vec<f64> {
 
 /// What the full cache says and predicts, and its attention by position, read by the callback
 /// with flash attention off: no session, no taps.
-struct Naive<'m> {
-    engine: LlamaEngine<'m>,
+struct Naive {
+    engine: LlamaEngine,
     pos: Pos,
 }
 
-impl Naive<'_> {
+impl Naive {
     fn step(&mut self, token: i32) -> Vec<f32> {
         let batch = Batch {
             input: Input::Tokens(&[token]),
@@ -247,9 +247,9 @@ fn distances_are_what_logits_and_attention_say() {
             n_layer: model.n_layer(),
             n_cells: engine.n_cells(),
         };
-        let mut options = entrant.options.clone();
-        options.seed = seed_of(&question.id);
-        let policy = policy::create(&entrant.contender.policy, &options, limits).unwrap();
+        let mut policy = entrant.policy.clone();
+        policy.options.seed = seed_of(&question.id);
+        let policy = policy.create(limits).unwrap();
         let mut session = Session::new(engine, Controller::new(policy, N_CTX as usize));
         session.expect(n - 1);
         session.prefill(&prompt, &|| false).unwrap();

@@ -144,7 +144,7 @@ fn a_stopped_batch_leaves_the_cells_as_they_were() {
     }
 }
 
-fn feed(engine: &mut LlamaEngine<'_>, input: Input<'_>, pos: Pos) -> hae::Result<()> {
+fn feed(engine: &mut LlamaEngine, input: Input<'_>, pos: Pos) -> hae::Result<()> {
     let places: Vec<Pos> = (pos..).take(input.len()).collect();
     let batch = Batch {
         input,
@@ -182,7 +182,7 @@ fn a_full_cache_leaves_the_context_causal() {
         for engine in [&mut ours, &mut twin] {
             feed(engine, Input::Tokens(&tokens), 0).unwrap();
         }
-        let map = |engine: &LlamaEngine<'_>| {
+        let map = |engine: &LlamaEngine| {
             let mut map = Vec::new();
             engine.cell_map(&mut map).unwrap();
             map

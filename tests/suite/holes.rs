@@ -15,7 +15,7 @@ use crate::precision;
 /// Feeds the rows of a prompt whose positions `keep` wants, at most `most` at once, and gives the
 /// length of the prompt. The logits are those of its last row.
 fn feed(
-    engine: &mut LlamaEngine<'_>,
+    engine: &mut LlamaEngine,
     segments: &[Segment],
     most: usize,
     keep: impl Fn(Pos) -> bool,
@@ -59,7 +59,7 @@ fn feed(
     start
 }
 
-pub fn step(engine: &mut LlamaEngine<'_>, token: i32, pos: Pos) -> hae::Result<()> {
+pub fn step(engine: &mut LlamaEngine, token: i32, pos: Pos) -> hae::Result<()> {
     let batch = Batch {
         input: Input::Tokens(&[token]),
         pos: &[pos],
@@ -70,7 +70,7 @@ pub fn step(engine: &mut LlamaEngine<'_>, token: i32, pos: Pos) -> hae::Result<(
     engine.decode(batch, &mut Vec::new(), &mut Observation::default())
 }
 
-fn evict(engine: &mut LlamaEngine<'_>, positions: &[Pos]) {
+fn evict(engine: &mut LlamaEngine, positions: &[Pos]) {
     let (mut positions, mut ranges) = (positions.to_vec(), Vec::new());
     coalesce(&mut positions, &mut ranges);
     engine.remove(&ranges).unwrap();
@@ -210,7 +210,7 @@ fn a_sliding_window_wants_positions_in_a_row() {
     crate::others::gemma3_text().write(&path);
     let model = load(&path);
     let mut engine = engine(&model, exact(512));
-    let decode = |engine: &mut LlamaEngine<'_>, pos: &[Pos]| {
+    let decode = |engine: &mut LlamaEngine, pos: &[Pos]| {
         let tokens = vec![7; pos.len()];
         let batch = Batch {
             input: Input::Tokens(&tokens),

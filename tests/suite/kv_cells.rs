@@ -49,16 +49,16 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 20..60)
 }
 
-pub struct Pair<'m> {
-    pub engine: LlamaEngine<'m>,
-    twin: LlamaEngine<'m>,
+pub struct Pair {
+    pub engine: LlamaEngine,
+    twin: LlamaEngine,
     model: Cells,
     /// The largest difference of logits from the twin's so far.
     worst: f64,
 }
 
-impl<'m> Pair<'m> {
-    pub fn new(model: &'m Model, options: &ContextOptions) -> Self {
+impl Pair {
+    pub fn new(model: &Model, options: &ContextOptions) -> Self {
         let small = ContextOptions {
             kv_size: Some(256),
             ..options.clone()

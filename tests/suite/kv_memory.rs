@@ -77,7 +77,7 @@ fn options(flash: bool, kv_size: u32) -> ContextOptions {
 }
 
 /// Decodes a few tokens.
-fn decode(engine: &mut LlamaEngine<'_>, from: Pos) {
+fn decode(engine: &mut LlamaEngine, from: Pos) {
     let positions: Vec<Pos> = (from..from + 4).collect();
     let batch = Batch {
         input: Input::Tokens(&[1, 20, 37, 5]),
@@ -92,7 +92,7 @@ fn decode(engine: &mut LlamaEngine<'_>, from: Pos) {
 }
 
 /// Fills an empty cache without computing it: rows of small numbers, each its own.
-fn fill(engine: &mut LlamaEngine<'_>, n: Pos) {
+fn fill(engine: &mut LlamaEngine, n: Pos) {
     let mut rows = vec![0; engine.row_bytes().unwrap() * n as usize];
     let mut seed = 1u64;
     for value in rows.chunks_mut(2) {
@@ -111,7 +111,7 @@ fn fill(engine: &mut LlamaEngine<'_>, n: Pos) {
     decode(engine, n);
 }
 
-fn contents(engine: &mut LlamaEngine<'_>) -> BTreeMap<Pos, Vec<u8>> {
+fn contents(engine: &mut LlamaEngine) -> BTreeMap<Pos, Vec<u8>> {
     let mut map = Vec::new();
     engine.cell_map(&mut map).unwrap();
     let entries = map.iter().zip(0..).filter_map(|(p, c)| Some(((*p)?, c)));

@@ -44,7 +44,7 @@ pub struct Tally {
 }
 
 pub struct Mirrored<'m> {
-    pub engine: LlamaEngine<'m>,
+    pub engine: LlamaEngine,
     /// None for what no twin can do: prompts that go on from a trial run.
     pub twin: Option<Twin<'m>>,
     pub cells: Cells,

@@ -8,7 +8,7 @@ use crate::model::{converted, engine, exact, load};
 use crate::npz::max_abs_diff;
 use crate::remake::Remake;
 
-fn decode(engine: &mut LlamaEngine<'_>, tokens: &[i32], pos: Pos) {
+fn decode(engine: &mut LlamaEngine, tokens: &[i32], pos: Pos) {
     let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();
     let batch = Batch {
         input: Input::Tokens(tokens),
@@ -57,7 +57,7 @@ fn a_small_cache_reaches_as_far_as_a_large_one() {
 }
 
 /// Fills `ours` up to position 4299 beside its twin; the last logits.
-fn cross<'m>(ours: &mut LlamaEngine<'m>, twin: &mut LlamaEngine<'m>) -> Vec<f32> {
+fn cross(ours: &mut LlamaEngine, twin: &mut LlamaEngine) -> Vec<f32> {
     ours.resize_by_hand();
     let mut worst = 0.0f32;
     let mut moved = 0;

@@ -110,7 +110,7 @@ impl<'m> Run<'m> {
         Controller::new(policy, N_CTX as usize)
     }
 
-    fn engine(&self) -> LlamaEngine<'m> {
+    fn engine(&self) -> LlamaEngine {
         let mut options = self.context.clone();
         if let Observe::Layers { layers, .. } = self.controller().observe() {
             options.score_layers.clone_from(layers);

@@ -11,7 +11,7 @@ use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 
 use crate::model::{converted, engine, exact, load};
 
-fn decode(engine: &mut LlamaEngine<'_>, tokens: &[i32], pos: Pos) {
+fn decode(engine: &mut LlamaEngine, tokens: &[i32], pos: Pos) {
     let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();
     let batch = Batch {
         input: Input::Tokens(tokens),
@@ -26,7 +26,7 @@ fn decode(engine: &mut LlamaEngine<'_>, tokens: &[i32], pos: Pos) {
 }
 
 /// K and V of all cells, by position.
-fn contents(engine: &mut LlamaEngine<'_>) -> Vec<(Pos, Vec<u8>)> {
+fn contents(engine: &mut LlamaEngine) -> Vec<(Pos, Vec<u8>)> {
     let mut map = Vec::new();
     engine.cell_map(&mut map).unwrap();
     let used: Vec<Cell> = (0..map.len())

@@ -87,7 +87,7 @@ fn looking(options: ContextOptions, first_layer: u32, plain_lookups: bool) -> Co
 }
 
 /// Feeds one token.
-fn step(engine: &mut LlamaEngine<'_>, token: i32, pos: i32, lookup: Option<&Lookup>) -> Vec<f32> {
+fn step(engine: &mut LlamaEngine, token: i32, pos: i32, lookup: Option<&Lookup>) -> Vec<f32> {
     let batch = Batch {
         input: Input::Tokens(&[token]),
         pos: &[pos],

@@ -34,7 +34,7 @@ enum Pieces {
 /// Puts the prompt through the trial run of `engine`, and the positions that `keep` wants through
 /// the rest of it. The length of the prompt.
 fn go_on(
-    engine: &mut LlamaEngine<'_>,
+    engine: &mut LlamaEngine,
     segments: &[Segment],
     pieces: Pieces,
     keep: impl Fn(Pos) -> bool,
@@ -246,7 +246,7 @@ fn the_first_layers_come_over_from_a_device() {
 fn rows_that_no_trial_run_has_are_refused() {
     let model = load(converted("f32").0);
     let mut engine = engine(&model, settings(2)[0].clone());
-    let refused = |engine: &mut LlamaEngine<'_>, cells: &[Cell]| {
+    let refused = |engine: &mut LlamaEngine, cells: &[Cell]| {
         let pos: Vec<Pos> = (0..cells.len() as Pos).collect();
         let batch = Batch {
             input: Input::Trial(cells),

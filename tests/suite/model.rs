@@ -93,7 +93,7 @@ pub fn load(path: &Path) -> Model {
     Model::load(path, &ModelOptions::default()).unwrap()
 }
 
-pub fn load_vision<'m>(path: &Path, model: &'m Model) -> Vision<'m> {
+pub fn load_vision(path: &Path, model: &Model) -> Vision {
     let options = VisionOptions {
         use_gpu: false,
         n_threads: 1,
@@ -123,14 +123,14 @@ impl Golden {
     }
 
     /// The prompt cut up, pictures not yet encoded.
-    pub fn pieces(&self, model: &Model, vision: &Vision<'_>) -> Vec<Piece> {
+    pub fn pieces(&self, model: &Model, vision: &Vision) -> Vec<Piece> {
         let n = self.pictures.len();
         let (text, order) = prompt::place_pictures(self.prompt(), 0, n, true).unwrap();
         let pictures: Vec<&Picture> = order.iter().map(|&i| &self.pictures[i]).collect();
         prompt::tokenize(model, Some(vision), &text, &pictures, true).unwrap()
     }
 
-    pub fn segments(&self, model: &Model, vision: &mut Vision<'_>) -> Vec<Segment> {
+    pub fn segments(&self, model: &Model, vision: &mut Vision) -> Vec<Segment> {
         let mut images = 0..;
         self.pieces(model, vision)
             .into_iter()
@@ -177,7 +177,7 @@ pub fn goldens_of(model: &str) -> Vec<Golden> {
 /// Feeds segments without a controller and gives the positions taken. `observe` picks query
 /// positions whose attention is wanted.
 pub fn prefill(
-    engine: &mut LlamaEngine<'_>,
+    engine: &mut LlamaEngine,
     segments: &[Segment],
     seen: &mut Observation,
     observe: impl Fn(Pos) -> bool,
@@ -211,7 +211,7 @@ pub fn prefill(
     pos
 }
 
-pub fn engine<'m>(model: &'m Model, options: ContextOptions) -> LlamaEngine<'m> {
+pub fn engine(model: &Model, options: ContextOptions) -> LlamaEngine {
     LlamaEngine::new(model, options, &SamplerOptions::GREEDY).unwrap()
 }
 

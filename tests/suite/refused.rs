@@ -19,7 +19,7 @@ fn tokens(n: usize) -> Vec<Token> {
 }
 
 fn decode(
-    engine: &mut LlamaEngine<'_>,
+    engine: &mut LlamaEngine,
     input: Input<'_>,
     pos: &[Pos],
     queries: &[u32],

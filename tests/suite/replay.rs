@@ -10,7 +10,7 @@ use hae::cache::Pos;
 use hae::controller::Controller;
 use hae::engine::scripted::{Scripted, hashed};
 use hae::generate::Session;
-use hae::policy::{Layers, Limits, PolicyOptions, create};
+use hae::policy::{Layers, Limits, PolicyOptions, PolicySpec, create};
 use hae::replay::{Moment, Tape, replay, tapes, verify};
 use hae::trace::{self, Cut, Header, Precision, Writer};
 use proptest::prelude::*;
@@ -58,7 +58,7 @@ fn full(turns: &[Turn], seed: u64) -> (Header, Rc<Tape>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("full.trace");
     let options = PolicyOptions::default();
-    let mut header = Header::new("x".into(), LIMITS, ("full", &options), all_layers());
+    let mut header = Header::new("x".into(), LIMITS, &PolicySpec::full(), all_layers());
     // Two attentions that are nearly alike would change places by rounding.
     header.precision = Precision::Exact;
     let mut session = session("full", &options, seed);
@@ -133,7 +133,7 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("hae.trace");
         let mut session = session("hae", &options, seed);
-        let header = Header::new("x".into(), LIMITS, ("hae", &options), all_layers());
+        let header = Header::new("x".into(), LIMITS, &PolicySpec::new("hae", options.clone()), all_layers());
         trace::record(&mut session.controller, &path, header).unwrap();
         converse(&mut session, &turns, |_, _| {});
         session.controller.finish_recording().unwrap();
@@ -158,7 +158,12 @@ fn a_recorded_run_decides_the_same() {
         let folder = tempfile::tempdir().unwrap();
         let mut session = session("hae", &options, 5);
         if record {
-            let header = Header::new("x".into(), LIMITS, ("hae", &options), all_layers());
+            let header = Header::new(
+                "x".into(),
+                LIMITS,
+                &PolicySpec::new("hae", options.clone()),
+                all_layers(),
+            );
             let path = folder.path().join("a.trace");
             trace::record(&mut session.controller, &path, header).unwrap();
         }

@@ -48,7 +48,7 @@ fn mostly_blank() -> Picture {
     })
 }
 
-fn prompt(model: &Model, vision: &mut Vision<'_>, picture: &Picture) -> Vec<Segment> {
+fn prompt(model: &Model, vision: &mut Vision, picture: &Picture) -> Vec<Segment> {
     let (content, _) = place_pictures(QUESTION, 0, 1, true).unwrap();
     let mut transcript = Transcript::new(model.chat_template(), None);
     let text = transcript.ask(model, content).unwrap();
@@ -60,11 +60,7 @@ fn prompt(model: &Model, vision: &mut Vision<'_>, picture: &Picture) -> Vec<Segm
     segments.collect()
 }
 
-fn session<'m>(
-    model: &'m Model,
-    policy: &str,
-    options: &PolicyOptions,
-) -> Session<LlamaEngine<'m>> {
+fn session(model: &Model, policy: &str, options: &PolicyOptions) -> Session<LlamaEngine> {
     let limits = Limits {
         n_layer: model.n_layer(),
         n_cells: N_CTX as usize,
@@ -94,7 +90,7 @@ fn early(keep: Option<Amount>, kv_budget: Option<Amount>) -> PolicyOptions {
     }
 }
 
-fn ask(session: &mut Session<LlamaEngine<'_>>, prompt: &[Segment], n: usize) -> Generated {
+fn ask(session: &mut Session<LlamaEngine>, prompt: &[Segment], n: usize) -> Generated {
     session.engine.clear();
     session.controller.clear();
     session.forget();
@@ -102,7 +98,7 @@ fn ask(session: &mut Session<LlamaEngine<'_>>, prompt: &[Segment], n: usize) -> 
 }
 
 /// Visual tokens in the cache, and those of them that separate.
-fn kept(session: &Session<LlamaEngine<'_>>) -> (usize, usize) {
+fn kept(session: &Session<LlamaEngine>) -> (usize, usize) {
     let visual = session.controller.ledger().counts().live.vision;
     let entries = session.controller.ledger().entries();
     (visual, entries.filter(|entry| entry.separator).count())

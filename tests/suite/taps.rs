@@ -155,7 +155,7 @@ fn every_cache_type_agrees_with_the_callback() {
 }
 
 /// Feeds 1700 tokens in micro-batches; the rows of the last one that `wanted` picks are queries.
-fn long_prompt(engine: &mut LlamaEngine<'_>, wanted: impl Fn(u32) -> bool) -> Observation {
+fn long_prompt(engine: &mut LlamaEngine, wanted: impl Fn(u32) -> bool) -> Observation {
     let (mut cells, mut seen) = (Vec::new(), Observation::default());
     let tokens: Vec<i32> = (0..1700).map(|i| (i * 7919 + i * i) % 1000 + 3).collect();
     let places: Vec<Pos> = (0..1700).collect();
@@ -230,7 +230,7 @@ fn many_rows_over_grouped_heads_agree_with_the_callback() {
 /// Bits of the logits after a prompt and after each of some tokens.
 fn trace(model: &Model, options: ContextOptions, queries: bool) -> Vec<Vec<u32>> {
     let mut engine = engine(model, options);
-    let bits = |engine: &LlamaEngine<'_>| -> Vec<u32> {
+    let bits = |engine: &LlamaEngine| -> Vec<u32> {
         let logits = engine.logits().unwrap();
         logits.iter().map(|x| x.to_bits()).collect()
     };

@@ -381,7 +381,7 @@ fn patches_lie_where_the_layout_says() {
     }
 }
 
-fn embeddings(vision: &mut Vision<'_>, picture: &Picture) -> Vec<f32> {
+fn embeddings(vision: &mut Vision, picture: &Picture) -> Vec<f32> {
     let pieces = vision
         .tokenize(&[hae::llama::Part::Picture(picture)], true)
         .unwrap();

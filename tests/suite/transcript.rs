@@ -23,7 +23,7 @@ fn ids(pieces: Vec<Piece>) -> Vec<i32> {
 /// What goes into the cache over the turns, question by question and answer by answer.
 fn fed(
     model: &Model,
-    vision: &Vision<'_>,
+    vision: &Vision,
     template: &str,
     system: Option<&str>,
     turns: &[Turn],
@@ -49,7 +49,7 @@ fn fed(
 /// The whole conversation at once, as the model's processor would do it.
 fn at_once(
     model: &Model,
-    vision: &Vision<'_>,
+    vision: &Vision,
     template: &str,
     system: Option<&str>,
     turns: &[Turn],

@@ -11,7 +11,7 @@ use hae::attend::Attend;
 use hae::bench::{Pictures, Test, Turn, Workload};
 use hae::llama::gguf::header;
 use hae::llama::{CacheType, FlashAttention, Poll};
-use hae::policy::{self, PolicyOptions};
+use hae::policy::{self, PolicyOptions, PolicySpec};
 use hae::{Error, Result};
 
 /// Settings of a context that all policies share.
@@ -59,6 +59,11 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The policy at this place of the list.
+    pub fn policy(&self, i: usize) -> PolicySpec {
+        PolicySpec::new(self.policies[i], self.policy_options.clone())
+    }
+
     pub fn new(args: &Args) -> anyhow::Result<Self> {
         let attend = args.attend.options();
         let policies = policies(&args.kv_policy, !attend.is_whole())?;

@@ -16,15 +16,15 @@ use hae::calibrate::{Score, Tally};
 use hae::eval::question::Question;
 use hae::eval::record::Distance;
 use hae::eval::score::judge;
-use hae::policy::Amount;
+use hae::policy::{Amount, PolicySpec};
 
 /// Bytes of what the full cache predicts that are kept from round to round; what is beyond is
 /// computed again.
 const MOST_KEPT: usize = 1 << 30;
 
-pub struct Trials<'a, 'm> {
+pub struct Trials<'a> {
     asked: Asked<'a>,
-    ready: Ready<'m>,
+    ready: Ready,
     bar: &'a ProgressBar,
     /// Answers that come after the search.
     checks: usize,
@@ -35,8 +35,8 @@ pub struct Trials<'a, 'm> {
     full: Option<Score>,
 }
 
-impl<'a, 'm> Trials<'a, 'm> {
-    pub fn new(asked: Asked<'a>, ready: Ready<'m>, bar: &'a ProgressBar, checks: usize) -> Self {
+impl<'a> Trials<'a> {
+    pub fn new(asked: Asked<'a>, ready: Ready, bar: &'a ProgressBar, checks: usize) -> Self {
         Trials {
             asked,
             ready,
@@ -49,7 +49,7 @@ impl<'a, 'm> Trials<'a, 'm> {
     }
 
     /// The model, for what comes after the search, and what the full cache scored.
-    pub fn end(self) -> (Ready<'m>, Score) {
+    pub fn end(self) -> (Ready, Score) {
         (self.ready, self.full.unwrap_or_default())
     }
 
@@ -58,9 +58,9 @@ impl<'a, 'm> Trials<'a, 'm> {
         let settings = round.settings.iter();
         let entrants = settings
             .map(|setting| {
-                let options = setting.options(Some(budget));
-                let name = setting.to_string();
-                self.ready.entrant(name, "hae", Some(budget), options)
+                let policy = PolicySpec::new("hae", setting.options(Some(budget)));
+                self.ready
+                    .entrant(setting.to_string(), policy, Some(budget))
             })
             .collect::<Result<Vec<_>>>()?;
         let to_come = (round.settings.len() + round.left) * self.asked.turns() + self.checks;

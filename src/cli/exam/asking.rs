@@ -18,7 +18,7 @@ use hae::eval::question::{Expected, Image, Question};
 use hae::eval::record::{Contender, FileId, Header, QuestionSet, VERSION};
 use hae::llama::{ContextOptions, Model, RopeFactors, Vision};
 use hae::outfile::FilesInUse;
-use hae::policy::{self, Amount, Limits, PolicyOptions};
+use hae::policy::{Amount, Limits, PolicySpec};
 
 /// Tokens of an answer at most, and of a story.
 const N_PREDICT: usize = 256;
@@ -45,11 +45,11 @@ pub struct AskArgs {
 }
 
 /// A loaded model that can be asked.
-pub struct Ready<'m> {
-    pub model: &'m Model,
+pub struct Ready {
+    pub model: Model,
     /// That of `full`.
     pub context: ContextOptions,
-    pub asker: Asker<'m>,
+    pub asker: Asker,
 }
 
 /// Questions, and how they are asked.
@@ -124,7 +124,7 @@ impl AskArgs {
         files: &Files,
         questions: impl Iterator<Item = &'q Question>,
         num_crops: Option<u32>,
-        f: impl FnOnce(Ready<'_>) -> Result<R>,
+        f: impl FnOnce(Ready) -> Result<R>,
     ) -> Result<R> {
         let n_threads = self.context.n_threads()?;
         let model = load::load_model(files, &self.model)?;
@@ -137,9 +137,9 @@ impl AskArgs {
         context.non_causal_images = vision.as_ref().is_some_and(Vision::non_causal);
         let max_positions = rope(&mut context, self.model.rope_factors, &model);
         f(Ready {
-            model: &model,
             context,
             asker: Asker::new(&model, vision, template, max_positions),
+            model,
         })
     }
 
@@ -148,12 +148,12 @@ impl AskArgs {
         &self,
         (command, set, distance, seed): (&str, &QuestionSet, bool, u64),
         files: &Files,
-        ready: &Ready<'_>,
+        ready: &Ready,
         entrants: &[Entrant],
     ) -> Result<Header> {
         let id = |FileReport { file, sha256 }| FileId { file, sha256 };
         let context = &ready.context;
-        let rope = load::rope_name(context.rope_factors, ready.model, context.n_ctx);
+        let rope = load::rope_name(context.rope_factors, &ready.model, context.n_ctx);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Ok(Header {
             version: VERSION,
@@ -172,14 +172,13 @@ impl AskArgs {
     }
 }
 
-impl Ready<'_> {
+impl Ready {
     /// A policy that is to be asked, checked against the model.
     pub fn entrant(
         &self,
         name: String,
-        policy: &str,
+        policy: PolicySpec,
         budget: Option<Amount>,
-        options: PolicyOptions,
     ) -> Result<Entrant> {
         let limits = Limits {
             n_layer: self.model.n_layer(),
@@ -188,12 +187,12 @@ impl Ready<'_> {
         Ok(Entrant {
             contender: Contender {
                 name,
-                policy: policy.into(),
+                policy: policy.name.clone(),
                 budget,
-                params: policy::create(policy, &options, limits)?.params(),
+                params: policy.create(limits)?.params(),
             },
-            context: load::for_policy(self.context.clone(), self.model, (policy, &options))?,
-            options,
+            context: load::for_policy(self.context.clone(), &self.model, &policy)?,
+            policy,
         })
     }
 }
@@ -202,7 +201,7 @@ impl Ready<'_> {
 fn check_pictures<'q>(
     questions: impl Iterator<Item = &'q Question>,
     num_crops: Option<u32>,
-    vision: Option<&Vision<'_>>,
+    vision: Option<&Vision>,
 ) -> Result<()> {
     let mut checked = HashSet::new();
     for question in questions.filter(|q| !q.images.is_empty()) {

@@ -21,11 +21,11 @@ use hae::generate::Finish;
 use hae::llama::ContextOptions;
 
 /// Questions being asked.
-pub struct Sitting<'e, 'm> {
+pub struct Sitting<'e> {
     pub asked: Asked<'e>,
     /// That of `full`.
     pub context: ContextOptions,
-    pub asker: Asker<'m>,
+    pub asker: Asker,
     /// The first is what the others are compared with.
     pub entrants: &'e [Entrant],
     pub results: Option<Results>,
@@ -51,7 +51,7 @@ pub fn trace_path(dir: &Path, number: usize, question: &Question, contender: &st
     dir.join(format!("{number:05}-{id}-{contender}.trace"))
 }
 
-impl Sitting<'_, '_> {
+impl Sitting<'_> {
     pub fn all(&mut self) -> Result<Done> {
         for (i, question) in self.asked.questions.iter().enumerate() {
             if !self.question(i, question)? {
