@@ -16,13 +16,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::{Counts, PerModality};
-use crate::controller::Controller;
-use crate::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
+use crate::engine::{Engine, KvBytes, Token};
 use crate::error::Result;
 use crate::generate::{Finish, Generated, Hooks, Segment, Session};
-use crate::llama::{ContextOptions, LlamaEngine, Model, SamplerOptions, Vision};
+use crate::llama::{ContextOptions, Model, SamplerOptions, Vision};
 use crate::noise::Noise;
-use crate::policy::{Limits, PolicySpec};
+use crate::open::{Plan, Reach, RopeChoice};
+use crate::policy::PolicySpec;
 use energy::Energy;
 use memory::PeakRss;
 
@@ -272,7 +272,7 @@ pub fn measure<E: Engine>(
 /// A test on a model, in a context made for it.
 pub struct Work<'a> {
     pub model: &'a Model,
-    /// Whose tokens attend to the score layers of `policy`, and with room for the test.
+    /// With room for the test.
     pub context: &'a ContextOptions,
     pub policy: &'a PolicySpec,
     pub test: &'a Test,
@@ -289,19 +289,14 @@ impl Work<'_> {
     pub fn run(&self, mut vision: Option<&mut Vision>, watch: Watch<'_>) -> Result<Option<Sample>> {
         let rss = PeakRss::start();
         let model = self.model;
-        let mut engine = LlamaEngine::new(model, self.context.clone(), &SamplerOptions::GREEDY)?;
-        let limits = Limits {
-            n_layer: model.n_layer(),
-            n_cells: engine.n_cells(),
-        };
-        let policy = self.policy.create(limits)?;
+        let mut plan = Plan::new(model, vision.as_deref(), self.context, self.policy)?;
+        plan.choose_rope(RopeChoice::Auto, || Ok(Reach::Cache))?;
+        let mut opened = plan.open(&SamplerOptions::GREEDY)?;
+        opened.warm_up()?;
+        let mut session = opened.session;
         let mut noise = Noise::new(self.seed);
         let n_vocab = model.n_vocab().max(1);
         let mut tokens = || Token::try_from(noise.below(n_vocab)).unwrap_or(0);
-        wake(&mut engine, tokens())?;
-        let controller = Controller::new(policy, engine.n_cells());
-        let mut session = Session::new(engine, controller);
-        session.prepare()?;
         let mut pictures = self.pictures.make(self.test.n_images(), model, self.seed);
         let mut encode = |n| pictures.encode(n, vision.as_deref_mut());
         let energy = Energy::start();
@@ -317,21 +312,6 @@ impl Work<'_> {
             ..sample
         }))
     }
-}
-
-/// Decodes one token and forgets it: the first decode of a context makes its graphs.
-pub(crate) fn wake(engine: &mut LlamaEngine, token: Token) -> Result<()> {
-    let batch = Batch {
-        input: Input::Tokens(&[token]),
-        pos: &[0],
-        queries: &[],
-        logits: true,
-        lookup: None,
-    };
-    engine.decode(batch, &mut Vec::new(), &mut Observation::default())?;
-    engine.logits()?;
-    engine.clear();
-    Ok(())
 }
 
 /// The order in which `n` policies run in this repetition: each begins as often as the others.

@@ -2,8 +2,10 @@
 //! and only the part that the cache does not hold yet.
 
 mod places;
+mod template;
 
 pub use places::place_pictures;
+pub use template::Template;
 
 use crate::error::{Error, Result};
 use crate::image::Picture;

@@ -4,13 +4,15 @@
 //! A policy that is fed the full cache's answer and predicts each of its tokens, the end included,
 //! would have said the same. It is asked for an answer of its own only where it would not.
 
-use super::{Asker, Entrant, Reference, empty};
+use super::{Asker, Entrant, Reference};
+use crate::answer::{Answer, Evicted};
 use crate::bench::Watch as Clock;
 use crate::error::Result;
 use crate::eval::question::Question;
-use crate::eval::record::{Distance, Evicted};
+use crate::eval::record::Distance;
 use crate::generate::Finish;
 use crate::image::Picture;
+use crate::open::Opened;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attempt {
@@ -47,7 +49,7 @@ impl Asker {
             let expected = Some(&expected[..]);
             let asked = self.ask(entrant, question, pictures, n_predict, expected, watch)?;
             let Some(asked) = asked else { return Ok(None) };
-            let answer = |a: super::Answered| (a.text, a.finish == Finish::Eog);
+            let answer = |a: Answer| (a.text, a.finish == Finish::Eog);
             asked.into_iter().map(answer).collect()
         };
         Ok(Some(Attempt {
@@ -62,10 +64,7 @@ impl Asker {
     /// # Errors
     /// The engine's own.
     pub fn rest(&mut self) -> Result<()> {
-        for stage in &mut self.stages {
-            empty(&mut stage.session)?;
-        }
-        Ok(())
+        self.stages.iter_mut().try_for_each(Opened::empty)
     }
 
     /// Gives all contexts back; those that are wanted again are made anew.

@@ -110,9 +110,7 @@ impl Made {
             for piece in cut(vision, &picture)? {
                 segments.push(match piece {
                     Piece::Text(tokens) => Segment::Tokens(tokens),
-                    Piece::Image(tokens) => {
-                        crate::conversation::segment(vision.encode(&tokens)?, image)
-                    }
+                    Piece::Image(tokens) => crate::turn::segment(vision.encode(&tokens)?, image),
                 });
             }
         }

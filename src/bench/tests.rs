@@ -1,8 +1,9 @@
 use std::cell::Cell;
 
 use super::*;
+use crate::controller::Controller;
 use crate::engine::scripted::{Call, Scripted};
-use crate::policy::{self, Amount, DapMode, PolicyOptions};
+use crate::policy::{self, Amount, DapMode, Limits, PolicyOptions};
 
 /// A clock that moves on by a millisecond each time somebody looks.
 fn ticking() -> impl Fn() -> Duration {

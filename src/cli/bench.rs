@@ -20,13 +20,11 @@ use super::{Done, interrupt, warn};
 pub use cases::policies;
 use cases::{Case, Plan, Shape};
 use hae::Error;
-use hae::attend::Attend;
 use hae::bench::stats::Summary;
 use hae::bench::{self, Hardware, Record, Sample, Settings, Subject, Watch, Work};
 use hae::build::{Build, build};
-use hae::llama::{
-    ContextOptions, Model, ModelOptions, Poll, RopeFactors, ScoreSource, Vision, VisionOptions,
-};
+use hae::llama::{ContextOptions, Model, ModelOptions, Poll, Vision, VisionOptions};
+use hae::open::{Plan as Opening, Reach, RopeChoice, rope_name};
 use hae::policy::{self, Limits};
 use print::{Format, Printer};
 
@@ -236,15 +234,16 @@ impl Bench<'_> {
                     _ => case.pictures.tokens(vision.as_ref())?,
                 };
                 let cells = case.test.cells(image_tokens);
-                let mut context = context(shape, cells, n_threads, plan.poll)?;
-                context.non_causal_images = vision.as_ref().is_some_and(Vision::non_causal);
+                let context = context(shape, cells, n_threads, plan.poll)?;
                 let contexts = (0..plan.policies.len()).map(|i| {
                     let attend = plan.attend(i);
                     let context = ContextOptions {
                         attend,
                         ..context.clone()
                     };
-                    load::for_policy(context, model, &plan.policy(i))
+                    let mut plan = Opening::new(model, vision.as_ref(), &context, &plan.policy(i))?;
+                    plan.choose_rope(RopeChoice::Auto, || Ok(Reach::Cache))?;
+                    Ok(plan.context().clone())
                 });
                 ready.push(Ready {
                     case,
@@ -366,19 +365,12 @@ fn context(shape: Shape, cells: usize, n_threads: i32, poll: Poll) -> Result<Con
         type_k: shape.type_k,
         type_v: shape.type_v,
         kv_size: None,
-        score_layers: Vec::new(),
-        score_source: ScoreSource::default(),
-        non_causal_images: false,
-        // As many positions as cells: llama.cpp's own rule is the right one.
-        rope_factors: RopeFactors::Context,
-        attend: Attend::default(),
-        keep_sets: false,
-        plain_lookups: false,
+        ..ContextOptions::default()
     })
 }
 
 fn settings(asked: Shape, context: &ContextOptions, model: &Model) -> Settings {
-    let rope_factors = load::rope_name(context.rope_factors, model, context.n_ctx);
+    let rope_factors = rope_name(model, context);
     let report = ContextReport::new(context, rope_factors);
     Settings {
         n_ctx: report.n_ctx,

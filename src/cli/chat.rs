@@ -12,9 +12,11 @@ use super::inputs::{dropped, picture};
 use super::run::{answer, warn_about_end};
 use super::{interrupt, note, warn};
 use hae::Error;
-use hae::conversation::{Answer, Conversation, KvReport, Turn};
+use hae::answer::{Answer, Kv};
+use hae::chat::Chat;
 use hae::generate::Finish;
 use hae::image::Picture;
+use hae::turn::Turn;
 use lines::Lines;
 
 const HELP: [&str; 7] = [
@@ -37,8 +39,8 @@ pub struct Start {
     pub calibration: Option<String>,
 }
 
-struct Chat<'c> {
-    conversation: &'c mut Conversation,
+struct Prompting<'c> {
+    chat: &'c mut Chat,
     /// Pictures for the next question.
     pictures: Vec<Picture>,
     /// Crops of the pictures that follow.
@@ -49,20 +51,20 @@ struct Chat<'c> {
 }
 
 /// Reads questions until the end of input. A mistake in one of them does not end the chat.
-pub fn chat(conversation: &mut Conversation, start: Start) -> Result<()> {
+pub fn chat(chat: &mut Chat, start: Start) -> Result<()> {
     let Start {
         pictures,
         num_crops,
         n_predict,
         calibration,
     } = start;
-    if !pictures.is_empty() && !conversation.has_vision() {
+    if !pictures.is_empty() && !chat.has_vision() {
         let reason = "pictures need a vision file, give one with --mmproj";
         return Err(Error::option("--image", reason).into());
     }
     let mut lines = Lines::new()?;
-    let mut chat = Chat {
-        conversation,
+    let mut prompting = Prompting {
+        chat,
         pictures,
         num_crops,
         n_predict,
@@ -93,20 +95,20 @@ pub fn chat(conversation: &mut Conversation, start: Start) -> Result<()> {
         match command {
             "/quit" | "/exit" => return Ok(()),
             "/help" => help(),
-            "/clear" => chat.clear(),
+            "/clear" => prompting.clear(),
             "/stats" => {
-                stats(chat.last.as_ref(), &chat.conversation.kv());
-                if let Some(path) = &chat.calibration {
+                stats(prompting.last.as_ref(), &prompting.chat.kv());
+                if let Some(path) = &prompting.calibration {
                     note(&format!("calibration: {path}"));
                 }
             }
-            "/image" => chat.image(rest.trim()),
-            "/drop" => chat.drop_pictures(),
-            "/crops" => chat.crops(rest.trim()),
+            "/image" => prompting.image(rest.trim()),
+            "/drop" => prompting.drop_pictures(),
+            "/crops" => prompting.crops(rest.trim()),
             _ if command.starts_with('/') => {
                 warn(&format!("{command}: unknown command, /help lists them"));
             }
-            _ => chat.ask(line)?,
+            _ => prompting.ask(line)?,
         }
     }
 }
@@ -115,9 +117,9 @@ fn help() {
     HELP.iter().for_each(|line| note(line));
 }
 
-impl Chat<'_> {
+impl Prompting<'_> {
     fn clear(&mut self) {
-        self.conversation.clear();
+        self.chat.clear();
         self.pictures.clear();
         self.last = None;
     }
@@ -126,7 +128,7 @@ impl Chat<'_> {
         if name.is_empty() {
             return warn("/image: expected the path of a picture");
         }
-        if !self.conversation.has_vision() {
+        if !self.chat.has_vision() {
             return warn("/image: pictures need a vision file, start with --mmproj");
         }
         for path in dropped(name) {
@@ -161,9 +163,7 @@ impl Chat<'_> {
         let Ok(n) = text.parse() else {
             return warn("/crops: expected a number, such as 4 or 16");
         };
-        match crops("/crops", n)
-            .and_then(|n| Ok(self.conversation.check_num_crops(n).map(|()| n)?))
-        {
+        match crops("/crops", n).and_then(|n| Ok(self.chat.check_num_crops(n).map(|()| n)?)) {
             Ok(n) => self.num_crops = Some(n),
             Err(e) => warn(&format!("{e:#}")),
         }
@@ -172,16 +172,18 @@ impl Chat<'_> {
     /// # Errors
     /// Only when stdout cannot be written to.
     fn ask(&mut self, text: &str) -> Result<()> {
+        let pictures = std::mem::take(&mut self.pictures);
         let turn = Turn {
-            text: text.to_owned(),
-            pictures: std::mem::take(&mut self.pictures),
+            text,
+            pictures: &pictures,
             n_predict: self.n_predict,
+            expected: None,
         };
-        match interrupt::working(|| answer(self.conversation, &turn, true)) {
+        match interrupt::working(|| answer(self.chat, turn, true)) {
             Ok(answer) if answer.finish == Finish::Cancelled => {
                 if answer.taken_back {
                     warn("the question was taken back, it had not been read to its end");
-                    self.pictures = turn.pictures;
+                    self.pictures = pictures;
                 }
                 self.last = Some(answer);
             }
@@ -197,12 +199,12 @@ impl Chat<'_> {
                 None => return Err(e),
                 // These leave the conversation as it was.
                 Some(Error::PromptTooLong { .. }) => {
-                    self.pictures = turn.pictures;
+                    self.pictures = pictures;
                     warn(&format!("{e:#}; /clear starts again"));
                     self.warn_about_pictures();
                 }
                 Some(Error::Option { .. }) => {
-                    self.pictures = turn.pictures;
+                    self.pictures = pictures;
                     warn(&format!("{e:#}"));
                     self.warn_about_pictures();
                 }
@@ -220,7 +222,7 @@ fn pictures(n: usize) -> String {
     format!("{n} picture{}", if n == 1 { "" } else { "s" })
 }
 
-fn stats(last: Option<&Answer>, kv: &KvReport) {
+fn stats(last: Option<&Answer>, kv: &Kv) {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let cells = kv.cells;
     note(&format!(

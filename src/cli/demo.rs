@@ -9,16 +9,17 @@ use comfy_table::{Attribute, Cell, ContentArrangement, Table};
 
 use super::crops::CropArgs;
 use super::inputs::picture;
-use super::load::{Files, Setup, Template};
+use super::load::{Files, Setup};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs};
 use super::run::answer;
 use super::{Done, interrupt};
-use hae::conversation::{Answer, Turn};
+use hae::answer::Answer;
+use hae::chat::{Begin, ChatOptions};
 use hae::embedded;
 use hae::generate::Finish;
 use hae::image::{self, Picture};
-use hae::llama::SamplerOptions;
 use hae::policy::PolicySpec;
+use hae::turn::Turn;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -113,27 +114,26 @@ fn ask(args: &Args, files: &Files, picture: &Picture, policy: &PolicySpec) -> Re
     let setup = Setup {
         files,
         model: &args.model,
-        context: &args.context,
-        policy,
-        sampler: SamplerOptions::GREEDY,
-        template: Template::Model,
-        system_prompt: None,
-        prompt: Some(&args.prompt),
-        pictures: std::slice::from_ref(picture),
+        options: ChatOptions {
+            context: args.context.options()?,
+            rope: args.model.rope_factors.into(),
+            policy: policy.clone(),
+            ..ChatOptions::default()
+        },
         num_crops: picture.num_crops,
-        n_predict: Some(args.n_predict as usize),
-        session: None,
-        bin_host_mib: 0,
-        trace: None,
     };
-    setup.run(|conversation, _| {
-        let turn = Turn {
-            text: args.prompt.clone(),
-            pictures: vec![picture.clone()],
-            n_predict: setup.n_predict,
-        };
-        interrupt::working(|| answer(conversation, &turn, false))
-    })
+    let turn = Turn {
+        text: &args.prompt,
+        pictures: std::slice::from_ref(picture),
+        n_predict: Some(args.n_predict as usize),
+        expected: None,
+    };
+    let begin = Begin {
+        only: Some(turn),
+        ..Begin::default()
+    };
+    let (mut chat, _) = setup.open(begin)?;
+    interrupt::working(|| answer(&mut chat, turn, false))
 }
 
 /// The middle value; of an even number the lower one.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::bench::policies;
-use super::load::{Files, read_for_trace};
+use super::load::Files;
 use super::options::{PolicyArgs, full_takes_no_parameters};
 use super::{Done, interrupt};
 use hae::Error;
@@ -166,7 +166,6 @@ impl Exam<'_> {
                 let layers = args.policy.options_at(None)?.layers;
                 for entrant in &mut entrants {
                     entrant.policy.options.layers.clone_from(&layers);
-                    read_for_trace(&mut entrant.context, &ready.model, &entrant.policy)?;
                 }
             }
             let seed = args.policy.options_at(None)?.seed;

@@ -11,9 +11,8 @@ use clap::{ArgAction, ValueEnum};
 use super::polling::PollArgs;
 use hae::Error;
 use hae::attend::Attend;
-use hae::llama::{
-    CacheType, ContextOptions, FlashAttention, RopeFactors, SamplerOptions, ScoreSource,
-};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, SamplerOptions};
+use hae::open::RopeChoice;
 use hae::outfile::FilesInUse;
 use hae::policy::{
     Amount, DapMode, DapOptions, DapRule, Layers, Norm, PolicyOptions, Pooling, Queries, Scope,
@@ -84,6 +83,17 @@ pub enum RopeArg {
     Short,
     Long,
     Context,
+}
+
+impl From<RopeArg> for RopeChoice {
+    fn from(rule: RopeArg) -> Self {
+        match rule {
+            RopeArg::Auto => RopeChoice::Auto,
+            RopeArg::Short => RopeChoice::Short,
+            RopeArg::Long => RopeChoice::Long,
+            RopeArg::Context => RopeChoice::Context,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -189,28 +199,15 @@ impl ContextArgs {
 
     /// Everything about the context that the command line says; scores and pictures come from
     /// the policy and the vision model.
-    pub fn options(&self, n_ctx_train: u32) -> Result<ContextOptions> {
+    pub fn options(&self) -> Result<ContextOptions> {
         if self.batch_size == 0 || self.ubatch_size == 0 {
             return Err(Error::option("-b, -ub", "0 rows, expected at least 1").into());
         }
-        // Some cells more than any model was trained for; llama.cpp's and our own bookkeeping of
-        // so many takes gigabytes before the cache itself does.
-        const MOST: u32 = 1 << 24;
-        let n_ctx = if self.ctx_size == 0 {
-            n_ctx_train
-        } else {
-            self.ctx_size
-        };
-        if n_ctx > MOST {
-            return Err(
-                Error::option("-c", format!("{n_ctx} cells, expected at most {MOST}")).into(),
-            );
-        }
         let n_threads = self.n_threads()?;
         Ok(ContextOptions {
-            n_ctx,
-            n_batch: self.batch_size.min(n_ctx),
-            n_ubatch: self.ubatch_size.min(n_ctx),
+            n_ctx: self.ctx_size,
+            n_batch: self.batch_size,
+            n_ubatch: self.ubatch_size,
             n_threads,
             n_threads_batch: match self.threads_batch {
                 Some(n) => threads("-tb", n)?,
@@ -224,14 +221,8 @@ impl ContextArgs {
             },
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,
-            score_layers: Vec::new(),
-            kv_size: None,
-            score_source: ScoreSource::default(),
-            non_causal_images: false,
-            rope_factors: RopeFactors::default(),
             attend: self.attend.options(),
-            keep_sets: false,
-            plain_lookups: false,
+            ..ContextOptions::default()
         })
     }
 }

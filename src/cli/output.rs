@@ -6,8 +6,8 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use hae::Error;
+use hae::answer::Answer;
 use hae::build::Build;
-use hae::conversation::Answer;
 use hae::llama::{CacheType, ContextOptions, FlashAttention, Poll, SamplerOptions};
 
 #[derive(Debug, Serialize)]

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -11,16 +12,18 @@ use super::calibration::CalibrationArgs;
 use super::chat::Start;
 use super::crops::CropArgs;
 use super::inputs::{self, EscapeArgs, check_stdin};
-use super::load::{self, Files, Made, Setup, Template};
+use super::load::{self, Files, Setup};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs, full_takes_no_parameters};
 use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, is_of_output, note, session, warn};
 use hae::Error;
+use hae::answer::Answer;
 use hae::build::build;
-use hae::conversation::{Answer, Conversation, Turn};
+use hae::chat::{Begin, Chat, ChatOptions};
 use hae::generate::{Finish, Hooks};
 use hae::policy::{PolicyOptions, PolicySpec};
 use hae::trace;
+use hae::turn::Turn;
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Prompt", allow_negative_numbers = true)]
@@ -145,9 +148,9 @@ pub fn run(args: &Args) -> Result<Done> {
         Some(path) => session::open(path)?,
         None => None,
     };
-    let template = Template::chosen(args.chat_template.as_deref(), args.no_conversation);
+    let template = load::template(args.chat_template.as_deref(), args.no_conversation);
     if let Some(saved) = &session {
-        session::check_flags(saved, template, args.system_prompt.as_deref())?;
+        session::check_flags(saved, &template, args.system_prompt.as_deref())?;
     }
     let files = Files::find(&args.model)?;
     let calibrated = args
@@ -157,66 +160,83 @@ pub fn run(args: &Args) -> Result<Done> {
         Some(calibrated) => calibrated.options.clone(),
         None => policy_options,
     };
-    let policy = PolicySpec::new(&args.kv_policy, policy_options);
     let setup = Setup {
         files: &files,
         model: &args.model,
-        context: &args.context,
-        policy: &policy,
-        sampler: args.sampler.options(load::clock_seed())?,
-        template,
-        system_prompt: args.system_prompt.as_deref(),
-        prompt: prompt.as_deref(),
+        options: ChatOptions {
+            context: args.context.options()?,
+            rope: args.model.rope_factors.into(),
+            policy: PolicySpec::new(&args.kv_policy, policy_options),
+            sampler: args.sampler.options(load::clock_seed())?,
+            template,
+            system_prompt: args.system_prompt.clone(),
+            host_bin: usize::try_from(args.bin_host_mib).unwrap_or(0) << 20,
+        },
+        num_crops,
+    };
+    let turn = prompt.as_ref().map(|text| Turn {
+        text,
         pictures: &pictures,
+        n_predict,
+        expected: None,
+    });
+    let name = files.names().0;
+    let begin = Begin {
+        only: turn,
+        saved: session.as_ref(),
+        trace: args.trace.as_deref().map(|path| (path, &*name)),
+    };
+    let start = Start {
+        pictures: pictures.clone(),
         num_crops,
         n_predict,
-        session: session.as_ref(),
-        bin_host_mib: args.bin_host_mib,
-        trace: args.trace.as_deref(),
+        calibration: calibrated.as_ref().map(|c| c.path.clone()),
     };
-    let done = setup.run(|conversation, made| {
+    let done = setup.open(begin).and_then(|(mut chat, load)| {
         if let Some(calibrated) = calibrated.as_ref().filter(|_| args.output == Format::Text) {
             note(&format!("{}: {}", calibrated.path, calibrated.flags()));
         }
-        let calibration = calibrated.as_ref().map(|c| c.path.clone());
         // A request to end does not come between an answer and what is kept of it.
-        interrupt::working(|| {
-            let Some(text) = &prompt else {
-                let chat = Start {
-                    pictures: pictures.clone(),
-                    num_crops,
-                    n_predict,
-                    calibration,
-                };
-                let chatted = chat::chat(conversation, chat);
-                session::keep(conversation, args.session.as_deref())?;
-                return chatted.map(|()| Done::Whole);
-            };
-            let turn = Turn {
-                text: text.clone(),
-                pictures: pictures.clone(),
-                n_predict,
-            };
-            let answered = answer(conversation, &turn, args.output == Format::Text);
-            // Whoever read the answer may be gone, the conversation is not.
-            if answered.as_ref().err().is_none_or(is_of_output) {
-                session::keep(conversation, args.session.as_deref())?;
+        let done = interrupt::working(|| match turn {
+            Some(turn) => one(args, &mut chat, turn, &setup, load, start.calibration),
+            None => {
+                let chatted = chat::chat(&mut chat, start);
+                session::keep(&mut chat, args.session.as_deref())?;
+                chatted.map(|()| Done::Whole)
             }
-            let mut answer = answered?;
-            answer.policy.calibration = calibration;
-            warn_about_end(&answer);
-            if args.output == Format::Json {
-                print_json(&answer, &setup, made)?;
-            }
-            Ok(match answer.finish {
-                Finish::Cancelled => Done::Interrupted,
-                _ => Done::Whole,
-            })
-        })
+        })?;
+        chat.finish_recording()?;
+        Ok(done)
     });
     done.map_err(|e| match &calibrated {
         Some(calibrated) => calibrated.blamed(e),
         None => e,
+    })
+}
+
+/// The one prompt that was given.
+fn one(
+    args: &Args,
+    chat: &mut Chat,
+    turn: Turn<'_>,
+    setup: &Setup<'_>,
+    load: Duration,
+    calibration: Option<String>,
+) -> Result<Done> {
+    let answered = answer(chat, turn, args.output == Format::Text);
+    // Whoever read the answer may be gone, the conversation is not.
+    if answered.as_ref().err().is_none_or(is_of_output) {
+        session::keep(chat, args.session.as_deref())?;
+    }
+    let mut answer = answered?;
+    answer.policy.calibration = calibration;
+    warn_about_end(&answer);
+    if args.output == Format::Json {
+        print_json(&answer, chat, setup, load)?;
+    }
+    Ok(match answer.finish {
+        Finish::Cancelled => Done::Interrupted,
+        _ => Done::Whole,
     })
 }
 
@@ -242,14 +262,14 @@ impl Args {
     }
 }
 
-fn print_json(answer: &Answer, setup: &Setup<'_>, made: &Made) -> Result<()> {
+fn print_json(answer: &Answer, chat: &Chat, setup: &Setup<'_>, load: Duration) -> Result<()> {
     let report = Report {
         answer,
-        sampling: setup.sampler,
-        context: ContextReport::new(&made.context, made.rope_factors),
+        sampling: setup.options.sampler,
+        context: ContextReport::new(chat.context(), chat.rope_factors()),
         model: setup.files.model_report()?,
         mmproj: setup.files.mmproj_report()?,
-        load_ms: made.load.as_secs_f64() * 1e3,
+        load_ms: load.as_secs_f64() * 1e3,
         build: build(),
     };
     let mut out = std::io::stdout().lock();
@@ -267,7 +287,7 @@ fn prompt(args: &Args) -> Result<Option<String>> {
 
 /// One turn with its text streamed to stdout; a signal ends it where this is
 /// [`interrupt::working`].
-pub fn answer(conversation: &mut Conversation, turn: &Turn, stream: bool) -> Result<Answer> {
+pub fn answer(chat: &mut Chat, turn: Turn<'_>, stream: bool) -> Result<Answer> {
     let now = load::clock();
     let bar = load::spinner("reading the prompt");
     let mut out = std::io::stdout().lock();
@@ -288,7 +308,7 @@ pub fn answer(conversation: &mut Conversation, turn: &Turn, stream: bool) -> Res
         cancelled: &cancelled,
         now: &now,
     };
-    let answer = conversation.ask(turn, hooks);
+    let answer = chat.turn(turn, hooks);
     bar.finish_and_clear();
     if let Some(e) = failure.into_inner() {
         return Err(e).context("stdout");

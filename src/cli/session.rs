@@ -5,10 +5,10 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::load::Template;
 use hae::Error;
-use hae::conversation::Conversation;
+use hae::chat::Chat;
 use hae::outfile::OutFile;
+use hae::prompt::Template;
 use hae::saved::Saved;
 
 /// The conversation to go on with; `None` where one begins: the file is not there, or empty, as
@@ -32,7 +32,7 @@ pub fn open(path: &Path) -> Result<Option<Saved>> {
 ///
 /// # Errors
 /// [`Error::Option`] naming the flag.
-pub fn check_flags(saved: &Saved, template: Template<'_>, system: Option<&str>) -> hae::Result<()> {
+pub fn check_flags(saved: &Saved, template: &Template, system: Option<&str>) -> hae::Result<()> {
     let refuse = |flag, reason: String| Err(Error::option(flag, reason));
     let own = saved.transcript.template();
     match (template, own) {
@@ -81,10 +81,10 @@ fn shown(text: &str) -> String {
 /// Writes the session, if there is one to be kept.
 ///
 /// # Errors
-/// Those of [`Conversation::save`].
-pub fn keep(conversation: &mut Conversation, session: Option<&Path>) -> Result<()> {
+/// Those of [`Chat::save`].
+pub fn keep(chat: &mut Chat, session: Option<&Path>) -> Result<()> {
     match session {
-        Some(path) if conversation.next_pos() > 0 => Ok(conversation.save(path)?),
+        Some(path) if chat.next_pos() > 0 => Ok(chat.save(path)?),
         _ => Ok(()),
     }
 }

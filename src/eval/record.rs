@@ -4,8 +4,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::answer::{Evicted, Kv, Timings, Tokens};
 use crate::attend::Shares;
-use crate::cache::{Counts, PerModality};
 use crate::generate::Finish;
 use crate::policy::Amount;
 
@@ -126,62 +126,6 @@ pub struct FactScore {
     pub correct: usize,
     /// `made` for each of the question's facts, in their order.
     pub by_fact: Vec<usize>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Tokens {
-    /// Of this turn's prompt, without the token that the answer before it was cut off at.
-    pub prompt: PerModality,
-    /// Visual tokens of each picture of this turn.
-    pub images: Vec<usize>,
-    pub generated: usize,
-}
-
-/// The KV cache after the answer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Kv {
-    pub cells: Counts,
-    /// The most cells in use while the answer grew, after what the prompt lost.
-    pub peak_decoding: usize,
-    /// Cells that the cache can hold.
-    pub n_cells: usize,
-    pub bytes_per_cell: u64,
-    /// Bytes that the cells in use take.
-    pub bytes_in_use: u64,
-    /// Bytes of the most cells ever in use, the whole prompt included.
-    pub bytes_peak: u64,
-    /// Bytes of `peak_decoding`.
-    pub bytes_peak_decoding: u64,
-    /// Bytes of the buffers behind the cache, now and at most.
-    pub bytes_allocated: u64,
-    pub bytes_allocated_peak: u64,
-}
-
-/// Milliseconds.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Timings {
-    /// Cutting up and encoding the pictures: done once, whatever the policy.
-    pub vision_encode_ms: f64,
-    pub probe_ms: f64,
-    pub prefill_ms: f64,
-    /// From the question to the first token, encoding included.
-    pub ttft_ms: Option<f64>,
-    /// Mean time of a token after the first.
-    pub tpot_ms: Option<f64>,
-    pub decode_ms: f64,
-}
-
-/// Counts over the whole conversation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Evicted {
-    pub after_prefill: usize,
-    pub in_decoding: usize,
-    /// Decoding steps that removed tokens.
-    pub flushes: usize,
-    /// Times that a token came back from the recycle bin.
-    pub restores: usize,
-    /// Evicted tokens that came back for a later question.
-    pub recalled: usize,
 }
 
 /// How far a policy's predictions are from the full cache's, both fed the full cache's own greedy

@@ -88,9 +88,10 @@ impl CacheType {
 }
 
 /// How to make a context.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ContextOptions {
-    /// Cells of the cache, or with `kv_size` the most that it may get.
+    /// Cells of the cache, or with `kv_size` the most that it may get. For [`crate::open`] 0 is the
+    /// length that the model was trained for.
     pub n_ctx: u32,
     /// Cells that the cache begins with, to grow and shrink with its tokens in steps of 256;
     /// `None`: all of them, for good. Needs a plain cache (no
@@ -119,6 +120,33 @@ pub struct ContextOptions {
     pub keep_sets: bool,
     /// Looks up by operations that every backend has, also where there is a faster way.
     pub plain_lookups: bool,
+}
+
+/// llama.cpp's, with 4096 cells and a thread for each processor that the system offers.
+impl Default for ContextOptions {
+    fn default() -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let n_threads = i32::try_from(threads.min(512)).unwrap_or(1);
+        ContextOptions {
+            n_ctx: 4096,
+            kv_size: None,
+            n_batch: 2048,
+            n_ubatch: 512,
+            n_threads,
+            n_threads_batch: n_threads,
+            poll: Poll::default(),
+            flash_attention: FlashAttention::Auto,
+            type_k: CacheType::F16,
+            type_v: CacheType::F16,
+            score_layers: Vec::new(),
+            score_source: ScoreSource::default(),
+            non_causal_images: false,
+            rope_factors: RopeFactors::default(),
+            attend: Attend::default(),
+            keep_sets: false,
+            plain_lookups: false,
+        }
+    }
 }
 
 impl ContextOptions {

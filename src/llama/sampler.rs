@@ -22,6 +22,13 @@ pub struct SamplerOptions {
     pub repeat_last_n: i32,
 }
 
+/// Greedy: the same answer every time.
+impl Default for SamplerOptions {
+    fn default() -> Self {
+        SamplerOptions::GREEDY
+    }
+}
+
 impl SamplerOptions {
     /// Always the likeliest token.
     pub const GREEDY: SamplerOptions = SamplerOptions {

@@ -22,6 +22,16 @@ pub struct VisionOptions {
     pub n_threads: i32,
 }
 
+/// On the GPU, if there is one; otherwise with the threads of [`super::ContextOptions`].
+impl Default for VisionOptions {
+    fn default() -> Self {
+        VisionOptions {
+            use_gpu: true,
+            n_threads: super::ContextOptions::default().n_threads,
+        }
+    }
+}
+
 /// A part of a prompt as the model takes it.
 #[derive(Debug)]
 pub enum Piece {

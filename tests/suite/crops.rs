@@ -1,10 +1,10 @@
 //! Pictures of many shapes, cut into as many crops as the caller says.
 
 use hae::Error;
-use hae::conversation::segment;
 use hae::generate::Segment;
 use hae::image::{self, Picture};
 use hae::llama::{Part, Piece, Vision};
+use hae::turn::segment;
 
 use crate::bin::{answer, refusal};
 use crate::fixture::json;

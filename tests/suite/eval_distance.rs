@@ -15,9 +15,10 @@ use hae::eval::record::{Contender, Distance};
 use hae::generate::Session;
 use hae::image::Picture;
 use hae::llama::{ContextOptions, FlashAttention, LlamaEngine, Model, ScoreSource};
+use hae::open::RopeChoice;
 use hae::policy::{self, Amount, Limits, Observe, PolicyOptions, PolicySpec};
 use hae::prompt::{place_pictures, tokenize};
-use hae::{conversation, generate::Segment, llama::Piece};
+use hae::{generate::Segment, llama::Piece, turn};
 use serde_json::json;
 
 use crate::model::{TEXT, VISION, engine, exact, load, load_vision, prefill, repository};
@@ -112,7 +113,12 @@ fn the_full_cache_is_at_no_distance_of_itself() {
         ..exact(N_CTX)
     };
     let full = [entrant("full", PolicyOptions::default(), &model, &base)];
-    let mut asker = Asker::new(&model, Some(vision), model.chat_template(), None);
+    let mut asker = Asker::new(
+        &model,
+        Some(vision),
+        model.chat_template(),
+        RopeChoice::Auto,
+    );
     for (file, turns) in [
         ("understanding.jsonl", 1),
         ("story.jsonl", 1),
@@ -152,7 +158,7 @@ fn segments(question: &Question, model: &Model) -> Vec<Segment> {
     );
     let segment = |piece| match piece {
         Piece::Text(tokens) => Segment::Tokens(tokens),
-        Piece::Image(tokens) => conversation::segment(vision.encode(&tokens).unwrap(), 0),
+        Piece::Image(tokens) => turn::segment(vision.encode(&tokens).unwrap(), 0),
     };
     pieces.unwrap().into_iter().map(segment).collect()
 }
@@ -201,7 +207,7 @@ fn distances_are_what_logits_and_attention_say() {
     let hae = entrant("hae", at_budget(0.4), &model, &base);
     let random = entrant("random", at_budget(0.4), &model, &base);
     let vision = load_vision(&repository(VISION), &model);
-    let mut asker = Asker::new(&model, Some(vision), None, None);
+    let mut asker = Asker::new(&model, Some(vision), None, RopeChoice::Auto);
     let n = 40;
     let entrants = [hae, random];
     let measured = distances(&entrants, &base, &mut asker, question, n);

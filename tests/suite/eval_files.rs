@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use hae::answer::{Evicted, Kv, Timings, Tokens};
 use hae::cache::Counts;
 use hae::eval::record::{
-    Answer, Contender, Distance, Evicted, FactScore, FileId, Header, Kv, QuestionSet, Timings,
-    Tokens, VERSION,
+    Answer, Contender, Distance, FactScore, FileId, Header, QuestionSet, VERSION,
 };
 use hae::eval::results::{self, Results};
 use hae::eval::summary::{Measure, Summary, Verdict};
@@ -86,6 +86,7 @@ pub fn answer(id: usize, policy: &str, share: Option<f64>, right: bool) -> Answe
             bytes_peak_decoding: 720,
             bytes_allocated: 2048,
             bytes_allocated_peak: 4096,
+            bytes_host: 0,
         },
         attended: None,
         timings: Timings {

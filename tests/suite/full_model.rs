@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hae::conversation::segment;
 use hae::convert::config::VisionConfig;
 use hae::convert::random::{self, Mix, Options, phi35_text, phi35_vision};
 use hae::engine::{Engine, Observation};
@@ -12,6 +11,7 @@ use hae::image;
 use hae::llama::gguf::{Gguf, TensorType};
 use hae::llama::quantize::{QuantType, quantize};
 use hae::llama::{Part, Piece};
+use hae::turn::segment;
 use tempfile::TempDir;
 
 use crate::model::{engine, exact, load, load_vision, prefill, repository};

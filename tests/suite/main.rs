@@ -47,6 +47,7 @@ mod model;
 #[cfg(target_os = "linux")]
 mod no_memory;
 mod npz;
+mod one_rule;
 mod others;
 mod parity;
 mod policies;

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use hae::attend::Attend;
 use hae::cache::Pos;
-use hae::conversation::segment;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::generate::{Hooks, Segment};
 use hae::image::{self, Picture};
@@ -16,6 +15,7 @@ use hae::llama::{
     RopeFactors, SamplerOptions, ScoreSource, Vision, VisionOptions,
 };
 use hae::prompt;
+use hae::turn::segment;
 use serde_json::Value;
 
 use crate::npz::golden;

@@ -1,12 +1,12 @@
 //! Against the golden numbers of the models' PyTorch implementations.
 
+use hae::chat::{Begin, Chat, ChatOptions};
 use hae::controller::Controller;
-use hae::conversation::{Conversation, Turn};
 use hae::engine::{Engine, Observation};
 use hae::generate::{Finish, Segment, Session};
 use hae::llama::Piece;
 use hae::policy::{self, Limits, PolicyOptions};
-use hae::prompt::Transcript;
+use hae::turn::Turn;
 
 use crate::model::{converted_of, engine, exact, goldens_of, load, load_vision, prefill, quiet};
 use crate::npz::{max_abs_diff, read};
@@ -231,22 +231,25 @@ fn a_chat_turn_by_turn_is_pytorchs() {
     let vision = load_vision(vision, &model);
     let golden = goldens_of(name).into_iter().find(|g| g.id() == "chat0");
     let golden = golden.unwrap();
-    let transcript = Transcript::new(model.chat_template(), None);
-    let engine = engine(&model, exact(1024));
-    let controller = full(&model, 1024);
-    let mut chat = Conversation::new(engine, Some(vision), controller, transcript, None, 0);
+    let options = ChatOptions {
+        context: exact(1024),
+        ..ChatOptions::default()
+    };
+    let mut chat = Chat::begin(&model, Some(vision), &options, Begin::default()).unwrap();
 
     let mut pictures = golden.pictures.clone();
     let turns: Vec<&str> = golden.prompt().split("<|user|>\n").skip(1).collect();
     assert_eq!(turns.len(), 5);
     for turn in turns {
         let (question, rest) = turn.split_once("<|end|>\n<|assistant|>\n").unwrap();
+        let pictures = std::mem::take(&mut pictures);
         let turn = Turn {
-            text: question.to_owned(),
-            pictures: std::mem::take(&mut pictures),
+            text: question,
+            pictures: &pictures,
             n_predict: Some(20),
+            expected: None,
         };
-        let answer = quiet(|hooks| chat.ask(&turn, hooks)).unwrap();
+        let answer = quiet(|hooks| chat.turn(turn, hooks)).unwrap();
         // The last question has no answer in the prompt.
         let expected = match rest.strip_suffix("<|end|>\n") {
             Some(answer) => answer,

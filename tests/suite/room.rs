@@ -67,7 +67,7 @@ fn a_budget_without_a_length_leaves_room_for_none() {
         let (auto, long) = (ask("auto"), ask("long"));
         assert_eq!(auto["context"]["rope_factors"], "short");
         assert_eq!(long["context"]["rope_factors"], "long");
-        let evicted = |report: &Value| report["policy"]["evicted_after_prefill"].as_u64().unwrap();
+        let evicted = |report: &Value| report["evicted"]["after_prefill"].as_u64().unwrap();
         assert_eq!(evicted(&auto), evicted(&long), "{policy}");
         let prompt = &auto["tokens"]["prompt"];
         let rows = prompt["text"].as_u64().unwrap() + prompt["vision"].as_u64().unwrap();

@@ -170,7 +170,7 @@ fn every_policy_answers_within_its_budget() {
         assert_eq!(report["policy"]["name"], name);
         assert_eq!(report["policy"]["params"]["kv_budget"]["share"], 0.5);
         assert_eq!(total(&report, "tokens/prompt"), prompt);
-        let peak = number(&report, "/policy/peak_decoding");
+        let peak = number(&report, "/kv/peak_decoding");
         assert!(peak <= (prompt / 2.0).round(), "{name}: {peak}");
         let cells = total(&report, "kv/cells/live") + total(&report, "kv/cells/binned");
         let gone = total(&report, "kv/cells/evicted");
@@ -198,7 +198,7 @@ fn a_chat_goes_on_where_the_context_shifts() {
     assert_eq!(cut["finish"], "context");
     let report = json(&format!("{story} --kv-policy context_shift"));
     assert!(report["finish"] != "context");
-    assert!(number(&report, "/policy/peak_decoding") <= 255.0);
+    assert!(number(&report, "/kv/peak_decoding") <= 255.0);
     assert!(number(&report, "/tokens/generated") > number(&cut, "/tokens/generated"));
 }
 

@@ -2,7 +2,6 @@
 //! known from its layout, it counts among what is kept, and budgets hold.
 
 use hae::controller::Controller;
-use hae::conversation::segment;
 use hae::generate::{Generated, Segment, Session};
 use hae::image::{self, Picture};
 use hae::llama::{ContextOptions, LlamaEngine, Model, Piece, Vision};
@@ -10,6 +9,7 @@ use hae::policy::{
     Amount, DapMode, DapOptions, DapRule, Layers, Limits, PolicyOptions, Scope, create,
 };
 use hae::prompt::{Transcript, place_pictures, tokenize};
+use hae::turn::segment;
 
 use crate::model::{TEXT, VISION, engine, exact, load, load_vision, quiet, repository};
 

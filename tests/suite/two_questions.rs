@@ -7,17 +7,15 @@
 
 use std::collections::BTreeSet;
 
-use hae::controller::Controller;
-use hae::conversation::{Conversation, Turn};
-use hae::engine::Engine;
+use hae::chat::{Begin, ChatOptions};
 use hae::generate::Finish;
 use hae::image::{self, Picture};
 use hae::llama::{CacheType, FlashAttention};
-use hae::policy::{self, Limits, Observe, PolicyOptions};
-use hae::prompt::Transcript;
+use hae::policy::{PolicyOptions, PolicySpec};
+use hae::turn::Turn;
 use serde_json::Value;
 
-use crate::model::{TEXT, VISION, engine, exact, load, load_vision, quiet, repository};
+use crate::model::{TEXT, VISION, exact, load, load_vision, quiet, repository};
 
 const SETS: [&str; 2] = ["dev", "test"];
 const MOST_CROPS: u32 = 6;
@@ -88,28 +86,21 @@ fn chats() -> Vec<Chat> {
 fn right(chats: &[Chat], policy: &str, recall: bool) -> (usize, usize) {
     let model = load(&repository(TEXT));
     let vision = load_vision(&repository(VISION), &model);
-    let limits = Limits {
-        n_layer: model.n_layer(),
-        n_cells: N_CTX as usize,
-    };
     let options = PolicyOptions {
         recall,
         ..PolicyOptions::default()
     };
-    let created = policy::create(policy, &options, limits).unwrap();
     let mut context = exact(N_CTX);
-    context.kv_size = Some(256);
     context.type_k = CacheType::F16;
     context.type_v = CacheType::F16;
     context.flash_attention = FlashAttention::Auto;
     context.n_threads_batch = 2;
-    if let Observe::Layers { layers, .. } = created.observe() {
-        context.score_layers = layers;
-    }
-    let engine = engine(&model, context);
-    let controller = Controller::new(created, engine.n_cells());
-    let transcript = Transcript::new(model.chat_template(), None);
-    let mut chat = Conversation::new(engine, Some(vision), controller, transcript, None, 0);
+    let options = ChatOptions {
+        context,
+        policy: PolicySpec::new(policy, options),
+        ..ChatOptions::default()
+    };
+    let mut chat = hae::Chat::begin(&model, Some(vision), &options, Begin::default()).unwrap();
 
     let (mut right, mut gone) = (0, 0);
     for Chat {
@@ -119,17 +110,18 @@ fn right(chats: &[Chat], policy: &str, recall: bool) -> (usize, usize) {
     } in chats
     {
         chat.clear();
-        let mut ask = |question: &str, pictures: Vec<Picture>| {
+        let mut ask = |question: &str, pictures: &[Picture]| {
             let turn = Turn {
-                text: question.to_owned(),
+                text: question,
                 pictures,
                 n_predict: Some(64),
+                expected: None,
             };
-            quiet(|hooks| chat.ask(&turn, hooks)).unwrap()
+            quiet(|hooks| chat.turn(turn, hooks)).unwrap()
         };
-        let first = ask(&questions[0], vec![picture.clone()]);
+        let first = ask(&questions[0], std::slice::from_ref(picture));
         gone += first.kv.cells.evicted.vision;
-        let second = ask(&questions[1], Vec::new());
+        let second = ask(&questions[1], &[]);
         let same = second.text.trim() == answer;
         right += usize::from(same && second.finish == Finish::Eog);
     }

@@ -7,13 +7,13 @@
 use std::collections::HashMap;
 
 use hae::controller::Controller;
-use hae::conversation::segment;
 use hae::engine::Engine;
 use hae::generate::{Finish, Segment, Session};
 use hae::image::{self, Picture};
 use hae::llama::{CacheType, FlashAttention, Piece};
 use hae::policy::{self, Limits, Observe, PolicyOptions};
 use hae::prompt;
+use hae::turn::segment;
 use serde_json::Value;
 
 use crate::fixture::json;

@@ -8,17 +8,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Result, anyhow};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::cli::load::{self, Files, Template};
-use crate::cli::options::{ContextArgs, ModelArgs, RopeArg};
+use crate::cli::load::{self, Files};
+use crate::cli::options::{ContextArgs, ModelArgs};
 use crate::cli::output::{ContextReport, FileReport};
 use hae::Error;
 use hae::asker::{Asker, Entrant};
 use hae::build::build;
 use hae::eval::question::{Expected, Image, Question};
-use hae::eval::record::{Contender, FileId, Header, QuestionSet, VERSION};
-use hae::llama::{ContextOptions, Model, RopeFactors, Vision};
+use hae::eval::record::{FileId, Header, QuestionSet, VERSION};
+use hae::llama::{ContextOptions, Model, Vision};
+use hae::open::{self, RopeChoice};
 use hae::outfile::FilesInUse;
-use hae::policy::{Amount, Limits, PolicySpec};
+use hae::policy::{Amount, PolicySpec};
 
 /// Tokens of an answer at most, and of a story.
 const N_PREDICT: usize = 256;
@@ -130,15 +131,14 @@ impl AskArgs {
         let model = load::load_model(files, &self.model)?;
         let vision = load::load_vision(files, &self.model, n_threads, &model)?;
         check_pictures(questions, num_crops, vision.as_ref())?;
-        let chosen = Template::chosen(self.chat_template.as_deref(), self.no_conversation);
-        let template = chosen.of(&model);
-        load::check_template(&model, chosen, template.as_deref(), None)?;
-        let mut context = self.context.options(model.n_ctx_train())?;
-        context.non_causal_images = vision.as_ref().is_some_and(Vision::non_causal);
-        let max_positions = rope(&mut context, self.model.rope_factors, &model);
+        let chosen = load::template(self.chat_template.as_deref(), self.no_conversation);
+        load::warn_about_template(&model, &chosen);
+        let template = chosen.of(&model, None)?;
+        let context = open::sized(&self.context.options()?, &model)?;
+        let rope = self.model.rope_factors.into();
         f(Ready {
             context,
-            asker: Asker::new(&model, vision, template, max_positions),
+            asker: Asker::new(&model, vision, template, rope),
             model,
         })
     }
@@ -153,7 +153,11 @@ impl AskArgs {
     ) -> Result<Header> {
         let id = |FileReport { file, sha256 }| FileId { file, sha256 };
         let context = &ready.context;
-        let rope = load::rope_name(context.rope_factors, &ready.model, context.n_ctx);
+        // Chosen for each question by how far it reaches.
+        let rope = match ready.model.long_rope_from() {
+            Some(_) => RopeChoice::from(self.model.rope_factors).name(),
+            None => "none",
+        };
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Ok(Header {
             version: VERSION,
@@ -180,20 +184,7 @@ impl Ready {
         policy: PolicySpec,
         budget: Option<Amount>,
     ) -> Result<Entrant> {
-        let limits = Limits {
-            n_layer: self.model.n_layer(),
-            n_cells: load::padded(self.context.n_ctx) as usize,
-        };
-        Ok(Entrant {
-            contender: Contender {
-                name,
-                policy: policy.name.clone(),
-                budget,
-                params: policy.create(limits)?.params(),
-            },
-            context: load::for_policy(self.context.clone(), &self.model, &policy)?,
-            policy,
-        })
+        Ok(self.asker.entrant(name, policy, budget, &self.context)?)
     }
 }
 
@@ -217,23 +208,6 @@ fn check_pictures<'q>(
         }
     }
     Ok(())
-}
-
-/// Sets the rope factors, the same for all policies and questions, and says how far they reach.
-fn rope(context: &mut ContextOptions, rule: RopeArg, model: &Model) -> Option<usize> {
-    let from = model.long_rope_from()?;
-    let long = match rule {
-        RopeArg::Context => return None,
-        RopeArg::Short => false,
-        RopeArg::Long => true,
-        RopeArg::Auto => load::padded(context.n_ctx) > from,
-    };
-    context.rope_factors = if long {
-        RopeFactors::Long
-    } else {
-        RopeFactors::Short
-    };
-    (!long).then_some(from as usize)
 }
 
 /// A bar with the time that is left, for so many answers of which some are there.

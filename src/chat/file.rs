@@ -1,9 +1,9 @@
-//! A conversation into a file and out of one. What comes out is believed only as far as it was
+//! A chat into a file and out of one. What comes out is believed only as far as it was
 //! checked: a checksum tells damage, not intent.
 
 use std::path::Path;
 
-use super::Conversation;
+use super::Chat;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::{History, Segment, Session};
@@ -13,7 +13,7 @@ use crate::saved::{ModelIdentity, Saved, Storage};
 /// Pictures of one conversation; their numbers are counted on.
 const MOST_IMAGES: u32 = 1 << 24;
 
-impl Conversation {
+impl Chat {
     /// Keeps the conversation in a file.
     ///
     /// # Errors
@@ -21,26 +21,26 @@ impl Conversation {
     pub fn save(&mut self, path: &Path) -> Result<()> {
         let Session {
             engine, controller, ..
-        } = &mut self.session;
+        } = &mut self.opened.session;
         // Where tokens move to other positions, nothing can be called back to where it was.
         let shifts = controller.shifts();
         let saved = Saved {
             model: identity(engine.model())?,
             rope_factors: engine.rope_factors(),
             storage: storage(engine),
-            transcript: self.transcript.clone(),
-            pending: self.pending,
+            transcript: self.talk.transcript.clone(),
+            pending: self.talk.pending,
             sampled: engine.sampled(),
-            images: self.images,
+            images: self.talk.images,
             ledger: controller.ledger().save(),
             state: engine.save()?,
             history: match shifts {
                 true => History::default(),
-                false => self.session.history().clone(),
+                false => self.opened.session.history().clone(),
             },
             host_bin: match shifts {
                 true => Vec::new(),
-                false => self.session.host_bin().saved().cloned().collect(),
+                false => self.opened.session.host_bin().saved().cloned().collect(),
             },
         };
         saved.write(path)
@@ -65,7 +65,7 @@ impl Conversation {
     }
 
     fn go_on_with(&mut self, saved: Saved) -> Result<()> {
-        let engine = &mut self.session.engine;
+        let engine = &mut self.opened.session.engine;
         check_model(&saved, engine)?;
         check_numbers(&saved, engine.model())?;
         let tokens = saved.ledger.entries.len();
@@ -83,11 +83,11 @@ impl Conversation {
                 .map_err(|e| does_not_fit(&saved.storage, &storage(engine), &e))?,
         };
         engine.resume_sampler(&saved.sampled)?;
-        self.session.controller.load(&saved.ledger, &cells)?;
-        self.session.resume(saved.history, saved.host_bin)?;
-        self.transcript = saved.transcript;
-        self.pending = saved.pending;
-        self.images = saved.images;
+        self.opened.session.controller.load(&saved.ledger, &cells)?;
+        self.opened.session.resume(saved.history, saved.host_bin)?;
+        self.talk.transcript = saved.transcript;
+        self.talk.pending = saved.pending;
+        self.talk.images = saved.images;
         Ok(())
     }
 }

@@ -1,0 +1,162 @@
+//! An answer and what it cost: the one report, whoever asked.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::attend::Shares;
+use crate::cache::{Counts, PerModality};
+use crate::engine::Engine;
+use crate::generate::{self, Finish, Session};
+
+/// An answer with its costs.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Answer {
+    pub text: String,
+    pub finish: Finish,
+    /// Cancelled before the whole question was read: the conversation is as it was before.
+    #[serde(skip)]
+    pub taken_back: bool,
+    pub tokens: Tokens,
+    pub kv: Kv,
+    /// What decoding steps attended to, where they looked cells up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attended: Option<Shares>,
+    pub timings: Timings,
+    pub evicted: Evicted,
+    pub policy: PolicyReport,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tokens {
+    /// Of this turn's prompt, without the token that the answer before it was cut off at, which
+    /// goes through the model with it: that one was generated.
+    pub prompt: PerModality,
+    /// Visual tokens of each picture of this turn.
+    pub images: Vec<usize>,
+    pub generated: usize,
+}
+
+/// The KV cache after the answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kv {
+    pub cells: Counts,
+    /// The most cells in use outside of prefills: what a budget bounds.
+    pub peak_decoding: usize,
+    /// Cells that the cache can hold.
+    pub n_cells: usize,
+    pub bytes_per_cell: u64,
+    /// Bytes that the cells in use take.
+    pub bytes_in_use: u64,
+    /// Bytes of the most cells ever in use, the whole prompt included.
+    pub bytes_peak: u64,
+    /// Bytes of `peak_decoding`.
+    pub bytes_peak_decoding: u64,
+    /// Bytes of the buffers behind the cache, whatever is in use.
+    pub bytes_allocated: u64,
+    /// The most that these ever were, trial runs included.
+    pub bytes_allocated_peak: u64,
+    /// Bytes of evicted text that waits in host memory.
+    #[serde(default)]
+    pub bytes_host: u64,
+}
+
+impl Kv {
+    /// That of a session now.
+    pub fn of<E: Engine>(session: &Session<E>) -> Self {
+        let cells = session.controller.ledger().counts();
+        let peak_decoding = session.controller.report().peak_decoding;
+        let bytes = session.engine.kv_bytes();
+        Kv {
+            cells,
+            peak_decoding,
+            n_cells: session.engine.n_cells(),
+            bytes_per_cell: bytes.per_cell,
+            bytes_in_use: bytes.per_cell * cells.cells() as u64,
+            bytes_peak: bytes.per_cell * cells.peak as u64,
+            bytes_peak_decoding: bytes.per_cell * peak_decoding as u64,
+            bytes_allocated: bytes.allocated,
+            bytes_allocated_peak: session.peak_bytes().max(bytes.allocated),
+            bytes_host: session.host_bin().bytes() as u64,
+        }
+    }
+}
+
+/// Milliseconds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Timings {
+    /// Cutting up and encoding the pictures; the prompt's tokenization is in it. Where pictures are
+    /// encoded once for several policies, each of them reports that time.
+    pub vision_encode_ms: f64,
+    /// The trial run of the first layers before the prefill (`--dap-mode early` or `midway`).
+    pub probe_ms: f64,
+    pub prefill_ms: f64,
+    /// From the question to the first token, encoding included.
+    pub ttft_ms: Option<f64>,
+    /// Mean time of a token after the first.
+    pub tpot_ms: Option<f64>,
+    pub decode_ms: f64,
+}
+
+impl Timings {
+    /// Those of a generation whose prompt took `encode` to be made.
+    pub fn of(times: &generate::Timings, encode: Duration) -> Self {
+        let ms = |d: Duration| d.as_secs_f64() * 1e3;
+        Timings {
+            vision_encode_ms: ms(encode),
+            probe_ms: ms(times.probe),
+            prefill_ms: ms(times.prefill),
+            ttft_ms: times.first_token.map(|t| ms(t + encode)),
+            tpot_ms: times.per_token().map(ms),
+            decode_ms: ms(times.decode),
+        }
+    }
+}
+
+/// Counts over the whole conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evicted {
+    pub after_prefill: usize,
+    pub in_decoding: usize,
+    /// Decoding steps that removed tokens.
+    pub flushes: usize,
+    /// Times that a token came back from the recycle bin.
+    pub restores: usize,
+    /// Evicted tokens that came back for a later question.
+    pub recalled: usize,
+}
+
+impl Evicted {
+    /// Those of a session so far.
+    pub fn of<E>(session: &Session<E>) -> Self {
+        let report = session.controller.report();
+        Evicted {
+            after_prefill: report.evicted_after_prefill,
+            in_decoding: report.evicted_in_decoding,
+            flushes: report.flushes,
+            restores: report.restores,
+            recalled: report.recalled,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PolicyReport {
+    pub name: &'static str,
+    /// Every parameter with its value.
+    pub params: serde_json::Value,
+    /// The file of `hae calibrate` that parameters were taken from, where one was.
+    pub calibration: Option<String>,
+}
+
+impl PolicyReport {
+    /// That of a session's policy.
+    pub fn of<E>(session: &Session<E>) -> Self {
+        let report = session.controller.report();
+        PolicyReport {
+            name: report.policy,
+            params: report.params,
+            calibration: None,
+        }
+    }
+}
