@@ -4,12 +4,12 @@ mod cli;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use cli::polling::PollArgs;
 use cli::{
-    Done, bench, calibrate, compare, convert, demo, eval, interrupt, options, quantize, replay,
-    report, run,
+    Done, bench, calibrate, compare, convert, demo, eval, help, interrupt, options, quantize,
+    replay, report, run,
 };
 
 /// Run vision-language GGUFs with a KV cache that stays small.
@@ -42,6 +42,8 @@ enum Command {
     Replay(Box<replay::Args>),
     /// Show saved results and traces in one HTML file
     Report(report::Args),
+    /// List the cache policies and the flags that tune them
+    Policies,
 }
 
 impl Command {
@@ -57,7 +59,8 @@ impl Command {
             Command::Convert(_)
             | Command::Quantize(_)
             | Command::Replay(_)
-            | Command::Report(_) => None,
+            | Command::Report(_)
+            | Command::Policies => None,
         }
     }
 }
@@ -76,14 +79,18 @@ fn main() -> ExitCode {
         hae::tempfiles::remove_all();
         2
     });
-    let args = options::spelling::llama_spelling(std::env::args_os(), Cli::command());
-    let cli = match args {
-        Ok(args) => Cli::parse_from(args),
+    let mut program = help::in_two_sizes(Cli::command());
+    let args = match options::spelling::llama_spelling(std::env::args_os(), program.clone()) {
+        Ok(args) => args,
         Err(e) => {
             cli::warn(&e.to_string());
             return ExitCode::from(2);
         }
     };
+    let cli = program
+        .try_get_matches_from_mut(args)
+        .and_then(|matches| Cli::from_arg_matches(&matches))
+        .unwrap_or_else(|e| e.exit());
     if let Some(poll) = cli.command.poll() {
         poll.apply();
     }
@@ -100,6 +107,7 @@ fn main() -> ExitCode {
             Command::Calibrate(args) => calibrate::run(&args),
             Command::Replay(args) => replay::run(&args),
             Command::Report(args) => report::run(&args),
+            Command::Policies => help::print_policies(&mut program),
         }
     };
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(command)) {

@@ -34,64 +34,81 @@ const MOST_TOKENS: u32 = 1 << 24;
 #[derive(Debug, clap::Args)]
 #[command(
     allow_negative_numbers = true,
-    after_help = "Lists: values separated by commas or flags given several times; numbers also as \
-                  spans 512-2048, 512-2048+512, 512-2048*2. Every combination is measured."
+    after_help = "Lists: values separated by commas, or flags given several times. Numbers also as \
+                  spans: 512-2048, 512-2048+512, 512-2048*2. Every combination is measured. \
+                  --attend is for the policies behind the first, or for a single one."
 )]
 pub struct Args {
-    /// Text model (GGUF); repeat for several [default: the small Phi-3.5-vision model inside this
-    /// program]
+    /// Text model [default: a small one in this program]
+    ///
+    /// A GGUF. Repeat for several.
     #[arg(short, long, value_name = "FILE")]
     model: Vec<PathBuf>,
-    /// -mm: vision file, one for all models or one for each
+    /// -mm: vision file, one for all or one each
     #[arg(long, alias = "mm", value_name = "FILE")]
     mmproj: Vec<PathBuf>,
-    /// Cache policies, list (names: `hae run --help`); they are measured by turns and compared
-    /// with the first
+    /// Policies, list
+    ///
+    /// They are measured by turns. The first is what the others are compared with.
     #[arg(long, value_name = "NAME", default_value = "full,hae")]
     kv_policy: Vec<String>,
-    /// Tokens of a prompt, list; 0: no such test [default: 512, none with --workload]
+    /// Tokens of a prompt, list [default: 512]
+    ///
+    /// 0: no such test. With --workload none is the default.
     #[arg(short = 'p', long, value_name = "N")]
     n_prompt: Vec<String>,
-    /// Tokens to generate, list; 0: no such test [default: 128, none with --workload]
+    /// Tokens to write, list [default: 128]
+    ///
+    /// 0: no such test. With --workload none is the default.
     #[arg(short = 'n', long, value_name = "N")]
     n_gen: Vec<String>,
-    /// A conversation of several turns, from a file such as those in benches/workloads; repeat for
-    /// several
+    /// Conversation of several turns, from a file
+    ///
+    /// Such as those in benches/workloads. Repeat for several.
     #[arg(long, value_name = "FILE")]
     workload: Vec<PathBuf>,
-    /// -pg: a prompt and an answer after it; repeat for several
+    /// -pg: a prompt, and an answer after it
+    ///
+    /// Repeat for several.
     #[arg(long, value_name = "PP,TG")]
     pg: Vec<String>,
-    /// Tokens that are in the cache before a test, list
+    /// Tokens in the cache before, list
     #[arg(short = 'd', long, value_name = "N", default_value = "0")]
     n_depth: Vec<String>,
     /// Pictures in front of each prompt, list
     #[arg(long, value_name = "N", default_value = "0")]
     images: Vec<String>,
-    /// Their size in pixels, list; they show noise
+    /// Size of a picture, list
+    ///
+    /// In pixels. Pictures show noise.
     #[arg(long, value_name = "WxH", default_value = "336x336")]
     image_size: Vec<String>,
     #[command(flatten)]
     crops: CropArgs,
-    /// Made-up embeddings instead of encoded pictures, this many for each, list
+    /// Made-up embeddings for each picture, list
+    ///
+    /// Instead of encoded pictures, for models without a vision file.
     #[arg(long, value_name = "N")]
     image_tokens: Vec<String>,
-    /// -ngl: layers on the GPU: numbers, `all` or `auto`, list
+    /// -ngl: layers on the GPU, list
+    ///
+    /// Numbers, all or auto. --n-gpu-layers is the same.
     #[arg(
         long,
-        visible_alias = "n-gpu-layers",
-        alias = "ngl",
+        aliases = ["n-gpu-layers", "ngl"],
         value_name = "N",
         default_value = "auto"
     )]
     gpu_layers: Vec<String>,
-    /// -fa: flash attention: on, off or auto, list
+    /// -fa: flash attention, list
+    ///
+    /// on, off or auto.
     #[arg(long, alias = "fa", value_name = "WHEN", default_value = "auto")]
     flash_attn: Vec<String>,
-    /// -ctk: types of the K cache, list
+    /// -ctk: types of K, list
     #[arg(long, alias = "ctk", value_name = "TYPE", default_value = "f16")]
     cache_type_k: Vec<String>,
-    /// -ctv: types of the V cache, list
+    /// -ctv: types of V, list
     #[arg(long, alias = "ctv", value_name = "TYPE", default_value = "f16")]
     cache_type_v: Vec<String>,
     /// Threads, list [default: physical cores]
@@ -105,10 +122,12 @@ pub struct Args {
     /// -ub: rows computed at once, list
     #[arg(long, alias = "ub", value_name = "N", default_value = "512")]
     ubatch_size: Vec<String>,
-    /// Times that each test runs; the results are medians
+    /// Times that each test runs
+    ///
+    /// The results are medians.
     #[arg(short, long, value_name = "N", default_value = "5")]
     repetitions: String,
-    /// Decides the random tokens and pictures
+    /// Seed of the random tokens and pictures
     #[arg(short, long, value_name = "N", default_value_t = 1)]
     seed: u32,
     /// Do not run each test once before it counts
@@ -116,13 +135,10 @@ pub struct Args {
     no_warmup: bool,
     #[command(flatten)]
     policy: PolicyArgs,
-    #[command(
-        flatten,
-        next_help_heading = "Lookups of the policies behind the first, or of a single one"
-    )]
+    #[command(flatten)]
     attend: AttendArgs,
-    /// What stdout carries
-    #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
+    /// md, csv, json, jsonl or sql
+    #[arg(short, long, value_enum, hide_possible_values = true, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
     /// Show llama.cpp's log on stderr
     #[arg(short, long, help_heading = "Output")]

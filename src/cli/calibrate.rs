@@ -13,6 +13,7 @@ use indicatif::ProgressBar;
 
 use super::exam::{AskArgs, Asked, QuestionArgs, Ready, Sitting, bar, write};
 use super::load::Files;
+use super::options::POLICY;
 use super::{Done, interrupt, note};
 use hae::Error;
 use hae::asker::Entrant;
@@ -40,29 +41,39 @@ const CALIBRATED: &str = "calibrated";
 pub struct Args {
     #[command(flatten)]
     questions: QuestionArgs,
-    /// Choose on this share of the pictures, check on the others, which --every and --limit thin
-    /// out as well. Which pictures these are follows from their names
+    /// Share of the pictures to choose on
+    ///
+    /// The check is on the others. --every and --limit thin out both. Which pictures these are
+    /// follows from their names.
     #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
     tune: f64,
-    /// Times that the search goes over all parameters; it ends before when one changes nothing
+    /// Times to go over all parameters
+    ///
+    /// The search ends before when one round changes nothing.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10), value_name = "N")]
     passes: u32,
-    /// Memory to choose for: cells taken at most once the prompt was pruned, a number (512), or a
-    /// share of what the full cache would hold at the end of the prompt, below 1
+    /// Most cells to choose for
+    ///
+    /// The most cells that are taken once the prompt was pruned, a number (512) or a share. A share is one of what the full
+    /// cache would hold at the end of the prompt, and below 1.
     #[arg(
         long,
         default_value = "0.4",
         value_name = "N|SHARE",
-        help_heading = "KV cache policy"
+        help_heading = POLICY
     )]
     kv_budget: Amount,
     #[command(flatten)]
     pub ask: AskArgs,
-    /// Write the parameters to FILE [default: MODEL.hae.json beside the model]
+    /// Where the parameters go
+    ///
+    /// [default: MODEL.hae.json beside the model]
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,
-    /// What stdout carries: tables, or what FILE holds
-    #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
+    /// md for tables, or json
+    ///
+    /// json is what the file holds.
+    #[arg(short, long, value_enum, hide_possible_values = true, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Result, anyhow};
 
 use super::load::Files;
 use super::options::calibrated::Taken;
-use super::options::{ModelArgs, PolicyArgs};
+use super::options::{ModelArgs, PRESETS, PolicyArgs};
 use super::warn;
 use hae::Error;
 use hae::calibrate::file::Calibration;
@@ -15,13 +15,13 @@ use hae::outfile::FilesInUse;
 use hae::policy::PolicyOptions;
 
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "KV cache policy")]
+#[command(next_help_heading = PRESETS)]
 pub struct CalibrationArgs {
-    /// With --kv-policy hae: what `hae calibrate` found, for the flags that are not given
+    /// With --kv-policy hae: what hae calibrate found. It stands in for flags that are not given
     /// [default: MODEL.hae.json beside the model, if it is there]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["no_calibration", "kv_preset"])]
     calibration: Option<PathBuf>,
-    /// Take hae's own defaults, whatever is beside the model
+    /// Take hae's own defaults, whatever lies beside the model
     #[arg(long)]
     no_calibration: bool,
 }

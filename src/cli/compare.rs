@@ -19,10 +19,13 @@ use hae::eval::summary::Summary;
 #[derive(Debug, clap::Args)]
 #[command(
     allow_negative_numbers = true,
+    next_help_heading = "Prompt",
     after_help = "Lists: values separated by commas. Every policy but full is asked at every --kv-budget."
 )]
 pub struct Args {
-    /// Picture to ask about; repeat for several, or put commas between them
+    /// Picture to ask about; repeat for several
+    ///
+    /// Or put commas between them.
     #[arg(long, value_name = "FILE", requires = "prompt")]
     image: Vec<PathBuf>,
     #[command(flatten)]
@@ -38,13 +41,17 @@ pub struct Args {
     prompt: Option<String>,
     #[command(flatten)]
     escapes: EscapeArgs,
-    /// File of prompts: JSON lines as for `hae eval`, answers may be missing
+    /// File of prompts, JSON lines
+    ///
+    /// As for hae eval, but answers may be missing.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Times that each policy answers, by turns; times are medians
+    /// Times that each policy answers
+    ///
+    /// By turns. Times in the table are medians.
     #[arg(short, long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     repetitions: u32,
-    /// Do not measure how far predictions are from the full cache's
+    /// Do not measure the distance to the full cache
     #[arg(long)]
     no_distance: bool,
     #[command(flatten)]

@@ -18,10 +18,10 @@ pub struct ConvertArgs {
     /// Vision file to write
     #[arg(long, value_name = "GGUF")]
     pub mmproj: PathBuf,
-    /// Type of the matrices; with q8_0 the vision file gets f16
+    /// Type of the matrices. With q8_0 the vision file gets f16
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub outtype: Type,
-    /// The model's name in both files; must hold "phi-3" or "phi3" [default: config.json's, or
+    /// The model's name in both files. It must hold "phi-3" or "phi3" [default: config.json's, or
     /// Phi-3.5-vision]
     #[arg(long)]
     pub name: Option<String>,

@@ -8,8 +8,9 @@ use hae::llama::Vision;
 /// How pictures are cut up.
 #[derive(Debug, clap::Args)]
 pub struct CropArgs {
-    /// Crops that Phi-3.5-vision may cut a picture into, 1 to 64; more show smaller things and
-    /// take more cells [default: what the vision file says]
+    /// Most crops of a Phi-3.5 picture, 1 to 64
+    ///
+    /// More crops show smaller things and take more cells. [default: what the vision file says]
     #[arg(long, value_name = "N")]
     num_crops: Option<i64>,
 }

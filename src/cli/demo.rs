@@ -22,9 +22,8 @@ use hae::policy::PolicySpec;
 use hae::turn::Turn;
 
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Prompt")]
 pub struct Args {
-    #[command(flatten)]
-    model: ModelArgs,
     /// Picture to ask about [default: one inside this program]
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
@@ -38,12 +37,16 @@ pub struct Args {
         value_name = "TEXT"
     )]
     prompt: String,
-    /// Tokens to generate at most
+    /// Most tokens to write
     #[arg(short, long, default_value_t = 256, value_name = "N")]
     n_predict: u32,
-    /// Times that each side answers, by turns; the table shows medians
+    /// Times that each side answers
+    ///
+    /// By turns. The table shows medians.
     #[arg(short, long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
     repetitions: u32,
+    #[command(flatten)]
+    model: ModelArgs,
     #[command(flatten)]
     pub context: ContextArgs,
     #[command(flatten)]

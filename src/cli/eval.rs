@@ -16,19 +16,25 @@ use hae::eval::summary::Summary;
 pub struct Args {
     #[command(flatten)]
     questions: QuestionArgs,
-    /// Hold out a part: tune or test, with the share of the pictures that is for tuning, as in
-    /// tune:0.3. Which pictures these are follows from their names
+    /// Ask a part: tune, test, or tune:0.3
+    ///
+    /// The number is the share of the pictures that is for tuning. Which pictures these are follows
+    /// from their names.
     #[arg(long, value_name = "PART[:SHARE]")]
     part: Option<Part>,
-    /// Measure how far predictions are from the full cache's, which takes two more runs of each
-    /// question
+    /// Measure the distance to the full cache
+    ///
+    /// How far predictions are from the full cache's. It takes two more runs of each question.
     #[arg(long)]
     distance: bool,
-    /// Exit with 1 when a policy answers a smaller share than this, or its stories state a
-    /// smaller share of their facts
+    /// Exit with 1 when a policy is right less often
+    ///
+    /// Or when its stories state a smaller share of their facts.
     #[arg(long, value_name = "SHARE")]
     min_accuracy: Option<f64>,
-    /// Exit with 1 when a policy's mean KL to the full cache is larger; measures distances
+    /// Exit with 1 when the mean KL is larger
+    ///
+    /// That of a policy to the full cache. It implies --distance.
     #[arg(long, value_name = "NATS")]
     max_kl: Option<f64>,
     #[command(flatten)]

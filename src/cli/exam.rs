@@ -12,7 +12,7 @@ use anyhow::Result;
 
 use super::bench::policies;
 use super::load::Files;
-use super::options::{PolicyArgs, full_takes_no_parameters};
+use super::options::{POLICY, PolicyArgs, full_takes_no_parameters};
 use super::{Done, interrupt};
 use hae::Error;
 use hae::asker::Entrant;
@@ -33,29 +33,33 @@ pub use sitting::{Sitting, Traces};
 
 #[derive(Debug, clap::Args)]
 pub struct ExamArgs {
-    /// Cache policies, list (names: `hae run --help`); the first is what the others are compared
-    /// with
+    /// Policies, list
+    ///
+    /// The first is what the others are compared with.
     #[arg(
         long,
         value_name = "NAME",
         default_value = "full,hae",
-        help_heading = "KV cache policy"
+        help_heading = POLICY
     )]
     kv_policy: Vec<String>,
     #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
     pub ask: AskArgs,
-    /// Save each answer in FILE as it comes, JSON lines; a file that was begun goes on
+    /// Save each answer as it comes, or go on
+    ///
+    /// FILE holds JSON lines. A file that an earlier run began goes on.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,
-    /// Write what the cache saw and decided at each question to a file in DIR, which the answers
-    /// in FILE name: for `hae report` and `hae replay`. Under `full` attention is read for it, too,
-    /// and all times include the writing
+    /// Write what the cache did at each question
+    ///
+    /// One file for each question, for hae report and hae replay. The answers in the file of --out
+    /// name them. Under full attention is read for it, too, and all times include the writing.
     #[arg(long, value_name = "DIR", requires = "out", help_heading = "Output")]
     trace: Option<PathBuf>,
-    /// What stdout carries
-    #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
+    /// md, json, jsonl or csv
+    #[arg(short, long, value_enum, hide_possible_values = true, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     pub output: Format,
 }
 

@@ -13,12 +13,16 @@ const STDIN: &str = "-";
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Prompt")]
 pub struct EscapeArgs {
-    /// In the prompt \n, \t, \r, \', \", \\ and \x41 stand for what they name: llama.cpp's default,
-    /// and this one
-    #[arg(short = 'e', long, overrides_with = "no_escape")]
+    /// In the prompt \n, \t, \r, \', \", \\ and \x41 stand for what they name. This is the default
+    #[arg(
+        short = 'e',
+        long,
+        overrides_with = "no_escape",
+        hide_short_help = true
+    )]
     escape: bool,
     /// Take backslashes in the prompt as they are
-    #[arg(long, overrides_with = "escape")]
+    #[arg(long, overrides_with = "escape", hide_short_help = true)]
     no_escape: bool,
 }
 

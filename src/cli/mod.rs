@@ -10,6 +10,7 @@ mod crops;
 pub mod demo;
 pub mod eval;
 mod exam;
+pub mod help;
 mod inputs;
 pub mod interrupt;
 mod load;

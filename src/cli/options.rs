@@ -1,6 +1,7 @@
 //! Flags that several commands share: llama.cpp's names where llama.cpp has one.
 
 pub mod calibrated;
+mod elsewhere;
 pub mod spelling;
 
 use std::path::PathBuf;
@@ -18,6 +19,19 @@ use hae::policy::{
     Amount, DapMode, DapOptions, DapRule, Layers, Norm, PolicyOptions, Pooling, Queries, Scope,
 };
 
+/// Flags that `hae run --help` shows, and beside them those that are for tuning.
+pub const POLICY: &str = "KV cache policy";
+const PRUNING: &str = "Which visual tokens leave after a prompt";
+const SCORES: &str = "How attention becomes a score";
+const DECODING: &str = "What leaves while an answer is written";
+pub const QUESTIONS: &str = "What a new question finds";
+pub const PRESETS: &str = "Where values come from";
+const ONE_POLICY: &str = "What one policy alone reads";
+
+/// Headings of the flags that tune a policy: `-h` leaves them out, `hae help policies` has them all
+/// beside [`POLICY`].
+pub const TUNING: [&str; 6] = [PRUNING, SCORES, DECODING, QUESTIONS, PRESETS, ONE_POLICY];
+
 /// What is wrong with parameters of policies where `full` is the only one.
 pub fn full_takes_no_parameters() -> Error {
     let reason = "full takes no parameters, expected another policy beside these flags";
@@ -28,24 +42,28 @@ pub fn full_takes_no_parameters() -> Error {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Text model (GGUF) [default: the small Phi-3.5-vision model inside this program]
+    /// Text model [default: a small one in this program]
+    ///
+    /// A GGUF. The small one has Phi-3.5-vision's architecture.
     #[arg(short, long, value_name = "FILE")]
     pub model: Option<PathBuf>,
-    /// -mm: vision file (GGUF) that belongs to the model
+    /// -mm: vision file (GGUF) of the model
     #[arg(long, alias = "mm", value_name = "FILE")]
     pub mmproj: Option<PathBuf>,
-    /// -ngl: layers to keep on the GPU: a number, `all`, or `auto` for llama.cpp's choice
-    #[arg(long, visible_alias = "n-gpu-layers", alias = "ngl", default_value = "auto", value_parser = gpu_layers, value_name = "N")]
+    /// -ngl: layers on the GPU, or all
+    ///
+    /// A number, all, or auto for llama.cpp's choice. --n-gpu-layers is the same.
+    #[arg(long, aliases = ["n-gpu-layers", "ngl"], default_value = "auto", value_parser = gpu_layers, value_name = "N")]
     pub gpu_layers: GpuLayers,
-    /// Read the weights into memory at once instead of mapping the file
-    #[arg(long)]
+    /// Read the weights into memory instead of mapping the file
+    #[arg(long, hide_short_help = true)]
     pub no_mmap: bool,
     /// Keep the weights in memory, never swapped out
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     pub mlock: bool,
-    /// Which longrope factors to use: `auto` follows the positions that the run can reach,
-    /// `context` the size of the cache (as llama.cpp does)
-    #[arg(long, value_enum, default_value_t = RopeArg::Auto, value_name = "RULE")]
+    /// Which longrope factors to use. auto goes by the positions that the run can reach. context
+    /// goes by the size of the cache, as llama.cpp does
+    #[arg(long, hide_short_help = true, value_enum, default_value_t = RopeArg::Auto, value_name = "RULE")]
     pub rope_factors: RopeArg,
 }
 
@@ -110,31 +128,51 @@ enum FlashArg {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Context")]
 pub struct ContextArgs {
-    /// Cells of the KV cache, which llama.cpp rounds up to a multiple of 256; 0: the context
-    /// length that the model was trained for
+    /// Cells of the KV cache
+    ///
+    /// One for each token. llama.cpp rounds the number up to a multiple of 256. 0 takes the context length that the
+    /// model was trained for.
     #[arg(short = 'c', long, default_value_t = 4096, value_name = "N")]
     pub ctx_size: u32,
     /// Rows of one decode call
-    #[arg(short = 'b', long, default_value_t = 2048, value_name = "N")]
+    #[arg(
+        short = 'b',
+        long,
+        hide_short_help = true,
+        default_value_t = 2048,
+        value_name = "N"
+    )]
     batch_size: u32,
     /// -ub: rows computed at once
-    #[arg(long, alias = "ub", default_value_t = 512, value_name = "N")]
+    #[arg(
+        long,
+        alias = "ub",
+        hide_short_help = true,
+        default_value_t = 512,
+        value_name = "N"
+    )]
     ubatch_size: u32,
-    /// Threads while generating [default: physical cores]
+    /// Threads [default: physical cores]
+    ///
+    /// While the answer is written. --threads-batch is for the prompt.
     #[arg(short, long, value_name = "N")]
     threads: Option<i64>,
     /// -tb: threads while reading the prompt [default: as --threads]
-    #[arg(long, alias = "tb", value_name = "N")]
+    #[arg(long, alias = "tb", hide_short_help = true, value_name = "N")]
     threads_batch: Option<i64>,
     #[command(flatten)]
     pub poll: PollArgs,
-    /// -fa: flash attention
-    #[arg(long, alias = "fa", value_enum, num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_name = "WHEN")]
+    /// -fa: flash attention, on or off
+    #[arg(long, alias = "fa", value_enum, hide_possible_values = true, num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_name = "WHEN")]
     flash_attn: FlashArg,
-    /// -ctk: type of the K cache: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1
+    /// -ctk: type of K, such as q8_0
+    ///
+    /// One of f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1.
     #[arg(long, alias = "ctk", default_value = "f16", value_parser = cache_type, value_name = "TYPE")]
     cache_type_k: CacheType,
-    /// -ctv: type of the V cache; quantized types need flash attention
+    /// -ctv: type of V, such as q8_0
+    ///
+    /// The types are those of K. Quantized ones need flash attention.
     #[arg(long, alias = "ctv", default_value = "f16", value_parser = cache_type, value_name = "TYPE")]
     cache_type_v: CacheType,
     #[command(flatten)]
@@ -143,19 +181,29 @@ pub struct ContextArgs {
 
 /// What a decoded token attends to.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = POLICY)]
 pub struct AttendArgs {
-    /// Visual tokens that each layer looks at while the answer is written: a number, or a share.
-    /// Every layer and token chooses anew, and nothing is removed [default: all]
-    #[arg(long, value_name = "N|SHARE")]
+    /// Visual tokens a layer looks at [default: all]
+    ///
+    /// A number, or a share. While the answer is written, every layer chooses anew for every
+    /// token. Nothing is removed, so no memory is saved.
+    #[arg(long, value_name = "N|SHARE", display_order = 901)]
     attend: Option<Amount>,
-    /// The same of text, beside the first tokens, the last ones and the question [default: all]
-    #[arg(long, value_name = "N|SHARE")]
+    /// Text tokens a layer looks at [default: all]
+    ///
+    /// A number, or a share. The first tokens, the last ones and the question come on top.
+    #[arg(long, value_name = "N|SHARE", display_order = 902)]
     attend_text: Option<Amount>,
-    /// Last tokens that every layer looks at [default: 16]
-    #[arg(long, value_name = "N")]
+    /// With a lookup (--attend, --attend-text): last tokens that every layer looks at [default: 16]
+    #[arg(long, value_name = "N", display_order = 903, hide_short_help = true)]
     attend_recent: Option<usize>,
-    /// Layers before this one look at everything [default: 0]
-    #[arg(long, value_name = "LAYER")]
+    /// With a lookup: the layers before this one look at everything [default: 0]
+    #[arg(
+        long,
+        value_name = "LAYER",
+        display_order = 904,
+        hide_short_help = true
+    )]
     attend_from: Option<u32>,
 }
 
@@ -244,26 +292,28 @@ fn threads(flag: &'static str, n: i64) -> Result<i32> {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplerArgs {
-    /// Seed of the sampler; -1: from the clock
+    /// Seed of the sampler; -1: the clock
     #[arg(short, long, default_value_t = -1, value_name = "N")]
     seed: i64,
-    /// Temperature; 0 takes the likeliest token
+    /// Temperature; 0: the likeliest token
     #[arg(long, alias = "temperature", default_value_t = 0.8, value_name = "T")]
     temp: f32,
     /// Choose among the K likeliest tokens; 0: all
-    #[arg(long, default_value_t = 40, value_name = "K")]
+    #[arg(long, hide_short_help = true, default_value_t = 40, value_name = "K")]
     top_k: i32,
-    /// Choose among the likeliest tokens that hold this probability
+    /// Choose among the tokens that hold P
+    ///
+    /// The likeliest tokens that together have this probability.
     #[arg(long, default_value_t = 0.95, value_name = "P")]
     top_p: f32,
     /// Drop tokens below this share of the likeliest one's probability
-    #[arg(long, default_value_t = 0.05, value_name = "P")]
+    #[arg(long, hide_short_help = true, default_value_t = 0.05, value_name = "P")]
     min_p: f32,
     /// Divide the odds of recent tokens by this; 1: off
-    #[arg(long, default_value_t = 1.0, value_name = "X")]
+    #[arg(long, hide_short_help = true, default_value_t = 1.0, value_name = "X")]
     repeat_penalty: f32,
     /// Tokens that the penalty looks back on; -1: as many as the context holds
-    #[arg(long, default_value_t = 64, value_name = "N")]
+    #[arg(long, hide_short_help = true, default_value_t = 64, value_name = "N")]
     repeat_last_n: i32,
 }
 
@@ -312,17 +362,13 @@ impl SamplerArgs {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum NormArg {
-    /// Divided by the number of queries that could see the token
     Query,
-    /// Plain cumulative sums, as in the paper
     Sum,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum QueriesArg {
-    /// Every text token of the prompt, as in the paper
     All,
-    /// The prompt's last token
     Last,
 }
 
@@ -342,100 +388,102 @@ enum PoolingArg {
 /// The parameters of the policies; each reads those that it has. The defaults that the help names are those of
 /// [`PolicyOptions::default`], which a test compares.
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "KV cache policy")]
+#[command(next_help_heading = POLICY)]
 pub struct PolicyArgs {
-    /// Where the values below start from: `default`, or `paper` (arXiv 2602.02197)
-    #[arg(long, value_name = "NAME")]
-    kv_preset: Option<String>,
-    /// Keep this many visual tokens (64), or this share of them (0.4), by attention
-    /// [default: what a --kv-budget below 1.0 leaves room for, otherwise what --dap-spread says, or
-    /// 0.4 with --dap-mode early]
+    /// Visual tokens to keep: 64, or 0.4 of them
+    ///
+    /// Those with the most attention stay. With --dap-spread this is the least. [default: what a
+    /// --kv-budget below 1.0 leaves room for, else what --dap-spread says, and 0.4 with --dap-mode
+    /// early]
     #[arg(long, value_name = "N|SHARE")]
     dap_keep: Option<Amount>,
-    /// Drop visual tokens below TAU times the mean attention
-    #[arg(long, value_name = "TAU", conflicts_with = "dap_keep")]
+    /// Drop visual tokens below TAU × the mean attention
+    #[arg(long, value_name = "TAU", conflicts_with = "dap_keep", help_heading = PRUNING)]
     dap_tau: Option<f64>,
-    /// Drop visual tokens below R times the sum of attention, as in the paper
-    #[arg(long, value_name = "R", conflicts_with_all = ["dap_keep", "dap_tau"])]
+    /// Drop visual tokens below R × the sum of attention, as in the paper
+    #[arg(long, value_name = "R", conflicts_with_all = ["dap_keep", "dap_tau"], help_heading = PRUNING)]
     dap_r: Option<f64>,
-    /// Keep X times as many visual tokens as attention is spread over: few where a question looks
-    /// at one thing, all where it looks at everything. --dap-keep says how many at least, 0.25
-    /// if it does not [default: 2, unless another rule or a --kv-budget below 1.0 is given, or
-    /// --dap-mode early]
-    #[arg(long, value_name = "X", conflicts_with_all = ["dap_tau", "dap_r", "dap_alpha"])]
+    /// Keep X times the number of visual tokens that share most of the attention. That is few where
+    /// a question looks at one thing, and all where it looks at everything. At least --dap-keep
+    /// stay, or 0.25 of them. Off with another rule, with a --kv-budget below 1.0, or with
+    /// --dap-mode early [default: 2]
+    #[arg(long, value_name = "X", conflicts_with_all = ["dap_tau", "dap_r", "dap_alpha"], help_heading = PRUNING)]
     dap_spread: Option<f64>,
-    /// With --dap-tau or --dap-r: keep a token that any single query gave this much
-    #[arg(long, value_name = "A", conflicts_with = "dap_keep")]
+    /// With --dap-tau or --dap-r: spare a token that any one query looked at this much
+    #[arg(long, value_name = "ALPHA", conflicts_with = "dap_keep", help_heading = PRUNING)]
     dap_alpha: Option<f64>,
-    /// When visual tokens are dropped: after the whole prompt went in (exact), or, as a trial run
-    /// of the layers up to the last scoring layer says, before any went in (early) or before the
-    /// layers that the trial run left out (midway). The last two want few and early --score-layers
-    /// [default: exact]
-    #[arg(long, value_enum, value_name = "WHEN")]
+    /// When to drop visual tokens. exact: after the prefill. early: before the prefill. midway: after
+    /// the first layers. With early and midway, choose few and low --score-layers [default: exact]
+    #[arg(long, value_enum, value_name = "WHEN", help_heading = PRUNING)]
     dap_mode: Option<DapModeArg>,
-    /// With --dap-mode early: judge the tokens that separate parts of a picture (the row ends of
-    /// Phi-3.5-vision) like any other; otherwise they stay first, as up to half of what is kept
-    #[arg(long, action = ArgAction::SetTrue)]
+    /// With --dap-mode early: judge row ends of a picture like other tokens. Otherwise they stay
+    /// first, as at most half of what is kept
+    #[arg(long, action = ArgAction::SetTrue, help_heading = PRUNING)]
     prune_separators: bool,
-    /// Prune no visual tokens
-    #[arg(long, conflicts_with_all = ["dap_keep", "dap_tau", "dap_r", "dap_spread", "dap_alpha"])]
+    /// Drop no visual tokens after a prompt
+    #[arg(long, conflicts_with_all = ["dap_keep", "dap_tau", "dap_r", "dap_spread", "dap_alpha"], help_heading = PRUNING)]
     no_dap: bool,
-    /// Layers whose attention scores the tokens: `all`, or a list such as 0 or 4,8-11
-    /// [default: all]
-    #[arg(long, value_name = "LIST")]
+    /// Layers whose attention counts: all, or a list such as 0 or 4,8-11 [default: all]
+    #[arg(long, value_name = "LIST", help_heading = SCORES)]
     score_layers: Option<Layers>,
-    /// Which tokens of the prompt judge the picture [default: last]
-    #[arg(long, value_enum, value_name = "WHICH")]
+    /// Tokens of the prompt that judge the picture. last: the last one. all: all text, as in the
+    /// paper [default: last]
+    #[arg(long, value_enum, value_name = "WHICH", help_heading = SCORES)]
     score_queries: Option<QueriesArg>,
-    /// How attention adds up over time [default: query]
-    #[arg(long, value_enum, value_name = "HOW")]
+    /// How attention adds up. query: divided by the number of queries that could see the token. sum:
+    /// plain sums, as in the paper [default: query]
+    #[arg(long, value_enum, value_name = "HOW", help_heading = SCORES)]
     score_norm: Option<NormArg>,
-    /// Multiply scores by this at every step; 1: never forget [default: 1]
-    #[arg(long, value_name = "X")]
+    /// Multiply scores by X at every step; 1 forgets nothing [default: 1]
+    #[arg(long, value_name = "X", help_heading = SCORES)]
     score_decay: Option<f64>,
-    /// Cells taken at most once the prompt was pruned, the recycle bin and the token being decoded
-    /// included: a number (512), or a share of what the full cache would hold at the end of the
-    /// prompt (0.5) [default: no limit under hae, 1.0 under the policies that need one]
+    /// Most cells after the prompt: 512, or 0.5 of it
+    ///
+    /// The most cells that are taken once the prompt was pruned. The recycle bin and the token being
+    /// decoded count. A share is one of what the full cache would hold at the end of the prompt.
+    /// [default: no limit under hae, 1.0 under the policies that need one]
     #[arg(long, value_name = "N|SHARE", value_delimiter = ',')]
     kv_budget: Vec<Amount>,
-    /// Cells of the recycle bin, part of a budget below 1.0; without a budget, beside one of 1.0
-    /// [default: 8]
-    #[arg(long, value_name = "N")]
+    /// Bin size in cells. Inside a budget below 1.0, on top of 1.0. Alone it implies 1.0 [default: 8]
+    #[arg(long, value_name = "N", help_heading = DECODING)]
     bin_size: Option<usize>,
     /// Evict nothing while decoding
-    #[arg(long, conflicts_with_all = ["kv_budget", "bin_size", "hysteresis", "no_restore"])]
+    #[arg(long, conflicts_with_all = ["kv_budget", "bin_size", "hysteresis", "no_restore"], help_heading = DECODING)]
     no_ddes: bool,
     /// First positions that never leave; for context_shift llama.cpp's --keep [default: 4]
-    #[arg(long, alias = "keep", value_name = "N")]
+    #[arg(long, alias = "keep", value_name = "N", help_heading = DECODING)]
     sinks: Option<usize>,
     /// Last positions that never leave [default: 16]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = DECODING)]
     recent: Option<usize>,
-    /// By which share a binned token must pass the lowest live one to come back; without a
-    /// --kv-budget, one of 1.0 comes with it [default: 0.1]
-    #[arg(long, value_name = "X")]
+    /// A binned token comes back when its score is X above the lowest live one: 0.1 means 10 %.
+    /// Alone it implies a budget of 1.0 [default: 0.1]
+    #[arg(long, value_name = "X", help_heading = DECODING)]
     hysteresis: Option<f64>,
-    /// Never take a token back out of the bin; without a --kv-budget, one of 1.0 comes with it
-    #[arg(long, action = ArgAction::SetTrue)]
+    /// Never take a token back out of the bin. Alone it implies a budget of 1.0
+    #[arg(long, action = ArgAction::SetTrue, help_heading = DECODING)]
     no_restore: bool,
     /// Do not let a new question call evicted tokens back
-    #[arg(long, action = ArgAction::SetTrue)]
+    #[arg(long, action = ArgAction::SetTrue, help_heading = QUESTIONS)]
     no_recall: bool,
-    /// Recent window of h2o: cells, or a share of the budget [default: 0.5]
-    #[arg(long, value_name = "N|SHARE")]
+    /// h2o: recent window, in cells or as a share of the budget [default: 0.5]
+    #[arg(long, value_name = "N|SHARE", help_heading = ONE_POLICY)]
     h2o_recent: Option<Amount>,
-    /// Last rows of the prompt that judge the others under snapkv [default: 32]
-    #[arg(long, value_name = "N")]
+    /// snapkv: last rows of the prompt, which judge the others [default: 32]
+    #[arg(long, value_name = "N", help_heading = ONE_POLICY)]
     snapkv_window: Option<usize>,
-    /// Neighbours that snapkv pools scores over, an odd number [default: 5]
-    #[arg(long, value_name = "N")]
+    /// snapkv: neighbours whose scores are pooled, an odd number [default: 5]
+    #[arg(long, value_name = "N", help_heading = ONE_POLICY)]
     snapkv_kernel: Option<usize>,
-    /// How snapkv pools them [default: avg]
-    #[arg(long, value_enum, value_name = "HOW")]
+    /// snapkv: how they are pooled [default: avg]
+    #[arg(long, value_enum, value_name = "HOW", help_heading = ONE_POLICY)]
     snapkv_pooling: Option<PoolingArg>,
-    /// Seed of random and random_visual [default: 0]
-    #[arg(long, value_name = "N")]
+    /// random and random_visual: seed [default: 0]
+    #[arg(long, value_name = "N", help_heading = ONE_POLICY)]
     kv_seed: Option<u64>,
+    /// Start from these values: default, or paper (arXiv 2602.02197) [default: default]
+    #[arg(long, value_name = "NAME", help_heading = PRESETS)]
+    kv_preset: Option<String>,
 }
 
 impl PolicyArgs {
@@ -540,12 +588,24 @@ mod tests {
 
     use super::*;
 
+    /// What the help of each flag says of its default, and `None` where it says nothing.
+    fn defaults(command: &Command) -> Vec<(&str, Option<String>)> {
+        let default = |arg: &clap::Arg| {
+            let text = arg.get_long_help().or(arg.get_help())?.to_string();
+            // Where lines break does not matter.
+            let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+            let (_, default) = text.split_once("[default: ")?;
+            default.strip_suffix(']').map(str::to_owned)
+        };
+        let arguments = command.get_arguments();
+        arguments
+            .filter_map(|arg| Some((arg.get_long()?, default(arg))))
+            .collect()
+    }
+
     #[test]
     fn the_help_names_the_defaults() {
-        let mut command = PolicyArgs::augment_args(Command::new("x").term_width(100));
-        let help = command.render_long_help().to_string();
-        // Where lines break does not matter.
-        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        let command = PolicyArgs::augment_args(Command::new("x"));
         let PolicyOptions {
             layers,
             queries,
@@ -577,28 +637,98 @@ mod tests {
         let Amount::Share(h2o_recent) = h2o_recent else {
             panic!("{h2o_recent:?}")
         };
-        let values = [decay, hysteresis, h2o_recent].map(|x| x.to_string());
-        let counts = [
-            bin_size,
-            sinks,
+        let DapRule::Spread { times, least } = DapRule::SPREAD else {
+            panic!("{:?}", DapRule::SPREAD)
+        };
+        assert_eq!(least, Amount::Share(0.25));
+        let keep = "what a --kv-budget below 1.0 leaves room for, else what --dap-spread says, and 0.4 \
+                    with --dap-mode early";
+        let budget = "no limit under hae, 1.0 under the policies that need one";
+        // None: a switch, or a rule that is off.
+        let expected = [
+            ("dap-keep", Some(keep.to_owned())),
+            ("dap-tau", None),
+            ("dap-r", None),
+            ("dap-spread", Some(times.to_string())),
+            ("dap-alpha", None),
+            ("dap-mode", Some("exact".to_owned())),
+            ("prune-separators", None),
+            ("no-dap", None),
+            ("score-layers", Some(layers.to_string())),
+            ("score-queries", Some("last".to_owned())),
+            ("score-norm", Some("query".to_owned())),
+            ("score-decay", Some(decay.to_string())),
+            ("kv-budget", Some(budget.to_owned())),
+            ("bin-size", Some(bin_size.to_string())),
+            ("no-ddes", None),
+            ("sinks", Some(sinks.to_string())),
+            ("recent", Some(recent.to_string())),
+            ("hysteresis", Some(hysteresis.to_string())),
+            ("no-restore", None),
+            ("no-recall", None),
+            ("h2o-recent", Some(h2o_recent.to_string())),
+            ("snapkv-window", Some(snapkv.window.to_string())),
+            ("snapkv-kernel", Some(snapkv.kernel.to_string())),
+            ("snapkv-pooling", Some("avg".to_owned())),
+            ("kv-seed", Some(seed.to_string())),
+            ("kv-preset", Some("default".to_owned())),
+        ];
+        assert_eq!(defaults(&command), expected);
+        let spread = command
+            .get_arguments()
+            .find(|arg| arg.get_id() == "dap_spread");
+        let spread = spread.unwrap().get_help().unwrap().to_string();
+        assert!(spread.contains("0.25"), "{spread}");
+    }
+
+    #[test]
+    fn the_help_of_lookups_names_their_defaults() {
+        let command = AttendArgs::augment_args(Command::new("x"));
+        let Attend {
+            vision,
+            text,
             recent,
-            snapkv.window,
-            snapkv.kernel,
-            seed as usize,
-        ]
-        .map(|x| x.to_string());
-        let named = [
-            "all",
-            "last",
-            "query",
-            "no limit under hae, 1.0 under the policies that need one",
-            "exact",
-            "avg",
-        ]
-        .map(str::to_owned);
-        for value in values.iter().chain(&counts).chain(&named) {
-            let default = format!("[default: {value}]");
-            assert!(help.contains(&default), "{default} is not in:\n{help}");
+            first_layer,
+            ..
+        } = Attend::default();
+        assert_eq!((vision, text), (None, None));
+        // These two say it in the short help.
+        let all = |id: &str| {
+            let arg = command.get_arguments().find(|arg| arg.get_id() == id);
+            arg.unwrap().get_help().unwrap().to_string()
+        };
+        for id in ["attend", "attend_text"] {
+            assert!(all(id).ends_with("[default: all]"), "{}", all(id));
+        }
+        let expected = [
+            ("attend-recent", Some(recent.to_string())),
+            ("attend-from", Some(first_layer.to_string())),
+        ];
+        assert_eq!(defaults(&command)[2..], expected);
+    }
+
+    /// `docs/flags.md` names every flag that tunes the cache, with the numbers of their defaults.
+    #[test]
+    fn the_document_names_every_flag() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/flags.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let command = AttendArgs::augment_args(PolicyArgs::augment_args(Command::new("x")));
+        for (flag, default) in defaults(&command) {
+            let of_flag = |line: &&str| {
+                let cell = line.strip_prefix("| `").and_then(|l| l.split(" |").next());
+                cell.is_some_and(|cell| {
+                    let mut names = cell.split(['`', ' ', ',']);
+                    names.any(|name| name.strip_prefix("--") == Some(flag))
+                })
+            };
+            let rows: Vec<&str> = text.lines().filter(of_flag).collect();
+            assert_eq!(rows.len(), 1, "--{flag}: {rows:?}");
+            let number = default.filter(|d| d.parse::<f64>().is_ok());
+            if let Some(number) = number {
+                let last = rows[0].trim_end_matches(" |").rsplit(" | ").next();
+                let named = last.unwrap().split([',', ';', ' ']).any(|n| n == number);
+                assert!(named, "--{flag}: {number} is not in: {}", rows[0]);
+            }
         }
     }
 }

@@ -8,9 +8,9 @@ use hae::llama::Poll;
 
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct PollArgs {
-    /// How eagerly threads wait for each other: 0 sleep at once, 100 stay awake the longest, for
-    /// machines that do nothing else [default: 50, unless GOMP_SPINCOUNT or OMP_WAIT_POLICY is set]
-    #[arg(long, value_name = "LEVEL")]
+    /// How long a waiting thread stays awake. 0: not at all. 100: longest, for machines that do
+    /// nothing else [default: 50, unless GOMP_SPINCOUNT or OMP_WAIT_POLICY is set]
+    #[arg(long, value_name = "LEVEL", hide_short_help = true)]
     poll: Option<Poll>,
 }
 

@@ -23,25 +23,33 @@ pub struct Args {
     /// Traces that `hae run --trace` wrote
     #[arg(required = true, value_name = "TRACE")]
     traces: Vec<PathBuf>,
-    /// Policies to replay on traces of `full`, by name, with a budget if so wished: hae@0.4,h2o@512.
-    /// Without any, the policy that made a trace is held against its own decisions
+    /// Policies to replay, list: hae@0.4,h2o@512
+    ///
+    /// On traces of full, by name, with a budget behind @ if so wished. Without any, the policy that
+    /// made a trace is held against its own decisions.
     #[arg(long, value_name = "LIST")]
     kv_policy: Vec<String>,
-    /// Replay ddes and hae with each of these recycle bins, and without one (greedy): numbers of
-    /// cells (1,8) and spans of them (1-16, 1-128*2)
+    /// Recycle bins to try, list: 1,8 or 1-128*2
+    ///
+    /// ddes and hae run with each of them, and without one (greedy). Numbers of cells, and spans of
+    /// them.
     #[arg(long, value_name = "LIST", conflicts_with = "bin_size")]
     bin_sizes: Vec<String>,
-    /// What the greedy policy is given to be compared with a bin of d cells: as many cells at most
-    /// (peak), d/2 fewer, which is as many on average (mean), or d fewer, the live cells (live)
-    #[arg(long, value_enum, default_value_t = AgainstArg::Peak, value_name = "WHAT", requires = "bin_sizes")]
+    /// Greedy cells: peak, mean or live
+    ///
+    /// What the greedy policy is given to be compared with a bin of d cells. peak: as many cells at most. mean: d/2 fewer, which is as many on
+    /// average. live: d fewer, as many as are live.
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = AgainstArg::Peak, value_name = "WHAT", requires = "bin_sizes")]
     against: AgainstArg,
     /// Take what there is of a trace that is cut off
     #[arg(long)]
     partial: bool,
     #[command(flatten)]
     policy: PolicyArgs,
-    /// md: a table of means; json and csv: every trace by itself, too
-    #[arg(short, long, value_enum, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
+    /// md, json or csv
+    ///
+    /// md is a table of means. json and csv have every trace by itself, too.
+    #[arg(short, long, value_enum, hide_possible_values = true, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
 }
 

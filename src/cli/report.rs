@@ -16,11 +16,11 @@ pub struct Args {
     /// Results that `hae eval` or `hae compare` saved
     #[arg(value_name = "RESULTS")]
     results: Vec<PathBuf>,
-    /// Trace to show, with its pictures and text; repeat for several. Without it, those that the
+    /// Trace to show, with its pictures and text. Repeat for several. Without it, those that the
     /// results name
     #[arg(long, value_name = "FILE")]
     trace: Vec<PathBuf>,
-    /// Prompts to show at most of the traces that the results name
+    /// Most prompts to show of the traces that the results name
     #[arg(long, default_value_t = 12, value_name = "N")]
     prompts: usize,
     /// Take what there is of a trace that is cut off

@@ -13,7 +13,9 @@ use super::chat::Start;
 use super::crops::CropArgs;
 use super::inputs::{self, EscapeArgs, check_stdin};
 use super::load::{self, Files, Setup};
-use super::options::{ContextArgs, ModelArgs, PolicyArgs, SamplerArgs, full_takes_no_parameters};
+use super::options::{
+    ContextArgs, ModelArgs, POLICY, PolicyArgs, QUESTIONS, SamplerArgs, full_takes_no_parameters,
+};
 use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, is_of_output, note, session, warn};
 use hae::Error;
@@ -28,9 +30,11 @@ use hae::turn::Turn;
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Prompt", allow_negative_numbers = true)]
 pub struct Args {
-    /// Picture to ask about, - for standard input; repeat for several, or put commas between them.
-    /// The prompt may say where they go with <|image_1|>, <|image_2|>, ..., counted over the whole
-    /// conversation or in the turn, or with as many <__media__>; otherwise they go in front
+    /// Picture to ask about; repeat for several
+    ///
+    /// Or put commas between them. - is standard input. Pictures go in front of the prompt. It may
+    /// say where they go instead: with <|image_1|>, <|image_2|>, ..., counted over the whole
+    /// conversation or in the turn, or with as many <__media__>.
     #[arg(long, value_name = "FILE")]
     image: Vec<PathBuf>,
     #[command(flatten)]
@@ -44,25 +48,30 @@ pub struct Args {
         conflicts_with = "file"
     )]
     prompt: Option<String>,
-    /// Read the prompt from a file (UTF-8), - for standard input, without the newline at its end
+    /// Read the prompt from a file; - is stdin
+    ///
+    /// UTF-8. The newline at its end is not part of the prompt.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
     #[command(flatten)]
     escapes: EscapeArgs,
-    /// Tokens to generate at most; -1 and -2: until the model ends or the context is full
+    /// Most tokens to write; -1: no limit
+    ///
+    /// Without a limit an answer goes on until the model ends it or the context is full. -2 is the
+    /// same.
     #[arg(short, long, alias = "predict", default_value_t = -1, value_name = "N")]
     n_predict: i64,
-    /// Keep the conversation in FILE, and go on with it if FILE holds one
+    /// Keep the conversation in FILE, or go on with it
     #[arg(long, value_name = "FILE")]
     session: Option<PathBuf>,
     /// -sys: system prompt
     #[arg(long, alias = "sys", value_name = "TEXT", allow_hyphen_values = true)]
     system_prompt: Option<String>,
     /// Name or text of a chat template that llama.cpp knows [default: the model's own]
-    #[arg(long, value_name = "TEMPLATE")]
+    #[arg(long, value_name = "TEMPLATE", hide_short_help = true)]
     chat_template: Option<String>,
-    /// -no-cnv: use no chat template, the prompt goes in as it is
-    #[arg(long, alias = "no-cnv", conflicts_with_all = ["chat_template", "system_prompt"])]
+    /// -no-cnv: use no chat template. The prompt goes in as it is
+    #[arg(long, alias = "no-cnv", hide_short_help = true, conflicts_with_all = ["chat_template", "system_prompt"])]
     no_conversation: bool,
     #[command(flatten)]
     model: ModelArgs,
@@ -70,36 +79,39 @@ pub struct Args {
     pub context: ContextArgs,
     #[command(flatten)]
     sampler: SamplerArgs,
-    /// `full` keeps everything, as llama.cpp does; `hae` prunes visual tokens after the prompt
-    /// (`dap` alone) and, with a --kv-budget, evicts through a recycle bin while decoding (`ddes`
-    /// alone). To compare with: random, random_visual, streaming_llm, context_shift, h2o, tova,
-    /// snapkv, fastv, mustdrop
+    /// full keeps all, hae prunes
+    ///
+    /// full is llama.cpp's cache as it is. hae drops the visual tokens that the question does not
+    /// look at. With a --kv-budget it also evicts tokens while the answer is written. hae help
+    /// policies lists those to compare with.
     #[arg(
         long,
         default_value = "full",
         value_name = "NAME",
-        help_heading = "KV cache policy"
+        help_heading = POLICY
     )]
     kv_policy: String,
     #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
     calibration: CalibrationArgs,
-    /// Keep text that a budget evicts in this much host memory, to be put back for the next
-    /// question; with a policy that calls evicted tokens back
+    /// Host memory for text that a budget evicts, in MiB. The next question gets it back. For
+    /// policies that call evicted tokens back
     #[arg(
         long,
         default_value_t = 0,
         value_name = "N",
-        help_heading = "KV cache policy"
+        help_heading = QUESTIONS
     )]
     bin_host_mib: u32,
-    /// Write what the cache saw and decided to FILE, for `hae replay` and `hae report`; it holds the
-    /// text and the pictures, too. With `full`, attention is read and kept as well
+    /// Write what the cache did, for hae report
+    ///
+    /// FILE holds what the cache saw and decided, the text and the pictures. hae replay reads it,
+    /// too. With full, attention is read and kept for it.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     trace: Option<PathBuf>,
-    /// What stdout carries: the answer, or one JSON object at the end
-    #[arg(short, long, value_enum, default_value_t = Format::Text, value_name = "FORMAT", help_heading = "Output")]
+    /// text, or one json object
+    #[arg(short, long, value_enum, hide_possible_values = true, default_value_t = Format::Text, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
     /// Show llama.cpp's log on stderr
     #[arg(short, long, help_heading = "Output")]

@@ -207,6 +207,75 @@ fn no_file_names_a_path_of_somebodys_machine() {
     }
 }
 
+/// A document without its blocks of code.
+fn prose(text: &str) -> String {
+    let mut code = false;
+    let lines = text.lines().filter(|line| {
+        let fence = line.trim_start().starts_with("```");
+        code ^= fence;
+        !code && !fence
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// The anchors that GitHub gives the headings of a document.
+fn anchors(text: &str) -> Vec<String> {
+    let headings = prose(text)
+        .lines()
+        .filter(|line| line.starts_with('#'))
+        .map(|line| line.trim_start_matches('#').trim().to_lowercase())
+        .collect::<Vec<_>>();
+    let kept = |c: &char| c.is_alphanumeric() || " -_".contains(*c);
+    let slug = |heading: &String| heading.chars().filter(kept).collect::<String>();
+    let slugs = headings.iter().map(slug);
+    slugs.map(|slug| slug.replace(' ', "-")).collect()
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    let Some(files) = tracked() else { return };
+    let documents = files
+        .iter()
+        .filter(|f| f.extension().is_some_and(|e| e == "md"));
+    let mut followed = 0;
+    for document in documents {
+        let path = root().join(document);
+        let text = fs::read_to_string(&path).unwrap();
+        let body = prose(&text);
+        for link in body.split("](").skip(1) {
+            let target = link.split(')').next().unwrap();
+            if target.contains("://") {
+                continue;
+            }
+            let (file, anchor) = target.split_once('#').unwrap_or((target, ""));
+            let file = match file {
+                "" => path.clone(),
+                file => path.parent().unwrap().join(file),
+            };
+            let broken = format!("{}: {target} leads nowhere", document.display());
+            assert!(file.exists(), "{broken}");
+            followed += 1;
+            if !anchor.is_empty() {
+                let there = anchors(&fs::read_to_string(&file).unwrap());
+                assert!(there.iter().any(|a| a == anchor), "{broken}: {there:?}");
+            }
+        }
+    }
+    assert!(followed > 50, "{followed}");
+}
+
+#[test]
+fn every_page_is_a_link_away_from_the_readme() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    for page in fs::read_dir(root().join("docs")).unwrap().flatten() {
+        let name = page.file_name().into_string().unwrap();
+        assert!(readme.contains(&format!("(docs/{name}")), "docs/{name}");
+    }
+    let lines = readme.lines().count();
+    assert!(lines <= 80, "{lines} lines of README.md");
+    assert!(readme.contains("\ncargo xtask test "));
+}
+
 #[test]
 fn patches_are_numbered_and_say_why() {
     let table = fs::read_to_string(root().join("patches/README.md")).unwrap();
@@ -281,4 +350,6 @@ fn the_checks_see_what_they_look_for() {
     assert!(!names("my_llama_cpp_2::x", "llama_cpp_2::"));
     assert!(names("x(llama_cpp_2::y)", "llama_cpp_2::"));
     assert_eq!(without_comments("a // unsafe\nb"), "a \nb");
+    let document = "# A `b`, c: d-e\n```\n# no\n```\n## F";
+    assert_eq!(anchors(document), ["a-b-c-d-e", "f"]);
 }

@@ -172,6 +172,8 @@ fn spellings_of_llama_cpp_are_taken() {
         &["-ctk", "F16"],
         &["--temperature", "0"],
         &["--predict", "4"],
+        &["--n_predict", "4"],
+        &["--repeat_last_n=64"],
         &["--no-mmap"],
         &["-e"],
     ] {
@@ -193,12 +195,40 @@ fn flags_of_llama_cpp_that_are_not_here_are_answered_in_a_line() {
         (&["--jinja"], "hae: --jinja: no Jinja is run"),
         (&["-cnv"], "hae: -cnv: without -p it is a chat"),
         (&["--color"], "hae: --color: changes nothing here"),
+        (&["-i"], "hae: -i: without -p it is a chat"),
+        (&["-st"], "hae: -st: with -p it ends after one answer"),
+        (&["--hf_repo=x/y"], "hae: --hf-repo: nothing is downloaded"),
+        (
+            &["--rope-scaling", "yarn"],
+            "hae: --rope-scaling: is not there",
+        ),
+        (
+            &["--reasoning-format", "none"],
+            "hae: --reasoning-format: is not there",
+        ),
+        (
+            &["--spec-draft-n-max", "4"],
+            "hae: --spec-...: no draft model",
+        ),
+        (&["-ngld", "9"], "hae: -ngld: no draft model"),
+        (
+            &["--override-kv", "a=b"],
+            "hae: --override-kv: the model's metadata",
+        ),
     ] {
         for command in ["run", "bench"] {
             let line = refusal(&[&[command], args].concat());
             assert!(line.starts_with(expected), "{line}");
         }
     }
+}
+
+/// As llama-cli is called.
+#[test]
+fn flags_without_a_command_are_answered_in_a_line() {
+    let line = refusal(&["-m", "model.gguf", "-p", "hi"]);
+    assert!(line.starts_with("hae: a command: is missing"), "{line}");
+    assert!(line.contains("hae run"), "{line}");
 }
 
 #[test]

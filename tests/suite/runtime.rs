@@ -393,6 +393,10 @@ fn help_fits_a_terminal() {
         &["--help"][..],
         &["run", "--help"],
         &["run", "-h"],
+        &["help", "run"],
+        &["help", "policies"],
+        &["eval", "--help"],
+        &["help", "bench"],
         &["demo", "--help"],
         &["convert", "--help"],
         &["quantize", "--help"],
@@ -411,10 +415,79 @@ fn help_fits_a_terminal() {
         "\nPrompt:",
         "\nModel:",
         "\nContext:",
-        "\nSampling:",
         "\nKV cache policy:",
+        "\nSampling:",
         "\nOutput:",
     ];
     assert!(order.is_sorted_by_key(|part| at(part)), "{help}");
     assert!(at("--kv-policy") > at("\nKV cache policy:"));
+}
+
+/// The flags that a help names, without those in its sentences.
+fn flags(help: &str) -> Vec<&str> {
+    let named = help.lines().filter_map(|line| {
+        let line = line.trim_start();
+        let line = match line.split_once(", --") {
+            Some((short, _)) if short.len() == 2 => &line[4..],
+            _ => line,
+        };
+        line.split(' ').next().filter(|flag| flag.starts_with("--"))
+    });
+    named.collect()
+}
+
+/// Short help is for people, one line a flag on a narrow terminal; the rest is one command away.
+#[test]
+fn help_comes_in_two_sizes() {
+    let wide = |args: &[&str], columns: &str| {
+        let output = hae().args(args).env("COLUMNS", columns).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{args:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let short = wide(&["run", "--help"], "80");
+    assert_eq!(short, wide(&["run", "-h"], "80"));
+    let shown = flags(&short);
+    assert!((20..=30).contains(&shown.len()), "{shown:?}");
+    // Beside the flags: what it does, how it is called, six headings and where the rest is.
+    let lines = short.lines().filter(|line| !line.is_empty()).count();
+    assert_eq!(lines, shown.len() + 2 + 6 + 1, "a line breaks:\n{short}");
+    assert!(short.lines().all(|line| line.len() <= 80), "{short}");
+    let last = short.lines().last().unwrap();
+    assert!(
+        last.contains("hae help run") && last.contains("hae help policies"),
+        "{last}"
+    );
+
+    let long = wide(&["help", "run"], "80");
+    let all = flags(&long);
+    assert!(all.len() > 60, "{all:?}");
+    assert!(shown.iter().all(|flag| all.contains(flag)), "{long}");
+
+    // Every flag is in the short help, or in that of the policies, or about something else.
+    let policies = wide(&["help", "policies"], "80");
+    assert_eq!(policies, wide(&["policies"], "80"));
+    let tuning = flags(&policies);
+    for flag in [
+        "--dap-tau",
+        "--score-layers",
+        "--bin-size",
+        "--snapkv-kernel",
+        "--calibration",
+    ] {
+        assert!(tuning.contains(&flag) && !shown.contains(&flag), "{flag}");
+    }
+    for flag in ["--model", "--temp", "--ubatch-size"] {
+        assert!(!tuning.contains(&flag) && all.contains(&flag), "{flag}");
+    }
+    for name in policy::names() {
+        assert!(policies.contains(&format!("\n  {name} ")), "{name}");
+    }
+    assert!(policies.contains("[default: 8]"));
+
+    // What is hidden works.
+    for command in ["eval", "compare", "calibrate", "bench", "demo", "replay"] {
+        let short = wide(&[command, "--help"], "80");
+        assert!(short.contains(&format!("hae help {command}")), "{short}");
+        assert!(!short.contains("--dap-tau"), "{short}");
+    }
 }

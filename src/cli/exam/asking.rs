@@ -31,14 +31,33 @@ pub struct AskArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub context: ContextArgs,
-    /// Tokens of an answer at most [default: 256, for stories 1536]
-    #[arg(short, long, alias = "predict", value_name = "N")]
+    /// Most tokens of an answer
+    ///
+    /// [default: 256, for stories 1536]
+    #[arg(
+        short,
+        long,
+        alias = "predict",
+        value_name = "N",
+        help_heading = "Context"
+    )]
     n_predict: Option<u32>,
     /// Name or text of a chat template that llama.cpp knows [default: the model's own]
-    #[arg(long, value_name = "TEMPLATE")]
+    #[arg(
+        long,
+        value_name = "TEMPLATE",
+        hide_short_help = true,
+        help_heading = "Context"
+    )]
     chat_template: Option<String>,
-    /// -no-cnv: use no chat template, prompts go in as they are
-    #[arg(long, alias = "no-cnv", conflicts_with = "chat_template")]
+    /// -no-cnv: use no chat template. Prompts go in as they are
+    #[arg(
+        long,
+        alias = "no-cnv",
+        hide_short_help = true,
+        help_heading = "Context",
+        conflicts_with = "chat_template"
+    )]
     no_conversation: bool,
     /// Show llama.cpp's log on stderr
     #[arg(short, long, help_heading = "Output")]

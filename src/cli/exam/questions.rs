@@ -17,10 +17,14 @@ pub struct QuestionArgs {
     /// Questions with known answers
     #[arg(value_name = "FILE")]
     questions: PathBuf,
-    /// How they are written [default: told by the file]
-    #[arg(long, value_enum, value_name = "NAME")]
+    /// jsonl, gqa, scienceqa, mmbench or mmmu
+    ///
+    /// [default: told by the file]
+    #[arg(long, value_enum, hide_possible_values = true, value_name = "NAME")]
     format: Option<FormatArg>,
-    /// Folder of the pictures [default: where the format has them]
+    /// Folder of the pictures
+    ///
+    /// [default: where the format has them]
     #[arg(long, value_name = "DIR")]
     image_dir: Option<PathBuf>,
     /// ScienceQA: train, val or test [default: test]

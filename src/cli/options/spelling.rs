@@ -5,11 +5,12 @@ use std::ffi::OsString;
 
 use clap::{Arg, Command};
 
+use super::elsewhere::{ELSEWHERE, of_a_family};
 use hae::Error;
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 10] = [
+const ONE_DASH: [(&str, &str); 11] = [
     ("-ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
@@ -20,190 +21,7 @@ const ONE_DASH: [(&str, &str); 10] = [
     ("-mm", "--mmproj"),
     ("-no-cnv", "--no-conversation"),
     ("-pg", "--pg"),
-];
-
-/// llama.cpp's options that no command has, or not every one, and what to do instead.
-const ELSEWHERE: [(&[&str], &str); 19] = [
-    (
-        &[
-            "-hf",
-            "-hfr",
-            "--hf-repo",
-            "-hff",
-            "--hf-file",
-            "-mu",
-            "--model-url",
-            "-mmu",
-            "--mmproj-url",
-            "-dr",
-            "--docker-repo",
-        ],
-        "nothing is downloaded: fetch the model and its mmproj, and give them with -m and --mmproj",
-    ),
-    (
-        &["--jinja", "--no-jinja"],
-        "no Jinja is run, the model's template is told by llama.cpp's list of them: leave it out, or name one with --chat-template",
-    ),
-    (
-        &["--chat-template-file"],
-        "give the template's name, or its text, with --chat-template",
-    ),
-    (
-        &[
-            "-cnv",
-            "--conversation",
-            "-i",
-            "--interactive",
-            "-if",
-            "--interactive-first",
-        ],
-        "without -p it is a chat: leave it out",
-    ),
-    (
-        &["-st", "--single-turn"],
-        "with -p it ends after one answer: leave it out",
-    ),
-    (
-        &["--mmap", "-lm", "--load-mode", "-dio", "--direct-io"],
-        "the model is mapped where it can be: leave it out, or give --no-mmap or --mlock",
-    ),
-    (
-        &["-sysf", "--system-prompt-file"],
-        "give the text itself, as in -sys \"$(cat FILE)\"",
-    ),
-    (&["-bf", "--binary-file"], "give a file of text with -f"),
-    (
-        &[
-            "--prompt-cache",
-            "--prompt-cache-all",
-            "--prompt-cache-ro",
-            "--slot-save-path",
-        ],
-        "keep a conversation with --session FILE",
-    ),
-    (
-        &["--context-shift", "--no-context-shift", "--keep"],
-        "take --kv-policy context_shift, with --sinks for what is kept; the default shifts nothing",
-    ),
-    (
-        &[
-            "-dev",
-            "--device",
-            "-sm",
-            "--split-mode",
-            "-ts",
-            "--tensor-split",
-            "-mg",
-            "--main-gpu",
-            "-ot",
-            "--override-tensor",
-            "-cmoe",
-            "--cpu-moe",
-            "-ncmoe",
-            "--n-cpu-moe",
-            "-nkvo",
-            "--no-kv-offload",
-        ],
-        "is not there: -ngl says how many layers go to the GPU, with their part of the cache",
-    ),
-    (
-        &["--no-mmproj", "--no-mmproj-offload", "--mmproj-offload"],
-        "is not there: leave --mmproj out for text alone, -ngl 0 keeps all off the GPU",
-    ),
-    (
-        &["--image-min-tokens", "--image-max-tokens"],
-        "is not there: --num-crops says how finely Phi-3.5-vision's pictures are cut",
-    ),
-    (
-        &["--audio", "--video"],
-        "only pictures are shown, with --image",
-    ),
-    (
-        &[
-            "--lora",
-            "--lora-scaled",
-            "--control-vector",
-            "--control-vector-scaled",
-        ],
-        "adapters are not applied: merge it into the model",
-    ),
-    (
-        &[
-            "--presence-penalty",
-            "--frequency-penalty",
-            "--typical",
-            "--typical-p",
-            "--top-n-sigma",
-            "--top-nsigma",
-            "--xtc-probability",
-            "--xtc-threshold",
-            "--dynatemp-range",
-            "--dynatemp-exp",
-            "--dry-multiplier",
-            "--dry-base",
-            "--dry-allowed-length",
-            "--mirostat",
-            "--mirostat-lr",
-            "--mirostat-ent",
-            "--samplers",
-            "--sampler-seq",
-            "--sampling-seq",
-            "-l",
-            "--logit-bias",
-            "--ignore-eos",
-            "--grammar",
-            "--grammar-file",
-            "-j",
-            "--json-schema",
-        ],
-        "is not there: --temp, --top-k, --top-p, --min-p, --repeat-penalty and --repeat-last-n choose the tokens",
-    ),
-    (
-        &[
-            "-C",
-            "--cpu-mask",
-            "-Cr",
-            "--cpu-range",
-            "--cpu-strict",
-            "--prio",
-            "--numa",
-            "-Cb",
-            "--cpu-mask-batch",
-        ],
-        "is not there: choose cores and priority from outside, with taskset, numactl or nice",
-    ),
-    (
-        &[
-            "-lv",
-            "--verbosity",
-            "--log-verbosity",
-            "--log-file",
-            "--verbose-prompt",
-        ],
-        "-v shows llama.cpp's log on stderr",
-    ),
-    (
-        &[
-            "--color",
-            "-co",
-            "--simple-io",
-            "--no-display-prompt",
-            "--display-prompt",
-            "--warmup",
-            "--no-warmup",
-            "--log-disable",
-            "--log-colors",
-            "--perf",
-            "--no-perf",
-            "--show-timings",
-            "--no-show-timings",
-            "-np",
-            "--parallel",
-            "--multiline-input",
-            "-mli",
-        ],
-        "changes nothing here: leave it out",
-    ),
+    ("--usage", "--help"),
 ];
 
 /// The command line with llama.cpp's one-dash options spelled as long ones, up to a `--`. Values
@@ -219,6 +37,11 @@ pub fn llama_spelling(
     let mut args = args.peekable();
     let mut out: Vec<OsString> = args.next().into_iter().collect();
     let name = args.peek().and_then(|name| name.to_str());
+    let own = |name: &str| ["-h", "--help", "-V", "--version", "-", "--"].contains(&name);
+    if name.is_some_and(|name| name.starts_with('-') && !own(name)) {
+        let reason = "is missing, expected one before the flags, as in hae run -p hello";
+        return Err(Error::option("a command", reason));
+    }
     let Some(command) = name.and_then(|name| program.find_subcommand(name)) else {
         out.extend(args);
         return Ok(out);
@@ -237,6 +60,10 @@ pub fn llama_spelling(
             Some((flag, value)) => (flag, Some(value)),
             None => (text, None),
         };
+        // As llama.cpp reads them: --n_predict is --n-predict.
+        let dashed = flag.replace('_', "-");
+        let respelled = flag.starts_with("--") && dashed != flag;
+        let flag = if respelled { &*dashed } else { flag };
         let long = ONE_DASH.iter().find(|(short, _)| *short == flag);
         let flag = long.map_or(flag, |(_, long)| *long);
         match (long, value) {
@@ -246,7 +73,11 @@ pub fn llama_spelling(
                 if let Some((name, answer)) = elsewhere(flag, command) {
                     return Err(Error::option(name, answer));
                 }
-                out.push(arg.clone());
+                out.push(match (respelled, value) {
+                    (false, _) => arg.clone(),
+                    (true, Some(value)) => format!("{flag}={value}").into(),
+                    (true, None) => flag.into(),
+                });
             }
         }
         if value.is_none() && takes_any(flag, command) {
@@ -264,10 +95,12 @@ fn elsewhere(flag: &str, command: &Command) -> Option<(&'static str, &'static st
         (None, Some(short)) => arg.get_short().is_some_and(|c| short == c.to_string()),
         _ => false,
     };
-    ELSEWHERE.iter().find_map(|(flags, answer)| {
+    let listed = ELSEWHERE.iter().find_map(|(flags, answer)| {
         let name = flags.iter().find(|&&name| name == flag)?;
-        (!command.get_arguments().any(has)).then_some((*name, *answer))
-    })
+        Some((*name, *answer))
+    });
+    let answer = listed.or_else(|| of_a_family(flag))?;
+    (!command.get_arguments().any(has)).then_some(answer)
 }
 
 fn names(arg: &Arg) -> impl Iterator<Item = &str> {
@@ -380,9 +213,96 @@ mod tests {
         // What the command has is its own.
         let args = ["hae", "run", "--mlock", "-v"];
         assert_eq!(spelled(&args).unwrap(), args);
+        // Underscores are dashes in llama.cpp's long options, not in values and short ones.
+        let args = [
+            "hae",
+            "run",
+            "--system_prompt",
+            "a_b",
+            "--model=a_b",
+            "--m_lock",
+            "-a_b",
+        ];
+        let expected = [
+            "hae",
+            "run",
+            "--system-prompt",
+            "a_b",
+            "--model=a_b",
+            "--m-lock",
+            "-a_b",
+        ];
+        assert_eq!(spelled(&args).unwrap(), expected);
+        let error = spelled(&["hae", "run", "--hf_repo=x/y"]).unwrap_err();
+        assert!(
+            error.to_string().starts_with("--hf-repo: nothing is"),
+            "{error}"
+        );
+        // Flags without a command, as llama-cli takes them.
+        let error = spelled(&["hae", "-m", "a.gguf", "-p", "hi"]).unwrap_err();
+        assert!(
+            error.to_string().starts_with("a command: is missing"),
+            "{error}"
+        );
         // Other programs' words, and none.
         for args in [&["hae"][..], &["hae", "-V"], &["hae", "what", "-hf"]] {
             assert_eq!(spelled(args).unwrap(), args);
+        }
+    }
+
+    /// The options of llama.cpp's programs for one prompt or a chat, from its own table.
+    fn options_of_llama_cpp() -> Vec<String> {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let table = root.join("vendor/llama-cpp-sys-2/llama.cpp/common/arg.cpp");
+        let table = std::fs::read_to_string(table).unwrap();
+        let name = regex::Regex::new(r#""(--?[A-Za-z][A-Za-z0-9-]*)""#).unwrap();
+        let examples = regex::Regex::new(r"set_examples\(\{([^}]*)\}").unwrap();
+        let mut all = Vec::new();
+        for option in table.split("add_opt(common_arg(").skip(1) {
+            let programs = examples.captures(option);
+            let programs = programs.map_or("EXAMPLE_COMMON".into(), |c| c[1].to_owned());
+            let ours = ["_COMMON", "_CLI", "_MTMD", "_COMPLETION"];
+            if !ours.iter().any(|program| programs.contains(program)) {
+                continue;
+            }
+            // Names first, in braces; in braces of their own those that say no.
+            let mut rest = option.trim_start();
+            while let Some((names, behind)) = rest.strip_prefix('{').and_then(|r| r.split_once('}'))
+            {
+                all.extend(name.captures_iter(names).map(|c| c[1].to_owned()));
+                rest = behind.trim_start_matches([',', ' ', '\n']);
+            }
+        }
+        all
+    }
+
+    /// Each works, or one line says what to do.
+    #[test]
+    fn every_option_of_llama_cpp_is_answered() {
+        use clap::CommandFactory;
+
+        let program = crate::help::in_two_sizes(crate::Cli::command());
+        let all = options_of_llama_cpp();
+        assert!(all.len() > 200, "{}", all.len());
+        for option in all {
+            let args = ["hae", "run", &option].map(Into::into);
+            let Ok(args) = llama_spelling(args.into_iter(), program.clone()) else {
+                continue;
+            };
+            let args: Vec<_> = args
+                .into_iter()
+                .map(|arg| arg.into_string().unwrap())
+                .collect();
+            let run = program.find_subcommand("run").unwrap();
+            let known = run.get_arguments().any(|arg| {
+                let long = args[2].strip_prefix("--");
+                let short = args[2].strip_prefix('-').filter(|_| long.is_none());
+                long.is_some_and(|long| names(arg).any(|name| name == long))
+                    || short.is_some_and(|short| {
+                        arg.get_short().is_some_and(|c| short == c.to_string())
+                    })
+            });
+            assert!(known, "{option} is neither a flag nor answered");
         }
     }
 
