@@ -67,7 +67,9 @@ impl Greedy {
     }
 
     /// The policy. `score` is asked once for each token that may leave, in the order of cells;
-    /// higher is more worth keeping, of equal scores the older token goes first.
+    /// higher is more worth keeping, of equal scores the older token goes first. What it can go by
+    /// is attention from the rows that judge: all so far (`sum`, `max`, `seen`), or that of the
+    /// whole newest prompt or the newest step alone (`latest`). It must take no memory.
     pub fn boxed(
         self,
         score: impl FnMut(&Entry) -> f32 + Send + 'static,
