@@ -191,7 +191,7 @@ impl Controller {
 
     /// When the policy prunes a prompt.
     pub fn dap_mode(&self) -> DapMode {
-        self.policy.dap_mode()
+        self.policy.prune_when()
     }
 
     /// Whether a new turn may call evicted tokens back.

@@ -55,6 +55,8 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<Done> {
     let hae_options = args.policy.options()?;
+    args.policy
+        .refuse_unread(&[PolicySpec::hae().name], false)?;
     let picture = shown(args)?;
     let files = Files::find(&args.model)?;
     let (mut stock, mut hae) = (Vec::new(), Vec::new());

@@ -12,7 +12,7 @@ use anyhow::Result;
 
 use super::bench::policies;
 use super::load::Files;
-use super::options::{POLICY, PolicyArgs, full_takes_no_parameters};
+use super::options::{POLICY, PolicyArgs};
 use super::{Done, interrupt};
 use hae::Error;
 use hae::asker::Entrant;
@@ -20,7 +20,7 @@ use hae::eval::question::Question;
 use hae::eval::record::{Answer, Header, QuestionSet};
 use hae::eval::results::{Results, key};
 use hae::eval::summary::budget_text;
-use hae::policy::{Amount, PolicyOptions, PolicySpec};
+use hae::policy::{Amount, PolicyOptions, PolicySpec, evicts_nothing};
 use hae::trace;
 
 pub use asking::{AskArgs, Asked, Ready, bar};
@@ -101,14 +101,7 @@ impl ExamArgs {
             let reason = format!("{} is in the list twice", budget_text(budgets[i]));
             return Err(Error::option("--kv-budget", reason).into());
         }
-        let mut refused = self.policy.options_at(budgets.first().copied())?;
-        if self.trace.is_some() {
-            // What a trace of `full` reads.
-            refused.layers = PolicyOptions::default().layers;
-        }
-        if policies == ["full"] && refused != PolicyOptions::default() {
-            return Err(full_takes_no_parameters().into());
-        }
+        self.policy.refuse_unread(&policies, self.trace.is_some())?;
         for &budget in budgets {
             if let Amount::Share(share) = budget
                 && !(share > 0.0 && share <= 1.0)
@@ -119,20 +112,17 @@ impl ExamArgs {
         }
         let mut all = Vec::new();
         for policy in policies {
-            let budgets = match (policy, budgets) {
-                ("full", _) => vec![None],
-                (_, []) => vec![None],
-                (_, budgets) => budgets.iter().copied().map(Some).collect(),
+            let budgets = match budgets {
+                [] => vec![None],
+                _ if evicts_nothing(policy) => vec![None],
+                budgets => budgets.iter().copied().map(Some).collect(),
             };
             for budget in budgets {
-                let options = match policy {
-                    "full" => PolicyOptions::default(),
-                    _ => self.policy.options_at(budget)?,
-                };
+                let options = self.policy.options_at(budget)?;
                 all.push(Candidate {
                     policy,
                     budget,
-                    options,
+                    options: PolicySpec::of(policy, &options).options,
                 });
             }
         }

@@ -13,7 +13,7 @@ use super::bench::lists::{numbers, values};
 use super::options::PolicyArgs;
 use super::{Done, note, warn};
 use hae::Error;
-use hae::policy::{Amount, PolicyOptions};
+use hae::policy::{Amount, OptionKey, PolicyOptions};
 use hae::replay::{Against, Setting, Subject, compare, summarize, tapes, verify};
 use hae::trace::{self, Cut, Reader};
 use print::Format;
@@ -181,7 +181,10 @@ fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
     };
     let mut settings: Vec<Setting> = Vec::new();
     let mut has_bin = false;
-    for (policy, budget) in values("--kv-policy", &args.kv_policy, policy)? {
+    let policies = values("--kv-policy", &args.kv_policy, policy)?;
+    let names: Vec<&str> = policies.iter().map(|(name, _)| name.as_str()).collect();
+    args.policy.refuse_unread(&names, false)?;
+    for (policy, budget) in policies {
         let mut options = options.clone();
         options.kv_budget = budget.or(options.kv_budget);
         let at = match budget {
@@ -189,7 +192,7 @@ fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
             Some(Amount::Share(share)) => format!("@{share}"),
             None => String::new(),
         };
-        let binned = policy == "hae" || policy == "ddes";
+        let binned = hae::policy::reads(&policy, OptionKey::BinSize);
         has_bin |= binned;
         if !binned || bins.is_empty() {
             settings.push(Setting {

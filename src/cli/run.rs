@@ -13,9 +13,7 @@ use super::chat::Start;
 use super::crops::CropArgs;
 use super::inputs::{self, EscapeArgs, check_stdin};
 use super::load::{self, Files, Setup};
-use super::options::{
-    ContextArgs, ModelArgs, POLICY, PolicyArgs, QUESTIONS, SamplerArgs, full_takes_no_parameters,
-};
+use super::options::{ContextArgs, ModelArgs, POLICY, PolicyArgs, QUESTIONS, SamplerArgs};
 use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, is_of_output, note, session, warn};
 use hae::Error;
@@ -23,7 +21,7 @@ use hae::answer::Answer;
 use hae::build::build;
 use hae::chat::{Begin, Chat, ChatOptions};
 use hae::generate::{Finish, Hooks};
-use hae::policy::{PolicyOptions, PolicySpec};
+use hae::policy::PolicySpec;
 use hae::trace;
 use hae::turn::Turn;
 
@@ -129,14 +127,8 @@ pub fn run(args: &Args) -> Result<Done> {
         super::show_log();
     }
     let policy_options = args.policy.options()?;
-    let mut refused = policy_options.clone();
-    if args.trace.is_some() {
-        // What a trace of `full` reads.
-        refused.layers = PolicyOptions::default().layers;
-    }
-    if args.kv_policy == "full" && refused != PolicyOptions::default() {
-        return Err(full_takes_no_parameters().into());
-    }
+    args.policy
+        .refuse_unread(&[&args.kv_policy], args.trace.is_some())?;
     let n_predict = match args.n_predict {
         -1 | -2 => None,
         n => Some(

@@ -16,7 +16,8 @@ use crate::error::{Error, Result};
 use crate::generate::{Segment, Session};
 use crate::policy::{EvictionPolicy, Observe, Plan, Queries, Shift};
 
-/// Keeps everything, as `full` does, and watches where attention goes.
+/// Keeps everything, as `full` does, and watches where attention goes. It has no name that
+/// `--kv-policy` takes.
 pub struct Watch {
     /// Sorted.
     layers: Vec<u32>,
@@ -33,7 +34,7 @@ impl Watch {
 
 impl EvictionPolicy for Watch {
     fn name(&self) -> &'static str {
-        "full"
+        "watch"
     }
 
     fn params(&self) -> Value {

@@ -12,8 +12,11 @@
 //! comes on top.
 
 use super::scores::Guard;
-use super::{Amount, Held, Limits};
+use super::{Amount, Held, Limits, OptionKey, PolicyOptions};
 use crate::error::{Error, Result};
+
+/// The option of a policy that evicts.
+pub(super) const BUDGET: &[OptionKey] = &[OptionKey::KvBudget];
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Budget {
@@ -24,6 +27,15 @@ pub(super) struct Budget {
 }
 
 impl Budget {
+    /// That of a policy that cannot do without one.
+    ///
+    /// # Errors
+    /// As [`Budget::new`].
+    pub fn always(options: &PolicyOptions, guard: Guard, limits: Limits) -> Result<Self> {
+        let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
+        Budget::new(amount, guard, limits)
+    }
+
     /// # Errors
     /// [`Error::Option`] for a budget that leaves `guard` no choice, or does not fit the context.
     pub fn new(amount: Amount, guard: Guard, limits: Limits) -> Result<Self> {

@@ -19,13 +19,20 @@
 //! Where a model's rope scales attention (Phi-3.5's factor of 1.19), llama.cpp's shift applies the
 //! factor to the moved keys once more each time. That is llama.cpp's, and is left as it is.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::budget::Budget;
+use super::budget::{BUDGET, Budget};
+use super::registry::Registered;
 use super::scores::Guard;
-use super::{EvictionPolicy, Held, Limits, Observe, Plan, PolicyOptions, Shift};
+use super::{EvictionPolicy, Held, Limits, Observe, OptionKey, Plan, PolicyOptions, Shift};
 use crate::cache::{Cell, Ledger, Pos};
 use crate::error::Result;
+
+pub(super) const POLICY: Registered = Registered {
+    name: "context_shift",
+    reads: &[BUDGET, &[OptionKey::Sinks]],
+    create,
+};
 
 struct ContextShift {
     budget: Budget,
@@ -38,25 +45,24 @@ struct ContextShift {
     tokens: Vec<(Pos, Cell)>,
 }
 
-pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
+fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
     let guard = Guard {
         sinks: options.sinks,
-        recent: 1,
+        ..Guard::NEWEST
     };
-    let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
     Ok(Box::new(ContextShift {
-        budget: Budget::new(amount, guard, limits)?,
+        budget: Budget::always(options, guard, limits)?,
         n_ctx: limits.n_cells,
         n_keep: options.sinks,
         cells: limits.n_cells,
-        params: json!({ "kv_budget": options.kv_budget, "sinks": options.sinks }),
+        params: POLICY.params(options),
         tokens: Vec::with_capacity(limits.n_cells),
     }))
 }
 
 impl EvictionPolicy for ContextShift {
     fn name(&self) -> &'static str {
-        "context_shift"
+        POLICY.name
     }
 
     fn params(&self) -> Value {

@@ -34,22 +34,26 @@
 //! room for the tokens to come, and can be kept only as far as visual tokens can make up for them.
 
 use super::budget::Budget;
-use super::hae::Hae;
 use super::scores::{Guard, Norm};
 use super::visual::{Pictures, Visual, counted, keep_best};
-use super::{
-    Amount, DapMode, DapOptions, DapRule, EvictionPolicy, Held, Limits, Plan, PolicyOptions, Scope,
-};
+use super::{Amount, DapMode, DapOptions, DapRule, Held, OptionKey, Plan, PolicyOptions, Scope};
 use crate::cache::Ledger;
-use crate::error::Result;
+
+/// What DAP reads beside scores, guard and budget.
+pub(super) const READS: &[OptionKey] = &[
+    OptionKey::DapKeep,
+    OptionKey::DapTau,
+    OptionKey::DapR,
+    OptionKey::DapSpread,
+    OptionKey::DapAlpha,
+    OptionKey::DapScope,
+    OptionKey::DapMode,
+    OptionKey::KeepSeparators,
+];
 
 /// What stays with [`DapMode::Early`] without a budget and a rule: what is pruned there shows nothing
 /// to any other token, so more is needed than the question looks at.
 const KEEP: Amount = Amount::Share(0.4);
-
-pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
-    Ok(Box::new(Hae::dap(options, limits)?))
-}
 
 pub(super) struct Dap {
     options: DapOptions,

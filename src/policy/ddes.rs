@@ -27,14 +27,33 @@
 use std::collections::BinaryHeap;
 
 use super::budget::Budget;
-use super::hae::Hae;
+use super::options::at_least_zero;
 use super::scores::{Candidate, Guard, Norm};
-use super::{EvictionPolicy, Held, Limits, Plan, PolicyOptions};
+use super::{Held, Limits, OptionKey, Plan, PolicyOptions};
 use crate::cache::{Cell, Ledger, Modality, State};
 use crate::error::{Error, Result};
 
-pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
-    Ok(Box::new(Hae::ddes(options, limits)?))
+/// What DDES reads beside scores, guard and budget.
+pub(super) const READS: &[OptionKey] = &[
+    OptionKey::Decay,
+    OptionKey::BinSize,
+    OptionKey::Hysteresis,
+    OptionKey::Restore,
+];
+
+/// d by default.
+pub(super) const BIN_SIZE: usize = 8;
+pub(super) const HYSTERESIS: f64 = 0.1;
+
+/// Checks the recycle bin's options.
+///
+/// # Errors
+/// [`Error::Option`] for a bin of no cells, or a hysteresis that is none.
+pub(super) fn check(options: &PolicyOptions) -> Result<()> {
+    if options.bin_size == 0 {
+        return Err(Error::option("--bin-size", "0 cells, expected at least 1"));
+    }
+    at_least_zero("--hysteresis", options.hysteresis)
 }
 
 /// In the order in which they leave.

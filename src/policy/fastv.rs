@@ -13,17 +13,19 @@
 //!   there on. With `exact` the whole prompt goes in first; with `early` the dropped tokens never do.
 //! - Other rules (`--dap-tau`, `--dap-r`, `--dap-spread` with the `--dap-keep` beside it) are not read.
 
-use serde_json::{Value, json};
-
-use super::budget::Budget;
-use super::scores::Guard;
-use super::visual::{Pictures, keep_best};
-use super::{
-    Amount, DapMode, DapRule, EvictionPolicy, Held, Layers, Limits, Observe, Plan, PolicyOptions,
-    Queries,
-};
-use crate::cache::Ledger;
+use super::pruning::{self, Judge, PromptPruner};
+use super::registry::Registered;
+use super::scores::Candidate;
+use super::visual::{Visual, keep_best};
+use super::{Amount, DapRule, EvictionPolicy, Limits, OptionKey, Plan, PolicyOptions, Queries};
+use crate::cache::Entry;
 use crate::error::Result;
+
+pub(super) const POLICY: Registered = Registered {
+    name: "fastv",
+    reads: &[pruning::READS, &[OptionKey::DapKeep]],
+    create,
+};
 
 /// Layer K, counted from 0.
 const LAYER: u32 = 1;
@@ -32,89 +34,38 @@ const KEEP: Amount = Amount::Share(0.5);
 
 struct Fastv {
     keep: Option<Amount>,
-    mode: DapMode,
-    budget: Budget,
-    layers: Vec<u32>,
-    params: Value,
-    pictures: Pictures,
-    to_come: Option<usize>,
 }
 
-pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
-    options.validate(limits)?;
-    let layers = match &options.layers {
-        Layers::All => vec![LAYER.min(limits.n_layer.saturating_sub(1))],
-        list @ Layers::List(_) => list.resolve(limits.n_layer),
-    };
+fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
     let keep = match options.dap.map(|dap| dap.rule) {
         Some(DapRule::Keep(keep)) => Some(keep),
         _ => None,
     };
-    let guard = Guard {
-        sinks: 0,
-        recent: 1,
-    };
-    let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
-    let keep_separators = options.keeps_separators();
-    Ok(Box::new(Fastv {
-        keep,
-        mode: options.dap_mode,
-        budget: Budget::new(amount, guard, limits)?,
-        params: json!({
-            "kv_budget": options.kv_budget, "keep": keep, "layers": layers,
-            "dap_mode": options.dap_mode,
-        }),
-        layers,
-        pictures: Pictures::new(guard, keep_separators),
-        to_come: None,
-    }))
+    let pruner = PromptPruner::new(&POLICY, Fastv { keep }, options, limits)?;
+    Ok(Box::new(pruner))
 }
 
-impl EvictionPolicy for Fastv {
-    fn name(&self) -> &'static str {
-        "fastv"
+impl Judge for Fastv {
+    type Order = Candidate;
+
+    const QUERIES: Queries = Queries::Last;
+
+    fn layers(n_layer: u32) -> Vec<u32> {
+        vec![LAYER.min(n_layer.saturating_sub(1))]
     }
 
-    fn params(&self) -> Value {
-        self.params.clone()
+    fn score(token: &Entry) -> f32 {
+        token.latest
     }
 
-    fn observe(&self) -> Observe {
-        Observe::Layers {
-            layers: self.layers.clone(),
-            queries: Queries::Last,
-        }
+    fn order(&self, token: &Visual) -> Candidate {
+        token.token
     }
 
-    fn observes_decoding(&self) -> bool {
-        false
-    }
-
-    fn dap_mode(&self) -> DapMode {
-        self.mode
-    }
-
-    fn expect(&mut self, tokens: Option<usize>) {
-        self.to_come = tokens;
-    }
-
-    fn prune(&mut self, cache: &Ledger, held: Held, plan: &mut Plan) -> Result<()> {
-        let most = self.budget.after_prompt(held, self.to_come);
-        let visual = self.pictures.judge(cache, |e| e.latest);
-        let keep = self.keep.or(most.is_none().then_some(KEEP));
-        if let Some(keep) = keep {
+    fn prune(&self, visual: &mut [Visual], bounded: bool, plan: &mut Plan) {
+        if let Some(keep) = self.keep.or((!bounded).then_some(KEEP)) {
             let keep = keep.of(visual.len());
             keep_best(visual, keep, |v| v.token, plan);
         }
-        self.pictures.fit(held, most, |v| v.token, plan);
-        Ok(())
-    }
-
-    fn after_prefill(&mut self, _: &Ledger, _: &mut Plan) -> Result<()> {
-        Ok(())
-    }
-
-    fn after_step(&mut self, _: &Ledger, _: &mut Plan) -> Result<()> {
-        Ok(())
     }
 }

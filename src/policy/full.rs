@@ -2,19 +2,22 @@
 
 use serde_json::{Value, json};
 
-use super::{EvictionPolicy, Limits, Observe, Plan, PolicyOptions};
+use super::registry::Registered;
+use super::{EvictionPolicy, Observe, Plan};
 use crate::cache::Ledger;
 use crate::error::Result;
 
-pub struct Full;
+pub(super) const POLICY: Registered = Registered {
+    name: "full",
+    reads: &[],
+    create: |_, _| Ok(Box::new(Full)),
+};
 
-pub(super) fn create(_: &PolicyOptions, _: Limits) -> Result<Box<dyn EvictionPolicy>> {
-    Ok(Box::new(Full))
-}
+pub struct Full;
 
 impl EvictionPolicy for Full {
     fn name(&self) -> &'static str {
-        "full"
+        POLICY.name
     }
 
     fn params(&self) -> Value {

@@ -9,17 +9,52 @@
 
 use serde_json::{Value, json};
 
-use super::budget::Budget;
-use super::dap::Dap;
-use super::ddes::Ddes;
-use super::scores::Guard;
-use super::{DapMode, DapRule, EvictionPolicy, Held, Limits, Observe, Plan, PolicyOptions};
+use super::budget::{BUDGET, Budget};
+use super::dap::{self, Dap};
+use super::ddes::{self, Ddes};
+use super::registry::Registered;
+use super::scores::{GUARD, Guard, SCORES};
+use super::{
+    DapMode, DapRule, EvictionPolicy, Held, Limits, Observe, OptionKey, Plan, PolicyOptions,
+};
 use crate::cache::Ledger;
 use crate::error::{Error, Result};
 
+pub(super) const POLICY: Registered = Registered {
+    name: "hae",
+    reads: &[
+        SCORES,
+        &[OptionKey::NoDap, OptionKey::Recall],
+        dap::READS,
+        BUDGET,
+        GUARD,
+        ddes::READS,
+    ],
+    create: |options, limits| Hae::boxed(&POLICY, options.clone(), true, limits),
+};
+
+/// DAP alone.
+pub(super) const DAP: Registered = Registered {
+    name: "dap",
+    reads: &[SCORES, &[OptionKey::Recall], dap::READS, BUDGET, GUARD],
+    create: |options, limits| Hae::boxed(&DAP, options.clone(), false, limits),
+};
+
+/// DDES alone.
+pub(super) const DDES: Registered = Registered {
+    name: "ddes",
+    reads: &[SCORES, &[OptionKey::Recall], BUDGET, GUARD, ddes::READS],
+    create: |options, limits| {
+        let mut options = options.clone();
+        options.dap = None;
+        options.kv_budget = options.kv_budget.or(Some(PolicyOptions::WHOLE_PROMPT));
+        Hae::boxed(&DDES, options, true, limits)
+    },
+};
+
 /// Both parts, or one of them.
-pub(super) struct Hae {
-    name: &'static str,
+struct Hae {
+    policy: &'static Registered,
     options: PolicyOptions,
     layers: Vec<u32>,
     dap: Option<Dap>,
@@ -30,38 +65,15 @@ pub(super) struct Hae {
     pruned: Vec<bool>,
 }
 
-pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
-    Ok(Box::new(Hae::new("hae", options.clone(), true, limits)?))
-}
-
 impl Hae {
-    /// DAP alone.
-    ///
     /// # Errors
     /// As [`PolicyOptions::validate`] and [`Budget::new`].
-    pub fn dap(options: &PolicyOptions, limits: Limits) -> Result<Self> {
-        let mut options = options.clone();
-        options.dap = options.dap.or(PolicyOptions::default().dap);
-        Hae::new("dap", options, false, limits)
-    }
-
-    /// DDES alone.
-    ///
-    /// # Errors
-    /// As [`PolicyOptions::validate`] and [`Budget::new`].
-    pub fn ddes(options: &PolicyOptions, limits: Limits) -> Result<Self> {
-        let mut options = options.clone();
-        options.dap = None;
-        options.kv_budget = options.kv_budget.or(Some(PolicyOptions::WHOLE_PROMPT));
-        Hae::new("ddes", options, true, limits)
-    }
-
-    fn new(
-        name: &'static str,
+    fn boxed(
+        policy: &'static Registered,
         options: PolicyOptions,
         decoding: bool,
         limits: Limits,
-    ) -> Result<Self> {
+    ) -> Result<Box<dyn EvictionPolicy>> {
         options.validate(limits)?;
         if let Some(dap) = options.dap
             && dap.rule == DapRule::Auto
@@ -79,33 +91,28 @@ impl Hae {
             .filter(|_| decoding)
             .map(|budget| Ddes::new(&options, budget, limits))
             .transpose()?;
-        Ok(Hae {
-            name,
+        Ok(Box::new(Hae {
+            policy,
             layers: options.layers.resolve(limits.n_layer),
             dap: options.dap.map(|dap| Dap::new(dap, &options, budget)),
             ddes,
             options,
             to_come: None,
             pruned: Vec::new(),
-        })
+        }))
     }
 }
 
 impl EvictionPolicy for Hae {
     fn name(&self) -> &'static str {
-        self.name
+        self.policy.name
     }
 
     fn params(&self) -> Value {
-        let mut params = json!(self.options);
+        let mut params = self.policy.params(&self.options);
         params["layers"] = json!(self.layers);
         if let Some(dap) = &self.dap {
             params["dap"]["rule"] = json!(dap.rule());
-        }
-        if let Some(params) = params.as_object_mut() {
-            for of_others in ["h2o_recent", "snapkv", "seed"] {
-                params.shift_remove(of_others);
-            }
         }
         params
     }
@@ -128,7 +135,7 @@ impl EvictionPolicy for Hae {
         self.options.decay as f32
     }
 
-    fn dap_mode(&self) -> DapMode {
+    fn prune_when(&self) -> DapMode {
         match self.dap {
             Some(_) => self.options.dap_mode,
             None => DapMode::Exact,

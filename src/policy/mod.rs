@@ -3,6 +3,11 @@
 //! A policy reads the [`Ledger`] (who is in the cache, how much attention each has had) and
 //! writes a [`Plan`]. The direction of a score is said once, here: **higher is more worth
 //! keeping**.
+//!
+//! A policy's file declares it: a name, the options that it reads ([`OptionKey`]), and how it is
+//! made of them. No other option reaches it. Policies that evict one token for each that comes are
+//! a score for the schedule in `greedy`, those that prune a prompt's pictures once a judge for the
+//! one in `pruning`.
 
 mod budget;
 mod context_shift;
@@ -15,7 +20,9 @@ mod h2o;
 mod hae;
 mod mustdrop;
 mod options;
+mod pruning;
 mod random;
+mod registry;
 mod scores;
 mod snapkv;
 mod spec;
@@ -26,59 +33,15 @@ mod visual;
 use std::collections::HashSet;
 
 use crate::cache::{Cell, Ledger, Modality, Pos};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 pub use options::{
-    Amount, DapMode, DapOptions, DapRule, Layers, Limits, PolicyOptions, Pooling, Scope,
-    SnapkvOptions,
+    Amount, DapMode, DapOptions, DapRule, Layers, Limits, OptionKey, PolicyOptions, Scope,
 };
+pub use registry::{create, evicts_nothing, names, reads, refuse_unread};
 pub use scores::Norm;
+pub use snapkv::{Pooling, SnapkvOptions};
 pub use spec::PolicySpec;
-
-type Create = fn(&PolicyOptions, Limits) -> Result<Box<dyn EvictionPolicy>>;
-
-/// The policies by the names that `--kv-policy` takes. The one place to add one.
-const POLICIES: &[(&str, Create)] = &[
-    ("full", full::create),
-    ("hae", hae::create),
-    ("dap", dap::create),
-    ("ddes", ddes::create),
-    ("random", random::create),
-    ("random_visual", random::create_visual),
-    ("streaming_llm", streaming_llm::create),
-    ("context_shift", context_shift::create),
-    ("h2o", h2o::create),
-    ("tova", tova::create),
-    ("snapkv", snapkv::create),
-    ("fastv", fastv::create),
-    ("mustdrop", mustdrop::create),
-];
-
-pub fn names() -> impl Iterator<Item = &'static str> {
-    POLICIES.iter().map(|(name, _)| *name)
-}
-
-/// The policy of this name.
-///
-/// # Errors
-/// [`Error::Option`] when there is none of this name (it lists those there are), or when an
-/// option of the policy cannot be.
-pub fn create(
-    name: &str,
-    options: &PolicyOptions,
-    limits: Limits,
-) -> Result<Box<dyn EvictionPolicy>> {
-    match POLICIES.iter().find(|(known, _)| *known == name) {
-        Some((_, create)) => create(options, limits),
-        None => {
-            let known = names().collect::<Vec<_>>().join(", ");
-            Err(Error::option(
-                "--kv-policy",
-                format!("{name:?}, expected one of {known}"),
-            ))
-        }
-    }
-}
 
 /// Which attention a policy wants to see.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -221,7 +184,7 @@ pub trait EvictionPolicy: Send {
     }
 
     /// When a prompt's visual tokens are pruned.
-    fn dap_mode(&self) -> DapMode {
+    fn prune_when(&self) -> DapMode {
         DapMode::Exact
     }
 

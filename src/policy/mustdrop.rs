@@ -18,16 +18,30 @@
 //! - The paper's decoding stage drops the cached tokens that these filters drop. Here they are
 //!   gone when the prompt ends, so that nothing is left for it to do.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::budget::Budget;
-use super::scores::{Candidate, Guard};
-use super::visual::{Pictures, Visual, counted, keep_best};
-use super::{
-    DapMode, DapRule, EvictionPolicy, Held, Layers, Limits, Observe, Plan, PolicyOptions, Queries,
-};
-use crate::cache::Ledger;
+use super::pruning::{self, Judge, PromptPruner};
+use super::registry::Registered;
+use super::scores::Candidate;
+use super::visual::{Visual, counted, keep_best};
+use super::{DapRule, EvictionPolicy, Limits, OptionKey, Plan, PolicyOptions, Queries};
+use crate::cache::Entry;
 use crate::error::Result;
+
+pub(super) const POLICY: Registered = Registered {
+    name: "mustdrop",
+    reads: &[
+        pruning::READS,
+        &[
+            OptionKey::DapKeep,
+            OptionKey::DapTau,
+            OptionKey::DapR,
+            OptionKey::DapSpread,
+            OptionKey::DapAlpha,
+        ],
+    ],
+    create,
+};
 
 /// Those that filter, counted from 0.
 const LAYERS: [u32; 4] = [2, 6, 10, 14];
@@ -37,102 +51,60 @@ const THRESHOLD: f64 = 0.001;
 struct Mustdrop {
     rule: DapRule,
     alpha: f64,
-    mode: DapMode,
-    budget: Budget,
-    layers: Vec<u32>,
-    params: Value,
-    pictures: Pictures,
-    to_come: Option<usize>,
 }
 
-pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
-    options.validate(limits)?;
-    let last = limits.n_layer.saturating_sub(1);
-    let layers = match &options.layers {
-        Layers::All if LAYERS[0] > last => vec![last],
-        Layers::All => LAYERS.into_iter().filter(|&il| il <= last).collect(),
-        list @ Layers::List(_) => list.resolve(limits.n_layer),
-    };
+fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
     let rule = options.dap.map_or(DapRule::Auto, |dap| dap.rule);
     let alpha = options.dap.and_then(|dap| dap.alpha).unwrap_or(THRESHOLD);
-    let guard = Guard {
-        sinks: 0,
-        recent: 1,
-    };
-    let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
-    let keep_separators = options.keeps_separators();
-    Ok(Box::new(Mustdrop {
-        rule,
-        alpha,
-        mode: options.dap_mode,
-        budget: Budget::new(amount, guard, limits)?,
-        params: json!({
-            "kv_budget": options.kv_budget, "rule": rule, "alpha": alpha, "layers": layers,
-            "dap_mode": options.dap_mode,
-        }),
-        layers,
-        pictures: Pictures::new(guard, keep_separators),
-        to_come: None,
-    }))
+    let judge = Mustdrop { rule, alpha };
+    let mut pruner = PromptPruner::new(&POLICY, judge, options, limits)?;
+    pruner.params["dap"]["alpha"] = json!(alpha);
+    Ok(Box::new(pruner))
 }
 
-impl EvictionPolicy for Mustdrop {
-    fn name(&self) -> &'static str {
-        "mustdrop"
+impl Mustdrop {
+    /// Whether no single query paid the token much.
+    fn is_low(&self, token: &Visual) -> bool {
+        f64::from(token.max) < self.alpha
     }
+}
 
-    fn params(&self) -> Value {
-        self.params.clone()
-    }
+impl Judge for Mustdrop {
+    type Order = (bool, Candidate);
 
-    fn observe(&self) -> Observe {
-        Observe::Layers {
-            layers: self.layers.clone(),
-            queries: Queries::All,
+    const QUERIES: Queries = Queries::All;
+
+    fn layers(n_layer: u32) -> Vec<u32> {
+        let last = n_layer.saturating_sub(1);
+        match LAYERS[0] > last {
+            true => vec![last],
+            false => LAYERS.into_iter().filter(|&il| il <= last).collect(),
         }
     }
 
-    fn observes_decoding(&self) -> bool {
-        false
+    fn score(token: &Entry) -> f32 {
+        token.sum
     }
 
-    fn dap_mode(&self) -> DapMode {
-        self.mode
+    fn order(&self, token: &Visual) -> (bool, Candidate) {
+        (!self.is_low(token), token.token)
     }
 
-    fn expect(&mut self, tokens: Option<usize>) {
-        self.to_come = tokens;
-    }
-
-    fn prune(&mut self, cache: &Ledger, held: Held, plan: &mut Plan) -> Result<()> {
-        let alpha = self.alpha;
-        let low = |v: &Visual| f64::from(v.max) < alpha;
-        let order = |v: &Visual| -> (bool, Candidate) { (!low(v), v.token) };
-        let most = self.budget.after_prompt(held, self.to_come);
-        let visual = self.pictures.judge(cache, |e| e.sum);
+    fn prune(&self, visual: &mut [Visual], bounded: bool, plan: &mut Plan) {
         let sum: f64 = visual.iter().map(|v| f64::from(v.token.score)).sum();
         let limit = match self.rule {
             DapRule::Keep(_) | DapRule::Spread { .. } => None,
             DapRule::R(r) => Some(r * sum),
             DapRule::Tau(tau) => Some(tau * sum / visual.len() as f64),
-            DapRule::Auto => most.is_none().then_some(THRESHOLD * sum),
+            DapRule::Auto => (!bounded).then_some(THRESHOLD * sum),
         };
         if let Some(keep) = counted(self.rule, visual) {
-            keep_best(visual, keep, order, plan);
+            keep_best(visual, keep, |v| self.order(v), plan);
         }
         if let Some(limit) = limit {
-            let below = |v: &&mut Visual| f64::from(v.token.score) < limit && low(v) && v.is_open();
+            let below =
+                |v: &&mut Visual| f64::from(v.token.score) < limit && self.is_low(v) && v.is_open();
             visual.iter_mut().filter(below).for_each(|v| v.evict(plan));
         }
-        self.pictures.fit(held, most, order, plan);
-        Ok(())
-    }
-
-    fn after_prefill(&mut self, _: &Ledger, _: &mut Plan) -> Result<()> {
-        Ok(())
-    }
-
-    fn after_step(&mut self, _: &Ledger, _: &mut Plan) -> Result<()> {
-        Ok(())
     }
 }

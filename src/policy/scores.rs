@@ -3,7 +3,25 @@
 use std::cmp::Ordering;
 use std::ops::Range;
 
+use super::OptionKey;
 use crate::cache::{Cell, Entry, Ledger, Pos};
+use crate::error::{Error, Result};
+
+/// The options of how a score is read.
+pub const SCORES: &[OptionKey] = &[OptionKey::Layers, OptionKey::Queries, OptionKey::Norm];
+
+/// The options of [`Guard`].
+pub const GUARD: &[OptionKey] = &[OptionKey::Sinks, OptionKey::Recent];
+
+/// # Errors
+/// [`Error::Option`] for a factor that makes scores grow, or ends them.
+pub fn check_decay(decay: f64) -> Result<()> {
+    if decay > 0.0 && decay <= 1.0 {
+        return Ok(());
+    }
+    let reason = format!("{decay}, expected more than 0, up to 1");
+    Err(Error::option("--score-decay", reason))
+}
 
 /// How the attention that a token has gathered becomes its score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -88,6 +106,18 @@ pub struct Guard {
 }
 
 impl Guard {
+    /// Ours.
+    pub const DEFAULT: Guard = Guard {
+        sinks: 4,
+        recent: 16,
+    };
+
+    /// Only the newest token.
+    pub const NEWEST: Guard = Guard {
+        sinks: 0,
+        recent: 1,
+    };
+
     /// The positions that may leave. Positions, not ranks: what is protected was never evicted,
     /// so both count the same tokens.
     pub fn open(&self, cache: &Ledger) -> Range<Pos> {

@@ -15,15 +15,72 @@
 //! - In a later turn, tokens of earlier ones compete again, by the attention of the new window;
 //!   neighbours are those that are still there.
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::budget::Budget;
+use super::budget::{BUDGET, Budget};
+use super::registry::Registered;
 use super::scores::{Candidate, Guard};
-use super::{
-    EvictionPolicy, Held, Limits, Observe, Plan, PolicyOptions, Pooling, Queries, SnapkvOptions,
-};
+use super::{EvictionPolicy, Held, Limits, Observe, OptionKey, Plan, PolicyOptions, Queries};
 use crate::cache::Ledger;
 use crate::error::{Error, Result};
+
+pub(super) const POLICY: Registered = Registered {
+    name: "snapkv",
+    reads: &[
+        BUDGET,
+        &[
+            OptionKey::Layers,
+            OptionKey::SnapkvWindow,
+            OptionKey::SnapkvKernel,
+            OptionKey::SnapkvPooling,
+        ],
+    ],
+    create,
+};
+
+/// How `snapkv` looks at a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapkvOptions {
+    /// Rows at the end of the prompt that judge the others, and stay.
+    pub window: usize,
+    /// Neighbours over which scores are pooled, the token itself included; odd.
+    pub kernel: usize,
+    pub pooling: Pooling,
+}
+
+/// How neighbours' scores become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pooling {
+    Avg,
+    Max,
+}
+
+/// Those of the authors' program.
+impl Default for SnapkvOptions {
+    fn default() -> Self {
+        SnapkvOptions {
+            window: 32,
+            kernel: 5,
+            pooling: Pooling::Avg,
+        }
+    }
+}
+
+impl SnapkvOptions {
+    fn check(&self) -> Result<()> {
+        if self.window == 0 {
+            let reason = "0 rows, expected at least 1";
+            return Err(Error::option("--snapkv-window", reason));
+        }
+        if self.kernel.is_multiple_of(2) {
+            let reason = format!("{}, expected an odd number", self.kernel);
+            return Err(Error::option("--snapkv-kernel", reason));
+        }
+        Ok(())
+    }
+}
 
 struct Snapkv {
     options: SnapkvOptions,
@@ -33,29 +90,16 @@ struct Snapkv {
     to_come: Option<usize>,
 }
 
-pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
-    options.validate_layers(limits.n_layer)?;
-    let snapkv = options.snapkv;
-    if snapkv.window == 0 {
-        return Err(Error::option(
-            "--snapkv-window",
-            "0 rows, expected at least 1",
-        ));
-    }
-    if snapkv.kernel.is_multiple_of(2) {
-        let reason = format!("{}, expected an odd number", snapkv.kernel);
-        return Err(Error::option("--snapkv-kernel", reason));
-    }
-    let guard = Guard {
-        sinks: 0,
-        recent: 1,
-    };
-    let amount = options.kv_budget.unwrap_or(PolicyOptions::WHOLE_PROMPT);
+fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
+    options.layers.check(limits.n_layer)?;
+    options.snapkv.check()?;
     let layers = options.layers.resolve(limits.n_layer);
+    let mut params = POLICY.params(options);
+    params["layers"] = json!(layers);
     Ok(Box::new(Snapkv {
-        options: snapkv,
-        budget: Budget::new(amount, guard, limits)?,
-        params: json!({ "kv_budget": options.kv_budget, "layers": layers, "snapkv": snapkv }),
+        options: options.snapkv,
+        budget: Budget::always(options, Guard::NEWEST, limits)?,
+        params,
         layers,
         to_come: None,
     }))
@@ -63,7 +107,7 @@ pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn 
 
 impl EvictionPolicy for Snapkv {
     fn name(&self) -> &'static str {
-        "snapkv"
+        POLICY.name
     }
 
     fn params(&self) -> Value {

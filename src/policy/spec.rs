@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{EvictionPolicy, Limits, PolicyOptions, create};
+use super::{EvictionPolicy, Limits, PolicyOptions, create, reads, refuse_unread};
 use crate::error::Result;
 
 /// Which policy, with which parameters. Whether they can be is known once there are [`Limits`].
@@ -21,6 +21,12 @@ impl PolicySpec {
         }
     }
 
+    /// With those of the options that the policy reads, and the defaults for the others: its share
+    /// of what was said to several policies.
+    pub fn of(name: &str, options: &PolicyOptions) -> Self {
+        PolicySpec::new(name, options.only(|key| reads(name, key)))
+    }
+
     /// Everything stays, as in llama.cpp.
     pub fn full() -> Self {
         PolicySpec::new("full", PolicyOptions::default())
@@ -29,6 +35,15 @@ impl PolicySpec {
     /// Hierarchical Adaptive Eviction with our setting.
     pub fn hae() -> Self {
         PolicySpec::new("hae", PolicyOptions::default())
+    }
+
+    /// Refuses options that the policy does not read, where they are not the defaults.
+    ///
+    /// # Errors
+    /// [`crate::Error::Option`] that names the first of them by its flag.
+    pub fn check(&self) -> Result<()> {
+        let given = self.options.set().map(|key| (key.flag(), vec![key]));
+        refuse_unread(&[&self.name], given)
     }
 
     /// The policy in its first state.

@@ -8,55 +8,24 @@
 //! behind the sinks; here tokens keep their positions, and the gap between the sinks and the
 //! window grows. `context_shift` is the policy that moves positions.
 
-use serde_json::{Value, json};
-
+use super::budget::BUDGET;
 use super::greedy::Greedy;
+use super::registry::Registered;
 use super::scores::Guard;
-use super::{EvictionPolicy, Limits, Observe, Plan, PolicyOptions};
-use crate::cache::Ledger;
+use super::{EvictionPolicy, Limits, OptionKey, PolicyOptions};
 use crate::error::Result;
 
-struct StreamingLlm {
-    greedy: Greedy,
-    params: Value,
-}
+pub(super) const POLICY: Registered = Registered {
+    name: "streaming_llm",
+    reads: &[BUDGET, &[OptionKey::Sinks]],
+    create,
+};
 
-pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
+fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
     let guard = Guard {
         sinks: options.sinks,
-        recent: 1,
+        ..Guard::NEWEST
     };
-    Ok(Box::new(StreamingLlm {
-        greedy: Greedy::new(options, guard, limits)?,
-        params: json!({ "kv_budget": options.kv_budget, "sinks": options.sinks }),
-    }))
-}
-
-impl EvictionPolicy for StreamingLlm {
-    fn name(&self) -> &'static str {
-        "streaming_llm"
-    }
-
-    fn params(&self) -> Value {
-        self.params.clone()
-    }
-
-    fn observe(&self) -> Observe {
-        Observe::Nothing
-    }
-
-    fn evicts(&self) -> bool {
-        true
-    }
-
-    fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
-        self.greedy.begin(cache);
-        self.after_step(cache, plan)
-    }
-
-    fn after_step(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
-        // Of equal scores the older token goes first.
-        self.greedy.evict(cache, |_| 0.0, plan);
-        Ok(())
-    }
+    // Of equal scores the older token goes first.
+    Ok(Greedy::new(&POLICY, options, guard, limits)?.boxed(|_| 0.0))
 }

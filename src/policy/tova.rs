@@ -12,57 +12,20 @@
 //! - The paper brings a long prompt down as it comes; here at its end, all of it at once by the
 //!   attention of its last token.
 
-use serde_json::{Value, json};
-
+use super::budget::BUDGET;
 use super::greedy::Greedy;
+use super::registry::Registered;
 use super::scores::Guard;
-use super::{EvictionPolicy, Limits, Observe, Plan, PolicyOptions, Queries};
-use crate::cache::Ledger;
+use super::{EvictionPolicy, Limits, OptionKey, PolicyOptions, Queries};
 use crate::error::Result;
 
-struct Tova {
-    greedy: Greedy,
-    layers: Vec<u32>,
-    params: Value,
-}
+pub(super) const POLICY: Registered = Registered {
+    name: "tova",
+    reads: &[BUDGET, &[OptionKey::Layers]],
+    create,
+};
 
-pub(super) fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
-    options.validate_layers(limits.n_layer)?;
-    let guard = Guard {
-        sinks: 0,
-        recent: 1,
-    };
-    let layers = options.layers.resolve(limits.n_layer);
-    Ok(Box::new(Tova {
-        greedy: Greedy::new(options, guard, limits)?,
-        params: json!({ "kv_budget": options.kv_budget, "layers": layers }),
-        layers,
-    }))
-}
-
-impl EvictionPolicy for Tova {
-    fn name(&self) -> &'static str {
-        "tova"
-    }
-
-    fn params(&self) -> Value {
-        self.params.clone()
-    }
-
-    fn observe(&self) -> Observe {
-        Observe::Layers {
-            layers: self.layers.clone(),
-            queries: Queries::Last,
-        }
-    }
-
-    fn after_prefill(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
-        self.greedy.begin(cache);
-        self.after_step(cache, plan)
-    }
-
-    fn after_step(&mut self, cache: &Ledger, plan: &mut Plan) -> Result<()> {
-        self.greedy.evict(cache, |e| e.latest, plan);
-        Ok(())
-    }
+fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
+    let greedy = Greedy::new(&POLICY, options, Guard::NEWEST, limits)?;
+    Ok(greedy.judged_by(Queries::Last).boxed(|token| token.latest))
 }

@@ -6,6 +6,7 @@ use super::Results;
 use super::chart::{self, Axes, Dot, Ink};
 use crate::error::Result;
 use crate::eval::summary::{Row, Summary};
+use crate::policy::evicts_nothing;
 
 /// How many colours the style sheet has for policies; the first is that of `full`.
 const INKS: u8 = 13;
@@ -17,7 +18,7 @@ impl<'a> Inks<'a> {
     fn of(rows: &[&'a Row]) -> Self {
         let mut policies: Vec<&str> = Vec::new();
         for row in rows {
-            if row.policy != "full" && !policies.contains(&row.policy.as_str()) {
+            if !evicts_nothing(&row.policy) && !policies.contains(&row.policy.as_str()) {
                 policies.push(&row.policy);
             }
         }

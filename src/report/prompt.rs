@@ -28,7 +28,7 @@ pub fn section(traced: &Traced, number: usize) -> Result<Markup> {
             h2 { (traced.path.display()) @if many { " #" (i + 1) } }
             p.soft {
                 (header.model) " under " (header.policy)
-                @if header.policy != "full" { ", " (parameters(traced)) }
+                @if !header.is_full() { ", " (parameters(traced)) }
                 @if !traced.complete { ". The run did not come to its end." }
             }
             (counts(story))

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::controller::Controller;
 use crate::error::{Error, Result};
-use crate::policy::{Limits, PolicyOptions, PolicySpec};
+use crate::policy::{Limits, PolicyOptions, PolicySpec, evicts_nothing};
 
 pub use read::{Cut, Reader, read};
 pub use record::{Jpeg, Record};
@@ -36,8 +36,6 @@ pub const SINGLE_ROWS: usize = 32;
 /// Cells and layers beyond these are no model's; they bound what a reader allocates.
 const MOST_CELLS: usize = 1 << 24;
 const MOST_LAYERS: u32 = 4096;
-
-const FULL: &str = "full";
 
 /// Records what happens under a controller from now on. The engine reads the attention of
 /// `header.layers`.
@@ -84,9 +82,9 @@ impl Header {
             options: policy.options.clone(),
             layers,
             // Nobody decided anything by the attention that `full` shows.
-            precision: match &*policy.name {
-                FULL => Precision::Rounded,
-                _ => Precision::Exact,
+            precision: match evicts_nothing(&policy.name) {
+                true => Precision::Rounded,
+                false => Precision::Exact,
             },
         }
     }
@@ -94,7 +92,7 @@ impl Header {
     /// Whether the policy kept everything, so that the attention of any other policy's run can
     /// be found in it.
     pub fn is_full(&self) -> bool {
-        self.policy == FULL
+        evicts_nothing(&self.policy)
     }
 
     fn check(&self, path: &Path) -> Result<()> {

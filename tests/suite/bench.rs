@@ -327,7 +327,7 @@ fn what_cannot_be_measured_is_refused_in_one_line() {
         ),
         (
             "--kv-policy full --no-dap",
-            "--kv-policy: full takes no parameters",
+            "--no-dap: the policy full does not read it",
         ),
         (
             "--kv-budget 9",

@@ -136,7 +136,14 @@ fn policies_and_their_parameters() {
             "--kv-policy hae --kv-preset best",
             "\"best\", expected one of default, paper",
         ),
-        ("--kv-budget 100", "full takes no parameters"),
+        (
+            "--kv-budget 100",
+            "--kv-budget: the policy full does not read it",
+        ),
+        (
+            "--kv-policy hae --h2o-recent 0.5",
+            "--h2o-recent: the policy hae does not read it",
+        ),
         (
             "--kv-policy hae --kv-budget 21",
             "21 cells, expected at least 22: 4 sinks + 16 recent + 1 + the next token",

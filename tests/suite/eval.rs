@@ -383,7 +383,7 @@ fn bad_input_is_named() {
     );
     refuses(
         "eval QUESTIONS --kv-policy full --kv-budget 0.5",
-        "--kv-policy: full takes no parameters",
+        "--kv-budget: the policy full does not read it",
     );
     for (budget, expected) in [
         (

@@ -242,7 +242,10 @@ fn what_cannot_be_shown_or_replayed() {
     let line = refusal(&["run", "-p", "hi", "--trace", &page, "--score-layers", "99"]);
     assert!(line.contains("--score-layers: layer 99"), "{line}");
     let line = refusal(&["run", "-p", "hi", "--trace", &page, "--bin-size", "2"]);
-    assert!(line.contains("full takes no parameters"), "{line}");
+    assert!(
+        line.contains("--bin-size: the policy full does not read it"),
+        "{line}"
+    );
 }
 
 /// A disk that is full costs the trace, not the answer.

@@ -2,9 +2,7 @@
 //! is found here, before the first model is loaded.
 
 use super::super::load::Files;
-use super::super::options::{
-    GpuLayers, cache_type, default_threads, full_takes_no_parameters, gpu_layers,
-};
+use super::super::options::{GpuLayers, cache_type, default_threads, gpu_layers};
 use super::lists::{numbers, pairs, size, values};
 use super::{Args, MOST_TOKENS};
 use hae::attend::Attend;
@@ -48,7 +46,7 @@ pub struct Plan {
     pub shapes: Vec<Shape>,
     pub cases: Vec<Case>,
     pub policies: Vec<&'static str>,
-    /// `full` has none.
+    /// Each policy takes those that it reads.
     pub policy_options: PolicyOptions,
     /// Of the policies behind the first, or of a single one.
     attend: Attend,
@@ -61,16 +59,14 @@ pub struct Plan {
 impl Plan {
     /// The policy at this place of the list.
     pub fn policy(&self, i: usize) -> PolicySpec {
-        PolicySpec::new(self.policies[i], self.policy_options.clone())
+        PolicySpec::of(self.policies[i], &self.policy_options)
     }
 
     pub fn new(args: &Args) -> anyhow::Result<Self> {
         let attend = args.attend.options();
         let policies = policies(&args.kv_policy, !attend.is_whole())?;
         let policy_options = args.policy.options()?;
-        if policies == ["full"] && policy_options != PolicyOptions::default() {
-            return Err(full_takes_no_parameters().into());
-        }
+        args.policy.refuse_unread(&policies, false)?;
         let threads = match args.threads.is_empty() {
             true => vec![default_threads()],
             false => numbers("-t", &args.threads, 1, 512)?
