@@ -260,7 +260,7 @@ impl Asker {
             let mut bytes = Vec::new();
             let last = said.tokens.len() - usize::from(said.ended);
             for &token in &said.tokens[..last] {
-                session.engine.piece(token, &mut bytes)?;
+                session.vocabulary()?.piece(token, &mut bytes)?;
             }
             let text = String::from_utf8_lossy(&bytes).into_owned();
             talk.transcript.answered(&text);

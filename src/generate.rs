@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use crate::cache::{Cell, Pos};
 use crate::controller::{Controller, Event, Origin};
-use crate::engine::{Engine, Input, Observation, Token};
+use crate::engine::{Engine, Input, Observation, Sampler, Token, TrialRuns, Vocabulary};
 use crate::error::{Error, Result};
 use feed::Feed;
 
@@ -43,6 +43,8 @@ pub struct Hooks<'a> {
 pub struct Session<E> {
     pub engine: E,
     pub controller: Controller,
+    /// Chooses the conversation's tokens.
+    pub sampler: Box<dyn Sampler>,
     history: History,
     host_bin: HostBin,
     feed: Feed,
@@ -57,6 +59,7 @@ impl<E: Engine> Session<E> {
     /// `engine` is empty and `controller` made for its number of cells.
     pub fn new(engine: E, controller: Controller) -> Self {
         Session {
+            sampler: engine.sampler(),
             engine,
             controller,
             history: History::default(),
@@ -74,9 +77,26 @@ impl<E: Engine> Session<E> {
     /// The engine's own.
     pub fn prepare(&mut self) -> Result<()> {
         match self.controller.dap_mode().has_trial() {
-            true => self.engine.expect_trials(),
+            true => self.engine.trials().map_or(Ok(()), TrialRuns::prepare),
             false => Ok(()),
         }
+    }
+
+    /// What the engine's tokens mean.
+    ///
+    /// # Errors
+    /// [`Error::Contract`] when they mean nothing.
+    pub fn vocabulary(&self) -> Result<&(dyn Vocabulary + '_)> {
+        let none = || Error::contract("words of an engine that has none");
+        self.engine.vocabulary().ok_or_else(none)
+    }
+
+    /// Chooses the next token from the last logits.
+    ///
+    /// # Errors
+    /// Those of [`Engine::logits`] and of the sampler.
+    pub fn sample(&mut self) -> Result<Token> {
+        self.sampler.sample(self.engine.logits()?)
     }
 
     /// Tells how many tokens will go through the model after the next prompt, for policies that
@@ -126,6 +146,7 @@ impl<E: Engine> Session<E> {
 
     /// Forgets what went in: the engine and the controller were cleared.
     pub fn forget(&mut self) {
+        self.sampler.reset();
         self.history.clear();
         self.host_bin.clear();
         self.feed.peak_bytes = 0;
@@ -168,7 +189,9 @@ impl<E: Engine> Session<E> {
             return Ok(());
         }
         let mut bytes = Vec::new();
-        self.engine.piece(token, &mut bytes)?;
+        if let Some(vocabulary) = self.engine.vocabulary() {
+            vocabulary.piece(token, &mut bytes)?;
+        }
         let bytes = &bytes;
         self.controller.tell(Event::Text { pos, bytes });
         Ok(())

@@ -134,13 +134,13 @@ impl<'p> Generation<'p> {
         if let Some(finish) = self.length.ends(self.tokens.len()) {
             return Ok(Some(self.end(session, finish, now)));
         }
-        let token = session.engine.sample()?;
+        let token = session.sample()?;
         self.decoding.get_or_insert_with(now);
-        if session.engine.is_eog(token) {
+        if session.vocabulary()?.is_eog(token) {
             return Ok(Some(self.end(session, Finish::Eog, now)));
         }
         self.tokens.push(token);
-        session.engine.piece(token, &mut self.stream.held)?;
+        session.vocabulary()?.piece(token, &mut self.stream.held)?;
         self.stream.take(&mut self.text);
         self.state = match self.length.ends(self.tokens.len()) {
             Some(finish) => {

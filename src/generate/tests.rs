@@ -507,18 +507,6 @@ fn an_engine_that_shows_no_attention_is_found_out() {
                 seen,
             )
         }
-        fn logits(&self) -> Result<&[f32]> {
-            self.0.logits()
-        }
-        fn sample(&mut self) -> Result<Token> {
-            self.0.sample()
-        }
-        fn is_eog(&self, token: Token) -> bool {
-            self.0.is_eog(token)
-        }
-        fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
-            self.0.piece(token, out)
-        }
         fn remove(&mut self, ranges: &[std::ops::Range<Pos>]) -> Result<()> {
             self.0.remove(ranges)
         }
