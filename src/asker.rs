@@ -12,7 +12,6 @@ use sha2::{Digest, Sha256};
 use crate::answer::{Answer, Evicted};
 use crate::attend::Attend;
 use crate::bench::Watch as Clock;
-use crate::engine::Engine;
 use crate::error::Result;
 use crate::eval::distance::{self, Followed, Places, Said, Watch};
 use crate::eval::question::Question;
@@ -187,7 +186,7 @@ impl Asker {
             let mut bytes = Vec::new();
             let last = said.tokens.len() - usize::from(said.ended);
             for &token in &said.tokens[..last] {
-                session.engine.piece(token, &mut bytes)?;
+                session.vocabulary()?.piece(token, &mut bytes)?;
             }
             let text = String::from_utf8_lossy(&bytes).into_owned();
             talk.transcript.answered(&text);

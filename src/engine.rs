@@ -2,12 +2,17 @@
 //! [`scripted`] with a table, so that everything above runs in tests without a model.
 
 pub mod scripted;
+mod trials;
+mod words;
 
 use std::ops::Range;
 
 use crate::attend::{Attend, Lookup};
 use crate::cache::{Cell, Pos};
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+pub use trials::TrialRuns;
+pub use words::{Greedy, Sampler, Vocabulary, likeliest};
 
 /// A vocabulary id (llama.cpp's `llama_token`).
 pub type Token = i32;
@@ -24,7 +29,7 @@ pub enum Input<'a> {
         mrope: Option<&'a [[Pos; 4]]>,
     },
     /// The tokens in these cells of the trial run's cache, from where it came to: the layers that
-    /// it went through are not computed again. Where [`Engine::trial`] was told so.
+    /// it went through are not computed again. Where [`TrialRuns::begin`] was told so.
     Trial(&'a [Cell]),
 }
 
@@ -87,6 +92,18 @@ pub struct KvBytes {
     pub allocated: u64,
 }
 
+/// What an engine can do beside taking tokens in at the end and out again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// A batch may have holes between its positions, and lie before the newest one: what was
+    /// evicted can then be decoded again, or left out from the start.
+    pub any_position: bool,
+    /// Tokens can be moved to other positions.
+    pub shifts: bool,
+    /// What went through a trial run can go on from there.
+    pub continues_trials: bool,
+}
+
 /// A model with one sequence in its KV cache.
 pub trait Engine {
     /// Runs the batch and stores its K and V. Fills `cells` with the cell of each row, in order,
@@ -109,16 +126,22 @@ pub trait Engine {
     }
 
     /// Logits of the last row of the last batch that asked for them: `[n_vocab]`.
-    fn logits(&self) -> Result<&[f32]>;
+    ///
+    /// # Errors
+    /// When there are none.
+    fn logits(&self) -> Result<&[f32]> {
+        Err(Error::contract("logits of an engine that has none"))
+    }
 
-    /// Chooses the next token from the last logits and tells the sampler so.
-    fn sample(&mut self) -> Result<Token>;
+    /// What its tokens mean; `None`: nothing can be said with it.
+    fn vocabulary(&self) -> Option<&(dyn Vocabulary + '_)> {
+        None
+    }
 
-    /// Whether the token ends a generation.
-    fn is_eog(&self, token: Token) -> bool;
-
-    /// Appends the token's text bytes (possibly part of a UTF-8 character) to `out`.
-    fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()>;
+    /// A sampler for a conversation that begins.
+    fn sampler(&self) -> Box<dyn Sampler> {
+        Box::new(Greedy)
+    }
 
     /// Removes the positions from the sequence, in every layer. Ranges are sorted and disjoint.
     fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()>;
@@ -127,55 +150,22 @@ pub trait Engine {
     /// [`Engine::remove`] this may take the newest position: the next batch starts at `from`.
     fn rewind(&mut self, from: Pos, left: usize) -> Result<()>;
 
-    /// Whether tokens can be moved to other positions.
-    fn can_shift(&self) -> bool {
-        false
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
     }
 
     /// Moves every token at position `from` or behind it down by `by`; no token lies where they
     /// go. The cached keys follow their positions.
     ///
     /// # Errors
-    /// When [`Engine::can_shift`] says no.
+    /// Without [`Capabilities::shifts`].
     fn shift(&mut self, _from: Pos, _by: Pos) -> Result<()> {
-        Err(crate::Error::contract("a shift of an engine that cannot"))
+        Err(Error::contract("a shift of an engine that cannot"))
     }
 
-    /// Whether a batch may have holes between its positions, and lie before the newest one: what
-    /// was evicted can then be decoded again, or left out from the start.
-    fn takes_any_position(&self) -> bool {
-        false
-    }
-
-    /// An engine for a trial run: the same model, cut off after the last layer whose attention is
-    /// read, with an empty cache of its own for `n_cells` tokens. It has no logits. With `goes_on`
-    /// its tokens can come as [`Input::Trial`] until it ends. `None` where that cannot be had.
-    ///
-    /// # Errors
-    /// When it could be had but there is no memory for it.
-    fn trial(&mut self, _n_cells: usize, _goes_on: bool) -> Result<Option<&mut (dyn Engine + '_)>> {
-        Ok(None)
-    }
-
-    /// Whether what went through a trial run can go on from there.
-    fn continues_trial(&self) -> bool {
-        false
-    }
-
-    /// The trial run is over: its memory goes back.
-    ///
-    /// # Errors
-    /// The engine's own.
-    fn end_trial(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    /// Trial runs will come: an engine that keeps what is slow to make for them makes it now.
-    ///
-    /// # Errors
-    /// As [`Engine::trial`].
-    fn expect_trials(&mut self) -> Result<()> {
-        Ok(())
+    /// Trial runs, where they can be had.
+    fn trials(&mut self) -> Option<&mut (dyn TrialRuns + '_)> {
+        None
     }
 
     /// Makes room for `n` more tokens at once, where the cache grows in steps otherwise.
@@ -210,7 +200,7 @@ pub trait Engine {
     /// # Errors
     /// [`crate::Error::ContextFull`] when there is no room; the cache is then unchanged.
     fn restore_rows(&mut self, _pos: &[Pos], _rows: &[u8], _cells: &mut Vec<Cell>) -> Result<()> {
-        Err(crate::Error::contract("rows for an engine that saves none"))
+        Err(Error::contract("rows for an engine that saves none"))
     }
 
     /// Cells that the cache can hold.

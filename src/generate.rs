@@ -1,10 +1,13 @@
 //! The prefill and decoding loops, over any [`Engine`].
 //!
 //! A [`Session`] is one conversation: an engine, the controller of its cache, and the buffers
-//! between them. [`Session::generate`] is one turn of it. [`Session::prefill`] and
-//! [`Session::step`] are its parts, for those who feed the tokens themselves.
+//! between them. [`Session::generate`] is one turn of it, and [`Generation`] the same turn one step
+//! at a time. [`Session::prefill`] and [`Session::step`] are its parts, for those who feed the
+//! tokens themselves.
 
+mod answer;
 mod feed;
+mod generation;
 mod history;
 mod hostbin;
 mod prefill;
@@ -14,69 +17,17 @@ mod utf8;
 
 use std::time::Duration;
 
-use crate::attend::Attended;
-use crate::cache::{Cell, PerModality, Pos};
+use crate::cache::{Cell, Pos};
 use crate::controller::{Controller, Event, Origin};
-use crate::engine::{Engine, Input, Observation, Token};
+use crate::engine::{Engine, Input, Observation, Sampler, Token, TrialRuns, Vocabulary};
 use crate::error::{Error, Result};
 use feed::Feed;
-use prefill::Prefilled;
-use prompt::count;
-use utf8::Utf8Stream;
 
+pub use answer::{Finish, Generated, Length, Timings};
+pub use generation::{Generation, Progress};
 pub use history::{History, Placed};
 pub use hostbin::{HostBin, Saved};
 pub use prompt::{Axes, Segment};
-
-/// Why a generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Finish {
-    /// The model said so.
-    Eog,
-    /// `n_predict` tokens are out.
-    Length,
-    /// No cell is left for another token.
-    Context,
-    /// No position is left that the model's rope factors reach.
-    Positions,
-    Cancelled,
-}
-
-/// How long an answer may become.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Length {
-    /// Tokens that were asked for; policies leave room for them. `None`: until the model ends.
-    pub n_predict: Option<usize>,
-    /// Tokens that the model's rope factors reach behind the prompt, where they end somewhere.
-    /// Nobody expects an answer of that length, so no room is left for it.
-    pub reach: Option<usize>,
-}
-
-impl Length {
-    /// What ends an answer of so many tokens, if anything does.
-    fn ends(self, tokens: usize) -> Option<Finish> {
-        if self.n_predict == Some(tokens) {
-            return Some(Finish::Length);
-        }
-        (self.reach == Some(tokens)).then_some(Finish::Positions)
-    }
-
-    /// Tokens to come, if that is known.
-    fn expected(self) -> Option<usize> {
-        let n = self.n_predict?;
-        Some(self.reach.map_or(n, |reach| n.min(reach)))
-    }
-}
-
-impl From<Option<usize>> for Length {
-    fn from(n_predict: Option<usize>) -> Self {
-        Length {
-            n_predict,
-            reach: None,
-        }
-    }
-}
 
 /// What the loops ask of their surroundings.
 pub struct Hooks<'a> {
@@ -88,51 +39,12 @@ pub struct Hooks<'a> {
     pub now: &'a dyn Fn() -> Duration,
 }
 
-/// One turn's answer.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Generated {
-    pub text: String,
-    /// The answer's tokens, without the one that ended it.
-    pub tokens: Vec<Token>,
-    pub finish: Finish,
-    /// Cancelled before all of the prompt was in: what had gone in was taken out again.
-    pub taken_back: bool,
-    /// The last token of `tokens`, when it is not in the cache (it was not needed, or there was
-    /// no cell). The next turn's prompt has to begin with it.
-    pub pending: Option<Token>,
-    /// Rows of the prompt.
-    pub prompt: PerModality,
-    /// What decoding steps attended to, where they looked cells up.
-    pub attended: Attended,
-    pub timings: Timings,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Timings {
-    /// The trial run that judges a prompt before it goes in.
-    pub probe: Duration,
-    /// The prompt through the model, and the eviction after it.
-    pub prefill: Duration,
-    /// From the start of the prefill to the first token (TTFT without what came before it).
-    pub first_token: Option<Duration>,
-    /// From the first token to the end.
-    pub decode: Duration,
-    /// Tokens that went through the model in that time.
-    pub steps: usize,
-}
-
-impl Timings {
-    /// TPOT: the mean time of a token after the first.
-    pub fn per_token(&self) -> Option<Duration> {
-        let steps = u32::try_from(self.steps).ok().filter(|&steps| steps > 0)?;
-        Some(self.decode / steps)
-    }
-}
-
 /// A conversation: the model, its cache's controller, and the buffers between them.
 pub struct Session<E> {
     pub engine: E,
     pub controller: Controller,
+    /// Chooses the conversation's tokens.
+    pub sampler: Box<dyn Sampler>,
     history: History,
     host_bin: HostBin,
     feed: Feed,
@@ -147,6 +59,7 @@ impl<E: Engine> Session<E> {
     /// `engine` is empty and `controller` made for its number of cells.
     pub fn new(engine: E, controller: Controller) -> Self {
         Session {
+            sampler: engine.sampler(),
             engine,
             controller,
             history: History::default(),
@@ -164,9 +77,26 @@ impl<E: Engine> Session<E> {
     /// The engine's own.
     pub fn prepare(&mut self) -> Result<()> {
         match self.controller.dap_mode().has_trial() {
-            true => self.engine.expect_trials(),
+            true => self.engine.trials().map_or(Ok(()), TrialRuns::prepare),
             false => Ok(()),
         }
+    }
+
+    /// What the engine's tokens mean.
+    ///
+    /// # Errors
+    /// [`Error::Contract`] when they mean nothing.
+    pub fn vocabulary(&self) -> Result<&(dyn Vocabulary + '_)> {
+        let none = || Error::contract("words of an engine that has none");
+        self.engine.vocabulary().ok_or_else(none)
+    }
+
+    /// Chooses the next token from the last logits.
+    ///
+    /// # Errors
+    /// Those of [`Engine::logits`] and of the sampler.
+    pub fn sample(&mut self) -> Result<Token> {
+        self.sampler.sample(self.engine.logits()?)
     }
 
     /// Tells how many tokens will go through the model after the next prompt, for policies that
@@ -216,6 +146,7 @@ impl<E: Engine> Session<E> {
 
     /// Forgets what went in: the engine and the controller were cleared.
     pub fn forget(&mut self) {
+        self.sampler.reset();
         self.history.clear();
         self.host_bin.clear();
         self.feed.peak_bytes = 0;
@@ -258,7 +189,9 @@ impl<E: Engine> Session<E> {
             return Ok(());
         }
         let mut bytes = Vec::new();
-        self.engine.piece(token, &mut bytes)?;
+        if let Some(vocabulary) = self.engine.vocabulary() {
+            vocabulary.piece(token, &mut bytes)?;
+        }
         let bytes = &bytes;
         self.controller.tell(Event::Text { pos, bytes });
         Ok(())
@@ -275,71 +208,13 @@ impl<E: Engine> Session<E> {
         length: impl Into<Length>,
         hooks: Hooks<'_>,
     ) -> Result<Generated> {
-        let length = length.into();
-        let Hooks {
-            on_text,
-            cancelled,
-            now,
-        } = hooks;
-        let start = now();
-        // The last token of an answer does not go in.
-        let to_come = length.expected().map(|n| n.saturating_sub(1));
-        self.expected = self.expected.or(to_come);
-        self.feed.attended = Attended::default();
-        let Prefilled { complete, probe } = self.prefill_timed(prompt, cancelled, now)?;
-        let mut timings = Timings {
-            probe,
-            prefill: now().saturating_sub(start).saturating_sub(probe),
-            ..Timings::default()
-        };
-        let (mut text, mut tokens, mut pending) = (String::new(), Vec::new(), None);
-        let mut stream = Utf8Stream::default();
-        let mut decoding = None;
-
-        let finish = loop {
-            if !complete || cancelled() {
-                break Finish::Cancelled;
+        let mut generation = Generation::new(prompt, length);
+        while let Some(progress) = generation.next(self, hooks.cancelled, hooks.now)? {
+            if !progress.text().is_empty() {
+                (hooks.on_text)(progress.text());
             }
-            if let Some(end) = length.ends(tokens.len()) {
-                break end;
-            }
-            let token = self.engine.sample()?;
-            decoding.get_or_insert_with(now);
-            if self.engine.is_eog(token) {
-                break Finish::Eog;
-            }
-            tokens.push(token);
-            self.engine.piece(token, &mut stream.held)?;
-            emit(&mut text, on_text, |text| stream.take(text));
-            if let Some(end) = length.ends(tokens.len()) {
-                pending = Some(token);
-                break end;
-            }
-            match self.step(token) {
-                Ok(()) => timings.steps += 1,
-                Err(Error::ContextFull { .. }) => {
-                    pending = Some(token);
-                    break Finish::Context;
-                }
-                Err(error) => return Err(error),
-            }
-        };
-        emit(&mut text, on_text, |text| stream.finish(text));
-        if let Some(first) = decoding {
-            timings.first_token = Some(first.saturating_sub(start));
-            timings.decode = now().saturating_sub(first);
         }
-        let prompt = count(prompt);
-        Ok(Generated {
-            text,
-            tokens,
-            finish,
-            taken_back: !complete,
-            pending,
-            prompt,
-            attended: self.feed.attended,
-            timings,
-        })
+        Ok(generation.into_answer())
     }
 
     /// Positions count up for ever, cells do not: a very long conversation runs out of numbers.
@@ -351,15 +226,6 @@ impl<E: Engine> Session<E> {
                 n_ctx: self.engine.n_cells(),
             }),
         }
-    }
-}
-
-/// Hands on what `write` appends to the text.
-fn emit(text: &mut String, on_text: &mut dyn FnMut(&str), write: impl FnOnce(&mut String)) {
-    let start = text.len();
-    write(text);
-    if text.len() > start {
-        on_text(&text[start..]);
     }
 }
 

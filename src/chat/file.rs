@@ -20,7 +20,10 @@ impl Chat {
     /// Those of [`Saved::write`] and [`LlamaEngine::save`].
     pub fn save(&mut self, path: &Path) -> Result<()> {
         let Session {
-            engine, controller, ..
+            engine,
+            controller,
+            sampler,
+            ..
         } = &mut self.opened.session;
         // Where tokens move to other positions, nothing can be called back to where it was.
         let shifts = controller.shifts();
@@ -30,7 +33,7 @@ impl Chat {
             storage: storage(engine),
             transcript: self.talk.transcript.clone(),
             pending: self.talk.pending,
-            sampled: engine.sampled(),
+            sampled: sampler.chosen(),
             images: self.talk.images,
             ledger: controller.ledger().save(),
             state: engine.save()?,
@@ -82,7 +85,7 @@ impl Chat {
                 .restore_tokens(&saved.state, &pos)
                 .map_err(|e| does_not_fit(&saved.storage, &storage(engine), &e))?,
         };
-        engine.resume_sampler(&saved.sampled)?;
+        self.opened.session.sampler.resume(&saved.sampled)?;
         self.opened.session.controller.load(&saved.ledger, &cells)?;
         self.opened.session.resume(saved.history, saved.host_bin)?;
         self.talk.transcript = saved.transcript;

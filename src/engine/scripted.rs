@@ -8,7 +8,9 @@
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::{Batch, Engine, Input, KvBytes, Observation, Token};
+use super::{
+    Batch, Capabilities, Engine, Input, KvBytes, Observation, Token, TrialRuns, Vocabulary,
+};
 use crate::cache::{Cell, Pos};
 use crate::error::{Error, Result};
 
@@ -28,7 +30,6 @@ pub enum Call {
         queries: Vec<u32>,
         logits: bool,
     },
-    Sample(Token),
     Remove(Vec<Range<Pos>>),
     Rewind(Pos),
     Shift {
@@ -274,26 +275,8 @@ impl Engine for Scripted {
         }
     }
 
-    /// The most likely token.
-    fn sample(&mut self) -> Result<Token> {
-        let logits = self.logits()?.iter().enumerate();
-        let best = logits
-            .max_by(|a, b| a.1.total_cmp(b.1))
-            .map_or(0, |(token, _)| token);
-        self.calls.push(Call::Sample(best as Token));
-        Ok(best as Token)
-    }
-
-    fn is_eog(&self, token: Token) -> bool {
-        token == EOG
-    }
-
-    fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
-        match self.pieces.get(token as usize) {
-            Some(piece) => out.extend_from_slice(piece),
-            None => return Err(Error::contract(format!("token {token} of {N_VOCAB}"))),
-        }
-        Ok(())
+    fn vocabulary(&self) -> Option<&(dyn Vocabulary + '_)> {
+        Some(self)
     }
 
     fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
@@ -328,8 +311,12 @@ impl Engine for Scripted {
         Ok(())
     }
 
-    fn can_shift(&self) -> bool {
-        self.shifts
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            any_position: self.patched,
+            shifts: self.shifts,
+            continues_trials: self.patched,
+        }
     }
 
     fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
@@ -344,27 +331,11 @@ impl Engine for Scripted {
         Ok(())
     }
 
-    fn takes_any_position(&self) -> bool {
-        self.patched
-    }
-
-    fn continues_trial(&self) -> bool {
-        self.patched
-    }
-
-    fn trial(&mut self, n_cells: usize, goes_on: bool) -> Result<Option<&mut (dyn Engine + '_)>> {
-        if !self.patched {
-            return Ok(None);
+    fn trials(&mut self) -> Option<&mut (dyn TrialRuns + '_)> {
+        match self.patched {
+            true => Some(self),
+            false => None,
         }
-        let mut engine = Scripted::new(n_cells, self.n_batch).patched();
-        engine.attention = Rc::clone(&self.attention);
-        engine.goes_on = goes_on;
-        Ok(Some(self.trial.insert(Box::new(engine)).as_mut()))
-    }
-
-    fn end_trial(&mut self) -> Result<()> {
-        self.trial = None;
-        Ok(())
     }
 
     /// The highest tokens into the lowest holes.
@@ -428,6 +399,34 @@ impl Engine for Scripted {
             per_cell: PER_CELL,
             allocated: PER_CELL * self.cells.len() as u64,
         }
+    }
+}
+
+impl Vocabulary for Scripted {
+    fn is_eog(&self, token: Token) -> bool {
+        token == EOG
+    }
+
+    fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
+        match self.pieces.get(token as usize) {
+            Some(piece) => out.extend_from_slice(piece),
+            None => return Err(Error::contract(format!("token {token} of {N_VOCAB}"))),
+        }
+        Ok(())
+    }
+}
+
+impl TrialRuns for Scripted {
+    fn begin(&mut self, n_cells: usize, goes_on: bool) -> Result<&mut (dyn Engine + '_)> {
+        let mut engine = Scripted::new(n_cells, self.n_batch).patched();
+        engine.attention = Rc::clone(&self.attention);
+        engine.goes_on = goes_on;
+        Ok(self.trial.insert(Box::new(engine)).as_mut())
+    }
+
+    fn end(&mut self) -> Result<()> {
+        self.trial = None;
+        Ok(())
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::record::Distance;
 use super::stats::{mean, quantile};
 use crate::cache::{Ledger, Pos};
-use crate::engine::{Engine, Token};
+use crate::engine::{Engine, Token, likeliest};
 use crate::error::{Error, Result};
 use crate::generate::{Segment, Session};
 use crate::policy::{EvictionPolicy, Observe, Plan, Queries, Shift};
@@ -126,7 +126,7 @@ pub fn listen<E: Engine>(
         let token = likeliest(&logits)?;
         said.logits.push(logits);
         said.tokens.push(token);
-        if session.engine.is_eog(token) {
+        if session.vocabulary()?.is_eog(token) {
             said.ended = true;
             break;
         }
@@ -301,24 +301,6 @@ impl Followed {
             n_tokens: n,
         })
     }
-}
-
-/// The token with the highest logit, the first of equal ones.
-///
-/// # Errors
-/// [`Error::Contract`] when there are none, or one is not a number.
-fn likeliest(logits: &[f32]) -> Result<Token> {
-    let mut best: Option<(usize, f32)> = None;
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit.is_nan() {
-            return Err(Error::contract(format!("logit {token} is not a number")));
-        }
-        if best.is_none_or(|(_, most)| logit > most) {
-            best = Some((token, logit));
-        }
-    }
-    best.and_then(|(token, _)| Token::try_from(token).ok())
-        .ok_or_else(|| Error::contract("no logits"))
 }
 
 fn log_softmax(logits: &[f32]) -> Vec<f64> {

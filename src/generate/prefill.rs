@@ -12,7 +12,7 @@ use super::trial::Trial;
 use super::{HostBin, Session};
 use crate::cache::{Cell, Modality, Pos};
 use crate::controller::Origin;
-use crate::engine::Engine;
+use crate::engine::{Engine, TrialRuns};
 use crate::error::{Error, Result};
 use crate::policy::{DapMode, Observe, Shift};
 
@@ -73,7 +73,7 @@ impl<E: Engine> Session<E> {
         }
         // A trial run that the prompt goes on from lasts as long as the prompt.
         self.feed.beside = 0;
-        let ended = self.engine.end_trial();
+        let ended = self.engine.trials().map_or(Ok(()), TrialRuns::end);
         done.and_then(|done| ended.map(|()| done))
     }
 
@@ -135,7 +135,7 @@ impl<E: Engine> Session<E> {
     pub(super) fn remembers(&self) -> bool {
         self.controller.recalls()
             && *self.controller.observe() != Observe::Nothing
-            && self.engine.takes_any_position()
+            && self.engine.capabilities().any_position
     }
 
     /// Whether a prompt, with pictures of its own or not, is judged by a trial run, so that what
@@ -144,7 +144,7 @@ impl<E: Engine> Session<E> {
         let earlier = || self.history.pieces().iter().any(Placed::is_picture);
         *self.controller.observe() != Observe::Nothing
             && self.controller.dap_mode().has_trial()
-            && self.engine.takes_any_position()
+            && self.engine.capabilities().any_position
             && (pictures || earlier())
     }
 
@@ -164,14 +164,16 @@ impl<E: Engine> Session<E> {
             let history = self.history.pieces();
             // What goes on must have seen all that is before it.
             let whole = self.history.positions() == i64::from(self.controller.next_pos());
-            let goes_on = mode == DapMode::Midway && whole && self.engine.continues_trial();
+            let continues = self.engine.capabilities().continues_trials;
+            let goes_on = mode == DapMode::Midway && whole && continues;
             let rows = |all: &[Placed<'_>]| all.iter().map(|p| p.segment.len()).sum::<usize>();
             let n_cells = rows(history) + rows(prompt);
-            if let Some(engine) = self.engine.trial(n_cells, goes_on)? {
+            if let Some(trials) = self.engine.trials() {
+                let engine = trials.begin(n_cells, goes_on)?;
                 let trial = Trial::run(engine, history, prompt, queries, cancelled);
                 let ended = match goes_on {
                     true => Ok(()),
-                    false => self.engine.end_trial(),
+                    false => trials.end(),
                 };
                 // The run's own error says more than one that follows from it.
                 let Some(mut trial) = trial? else {
@@ -226,7 +228,7 @@ impl<E: Engine> Session<E> {
         for segment in prompt {
             segment.check()?;
         }
-        if self.controller.shifts() && !self.engine.can_shift() {
+        if self.controller.shifts() && !self.engine.capabilities().shifts {
             return Err(Error::Unsupported {
                 policy: self.controller.policy(),
                 reason: "its cached keys cannot be moved to other positions".into(),

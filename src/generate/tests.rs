@@ -1,6 +1,7 @@
 use std::cell::Cell as Slot;
 
 use super::*;
+use crate::cache::PerModality;
 use crate::engine::scripted::{Call, Scripted};
 use crate::engine::{Batch, Observation};
 use crate::policy::{self, Amount, DapOptions, DapRule, Limits, PolicyOptions, Scope};
@@ -506,18 +507,6 @@ fn an_engine_that_shows_no_attention_is_found_out() {
                 seen,
             )
         }
-        fn logits(&self) -> Result<&[f32]> {
-            self.0.logits()
-        }
-        fn sample(&mut self) -> Result<Token> {
-            self.0.sample()
-        }
-        fn is_eog(&self, token: Token) -> bool {
-            self.0.is_eog(token)
-        }
-        fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
-            self.0.piece(token, out)
-        }
         fn remove(&mut self, ranges: &[std::ops::Range<Pos>]) -> Result<()> {
             self.0.remove(ranges)
         }
@@ -577,4 +566,75 @@ fn rows_of_a_picture_may_share_positions() {
 fn only_the_axes_that_move_follow_the_picture() {
     let rows = square(4, 2).axes(10, 1, 3);
     assert_eq!(rows.unwrap(), [[10, 10, 11, 0], [10, 11, 10, 0]]);
+}
+
+/// Two turns, one step of each at a time, say what each says by itself; `generate` is the same
+/// steps in a row.
+#[test]
+fn generations_can_take_turns() {
+    let make = |says: Token| {
+        let engine = Scripted::new(32, 4).with_says(move |pos| if pos == 12 { 0 } else { says });
+        session(engine, "h2o", &PolicyOptions::default())
+    };
+    let prompts = [vec![tokens(6)], vec![tokens(2), picture(5)]];
+    let alone = |i: usize| {
+        let mut session = make(7 + i as Token);
+        let generated = quiet(|hooks| session.generate(&prompts[i], None, hooks)).unwrap();
+        (generated, session.engine.calls)
+    };
+    let mut both: Vec<_> = (0..2)
+        .map(|i| {
+            let generation = Generation::new(prompts[i].as_slice(), None);
+            (generation, make(7 + i as Token), String::new())
+        })
+        .collect();
+    let mut going = 2;
+    while going > 0 {
+        going = 0;
+        for (generation, session, text) in &mut both {
+            let progress = generation.next(session, &|| false, &|| Duration::ZERO);
+            if let Some(progress) = progress.unwrap() {
+                text.push_str(progress.text());
+                going += 1;
+            }
+        }
+    }
+    for (i, (generation, session, text)) in both.into_iter().enumerate() {
+        let generated = generation.into_answer();
+        assert_eq!(generated.text, text);
+        assert_eq!((generated, session.engine.calls), alone(i));
+    }
+}
+
+#[test]
+fn a_generation_can_be_left_at_any_step() {
+    let left_after = |steps| {
+        let mut session = session(Scripted::new(32, 4), "full", &PolicyOptions::default());
+        let mut generation = Generation::new(vec![tokens(3)], Some(2));
+        for _ in 0..steps {
+            let progress = generation.next(&mut session, &|| false, &|| Duration::ZERO);
+            assert!(progress.unwrap().is_some());
+        }
+        let held = session.controller.ledger().counts().cells();
+        let generated = generation.into_answer();
+        let Generated { tokens, finish, .. } = generated;
+        (held, tokens.len(), generated.pending, finish)
+    };
+    assert_eq!(left_after(0), (0, 0, None, Finish::Cancelled));
+    assert_eq!(left_after(1), (3, 0, None, Finish::Cancelled));
+    assert_eq!(left_after(2), (3, 1, Some(1), Finish::Cancelled));
+    assert_eq!(left_after(3), (4, 2, Some(1), Finish::Length));
+    assert_eq!(left_after(4), (4, 2, Some(1), Finish::Length));
+}
+
+#[test]
+fn a_generation_is_over_after_an_error() {
+    let mut session = session(Scripted::new(8, 4), "full", &PolicyOptions::default());
+    let mut generation = Generation::new(vec![tokens(9)], None);
+    let mut next = || {
+        let progress = generation.next(&mut session, &|| false, &|| Duration::ZERO)?;
+        Ok::<bool, Error>(progress.is_some())
+    };
+    assert!(matches!(next(), Err(Error::PromptTooLong { .. })));
+    assert!(!next().unwrap());
 }

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use llama_cpp_sys_2 as sys;
 
-use super::context::{LlamaEngine, SEQ};
+use super::engine::{LlamaEngine, SEQ};
 use super::{log, memory};
 use crate::cache::{Cell, Pos};
 use crate::engine::{Batch, KvBytes};

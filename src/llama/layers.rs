@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 
 use llama_cpp_sys_2 as sys;
 
-use super::context::LlamaEngine;
+use super::engine::LlamaEngine;
 use super::log;
 use crate::cache::Cell;
 use crate::engine::Input;

@@ -6,12 +6,14 @@
 //! from nodes in llama.cpp's graph (`taps.rs`), or from the callback as well.
 
 mod abort;
+mod as_engine;
 mod attend;
 mod callback;
 mod cells;
 pub mod chat;
-mod context;
+mod decode;
 mod devices;
+mod engine;
 pub mod gguf;
 mod hparams;
 mod layers;
@@ -25,6 +27,7 @@ mod room;
 mod rope;
 mod rows;
 mod sampler;
+mod sequence;
 mod state;
 mod taps;
 mod threads;
@@ -33,8 +36,8 @@ mod vision;
 mod weights;
 
 pub use abort::on_abort;
-pub use context::LlamaEngine;
 pub use devices::{Device, devices};
+pub use engine::LlamaEngine;
 pub use model::{Model, ModelOptions};
 pub use options::{CacheType, ContextOptions, FlashAttention};
 pub use rope::RopeFactors;

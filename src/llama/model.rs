@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::model::{LlamaModel, RopeType};
+use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
 use super::gguf::{Gguf, c_path};
 use super::rows::check_token;
 use super::{backend, devices, hparams, log, weights};
-use crate::engine::Token;
+use crate::engine::{Token, Vocabulary};
 use crate::error::{Error, Result};
 
 /// How to load a model.
@@ -247,7 +248,7 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Llama`] for a token that is not in the vocabulary.
-    pub(super) fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
+    fn text(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
         const CALL: &str = "llama_token_to_piece";
         check_token(CALL, token, self.n_vocab())?;
         let start = out.len();
@@ -281,5 +282,15 @@ impl Model {
             .chat_template(None)
             .ok()
             .and_then(|t| t.to_string().ok())
+    }
+}
+
+impl Vocabulary for Model {
+    fn is_eog(&self, token: Token) -> bool {
+        self.inner.vocab().is_eog(LlamaToken(token))
+    }
+
+    fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
+        self.text(token, out)
     }
 }

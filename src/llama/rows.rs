@@ -2,7 +2,7 @@
 
 use llama_cpp_sys_2 as sys;
 
-use super::context::SEQ;
+use super::engine::SEQ;
 use super::layers::Hidden;
 use crate::cache::Pos;
 use crate::engine::{Batch, Input, Token};

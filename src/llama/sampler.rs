@@ -2,11 +2,14 @@
 
 use std::collections::VecDeque;
 
-use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
+use llama_cpp_2::token::data::LlamaTokenData;
+use llama_cpp_2::token::data_array::LlamaTokenDataArray;
 
-use crate::engine::Token;
+use super::rows::check_token;
+use crate::engine::{Sampler, Token};
+use crate::error::{Error, Result};
 
 /// Sampling flags, with llama.cpp's defaults.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -73,49 +76,29 @@ impl SamplerOptions {
 }
 
 /// The chain, and what it has chosen: the repeat penalty's window.
-pub(super) struct Sampler {
+pub(super) struct Chain {
     chain: LlamaSampler,
+    n_vocab: usize,
+    /// Every token with its logit. Reused.
+    candidates: LlamaTokenDataArray,
     /// Oldest first, as many as any window holds.
     chosen: VecDeque<Token>,
     most: usize,
 }
 
-impl Sampler {
+// SAFETY: the chain is bound to no thread, points to nothing but its own memory, and is reached
+// through this value alone, which is not `Sync`.
+unsafe impl Send for Chain {}
+
+impl Chain {
     pub fn new(options: &SamplerOptions, n_vocab: usize, n_ctx: usize) -> Self {
-        Sampler {
+        Chain {
             chain: options.chain(n_vocab, n_ctx),
+            n_vocab,
+            candidates: LlamaTokenDataArray::new(Vec::new(), false),
             chosen: VecDeque::new(),
             most: n_ctx,
         }
-    }
-
-    /// Chooses from the logits of the context's last row.
-    pub fn sample(&mut self, ctx: &LlamaContext<'_>) -> Token {
-        let token = self.chain.sample(ctx, -1).0;
-        // One below 0 says that nothing could be chosen.
-        if token >= 0 {
-            self.note(token);
-        }
-        token
-    }
-
-    /// Forgets what was chosen.
-    pub fn reset(&mut self) {
-        self.chain.reset();
-        self.chosen.clear();
-    }
-
-    /// Goes on as if these had been chosen, oldest first.
-    pub fn resume(&mut self, chosen: &[Token]) {
-        self.reset();
-        for &token in chosen {
-            self.chain.accept(LlamaToken(token));
-            self.note(token);
-        }
-    }
-
-    pub fn chosen(&self) -> impl Iterator<Item = Token> + '_ {
-        self.chosen.iter().copied()
     }
 
     fn note(&mut self, token: Token) {
@@ -123,5 +106,54 @@ impl Sampler {
             self.chosen.pop_front();
         }
         self.chosen.push_back(token);
+    }
+}
+
+impl Sampler for Chain {
+    /// What `llama_sampler_sample` does with the logits of a context's row.
+    fn sample(&mut self, logits: &[f32]) -> Result<Token> {
+        const CALL: &str = "llama_sampler_apply";
+        if logits.len() != self.n_vocab {
+            let (n, n_vocab) = (logits.len(), self.n_vocab);
+            return Err(Error::llama(
+                CALL,
+                format!("{n} logits for {n_vocab} tokens"),
+            ));
+        }
+        let candidates = &mut self.candidates;
+        let all = logits.iter().zip(0..);
+        candidates.data.clear();
+        candidates
+            .data
+            .extend(all.map(|(&logit, token)| LlamaTokenData::new(LlamaToken(token), logit, 0.0)));
+        (candidates.selected, candidates.sorted) = (None, false);
+        self.chain.apply(candidates);
+        let token = candidates.selected_token();
+        let token = token.ok_or_else(|| Error::llama(CALL, "no token could be chosen"))?;
+        check_token(CALL, token.0, self.n_vocab)?;
+        self.chain.accept(token);
+        self.note(token.0);
+        Ok(token.0)
+    }
+
+    fn chosen(&self) -> Vec<Token> {
+        self.chosen.iter().copied().collect()
+    }
+
+    fn reset(&mut self) {
+        self.chain.reset();
+        self.chosen.clear();
+    }
+
+    fn resume(&mut self, chosen: &[Token]) -> Result<()> {
+        for &token in chosen {
+            check_token("llama_sampler_accept", token, self.n_vocab)?;
+        }
+        self.reset();
+        for &token in chosen {
+            self.chain.accept(LlamaToken(token));
+            self.note(token);
+        }
+        Ok(())
     }
 }

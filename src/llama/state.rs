@@ -2,7 +2,7 @@
 
 use llama_cpp_sys_2 as sys;
 
-use super::context::{LlamaEngine, SEQ};
+use super::engine::{LlamaEngine, SEQ};
 use super::{log, memory};
 use crate::cache::{Cell, Pos};
 use crate::error::{Error, Result};

@@ -4,8 +4,8 @@ use llama_cpp_sys_2 as sys;
 
 use {
     super::{ContextOptions, LlamaEngine, SamplerOptions},
-    crate::engine::Engine,
-    crate::error::Result,
+    crate::engine::{Engine, TrialRuns},
+    crate::error::{Error, Result},
 };
 
 /// Cuts the context off after this many layers.
@@ -43,39 +43,6 @@ impl LlamaEngine {
         self.options.score_layers.last().copied()
     }
 
-    pub(super) fn begin_trial(
-        &mut self,
-        n_cells: usize,
-        goes_on: bool,
-    ) -> Result<Option<&mut (dyn Engine + '_)>> {
-        let fits = |engine: &LlamaEngine| engine.n_ctx >= n_cells;
-        if !self.trial.as_deref().is_some_and(fits) {
-            self.trial = None;
-            // Kept ones are for conversations, which grow.
-            let n_ctx = match self.keeps_trial() {
-                true => n_cells.max((2 * n_cells).max(CELLS_IN_ADVANCE).min(self.n_ctx)),
-                false => n_cells,
-            };
-            self.trial = self.trial_engine(n_ctx)?;
-        }
-        let Some(engine) = self.trial.as_deref_mut() else {
-            return Ok(None);
-        };
-        engine.grow(n_cells)?;
-        engine.keep_hidden(goes_on.then_some(n_cells))?;
-        Ok(Some(engine))
-    }
-
-    pub(super) fn finish_trial(&mut self) {
-        let keep = self.keeps_trial();
-        // One that cannot be emptied is made anew when it is needed: what it was for is done.
-        self.trial = self
-            .trial
-            .take()
-            .filter(|_| keep)
-            .and_then(|mut engine| engine.empty().is_ok().then_some(engine));
-    }
-
     /// Of a trial run's own context: forgets the run.
     fn empty(&mut self) -> Result<()> {
         self.clear();
@@ -83,16 +50,47 @@ impl LlamaEngine {
         self.tidy(&mut Vec::new())
     }
 
-    pub(super) fn prepare_trials(&mut self) -> Result<()> {
-        if self.keeps_trial() && self.trial.is_none() {
-            self.trial = self.trial_engine(self.n_ctx.min(CELLS_IN_ADVANCE))?;
-        }
-        Ok(())
-    }
-
     /// On a GPU a context brings pinned memory, queues and libraries with it. On a CPU it takes
     /// milliseconds to make, and its buffers are better given back.
     fn keeps_trial(&self) -> bool {
         self.options.kv_size.is_some() && self.model.may_use_gpu()
+    }
+}
+
+impl TrialRuns for LlamaEngine {
+    fn begin(&mut self, n_cells: usize, goes_on: bool) -> Result<&mut (dyn Engine + '_)> {
+        let fits = |engine: &LlamaEngine| engine.n_ctx >= n_cells;
+        let mut kept = self.trial.take().filter(|engine| fits(engine));
+        if kept.is_none() {
+            // Kept ones are for conversations, which grow.
+            let n_ctx = match self.keeps_trial() {
+                true => n_cells.max((2 * n_cells).max(CELLS_IN_ADVANCE).min(self.n_ctx)),
+                false => n_cells,
+            };
+            kept = self.trial_engine(n_ctx)?;
+        }
+        let engine = kept.ok_or_else(|| Error::contract("a trial run without score layers"))?;
+        let engine = self.trial.insert(engine);
+        engine.grow(n_cells)?;
+        engine.keep_hidden(goes_on.then_some(n_cells))?;
+        Ok(engine.as_mut())
+    }
+
+    fn end(&mut self) -> Result<()> {
+        let keep = self.keeps_trial();
+        // One that cannot be emptied is made anew when it is needed: what it was for is done.
+        self.trial = self
+            .trial
+            .take()
+            .filter(|_| keep)
+            .and_then(|mut engine| engine.empty().is_ok().then_some(engine));
+        Ok(())
+    }
+
+    fn prepare(&mut self) -> Result<()> {
+        if self.keeps_trial() && self.trial.is_none() {
+            self.trial = self.trial_engine(self.n_ctx.min(CELLS_IN_ADVANCE))?;
+        }
+        Ok(())
     }
 }

@@ -16,7 +16,7 @@ use std::rc::Rc;
 
 use super::tape::{Group, Tape};
 use crate::cache::{Cell, Pos};
-use crate::engine::{Batch, Engine, KvBytes, Observation, Token};
+use crate::engine::{Batch, Capabilities, Engine, KvBytes, Observation, TrialRuns};
 use crate::error::{Error, Result};
 
 const NOWHERE: Cell = Cell::MAX;
@@ -178,22 +178,6 @@ impl Engine for TapeEngine {
         }
     }
 
-    fn logits(&self) -> Result<&[f32]> {
-        Err(Error::contract("logits of a replay"))
-    }
-
-    fn sample(&mut self) -> Result<Token> {
-        Err(Error::contract("a sample of a replay"))
-    }
-
-    fn is_eog(&self, _: Token) -> bool {
-        false
-    }
-
-    fn piece(&self, _: Token, _: &mut Vec<u8>) -> Result<()> {
-        Ok(())
-    }
-
     fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
         for pos in ranges.iter().cloned().flatten() {
             self.drop_at(pos);
@@ -208,8 +192,12 @@ impl Engine for TapeEngine {
         Ok(())
     }
 
-    fn can_shift(&self) -> bool {
-        true
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            any_position: true,
+            shifts: true,
+            continues_trials: false,
+        }
     }
 
     fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
@@ -231,18 +219,8 @@ impl Engine for TapeEngine {
         Ok(())
     }
 
-    fn takes_any_position(&self) -> bool {
-        true
-    }
-
-    fn trial(&mut self, n_cells: usize, _: bool) -> Result<Option<&mut (dyn Engine + '_)>> {
-        let engine = TapeEngine::new(Rc::clone(&self.tape), n_cells);
-        Ok(Some(self.trial.insert(Box::new(engine)).as_mut()))
-    }
-
-    fn end_trial(&mut self) -> Result<()> {
-        self.trial = None;
-        Ok(())
+    fn trials(&mut self) -> Option<&mut (dyn TrialRuns + '_)> {
+        Some(self)
     }
 
     fn n_cells(&self) -> usize {
@@ -256,5 +234,17 @@ impl Engine for TapeEngine {
 
     fn kv_bytes(&self) -> KvBytes {
         KvBytes::default()
+    }
+}
+
+impl TrialRuns for TapeEngine {
+    fn begin(&mut self, n_cells: usize, _: bool) -> Result<&mut (dyn Engine + '_)> {
+        let engine = TapeEngine::new(Rc::clone(&self.tape), n_cells);
+        Ok(self.trial.insert(Box::new(engine)).as_mut())
+    }
+
+    fn end(&mut self) -> Result<()> {
+        self.trial = None;
+        Ok(())
     }
 }

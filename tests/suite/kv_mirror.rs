@@ -8,7 +8,9 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use hae::cache::{Cell, Pos};
-use hae::engine::{Batch, Engine, Input, KvBytes, Observation, Token};
+use hae::engine::{
+    Batch, Capabilities, Engine, Input, KvBytes, Observation, Sampler, TrialRuns, Vocabulary,
+};
 use hae::llama::LlamaEngine;
 use hae::{Error, Result};
 
@@ -157,16 +159,12 @@ impl Engine for Mirrored<'_> {
         self.engine.logits()
     }
 
-    fn sample(&mut self) -> Result<Token> {
-        self.engine.sample()
+    fn vocabulary(&self) -> Option<&(dyn Vocabulary + '_)> {
+        self.engine.vocabulary()
     }
 
-    fn is_eog(&self, token: Token) -> bool {
-        self.engine.is_eog(token)
-    }
-
-    fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
-        self.engine.piece(token, out)
+    fn sampler(&self) -> Box<dyn Sampler> {
+        self.engine.sampler()
     }
 
     fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
@@ -193,21 +191,16 @@ impl Engine for Mirrored<'_> {
         Ok(())
     }
 
-    fn takes_any_position(&self) -> bool {
-        self.engine.takes_any_position()
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            shifts: false,
+            ..self.engine.capabilities()
+        }
     }
 
-    fn trial(&mut self, n_cells: usize, goes_on: bool) -> Result<Option<&mut (dyn Engine + '_)>> {
-        self.tally.borrow_mut().pruned_early += 1;
-        self.engine.trial(n_cells, goes_on)
-    }
-
-    fn continues_trial(&self) -> bool {
-        self.engine.continues_trial()
-    }
-
-    fn end_trial(&mut self) -> Result<()> {
-        self.engine.end_trial()
+    fn trials(&mut self) -> Option<&mut (dyn TrialRuns + '_)> {
+        self.engine.trials()?;
+        Some(self)
     }
 
     fn make_room(&mut self, n: usize) -> Result<()> {
@@ -271,5 +264,16 @@ impl Engine for Mirrored<'_> {
 
     fn kv_bytes(&self) -> KvBytes {
         self.engine.kv_bytes()
+    }
+}
+
+impl TrialRuns for Mirrored<'_> {
+    fn begin(&mut self, n_cells: usize, goes_on: bool) -> Result<&mut (dyn Engine + '_)> {
+        self.tally.borrow_mut().pruned_early += 1;
+        self.engine.trials().unwrap().begin(n_cells, goes_on)
+    }
+
+    fn end(&mut self) -> Result<()> {
+        self.engine.trials().unwrap().end()
     }
 }

@@ -44,8 +44,8 @@ fn go_on(
         Pieces::Of(most) => most,
     };
     let n: usize = segments.iter().map(Segment::len).sum();
-    assert!(engine.continues_trial());
-    let trial = engine.trial(n, true).unwrap().unwrap();
+    assert!(engine.capabilities().continues_trials);
+    let trial = engine.trials().unwrap().begin(n, true).unwrap();
     let (mut at, mut cells, mut seen) = (Vec::<Cell>::new(), Vec::new(), Observation::default());
     for segment in segments {
         let rows = segment.len();
@@ -85,7 +85,7 @@ fn go_on(
         };
         engine.decode(batch, &mut cells, &mut seen).unwrap();
     }
-    engine.end_trial().unwrap();
+    engine.trials().unwrap().end().unwrap();
     n as Pos
 }
 
@@ -262,7 +262,7 @@ fn rows_that_no_trial_run_has_are_refused() {
     };
     refused(&mut engine, &[0]);
     for goes_on in [false, true] {
-        let trial = engine.trial(8, goes_on).unwrap().unwrap();
+        let trial = engine.trials().unwrap().begin(8, goes_on).unwrap();
         let batch = Batch {
             input: Input::Tokens(&[1, 20, 37]),
             pos: &[0, 1, 2],
@@ -274,7 +274,7 @@ fn rows_that_no_trial_run_has_are_refused() {
             .decode(batch, &mut Vec::new(), &mut Observation::default())
             .unwrap();
         refused(&mut engine, &[0, 1, if goes_on { 3 } else { 2 }]);
-        engine.end_trial().unwrap();
+        engine.trials().unwrap().end().unwrap();
     }
     refused(&mut engine, &[0]);
     step(&mut engine, 1, 0).unwrap();

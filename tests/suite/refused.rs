@@ -2,7 +2,7 @@
 
 use hae::cache::Pos;
 use hae::controller::Controller;
-use hae::engine::{Batch, Engine, Input, Observation, Token};
+use hae::engine::{Batch, Engine, Input, Observation, Token, Vocabulary};
 use hae::generate::{Segment, Session};
 use hae::llama::{ContextOptions, LlamaEngine, MAX_POS, Model, ScoreSource};
 use hae::policy::{self, Limits, PolicyOptions};
@@ -195,13 +195,13 @@ fn what_would_throw_or_assert_in_llama_cpp_is_refused() {
     }
     for token in [-1, n_vocab, Token::MIN, Token::MAX] {
         let mut out = b"as before".to_vec();
-        let error = ours.piece(token, &mut out).unwrap_err().to_string();
+        let error = ours.model().piece(token, &mut out).unwrap_err().to_string();
         assert!(
             error.contains(&format!("token {token} is not in")),
             "{error}"
         );
         assert_eq!(out, b"as before");
-        assert!(!ours.is_eog(token));
+        assert!(!ours.model().is_eog(token));
     }
     for engine in [&mut ours, &mut twin] {
         let seen = decode(engine, Input::Tokens(&three), &[0, 1, 2], &[2]).unwrap();
@@ -210,7 +210,7 @@ fn what_would_throw_or_assert_in_llama_cpp_is_refused() {
     assert!(ours.logits().unwrap() == twin.logits().unwrap());
     let mut out = Vec::new();
     for token in 0..n_vocab {
-        ours.piece(token, &mut out).unwrap();
+        ours.model().piece(token, &mut out).unwrap();
     }
     assert!(!out.is_empty());
 }

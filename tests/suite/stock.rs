@@ -159,9 +159,9 @@ fn by_us(
     let mut trace = Trace::new();
     for _ in 0..full.map_or(STEPS, |full| full.steps) {
         let logits = bits(session.engine.logits().unwrap());
-        let token = session.engine.sample().unwrap();
+        let token = session.sample().unwrap();
         trace.push((token, logits));
-        if session.engine.is_eog(token) && full.is_none() {
+        if session.vocabulary().unwrap().is_eog(token) && full.is_none() {
             break;
         }
         session.step(token).unwrap();

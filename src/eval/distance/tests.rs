@@ -7,7 +7,7 @@ use super::*;
 use crate::cache::Cell;
 use crate::controller::Controller;
 use crate::engine::scripted::{EOG, Scripted, hashed};
-use crate::engine::{Batch, KvBytes, Observation};
+use crate::engine::{Batch, Capabilities, KvBytes, Observation, Vocabulary};
 
 const N_VOCAB: usize = 16;
 
@@ -60,16 +60,8 @@ impl Engine for Sums {
         Ok(&self.logits)
     }
 
-    fn sample(&mut self) -> Result<Token> {
-        likeliest(&self.logits)
-    }
-
-    fn is_eog(&self, token: Token) -> bool {
-        token == EOG
-    }
-
-    fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
-        self.inner.piece(token, out)
+    fn vocabulary(&self) -> Option<&(dyn Vocabulary + '_)> {
+        self.inner.vocabulary()
     }
 
     fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
@@ -80,8 +72,11 @@ impl Engine for Sums {
         self.inner.shift(from, by)
     }
 
-    fn can_shift(&self) -> bool {
-        self.inner.can_shift()
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            shifts: self.inner.capabilities().shifts,
+            ..Capabilities::default()
+        }
     }
 
     fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {

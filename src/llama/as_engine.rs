@@ -1,0 +1,126 @@
+//! What the generation loop sees of [`LlamaEngine`].
+
+use std::ops::Range;
+
+use super::engine::LlamaEngine;
+use super::sampler::Chain;
+use crate::attend::Attend;
+use crate::cache::{Cell, Pos};
+use crate::engine::{
+    Batch, Capabilities, Engine, KvBytes, Observation, Sampler, TrialRuns, Vocabulary,
+};
+use crate::error::{Error, Result};
+
+impl Engine for LlamaEngine {
+    fn decode(
+        &mut self,
+        batch: Batch<'_>,
+        cells: &mut Vec<Cell>,
+        seen: &mut Observation,
+    ) -> Result<()> {
+        self.run(batch, cells, seen)
+    }
+
+    fn attend(&self) -> Option<&Attend> {
+        (!self.options.attend.is_whole()).then_some(&self.options.attend)
+    }
+
+    fn logits(&self) -> Result<&[f32]> {
+        let n_vocab = self.model.n_vocab();
+        if !self.has_logits {
+            return Err(Error::llama(
+                "llama_get_logits_ith",
+                "the last batch asked for no logits",
+            ));
+        }
+        let logits = self.ctx.get_logits_ith(-1);
+        logits
+            .get(..n_vocab)
+            .ok_or_else(|| Error::llama("llama_get_logits_ith", "no logits"))
+    }
+
+    fn vocabulary(&self) -> Option<&(dyn Vocabulary + '_)> {
+        Some(&self.model)
+    }
+
+    fn sampler(&self) -> Box<dyn Sampler> {
+        let n_vocab = self.model.n_vocab();
+        Box::new(Chain::new(&self.sampling, n_vocab, self.n_ctx))
+    }
+
+    fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
+        self.remove_ranges(ranges)
+    }
+
+    fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {
+        self.take_back(from, left)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        // Rows of a picture that attend to later ones would see what they came before.
+        let any_position = self.counted.is_none() && !self.options.non_causal_images;
+        Capabilities {
+            any_position,
+            shifts: self.can_shift(),
+            // The callback finds cells in the first layer's nodes, which are left out then.
+            continues_trials: any_position
+                && !self.options.calls_back()
+                && self.last_score_layer().is_some_and(|il| il > 0),
+        }
+    }
+
+    fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
+        self.move_down(from, by)
+    }
+
+    fn trials(&mut self) -> Option<&mut (dyn TrialRuns + '_)> {
+        match self.last_score_layer() {
+            Some(_) => Some(self),
+            None => None,
+        }
+    }
+
+    fn make_room(&mut self, n: usize) -> Result<()> {
+        self.grow(n)
+    }
+
+    fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
+        self.tidy(moves)
+    }
+
+    fn save_rows(&mut self, cells: &[Cell], out: &mut Vec<u8>) -> Result<bool> {
+        if !self.is_plain() {
+            return Ok(false);
+        }
+        out.extend(self.rows(cells)?);
+        Ok(true)
+    }
+
+    fn restore_rows(&mut self, pos: &[Pos], rows: &[u8], cells: &mut Vec<Cell>) -> Result<()> {
+        self.recount()?;
+        if self.room.used + pos.len() > self.n_ctx {
+            return Err(Error::ContextFull { n_ctx: self.n_ctx });
+        }
+        self.grow(pos.len())?;
+        self.put_rows(pos, rows, cells)?;
+        self.room.filled(cells);
+        Ok(())
+    }
+
+    fn n_cells(&self) -> usize {
+        self.n_ctx
+    }
+
+    /// One micro-batch: llama.cpp would cut a larger batch into the same ones, but could not be
+    /// interrupted between them.
+    fn n_batch(&self) -> usize {
+        self.n_ubatch()
+    }
+
+    fn kv_bytes(&self) -> KvBytes {
+        if let Some(bytes) = self.cache_bytes() {
+            return bytes;
+        }
+        self.observer.get().kv_bytes(self.n_ctx)
+    }
+}

@@ -1,0 +1,91 @@
+//! Taking tokens out of the sequence, and moving them to other positions.
+
+use std::ops::Range;
+
+use llama_cpp_sys_2 as sys;
+
+use super::engine::{LlamaEngine, SEQ};
+use crate::cache::{Cell, Pos};
+use crate::error::{Error, Result};
+
+impl LlamaEngine {
+    /// As [`crate::engine::Engine::remove`].
+    pub(super) fn remove_ranges(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
+        for range in ranges {
+            if range.start < 0 || range.end <= range.start {
+                return Err(Error::llama(
+                    "llama_memory_seq_rm",
+                    format!("range {range:?} is empty or negative"),
+                ));
+            }
+            // SAFETY: the context is alive; the range was checked (a negative bound would mean
+            // "everything").
+            let done = unsafe {
+                let memory = sys::llama_get_memory(self.ctx.as_mut_ptr());
+                sys::llama_memory_seq_rm(memory, SEQ, range.start, range.end)
+            };
+            if !done {
+                return Err(Error::llama(
+                    "llama_memory_seq_rm",
+                    format!("positions {range:?} cannot be removed"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`crate::engine::Engine::rewind`].
+    pub(super) fn take_back(&mut self, from: Pos, left: usize) -> Result<()> {
+        let from = from.max(0);
+        // SAFETY: the context is alive; an end of -1 means "to the end".
+        let done = unsafe {
+            let memory = sys::llama_get_memory(self.ctx.as_mut_ptr());
+            sys::llama_memory_seq_rm(memory, SEQ, from, -1)
+        };
+        if !done {
+            return Err(Error::llama(
+                "llama_memory_seq_rm",
+                format!("positions from {from} on cannot be taken back"),
+            ));
+        }
+        // A window's cells are taken again while a prompt goes in.
+        let n_swa = self.model.n_swa();
+        let oldest_needed = from.saturating_sub(n_swa).max(0);
+        // SAFETY: the context is alive.
+        let oldest = unsafe {
+            sys::llama_memory_seq_pos_min(sys::llama_get_memory(self.ctx.as_mut_ptr()), SEQ)
+        };
+        if n_swa > 0 && from > 0 && oldest > oldest_needed {
+            return Err(Error::llama(
+                "llama_memory_seq_rm",
+                format!("the window before position {from} is gone"),
+            ));
+        }
+        self.count(Cell::try_from(left).unwrap_or(Cell::MAX));
+        self.recount()
+    }
+
+    /// Whether cached keys can follow their tokens to other positions.
+    pub(super) fn can_shift(&self) -> bool {
+        // SAFETY: the context is alive, the call only reads it.
+        unsafe { sys::llama_memory_can_shift(sys::llama_get_memory(self.raw.as_ptr())) }
+    }
+
+    /// As [`crate::engine::Engine::shift`].
+    pub(super) fn move_down(&mut self, from: Pos, by: Pos) -> Result<()> {
+        let fail = |reason: &str| Err(Error::llama("llama_memory_seq_add", reason));
+        if !self.can_shift() {
+            return fail("this model's cached keys cannot be moved to other positions");
+        }
+        if by <= 0 || from < by {
+            return fail(&format!("positions from {from} down by {by}"));
+        }
+        // SAFETY: the context is alive; llama.cpp asserts on a memory that cannot shift, which was
+        // asked; no position becomes negative; an end of -1 means "to the end".
+        unsafe {
+            let memory = sys::llama_get_memory(self.ctx.as_mut_ptr());
+            sys::llama_memory_seq_add(memory, SEQ, from, -1, -by);
+        }
+        Ok(())
+    }
+}
