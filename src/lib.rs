@@ -19,6 +19,7 @@ pub mod calibrate;
 pub mod controller;
 pub mod conversation;
 pub mod convert;
+#[cfg(feature = "embedded-model")]
 pub mod embedded;
 pub mod engine;
 mod error;
@@ -33,6 +34,7 @@ pub mod outfile;
 pub mod policy;
 pub mod prompt;
 pub mod replay;
+#[cfg(feature = "report")]
 pub mod report;
 pub mod saved;
 pub mod tempfiles;

@@ -14,6 +14,7 @@
 mod gqa;
 mod jsonl;
 mod mmbench;
+#[cfg(feature = "parquet")]
 mod mmmu;
 mod scienceqa;
 
@@ -115,7 +116,13 @@ impl Source {
             Format::Gqa => gqa::read(self),
             Format::ScienceQa => scienceqa::read(self),
             Format::MmBench => mmbench::read(self),
+            #[cfg(feature = "parquet")]
             Format::Mmmu => mmmu::read(self),
+            #[cfg(not(feature = "parquet"))]
+            Format::Mmmu => Err(Error::file(
+                &self.path,
+                "is a parquet file, which a build without the feature parquet cannot read",
+            )),
         }?;
         self.check(&questions)?;
         Ok((format, questions))
