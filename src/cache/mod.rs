@@ -6,11 +6,13 @@
 mod counts;
 mod entry;
 mod ledger;
+mod observation;
 pub mod ranges;
 
 pub use counts::{Counts, PerModality};
 pub use entry::{Entries, Entry};
 pub use ledger::{Ledger, SavedLedger};
+pub use observation::Observation;
 
 /// A token's position in its sequence (llama.cpp's `llama_pos`).
 pub type Pos = i32;

@@ -4,10 +4,12 @@
 //! Everything is read from the configuration and from tensor shapes, and everything is checked
 //! before the first byte is written. Both files get their names only when both are complete.
 
+mod blocks;
 mod checkpoint;
 pub mod config;
 mod json;
 mod output;
+mod piece;
 pub mod random;
 mod sentencepiece;
 mod tensors;

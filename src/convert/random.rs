@@ -5,7 +5,6 @@
 //! keeps the variance of what it is multiplied with, and those that add to the residual stream are
 //! scaled down by the number of them, so that logits are finite and differ.
 
-mod blocks;
 mod llava;
 mod mix;
 mod shapes;
@@ -21,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::llama::gguf::TensorType;
 use crate::outfile::FilesInUse;
 
-pub use blocks::Blocks;
+pub use super::blocks::Blocks;
 pub use llava::write as write_llava;
 pub use mix::Mix;
 pub use shapes::{phi35_text, phi35_vision};

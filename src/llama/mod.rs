@@ -7,6 +7,7 @@
 
 mod abort;
 mod attend;
+mod cache_type;
 mod callback;
 mod cells;
 pub mod chat;
@@ -33,10 +34,11 @@ mod vision;
 mod weights;
 
 pub use abort::on_abort;
+pub use cache_type::CacheType;
 pub use context::LlamaEngine;
 pub use devices::{Device, devices};
 pub use model::{Model, ModelOptions};
-pub use options::{CacheType, ContextOptions, FlashAttention};
+pub use options::{ContextOptions, FlashAttention};
 pub use rope::RopeFactors;
 pub use rows::MAX_POS;
 pub use sampler::SamplerOptions;

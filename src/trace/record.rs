@@ -4,9 +4,8 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use super::{Header, Precision, Values};
-use crate::cache::{Cell, Pos, SavedLedger};
+use crate::cache::{Cell, Observation, Pos, SavedLedger};
 use crate::controller::{After, Event, Origin};
-use crate::engine::Observation;
 use crate::image::{Picture, hd};
 use crate::policy::{Plan, Shift};
 
