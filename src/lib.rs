@@ -33,6 +33,7 @@ pub mod noise;
 pub mod outfile;
 pub mod policy;
 pub mod prompt;
+pub mod quantile;
 pub mod replay;
 #[cfg(feature = "report")]
 pub mod report;

@@ -21,6 +21,7 @@ pub mod replay;
 pub mod report;
 pub mod run;
 mod session;
+mod table;
 
 use std::io::Write;
 

@@ -9,12 +9,13 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use super::record::Distance;
-use super::stats::{mean, quantile};
+use super::stats::mean;
 use crate::cache::{Ledger, Pos};
 use crate::engine::{Engine, Token};
 use crate::error::{Error, Result};
 use crate::generate::{Segment, Session};
 use crate::policy::{EvictionPolicy, Observe, Plan, Queries, Shift};
+use crate::quantile::quantile;
 
 /// Keeps everything, as `full` does, and watches where attention goes.
 pub struct Watch {

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::noise::Noise;
+use crate::quantile::quantile;
 
 /// Of the standard normal distribution, for 95 %.
 const Z: f64 = 1.96;
@@ -129,17 +130,6 @@ pub fn bootstrap(pairs: &[Pair], seed: u64) -> Option<Difference> {
     })
 }
 
-/// Of sorted values, by linear interpolation; 0 of none.
-pub fn quantile(sorted: &[f64], share: f64) -> f64 {
-    let Some(last) = sorted.len().checked_sub(1) else {
-        return 0.0;
-    };
-    let place = share * last as f64;
-    let (low, part) = (place.floor() as usize, place.fract());
-    let high = sorted[(low + 1).min(last)];
-    sorted[low] + part * (high - sorted[low])
-}
-
 /// 0 of none.
 pub fn mean(values: &[f64]) -> f64 {
     match values.len() {
@@ -200,22 +190,6 @@ mod tests {
             assert!((a - b).abs() < 1e-12, "{adjusted:?}");
         }
         assert!(holm(&[]).is_empty());
-    }
-
-    /// numpy.quantile
-    #[test]
-    fn quantiles_are_numpys() {
-        let values = [1.0, 2.0, 5.0, 10.0];
-        for (share, value) in [
-            (0.0, 1.0),
-            (0.25, 1.75),
-            (0.5, 3.5),
-            (0.99, 9.85),
-            (1.0, 10.0),
-        ] {
-            assert!((quantile(&values, share) - value).abs() < 1e-12, "{share}");
-        }
-        assert_eq!(quantile(&[], 0.5), 0.0);
     }
 
     /// With few stories every sample can be counted: all draws of two out of two.

@@ -5,8 +5,9 @@ use std::collections::HashMap;
 use serde::Serialize;
 
 use super::record::{Answer, Contender, Distance, Header};
-use super::stats::{self, Pair, Share, mean, quantile};
+use super::stats::{self, Pair, Share, mean};
 use crate::policy::Amount;
+use crate::quantile::{median, quantile};
 
 /// Below this, after Holm's correction, a difference is called one.
 pub const LEVEL: f64 = 0.05;
@@ -273,12 +274,6 @@ fn kept(pairs: &[(&Answer, &Answer)]) -> Option<f64> {
         both += shared.sum::<usize>();
     }
     (firsts > 0).then(|| both as f64 / firsts as f64)
-}
-
-fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    (!values.is_empty()).then(|| quantile(&values, 0.5))
 }
 
 /// The predictions of several answers together.
