@@ -14,12 +14,12 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use crate::attend::{Attend, Shares};
-use crate::bench::{Watch as Clock, wake};
+use crate::bench::{Pulse, wake};
 use crate::controller::Controller;
 use crate::conversation::{segment, tell_pictures};
 use crate::engine::{Engine, Token};
 use crate::error::{Error, Result};
-use crate::eval::distance::{self, Followed, Places, Said, Watch};
+use crate::eval::distance::{self, AttentiveFull, Followed, Places, Said};
 use crate::eval::question::Question;
 use crate::eval::record::{self, Distance, Evicted, Kv, Timings};
 use crate::generate::{Finish, Hooks, Length, Segment, Session};
@@ -146,7 +146,7 @@ impl Asker {
         pictures: &[Picture],
         n_predict: &[usize],
         expected: Option<&[usize]>,
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Option<Vec<Answered>>> {
         let stage = self.stage(&entrant.context, |limits| {
             policy_of(entrant, question).create(limits)
@@ -235,7 +235,7 @@ impl Asker {
         question: &Question,
         pictures: &[Picture],
         n_predict: &[usize],
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Option<Reference>> {
         let readable = self.model.eviction_obstacle().is_none();
         let n_layer = self.model.n_layer();
@@ -243,7 +243,7 @@ impl Asker {
         context.attend = Attend::default();
         let stage = if readable {
             context.score_layers = (0..n_layer).collect();
-            self.stage(&context, |_| Ok(Box::new(Watch::all(n_layer)) as _))?
+            self.stage(&context, |_| Ok(Box::new(AttentiveFull::all(n_layer)) as _))?
         } else {
             self.stage(&context, |limits| PolicySpec::full().create(limits))?
         };
@@ -281,7 +281,7 @@ impl Asker {
         question: &Question,
         pictures: &[Picture],
         reference: &Reference,
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Option<(Vec<Option<Distance>>, Evicted)>> {
         let stage = self.stage(&entrant.context, |limits| {
             policy_of(entrant, question).create(limits)
@@ -352,7 +352,7 @@ impl Asker {
         question: &Question,
         turn: usize,
         pictures: &[Picture],
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<(Rc<Prepared>, Vec<Segment>)> {
         let pictures = if turn == 0 { pictures } else { &[] };
         let asked = &question.turns[turn];
@@ -395,7 +395,7 @@ impl Asker {
         pieces: Vec<Piece>,
         pictures: &[&Picture],
         tokenized: Duration,
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Prepared> {
         let mut prepared = Prepared {
             segments: Vec::new(),

@@ -5,7 +5,7 @@
 //! would have said the same. It is asked for an answer of its own only where it would not.
 
 use super::{Asker, Entrant, Reference, empty};
-use crate::bench::Watch as Clock;
+use crate::bench::Pulse;
 use crate::error::Result;
 use crate::eval::question::Question;
 use crate::eval::record::{Distance, Evicted};
@@ -33,7 +33,7 @@ impl Asker {
         pictures: &[Picture],
         n_predict: &[usize],
         reference: &Reference,
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Option<Attempt>> {
         let followed = self.distance(entrant, question, pictures, reference, watch)?;
         let Some((distances, evicted)) = followed else {

@@ -22,7 +22,7 @@ use cases::{Case, Plan, Shape};
 use hae::Error;
 use hae::attend::Attend;
 use hae::bench::stats::Summary;
-use hae::bench::{self, Hardware, Record, Sample, Settings, Subject, Watch, Work};
+use hae::bench::{self, Hardware, Pulse, Record, Sample, Settings, Subject, Work};
 use hae::build::{Build, build};
 use hae::llama::{
     ContextOptions, Model, ModelOptions, Poll, RopeFactors, ScoreSource, Vision, VisionOptions,
@@ -274,7 +274,7 @@ impl Bench<'_> {
         let plan = self.plan;
         let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); plan.policies.len()];
         let now = load::clock();
-        let watch = Watch {
+        let watch = Pulse {
             now: &now,
             cancelled: &interrupt::cancelled,
         };

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use hae::asker::{Asker, Entrant};
-use hae::bench::Watch;
+use hae::bench::Pulse;
 use hae::cache::Pos;
 use hae::controller::Controller;
 use hae::engine::{Batch, Engine, Input, Observation};
@@ -73,8 +73,8 @@ fn pictures(question: &Question) -> Vec<Picture> {
         .collect()
 }
 
-fn watch<'a>() -> Watch<'a> {
-    Watch {
+fn watch<'a>() -> Pulse<'a> {
+    Pulse {
         now: &|| Duration::ZERO,
         cancelled: &|| false,
     }

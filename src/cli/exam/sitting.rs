@@ -12,7 +12,7 @@ use crate::cli::{Done, interrupt};
 use hae::Error;
 use hae::asker::{Answered, Asker, Entrant, Reference};
 use hae::bench::stats::Summary as Quartiles;
-use hae::bench::{Watch, turns};
+use hae::bench::{Pulse, turns};
 use hae::eval::question::Question;
 use hae::eval::record::{Answer, Distance};
 use hae::eval::results::{Key, Results, key};
@@ -79,7 +79,7 @@ impl Sitting<'_> {
             return Ok(true);
         }
         let now = load::clock();
-        let watch = Watch {
+        let watch = Pulse {
             now: &now,
             cancelled: &interrupt::cancelled,
         };
@@ -174,7 +174,7 @@ impl Sitting<'_> {
         question: &Question,
         pictures: &[hae::image::Picture],
         reference: Option<&Reference>,
-        watch: Watch<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Option<Vec<Option<Distance>>>> {
         let Some(reference) = reference else {
             return Ok(Some(Vec::new()));
