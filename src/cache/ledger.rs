@@ -492,6 +492,7 @@ impl Ledger {
         self.newest.map(|(pos, _)| pos)
     }
 
+    /// Occupied cells by modality and state.
     pub fn counts(&self) -> Counts {
         self.counts
     }

@@ -28,7 +28,9 @@ pub type Cell = u32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Modality {
+    /// A token of the vocabulary.
     Text,
+    /// A row of a picture's embeddings.
     Vision,
 }
 
@@ -37,6 +39,8 @@ pub enum Modality {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
+    /// Not in the recycle bin.
     Live,
+    /// In the recycle bin: the next flush removes it, unless it comes back first.
     Binned,
 }

@@ -15,6 +15,7 @@ pub struct Observation {
 }
 
 impl Observation {
+    /// Forgets all; the buffers keep their room.
     pub fn clear(&mut self) {
         self.sum.clear();
         self.max.clear();

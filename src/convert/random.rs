@@ -28,16 +28,20 @@ pub use shapes::{phi35_text, phi35_vision};
 /// `general.name` of both files; llama.cpp's tokenizer has rules for models called so.
 const NAME: &str = "Phi-3.5-vision-random";
 
+/// What to make up, and where it goes.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// [`phi35_text`], or something smaller. llama.cpp's K types need rows of 256 values.
     pub text: TextConfig,
     /// [`phi35_vision`], or something smaller.
     pub vision: VisionConfig,
+    /// Types of the text model's tensors.
     pub mix: Mix,
     /// The same seed gives the same bytes.
     pub seed: u64,
+    /// Where the text model goes.
     pub text_out: PathBuf,
+    /// Where the vision file goes.
     pub mmproj_out: PathBuf,
 }
 

@@ -11,10 +11,15 @@ const Z: f64 = 1.96;
 /// Hits out of `n`, with the 95 % interval of Wilson (1927).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Share {
+    /// How many of [`Share::n`].
     pub hits: usize,
+    /// How many there were.
     pub n: usize,
+    /// `hits / n`.
     pub share: f64,
+    /// Lower end of the interval.
     pub low: f64,
+    /// Upper end of the interval.
     pub high: f64,
 }
 
@@ -75,9 +80,13 @@ pub fn holm(p: &[f64]) -> Vec<f64> {
 /// A difference with the 95 % interval that resampling gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Difference {
+    /// Second minus first.
     pub difference: f64,
+    /// Lower end of the interval.
     pub low: f64,
+    /// Upper end of the interval.
     pub high: f64,
+    /// How likely a difference as large is where there is none.
     pub p: f64,
 }
 
@@ -88,6 +97,7 @@ pub struct Pair {
     pub required: usize,
     /// Those stated under the one and the other.
     pub first: usize,
+    /// Those stated under the other.
     pub second: usize,
 }
 

@@ -6,20 +6,29 @@ use llama_cpp_2::context::params::KvCacheType;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CacheType {
+    /// 32 bits a value.
     F32,
+    /// 16 bits a value, IEEE's.
     #[default]
     F16,
+    /// 16 bits a value, the upper half of an F32.
     Bf16,
+    /// Blocks of 32 values, 8.5 bits each.
     #[serde(rename = "q8_0")]
     Q8_0,
+    /// Blocks of 32 values, 4.5 bits each.
     #[serde(rename = "q4_0")]
     Q4_0,
+    /// Blocks of 32 values with a minimum, 5 bits each.
     #[serde(rename = "q4_1")]
     Q4_1,
+    /// Blocks of 32 values on an uneven scale, 4.5 bits each.
     #[serde(rename = "iq4_nl")]
     Iq4Nl,
+    /// Blocks of 32 values, 5.5 bits each.
     #[serde(rename = "q5_0")]
     Q5_0,
+    /// Blocks of 32 values with a minimum, 6 bits each.
     #[serde(rename = "q5_1")]
     Q5_1,
 }

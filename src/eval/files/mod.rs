@@ -29,14 +29,20 @@ use crate::error::{Error, Result};
 /// How a question file is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
+    /// Our own: an object a line.
     Jsonl,
+    /// GQA's object of questions.
     Gqa,
+    /// ScienceQA's object of problems.
     ScienceQa,
+    /// MMBench's table.
     MmBench,
+    /// MMMU's parquet file of a subject.
     Mmmu,
 }
 
 impl Format {
+    /// Each of them once.
     pub const ALL: [Format; 5] = [
         Format::Jsonl,
         Format::Gqa,
@@ -45,6 +51,7 @@ impl Format {
         Format::Mmmu,
     ];
 
+    /// As `--format` spells it.
     pub fn name(self) -> &'static str {
         match self {
             Format::Jsonl => "jsonl",
@@ -90,6 +97,7 @@ fn unknown(path: &Path) -> Error {
 /// What to read of a file.
 #[derive(Clone, Debug, Default)]
 pub struct Source {
+    /// The question file.
     pub path: PathBuf,
     /// `None`: told by the file.
     pub format: Option<Format>,
