@@ -26,9 +26,13 @@ const HEADER: usize = MAGIC.len() + 4 + 32;
 /// What a model must share with the one that a session was made with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelIdentity {
+    /// `general.architecture`.
     pub arch: String,
+    /// Layers.
     pub n_layer: u32,
+    /// Width of a row of embeddings.
     pub n_embd: usize,
+    /// Tokens of the vocabulary.
     pub n_vocab: usize,
     /// Of the text model's file.
     pub bytes: u64,
@@ -39,8 +43,11 @@ pub struct ModelIdentity {
 /// How K and V were stored, by the flags that say so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Storage {
+    /// What K was stored as.
     pub type_k: CacheType,
+    /// What V was stored as.
     pub type_v: CacheType,
+    /// Without it V is transposed.
     pub flash_attention: FlashAttention,
 }
 

@@ -42,7 +42,12 @@ pub enum Expected {
     /// One of these, word for word after normalisation.
     Words(Vec<String>),
     /// The option of this number, by its letter or its text.
-    Choice { options: Vec<String>, answer: usize },
+    Choice {
+        /// In the order of their letters.
+        options: Vec<String>,
+        /// The number of the right one, from 0.
+        answer: usize,
+    },
     /// A story that makes these statements.
     Facts(Vec<Fact>),
 }

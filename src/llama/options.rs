@@ -11,9 +11,12 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FlashAttention {
+    /// Where the model and its devices can.
     #[default]
     Auto,
+    /// Always.
     On,
+    /// Never: the cache then holds V transposed.
     Off,
 }
 
@@ -41,18 +44,25 @@ pub struct ContextOptions {
     pub n_batch: u32,
     /// Rows that are computed at once.
     pub n_ubatch: u32,
+    /// For one token.
     pub n_threads: i32,
+    /// For batches of several.
     pub n_threads_batch: i32,
     /// How eagerly they wait for work, where ggml's own pool of threads serves.
     pub poll: Poll,
+    /// Whether attention is computed in one operation.
     pub flash_attention: FlashAttention,
+    /// What K is stored as.
     pub type_k: CacheType,
+    /// What V is stored as.
     pub type_v: CacheType,
     /// Layers whose attention is read (sorted).
     pub score_layers: Vec<u32>,
+    /// How attention is read.
     pub score_source: ScoreSource,
     /// Pictures attend to all of themselves (a property of the vision model).
     pub non_causal_images: bool,
+    /// Which factors a longrope model takes.
     pub rope_factors: RopeFactors,
     /// What decoding steps attend to.
     pub attend: Attend,
