@@ -74,18 +74,25 @@ impl Storage {
 /// Everything that a conversation is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Saved {
+    /// What it was made with.
     pub model: ModelIdentity,
     /// The set that the cached keys were rotated with.
     pub rope_factors: RopeFactors,
+    /// How the state holds K and V.
     pub storage: Storage,
+    /// What was said, as the model has seen it.
     pub transcript: Transcript,
     /// Last token of the last answer, when it has not gone through the model yet.
     pub pending: Option<Token>,
     /// The last tokens that were sampled: what a repeat penalty looks back on.
     pub sampled: Vec<Token>,
+    /// Pictures that were shown so far.
     pub images: u32,
+    /// The books of the cache.
     pub ledger: SavedLedger,
+    /// The segments that went in, in the order of their positions.
     pub history: History,
+    /// Evicted text that the host keeps.
     pub host_bin: Vec<SavedRows>,
     /// llama.cpp's own state of the sequence.
     #[serde(with = "state_bytes")]
