@@ -11,9 +11,9 @@ use sha2::{Digest, Sha256};
 
 use crate::answer::{Answer, Evicted};
 use crate::attend::Attend;
-use crate::bench::Watch as Clock;
+use crate::bench::Pulse;
 use crate::error::Result;
-use crate::eval::distance::{self, Followed, Places, Said, Watch};
+use crate::eval::distance::{self, AttentiveFull, Followed, Places, Said};
 use crate::eval::question::Question;
 use crate::eval::record::{self, Distance};
 use crate::generate::{Finish, Hooks};
@@ -114,7 +114,7 @@ impl Asker {
         pictures: &[Picture],
         n_predict: &[usize],
         expected: Option<&[usize]>,
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Option<Vec<Answer>>> {
         let trace = self.trace.take();
         let policy = policy_of(entrant, question);
@@ -163,14 +163,14 @@ impl Asker {
         question: &Question,
         pictures: &[Picture],
         n_predict: &[usize],
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Option<Reference>> {
         let mut context = context.clone();
         context.attend = Attend::default();
         let mut plan = self.plan(&context, &PolicySpec::full())?;
         if self.model.eviction_obstacle().is_none() {
             plan.read_for_trace(&PolicyOptions::default())?;
-            plan = plan.under(Box::new(Watch::all(self.model.n_layer())));
+            plan = plan.under(Box::new(AttentiveFull::all(self.model.n_layer())));
         }
         let (stage, mut talk) = self.stage(plan, question, pictures, n_predict)?;
         let mut reference = Vec::new();
@@ -197,7 +197,7 @@ impl Asker {
     }
 
     /// How far an entrant's predictions are from the reference, for each turn, and what was evicted
-    /// on the way. `None`: cancelled.
+    /// on the way. `n_predict` as for the reference. `None`: cancelled.
     ///
     /// # Errors
     /// As [`Asker::ask`].
@@ -206,15 +206,12 @@ impl Asker {
         entrant: &Entrant,
         question: &Question,
         pictures: &[Picture],
+        n_predict: &[usize],
         reference: &Reference,
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Option<(Vec<Option<Distance>>, Evicted)>> {
         let plan = self.plan(&entrant.context, &policy_of(entrant, question))?;
-        let lengths: Vec<usize> = reference
-            .iter()
-            .map(|(said, _)| said.tokens.len())
-            .collect();
-        let (stage, mut talk) = self.stage(plan, question, pictures, &lengths)?;
+        let (stage, mut talk) = self.stage(plan, question, pictures, n_predict)?;
         let mut places = Places::default();
         let mut distances = Vec::new();
         for (i, (said, text)) in reference.iter().enumerate() {
@@ -296,7 +293,7 @@ impl Asker {
         question: &Question,
         i: usize,
         pictures: &[Picture],
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<turn::Prompt> {
         let turn = self.turn(question, i, pictures);
         let (opened, prompts) = (&mut self.stages[stage], &mut self.prompts);

@@ -7,6 +7,7 @@
 mod energy;
 mod memory;
 mod pictures;
+mod pulse;
 mod record;
 pub mod stats;
 mod workload;
@@ -27,6 +28,7 @@ use energy::Energy;
 use memory::PeakRss;
 
 pub use pictures::Pictures;
+pub use pulse::Pulse;
 pub use record::{Field, Hardware, Kind, METRICS, Metric, Record, Settings, Subject};
 pub use workload::Workload;
 
@@ -174,14 +176,6 @@ impl Sample {
     }
 }
 
-/// Time and the user's wish to stop.
-#[derive(Clone, Copy)]
-pub struct Watch<'a> {
-    /// A clock that never runs backwards.
-    pub now: &'a dyn Fn() -> Duration,
-    pub cancelled: &'a dyn Fn() -> bool,
-}
-
 /// Runs a test on an empty session. `pictures` gives the next prompt's pictures, so many of them,
 /// encoded. `None`: cancelled.
 ///
@@ -195,9 +189,9 @@ pub fn measure<E: Engine>(
     test: &Test,
     tokens: &mut dyn FnMut() -> Token,
     pictures: &mut dyn FnMut(usize) -> Result<Vec<Segment>>,
-    watch: Watch<'_>,
+    watch: Pulse<'_>,
 ) -> Result<Option<Sample>> {
-    let Watch { now, cancelled } = watch;
+    let Pulse { now, cancelled } = watch;
     if test.before() > 0 {
         // Without a prompt the first answer goes on from these tokens.
         if let Some(turn) = test.turns.first().filter(|turn| turn.n_prompt == 0) {
@@ -286,7 +280,7 @@ impl Work<'_> {
     ///
     /// # Errors
     /// Those of the engine, the policy and the pictures.
-    pub fn run(&self, mut vision: Option<&mut Vision>, watch: Watch<'_>) -> Result<Option<Sample>> {
+    pub fn run(&self, mut vision: Option<&mut Vision>, watch: Pulse<'_>) -> Result<Option<Sample>> {
         let rss = PeakRss::start();
         let model = self.model;
         let mut plan = Plan::new(model, vision.as_deref(), self.context, self.policy)?;

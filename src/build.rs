@@ -4,12 +4,17 @@ use serde::Serialize;
 
 /// The pinned bindings; a test compares them with `vendor/pin/Cargo.toml`.
 pub const LLAMA_CPP_2: &str = "0.1.160";
+/// The same of the C interface.
 pub const LLAMA_CPP_SYS_2: &str = "0.1.161";
 
+/// The program and what it is linked with.
 #[derive(Clone, Debug, Serialize)]
 pub struct Build {
+    /// hae's.
     pub version: &'static str,
+    /// [`LLAMA_CPP_2`].
     pub llama_cpp_2: &'static str,
+    /// [`LLAMA_CPP_SYS_2`].
     pub llama_cpp_sys_2: &'static str,
     /// ggml's own version number.
     pub ggml: String,

@@ -14,8 +14,7 @@ use std::ops::Range;
 
 pub use record::{After, Event, Recorder};
 
-use crate::cache::{Cell, Counts, Ledger, Modality, Pos, SavedLedger, ranges};
-use crate::engine::Observation;
+use crate::cache::{Cell, Counts, Ledger, Modality, Observation, Pos, SavedLedger, ranges};
 use crate::error::Result;
 use crate::policy::{DapMode, EvictionPolicy, Held, Observe, Plan, Queries, Shift};
 

@@ -30,10 +30,12 @@ impl Embedded {
         })
     }
 
+    /// The text model.
     pub fn model(&self) -> &Path {
         self.model.path()
     }
 
+    /// The vision file.
     pub fn mmproj(&self) -> &Path {
         self.mmproj.path()
     }

@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 pub use trials::TrialRuns;
 pub use words::{Greedy, Sampler, Vocabulary, likeliest};
 
+pub use crate::cache::Observation;
+
 /// A vocabulary id (llama.cpp's `llama_token`).
 pub type Token = i32;
 
@@ -61,26 +63,6 @@ pub struct Batch<'a> {
     pub logits: bool,
     /// What each layer may leave out, for a batch of one token; `None`: nothing.
     pub lookup: Option<&'a Lookup>,
-}
-
-/// Attention that the query rows of one batch paid to each cell. Buffers are reused.
-#[derive(Clone, Debug, Default)]
-pub struct Observation {
-    /// Per cell: sum over query rows of the softmax attention, averaged over heads and over the
-    /// scoring layers. Length: cells in view (cells beyond it were not seen); empty cells hold 0.
-    pub sum: Vec<f32>,
-    /// Per cell: maximum over query rows of the same average.
-    pub max: Vec<f32>,
-    /// Positions of the query rows, ascending.
-    pub queries: Vec<Pos>,
-}
-
-impl Observation {
-    pub fn clear(&mut self) {
-        self.sum.clear();
-        self.max.clear();
-        self.queries.clear();
-    }
 }
 
 /// KV memory, in bytes, from the backend's own figures.

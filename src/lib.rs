@@ -43,6 +43,7 @@ pub mod calibrate;
 pub mod chat;
 pub mod controller;
 pub mod convert;
+#[cfg(feature = "embedded-model")]
 pub mod embedded;
 pub mod engine;
 mod error;
@@ -57,7 +58,9 @@ pub mod open;
 pub mod outfile;
 pub mod policy;
 pub mod prompt;
+pub mod quantile;
 pub mod replay;
+#[cfg(feature = "report")]
 pub mod report;
 pub mod saved;
 pub mod tempfiles;

@@ -5,10 +5,12 @@
 pub struct Noise(u64);
 
 impl Noise {
+    /// The same seed gives the same values.
     pub const fn new(seed: u64) -> Self {
         Noise(seed)
     }
 
+    /// 64 bits, each as likely 0 as 1.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;

@@ -17,6 +17,7 @@ pub use apart::FilesInUse;
 const SHARED: u32 = 0o666;
 pub(crate) const PRIVATE: u32 = 0o600;
 
+/// A file that gets its name when it is complete.
 #[derive(Debug)]
 pub struct OutFile {
     temp: TempFile,
@@ -83,10 +84,12 @@ impl OutFile {
         self.temp.file()
     }
 
+    /// Where it is until then.
     pub fn temp_path(&self) -> &Path {
         self.temp.path()
     }
 
+    /// The name that it will get.
     pub fn target(&self) -> &Path {
         &self.target
     }

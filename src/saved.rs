@@ -26,9 +26,13 @@ const HEADER: usize = MAGIC.len() + 4 + 32;
 /// What a model must share with the one that a session was made with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelIdentity {
+    /// `general.architecture`.
     pub arch: String,
+    /// Layers.
     pub n_layer: u32,
+    /// Width of a row of embeddings.
     pub n_embd: usize,
+    /// Tokens of the vocabulary.
     pub n_vocab: usize,
     /// Of the text model's file.
     pub bytes: u64,
@@ -39,8 +43,11 @@ pub struct ModelIdentity {
 /// How K and V were stored, by the flags that say so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Storage {
+    /// What K was stored as.
     pub type_k: CacheType,
+    /// What V was stored as.
     pub type_v: CacheType,
+    /// Without it V is transposed.
     pub flash_attention: FlashAttention,
 }
 
@@ -67,18 +74,25 @@ impl Storage {
 /// Everything that a conversation is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Saved {
+    /// What it was made with.
     pub model: ModelIdentity,
     /// The set that the cached keys were rotated with.
     pub rope_factors: RopeFactors,
+    /// How the state holds K and V.
     pub storage: Storage,
+    /// What was said, as the model has seen it.
     pub transcript: Transcript,
     /// Last token of the last answer, when it has not gone through the model yet.
     pub pending: Option<Token>,
     /// The last tokens that were sampled: what a repeat penalty looks back on.
     pub sampled: Vec<Token>,
+    /// Pictures that were shown so far.
     pub images: u32,
+    /// The books of the cache.
     pub ledger: SavedLedger,
+    /// The segments that went in, in the order of their positions.
     pub history: History,
+    /// Evicted text that the host keeps.
     pub host_bin: Vec<SavedRows>,
     /// llama.cpp's own state of the sequence.
     #[serde(with = "state_bytes")]

@@ -61,10 +61,12 @@ impl TempFile {
         }
     }
 
+    /// Open for reading and writing.
     pub fn file(&self) -> &std::fs::File {
         self.temp.as_file()
     }
 
+    /// Where it is.
     pub fn path(&self) -> &Path {
         self.temp.path()
     }

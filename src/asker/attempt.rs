@@ -6,7 +6,7 @@
 
 use super::{Asker, Entrant, Reference};
 use crate::answer::{Answer, Evicted};
-use crate::bench::Watch as Clock;
+use crate::bench::Pulse;
 use crate::error::Result;
 use crate::eval::question::Question;
 use crate::eval::record::Distance;
@@ -35,9 +35,9 @@ impl Asker {
         pictures: &[Picture],
         n_predict: &[usize],
         reference: &Reference,
-        watch: Clock<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Option<Attempt>> {
-        let followed = self.distance(entrant, question, pictures, reference, watch)?;
+        let followed = self.distance(entrant, question, pictures, n_predict, reference, watch)?;
         let Some((distances, evicted)) = followed else {
             return Ok(None);
         };

@@ -1,5 +1,7 @@
 //! The middle and the spread of a few measurements.
 
+use crate::quantile::quantile;
+
 /// Quartiles of some values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
@@ -16,13 +18,10 @@ impl Summary {
     pub fn of(values: &[f64]) -> Option<Self> {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
-        let last = sorted.len().checked_sub(1)?;
-        let at = |share: f64| {
-            let place = share * last as f64;
-            let (low, part) = (place.floor() as usize, place.fract());
-            let high = sorted[(low + 1).min(last)];
-            sorted[low] + part * (high - sorted[low])
-        };
+        if sorted.is_empty() {
+            return None;
+        }
+        let at = |share: f64| quantile(&sorted, share);
         Some(Summary {
             median: at(0.5),
             q1: at(0.25),

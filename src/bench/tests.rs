@@ -25,7 +25,7 @@ fn session(policy: &str, options: &PolicyOptions, n_cells: usize) -> Session<Scr
 
 fn run(session: &mut Session<Scripted>, test: &Test, images: usize) -> Option<Sample> {
     let now = ticking();
-    let watch = Watch {
+    let watch = Pulse {
         now: &now,
         cancelled: &|| false,
     };
@@ -148,7 +148,7 @@ fn a_cancelled_test_gives_nothing() {
         let mut session = session("full", &PolicyOptions::default(), 64);
         let asked = Cell::new(0);
         let now = ticking();
-        let watch = Watch {
+        let watch = Pulse {
             now: &now,
             cancelled: &|| {
                 asked.set(asked.get() + 1);

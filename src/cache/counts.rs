@@ -5,11 +5,14 @@ use super::Modality;
 /// One number for text and one for visual tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct PerModality {
+    /// Of text tokens.
     pub text: usize,
+    /// Of visual tokens.
     pub vision: usize,
 }
 
 impl PerModality {
+    /// The number of one modality.
     pub fn of(&self, modality: Modality) -> usize {
         match modality {
             Modality::Text => self.text,
@@ -17,6 +20,7 @@ impl PerModality {
         }
     }
 
+    /// The same, to be changed.
     pub fn of_mut(&mut self, modality: Modality) -> &mut usize {
         match modality {
             Modality::Text => &mut self.text,
@@ -24,6 +28,7 @@ impl PerModality {
         }
     }
 
+    /// Both together.
     pub fn total(&self) -> usize {
         self.text + self.vision
     }

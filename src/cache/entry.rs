@@ -13,9 +13,13 @@ pub(super) const NO_IMAGE: u32 = u32::MAX;
 /// One occupied cell.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Entry {
+    /// The cell itself.
     pub cell: Cell,
+    /// The position of its token.
     pub pos: Pos,
+    /// Where its token comes from.
     pub modality: Modality,
+    /// Whether it is in the recycle bin.
     pub state: State,
     /// The user turn that brought the token in.
     pub turn: u32,

@@ -6,8 +6,7 @@ use std::ops::Range;
 
 use super::counts::Counts;
 use super::entry::{EMPTY, Entries, Entry, NO_IMAGE};
-use super::{Cell, Modality, Pos, State};
-use crate::engine::Observation;
+use super::{Cell, Modality, Observation, Pos, State};
 use crate::error::{Error, Result};
 
 pub use saved::SavedLedger;
@@ -493,6 +492,7 @@ impl Ledger {
         self.newest.map(|(pos, _)| pos)
     }
 
+    /// Occupied cells by modality and state.
     pub fn counts(&self) -> Counts {
         self.counts
     }

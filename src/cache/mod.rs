@@ -6,11 +6,13 @@
 mod counts;
 mod entry;
 mod ledger;
+mod observation;
 pub mod ranges;
 
 pub use counts::{Counts, PerModality};
 pub use entry::{Entries, Entry};
 pub use ledger::{Ledger, SavedLedger};
+pub use observation::Observation;
 
 /// A token's position in its sequence (llama.cpp's `llama_pos`).
 pub type Pos = i32;
@@ -26,7 +28,9 @@ pub type Cell = u32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Modality {
+    /// A token of the vocabulary.
     Text,
+    /// A row of a picture's embeddings.
     Vision,
 }
 
@@ -35,6 +39,8 @@ pub enum Modality {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
+    /// Not in the recycle bin.
     Live,
+    /// In the recycle bin: the next flush removes it, unless it comes back first.
     Binned,
 }

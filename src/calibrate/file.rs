@@ -26,30 +26,40 @@ const MOST_BYTES: u64 = 1 << 20;
 /// Parameters for one model, and the evidence for them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Calibration {
+    /// Tells the file from others.
     pub format: String,
+    /// Of the format.
     pub version: u32,
     /// Seconds since 1970.
     pub time: u64,
+    /// The model that was calibrated.
     pub model: FileId,
     /// Of the model file; none in files that were written before there were any.
     #[serde(default)]
     pub fingerprint: Option<String>,
+    /// Its vision file, if it had one.
     pub mmproj: Option<FileId>,
     /// What the parameters were chosen on.
     pub tune: QuestionSet,
     /// What they were checked on.
     pub held_out: QuestionSet,
+    /// The budget that it was calibrated at.
     pub kv_budget: Amount,
+    /// Whether [`Calibration::parameters`] are those that the search found.
     pub chosen: Chosen,
     /// What is to be used.
     pub parameters: Setting,
     /// The best of the search.
     pub found: Setting,
+    /// What the questions said of them.
     pub scores: Scores,
+    /// All that the search scored, in that order.
     pub tried: Vec<Tried>,
     /// As in `hae run -o json`.
     pub context: Value,
+    /// The most tokens of an answer, where it was said.
     pub n_predict: Option<usize>,
+    /// What the program was built from, as in `hae run -o json`.
     pub build: Value,
 }
 
@@ -63,21 +73,28 @@ pub enum Chosen {
     Defaults,
 }
 
+/// What full, the defaults and the found parameters score.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Scores {
+    /// On the questions that they were chosen on.
     pub tune: Compared,
+    /// On questions that the search had not seen.
     pub held_out: Compared,
 }
 
 /// On the same questions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Compared {
+    /// The full cache.
     pub full: Score,
+    /// `hae` without calibration, at the same budget.
     pub defaults: Score,
+    /// The best of the search.
     pub found: Score,
 }
 
 impl Calibration {
+    /// What the field `format` has to be.
     pub fn format() -> String {
         FORMAT.into()
     }

@@ -8,15 +8,21 @@ use crate::policy::{Layers, Queries};
 /// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
+    /// `--score-layers`.
     Layers,
+    /// `--score-queries`.
     Queries,
+    /// `--dap-tau`, or none.
     Rule,
+    /// `--bin-size`.
     Bin,
 }
 
 impl Stage {
+    /// In the order of the search.
     pub const ALL: [Stage; 4] = [Stage::Layers, Stage::Queries, Stage::Rule, Stage::Bin];
 
+    /// As the calibration file and the tables call it.
     pub fn name(self) -> &'static str {
         match self {
             Stage::Layers => "score layers",
@@ -35,6 +41,7 @@ const BINS: [usize; 4] = [1, 8, 32, 64];
 /// The values for a model of so many layers.
 #[derive(Clone, Copy, Debug)]
 pub struct Grid {
+    /// Layers of the model.
     pub n_layer: u32,
 }
 

@@ -21,11 +21,14 @@ pub use score::{Score, Tally};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Spelled", into = "Spelled")]
 pub struct Setting {
+    /// Layers whose attention is read.
     pub layers: Layers,
+    /// Tokens of the prompt whose attention is read.
     pub queries: Queries,
     /// Visual tokens below so many times the mean attention go, beside those that the budget
     /// takes. `None`: those that the budget takes.
     pub tau: Option<f64>,
+    /// Cells of the recycle bin.
     pub bin_size: usize,
 }
 
@@ -96,6 +99,7 @@ impl TryFrom<Spelled> for Setting {
 }
 
 impl Setting {
+    /// The policy's parameters at this budget; those that are not searched are the defaults.
     pub fn options(&self, budget: Option<Amount>) -> PolicyOptions {
         let mut options = PolicyOptions {
             layers: self.layers.clone(),
@@ -110,6 +114,7 @@ impl Setting {
         options
     }
 
+    /// The queries as `--score-queries` spells them.
     pub fn queries_name(&self) -> &'static str {
         match self.queries {
             Queries::All => "all",

@@ -11,19 +11,24 @@ use crate::eval::record::{Answer, Distance, FactScore};
 pub struct Score {
     /// Answers that are right or wrong, each turn of a chat, and those that are right.
     pub asked: usize,
+    /// Those of them that are right.
     pub right: usize,
+    /// Answers that are judged by their facts.
     pub stories: usize,
     /// Mentions that the stories have to make, and those that they make.
     pub facts_required: usize,
+    /// Those that the stories make.
     pub facts_made: usize,
     /// A right answer counts 1, a story the share of its facts that it tells.
     pub points: f64,
     /// Mean KL to the full cache, of all predictions together; none where nothing was predicted,
     /// or it is no finite number.
     pub kl_mean: Option<f64>,
+    /// How many predictions the mean is of.
     pub predictions: usize,
     /// Tokens that left the cache, in all, and those that did while answers grew.
     pub evicted: usize,
+    /// Those that left while answers grew.
     pub evicted_in_decoding: usize,
 }
 
@@ -31,6 +36,7 @@ pub struct Score {
 const SAME: f64 = 1e-9;
 
 impl Score {
+    /// Adds up saved answers.
     pub fn of<'a>(answers: impl Iterator<Item = &'a Answer>) -> Self {
         let mut tally = Tally::default();
         for answer in answers {
@@ -77,6 +83,7 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// Takes in an answer's verdict; `None`: nobody knows what is right.
     pub fn judged(&mut self, right: Option<bool>, facts: Option<&FactScore>) {
         let score = &mut self.score;
         match (facts, right) {
@@ -95,6 +102,7 @@ impl Tally {
         }
     }
 
+    /// Takes in how far the answer's predictions were from the full cache's, where they were compared.
     pub fn distance(&mut self, distance: Option<&Distance>) {
         if let Some(distance) = distance {
             self.score.predictions += distance.kl.len();
@@ -114,6 +122,7 @@ impl Tally {
         self.score.evicted_in_decoding += in_decoding;
     }
 
+    /// All that was taken in.
     pub fn score(mut self) -> Score {
         self.ended();
         let mean = self.kl / self.score.predictions as f64;

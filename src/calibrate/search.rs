@@ -14,14 +14,18 @@ use super::{Score, Setting};
 pub struct Tried {
     /// What was varied when it was tried: `defaults`, or a stage's name.
     pub stage: String,
+    /// What was tried.
     pub parameters: Setting,
+    /// What the questions said of it.
     pub score: Score,
 }
 
 /// Settings that are to be scored on the same questions.
 #[derive(Clone, Copy, Debug)]
 pub struct Round<'a> {
+    /// What differs between them.
     pub stage: Stage,
+    /// At least one.
     pub settings: &'a [Setting],
     /// How many settings may come after these, at most.
     pub left: usize,
@@ -37,10 +41,12 @@ pub struct Found {
 }
 
 impl Found {
+    /// The one to use.
     pub fn best(&self) -> &Tried {
         &self.tried[self.best]
     }
 
+    /// The one that the others have to beat.
     pub fn defaults(&self) -> &Tried {
         &self.tried[0]
     }

@@ -21,7 +21,7 @@ pub use cases::policies;
 use cases::{Case, Plan, Shape};
 use hae::Error;
 use hae::bench::stats::Summary;
-use hae::bench::{self, Hardware, Record, Sample, Settings, Subject, Watch, Work};
+use hae::bench::{self, Hardware, Pulse, Record, Sample, Settings, Subject, Work};
 use hae::build::{Build, build};
 use hae::llama::{ContextOptions, Model, ModelOptions, Poll, Vision, VisionOptions};
 use hae::open::{Plan as Opening, Reach, RopeChoice, rope_name};
@@ -289,7 +289,7 @@ impl Bench<'_> {
         let plan = self.plan;
         let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); plan.policies.len()];
         let now = load::clock();
-        let watch = Watch {
+        let watch = Pulse {
             now: &now,
             cancelled: &interrupt::cancelled,
         };

@@ -19,6 +19,7 @@ use hae::embedded;
 use hae::generate::Finish;
 use hae::image::{self, Picture};
 use hae::policy::PolicySpec;
+use hae::quantile::median;
 use hae::turn::Turn;
 
 #[derive(Debug, clap::Args)]
@@ -141,13 +142,6 @@ fn ask(args: &Args, files: &Files, picture: &Picture, policy: &PolicySpec) -> Re
     interrupt::working(|| answer(&mut chat, turn, false))
 }
 
-/// The middle value; of an even number the lower one.
-fn median(of: &dyn Fn(&Answer) -> f64, answers: &[Answer]) -> f64 {
-    let mut values: Vec<f64> = answers.iter().map(of).collect();
-    values.sort_by(f64::total_cmp);
-    values.get((values.len() - 1) / 2).copied().unwrap_or(0.0)
-}
-
 /// Two columns and what the second saves. Neither side is empty.
 fn table(stock: &[Answer], hae: &[Answer]) -> Table {
     let mut table = Table::new();
@@ -170,7 +164,8 @@ fn table(stock: &[Answer], hae: &[Answer]) -> Table {
     ]);
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let mut row = |name: &str, unit: &str, of: &dyn Fn(&Answer) -> f64| {
-        let (a, b) = (median(of, stock), median(of, hae));
+        let middle = |answers: &[Answer]| median(answers.iter().map(of)).unwrap_or_default();
+        let (a, b) = (middle(stock), middle(hae));
         let show = |x: f64| {
             if unit.is_empty() {
                 format!("{x:.0}")

@@ -24,9 +24,7 @@ use hae::policy::{Amount, PolicyOptions, PolicySpec, evicts_nothing};
 use hae::trace;
 
 pub use asking::{AskArgs, Asked, Ready, bar};
-pub use print::{
-    Columns, Format, percent, print_answers, print_json, print_summary, summary_text, write,
-};
+pub use print::{Format, percent, print_answers, print_json, print_summary, summary_text, write};
 pub use questions::QuestionArgs;
 use sitting::trace_path;
 pub use sitting::{Sitting, Traces};

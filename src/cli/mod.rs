@@ -22,6 +22,7 @@ pub mod replay;
 pub mod report;
 pub mod run;
 mod session;
+mod table;
 
 use std::io::Write;
 

@@ -1,8 +1,7 @@
 //! What a controller reports to whoever records it: what it was told, and what was decided.
 
 use super::Origin;
-use crate::cache::{Cell, Ledger, Pos, SavedLedger};
-use crate::engine::Observation;
+use crate::cache::{Cell, Ledger, Observation, Pos, SavedLedger};
 use crate::error::Result;
 use crate::image::{Picture, hd};
 use crate::policy::Plan;

@@ -19,24 +19,37 @@ const MAX_SIZE: u32 = 1 << 24;
 /// The Phi-3 decoder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TextConfig {
+    /// Positions that the model was made for.
     pub n_ctx: u32,
     /// Positions up to here use the short rope factors.
     pub n_ctx_orig: u32,
+    /// Width of the hidden states.
     pub n_embd: u32,
+    /// Layers.
     pub n_layer: u32,
+    /// Query heads of a layer.
     pub n_head: u32,
+    /// K and V heads of a layer.
     pub n_head_kv: u32,
+    /// Width of the feed-forward part.
     pub n_ff: u32,
+    /// Rows of the embedding table.
     pub n_vocab: u32,
+    /// The epsilon of RMSNorm.
     pub norm_eps: f32,
+    /// Base of the rotary frequencies.
     pub rope_theta: f32,
     /// Dimensions of a head that are rotated.
     pub n_rot: u32,
+    /// Factors for contexts beyond the original ones; `None`: the model has none.
     pub longrope: Option<Longrope>,
+    /// Whether the output layer is the embedding table.
     pub tied: bool,
+    /// The token that begins a text.
     pub bos: Option<u32>,
     /// Tokens that end a generation, the end of a text first.
     pub eos: Vec<u32>,
+    /// The token that fills a batch up.
     pub pad: Option<u32>,
     /// The model's own name, where the configuration knows it.
     pub name: Option<String>,
@@ -45,7 +58,9 @@ pub struct TextConfig {
 /// Frequency divisors, `n_rot / 2` of each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Longrope {
+    /// For positions within the original context: one for each rotated pair.
     pub short: Vec<f32>,
+    /// For longer contexts: as many.
     pub long: Vec<f32>,
     /// What cos and sin are multiplied by, with either set.
     pub attn_factor: f32,
@@ -65,17 +80,25 @@ pub fn attn_factor(n_ctx: u32, n_ctx_orig: u32) -> f32 {
 /// The CLIP tower and the projection behind it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VisionConfig {
+    /// Width of the hidden states.
     pub n_embd: u32,
     /// Layers that run: the features are an inner hidden state.
     pub n_layer: u32,
+    /// Heads of a layer.
     pub n_head: u32,
+    /// Width of the feed-forward part.
     pub n_ff: u32,
     /// Side of a crop, in pixels.
     pub image_size: u32,
+    /// Pixels of a patch's side.
     pub patch_size: u32,
+    /// The epsilon of LayerNorm.
     pub norm_eps: f32,
+    /// Crops of a picture at most, if a run does not say otherwise.
     pub num_crops: u32,
+    /// Taken from the values of 0 to 1, by color.
     pub image_mean: [f32; 3],
+    /// What they are divided by after that, by color.
     pub image_std: [f32; 3],
 }
 

@@ -4,10 +4,12 @@
 //! Everything is read from the configuration and from tensor shapes, and everything is checked
 //! before the first byte is written. Both files get their names only when both are complete.
 
+mod blocks;
 mod checkpoint;
 pub mod config;
 mod json;
 mod output;
+mod piece;
 pub mod random;
 mod sentencepiece;
 mod tensors;
@@ -29,8 +31,11 @@ pub use output::{Summary, Written};
 /// The type that matrices get. Vectors stay F32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutType {
+    /// 32 bits a value.
     F32,
+    /// 16 bits a value, IEEE's.
     F16,
+    /// 16 bits a value, the upper half of an F32.
     Bf16,
     /// The text model only; the vision file gets F16.
     Q8_0,
@@ -48,12 +53,16 @@ impl OutType {
     }
 }
 
+/// What to convert, and to what.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The Hugging Face directory.
     pub model_dir: PathBuf,
+    /// Where the text model goes.
     pub text_out: PathBuf,
+    /// Where the vision file goes.
     pub mmproj_out: PathBuf,
+    /// Of the matrices.
     pub outtype: OutType,
     /// `general.name` of both files. Must hold "phi-3" or "phi3", in any case: llama.cpp's
     /// tokenizer treats added tokens as Phi-3 does only in a model called so.

@@ -11,17 +11,25 @@ use crate::error::{Error, Result};
 use crate::llama::gguf::Writer;
 use crate::outfile::{FilesInUse, OutFile};
 
+/// A file that is complete.
 #[derive(Clone, Debug)]
 pub struct Written {
+    /// Its name.
     pub path: PathBuf,
+    /// Tensors in it.
     pub n_tensors: usize,
+    /// Its size.
     pub bytes: u64,
 }
 
+/// What a conversion made.
 #[derive(Clone, Debug)]
 pub struct Summary {
+    /// The text model.
     pub text: Written,
+    /// The vision file.
     pub mmproj: Written,
+    /// The model's name, as both files have it.
     pub name: String,
     /// One line each, for the user.
     pub notes: Vec<String>,

@@ -5,7 +5,6 @@
 //! keeps the variance of what it is multiplied with, and those that add to the residual stream are
 //! scaled down by the number of them, so that logits are finite and differ.
 
-mod blocks;
 mod llava;
 mod mix;
 mod shapes;
@@ -21,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::llama::gguf::TensorType;
 use crate::outfile::FilesInUse;
 
-pub use blocks::Blocks;
+pub use super::blocks::Blocks;
 pub use llava::write as write_llava;
 pub use mix::Mix;
 pub use shapes::{phi35_text, phi35_vision};
@@ -29,16 +28,20 @@ pub use shapes::{phi35_text, phi35_vision};
 /// `general.name` of both files; llama.cpp's tokenizer has rules for models called so.
 const NAME: &str = "Phi-3.5-vision-random";
 
+/// What to make up, and where it goes.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// [`phi35_text`], or something smaller. llama.cpp's K types need rows of 256 values.
     pub text: TextConfig,
     /// [`phi35_vision`], or something smaller.
     pub vision: VisionConfig,
+    /// Types of the text model's tensors.
     pub mix: Mix,
     /// The same seed gives the same bytes.
     pub seed: u64,
+    /// Where the text model goes.
     pub text_out: PathBuf,
+    /// Where the vision file goes.
     pub mmproj_out: PathBuf,
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use prost::Message;
 
 use super::json;
-use super::vocab::{Kind, Piece};
+use super::piece::{Kind, Piece};
 use crate::error::{Error, Result};
 
 #[derive(Message)]

@@ -6,8 +6,8 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 
 use super::OutType;
+use super::blocks::Blocks;
 use super::checkpoint::{Checkpoint, Stored};
-use super::random::Blocks;
 use crate::error::{Error, Result};
 use crate::llama::gguf::{self, TensorType};
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::json::{self, Ids};
-use super::vocab::{Kind, Piece};
+use super::piece::{Kind, Piece};
 use crate::error::{Error, Result};
 use crate::text;
 

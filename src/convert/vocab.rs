@@ -9,29 +9,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::config::TextConfig;
+use super::piece::{Kind, Piece};
 use super::sentencepiece;
 use super::tokenizer::{self, TokenizerFiles};
 use crate::error::{Error, Result};
-
-/// llama.cpp's `llama_token_type`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(i32)]
-pub enum Kind {
-    Normal = 1,
-    Unknown = 2,
-    Control = 3,
-    UserDefined = 4,
-    Unused = 5,
-    Byte = 6,
-}
-
-/// A piece of the trained vocabulary.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Piece {
-    pub text: String,
-    pub score: f32,
-    pub kind: Kind,
-}
 
 /// Parallel arrays of `n_vocab` entries, and what is special.
 #[derive(Debug)]

@@ -4,62 +4,20 @@
 //! ([`follow`]), so that both predict every token from the same text, whatever the policy would
 //! have said itself. What they predict is compared position by position.
 
+mod attentive;
+
 use std::collections::HashMap;
 
-use serde_json::{Value, json};
-
 use super::record::Distance;
-use super::stats::{mean, quantile};
+use super::stats::mean;
 use crate::cache::{Ledger, Pos};
 use crate::engine::{Engine, Token, likeliest};
 use crate::error::{Error, Result};
 use crate::generate::{Segment, Session};
-use crate::policy::{EvictionPolicy, Observe, Plan, Queries, Shift};
+use crate::policy::Shift;
+use crate::quantile::quantile;
 
-/// Keeps everything, as `full` does, and watches where attention goes. It has no name that
-/// `--kv-policy` takes.
-pub struct Watch {
-    /// Sorted.
-    layers: Vec<u32>,
-}
-
-impl Watch {
-    /// Of a model with so many layers: the mean over all of them.
-    pub fn all(n_layer: u32) -> Self {
-        Watch {
-            layers: (0..n_layer).collect(),
-        }
-    }
-}
-
-impl EvictionPolicy for Watch {
-    fn name(&self) -> &'static str {
-        "watch"
-    }
-
-    fn params(&self) -> Value {
-        json!({})
-    }
-
-    fn observe(&self) -> Observe {
-        Observe::Layers {
-            layers: self.layers.clone(),
-            queries: Queries::Last,
-        }
-    }
-
-    fn evicts(&self) -> bool {
-        false
-    }
-
-    fn after_prefill(&mut self, _: &Ledger, _: &mut Plan) -> Result<()> {
-        Ok(())
-    }
-
-    fn after_step(&mut self, _: &Ledger, _: &mut Plan) -> Result<()> {
-        Ok(())
-    }
-}
+pub use attentive::AttentiveFull;
 
 /// The full cache's answer to one prompt, with everything it predicted on the way.
 #[derive(Clone, Debug, Default, PartialEq)]

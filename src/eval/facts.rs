@@ -19,8 +19,11 @@ const NAMES: [&str; 24] = [
 /// One statement, such as that Leo's colour is cyan.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Statement {
+    /// Of the thing that it is about.
     pub name: String,
+    /// What it says of the thing: its color, its place.
     pub attribute: String,
+    /// What that is.
     pub value: String,
 }
 

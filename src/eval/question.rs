@@ -24,11 +24,13 @@ pub struct Question {
 /// One thing that is asked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Turn {
+    /// What kind of question it is; results are told by task.
     pub task: String,
     /// What a user says; the chat template goes around it. `<|image_k|>` says where pictures go.
     pub text: String,
     /// The whole prompt as the model takes it, for runs without a chat template.
     pub raw: Option<String>,
+    /// What the answer is scored by.
     pub expected: Expected,
 }
 
@@ -40,7 +42,12 @@ pub enum Expected {
     /// One of these, word for word after normalisation.
     Words(Vec<String>),
     /// The option of this number, by its letter or its text.
-    Choice { options: Vec<String>, answer: usize },
+    Choice {
+        /// In the order of their letters.
+        options: Vec<String>,
+        /// The number of the right one, from 0.
+        answer: usize,
+    },
     /// A story that makes these statements.
     Facts(Vec<Fact>),
 }
@@ -48,8 +55,11 @@ pub enum Expected {
 /// A statement that a story has to make.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
 pub struct Fact {
+    /// Of the thing that it is about.
     pub name: String,
+    /// What it says of the thing.
     pub attribute: String,
+    /// What that is.
     pub value: String,
     /// How often.
     pub mentions: usize,
@@ -58,10 +68,13 @@ pub struct Fact {
 /// A picture of a question.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Image {
+    /// A file of its own.
     File(PathBuf),
     /// Inside the question file; the name is the file's, `#` and that of the row.
     Inside {
+        /// What messages and results call it.
         name: String,
+        /// The file's bytes, not decoded.
         bytes: Arc<[u8]>,
     },
 }
@@ -105,6 +118,7 @@ impl Image {
 }
 
 impl Question {
+    /// The pictures' names, in the order in which they are shown.
     pub fn image_names(&self) -> Vec<String> {
         self.images.iter().map(Image::name).collect()
     }

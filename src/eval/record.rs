@@ -16,13 +16,16 @@ pub const VERSION: u32 = 1;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "lowercase")]
 pub enum Record {
+    /// The first line.
     Header(Box<Header>),
+    /// Every other line.
     Answer(Box<Answer>),
 }
 
 /// What all answers of a file have in common.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Header {
+    /// [`VERSION`] when it was written.
     pub version: u32,
     /// `eval` or `compare`.
     pub command: String,
@@ -30,8 +33,11 @@ pub struct Header {
     pub time: u64,
     /// As in `hae run -o json`.
     pub build: Value,
+    /// The text model.
     pub model: FileId,
+    /// The vision file, if there was one.
     pub mmproj: Option<FileId>,
+    /// Which questions were asked.
     pub questions: QuestionSet,
     /// As in `hae run -o json`.
     pub context: Value,
@@ -48,20 +54,25 @@ pub struct Header {
 /// A file by name and content.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileId {
+    /// Its name.
     pub file: String,
+    /// Of its content, in hexadecimal digits.
     pub sha256: String,
 }
 
 /// Which questions were asked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QuestionSet {
+    /// The question file.
     #[serde(flatten)]
     pub file: FileId,
+    /// The name of its format.
     pub format: String,
     /// The part of the held-out split, with its share: `tune:0.5`, `test:0.5`, or all.
     pub part: Option<String>,
     /// Every how manieth question of each task.
     pub every: usize,
+    /// Questions at most, where that was chosen.
     pub limit: Option<usize>,
     /// Questions that are left; each turn of a chat is one.
     pub n: usize,
@@ -72,41 +83,59 @@ pub struct QuestionSet {
 pub struct Contender {
     /// Unique in the file: the policy, and `@` its budget.
     pub name: String,
+    /// The policy's name.
     pub policy: String,
     /// As it was asked for; none where the policy was left its default or has none.
     pub budget: Option<Amount>,
+    /// Its parameters, as reports show them.
     pub params: Value,
 }
 
 /// One question under one policy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
+    /// The question's.
     pub id: String,
     /// Which question of a chat; 0 for all others.
     pub turn: usize,
+    /// The kind of question.
     pub task: String,
+    /// The contender's name.
     pub contender: String,
+    /// The contender's policy.
     pub policy: String,
+    /// The contender's budget.
     pub budget: Option<Amount>,
     /// The pictures of the whole conversation.
     pub images: Vec<String>,
+    /// Crops of a picture at most, where that was chosen.
     pub num_crops: Option<u32>,
+    /// What was asked in this turn.
     pub prompt: String,
     /// Every answer that counts as right; empty where none is known, or facts are checked.
     pub expected: Vec<String>,
+    /// What was answered.
     pub answer: String,
+    /// None where no right answer is known, or facts are checked.
     pub right: Option<bool>,
     /// The letter that was read from the answer to a multiple-choice question.
     pub chosen: Option<char>,
+    /// Of a story.
     pub facts: Option<FactScore>,
+    /// Why the answer ended.
     pub finish: Finish,
+    /// How many went in and came out.
     pub tokens: Tokens,
+    /// What it took of the cache.
     pub kv: Kv,
     /// What decoding steps attended to, where they looked cells up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attended: Option<Shares>,
+    /// How long it took.
     pub timings: Timings,
+    /// What left the cache, and came back.
     pub evicted: Evicted,
+    /// To the full cache's predictions, where they were compared.
     pub distance: Option<Distance>,
     /// A trace of the decisions, if one was written.
     pub trace: Option<String>,
@@ -134,7 +163,9 @@ pub struct FactScore {
 pub struct Distance {
     /// Mean, median and 99th percentile of `kl`.
     pub kl_mean: f64,
+    /// The median.
     pub kl_median: f64,
+    /// The 99th percentile.
     pub kl_p99: f64,
     /// Share of the predictions whose likeliest token is the same.
     pub top1: f64,
@@ -152,6 +183,7 @@ pub struct Distance {
     pub lost: Vec<f32>,
     /// Logarithm of the probability of the full cache's own tokens, under each of the two, summed.
     pub log_prob_full: f64,
+    /// Under the policy.
     pub log_prob: f64,
     /// Tokens in these sums.
     pub n_tokens: usize,

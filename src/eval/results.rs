@@ -169,6 +169,7 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, Vec<Answer>)> {
     }
 }
 
+/// What tells an answer from all others of its file.
 pub fn key(answer: &Answer) -> Key {
     (answer.id.clone(), answer.turn, answer.contender.clone())
 }

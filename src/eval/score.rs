@@ -11,6 +11,7 @@ pub struct Verdict {
     pub right: Option<bool>,
     /// The letter that was read from it.
     pub chosen: Option<char>,
+    /// Of a story.
     pub facts: Option<FactScore>,
 }
 

@@ -15,6 +15,7 @@ use super::question::{Image, Question};
 /// nothing in common.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Part {
+    /// Whether this is the part for choosing.
     pub tune: bool,
     /// Of the pictures that are for choosing.
     pub share: f64,
@@ -85,9 +86,11 @@ fn place(question: &Question) -> f64 {
 /// What to take of a file.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Selection {
+    /// `None`: all of the file.
     pub part: Option<Part>,
     /// Every how manieth of each task; at least 1.
     pub every: usize,
+    /// Questions at most.
     pub limit: Option<usize>,
 }
 

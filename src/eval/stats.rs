@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::noise::Noise;
+use crate::quantile::quantile;
 
 /// Of the standard normal distribution, for 95 %.
 const Z: f64 = 1.96;
@@ -10,10 +11,15 @@ const Z: f64 = 1.96;
 /// Hits out of `n`, with the 95 % interval of Wilson (1927).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Share {
+    /// How many of [`Share::n`].
     pub hits: usize,
+    /// How many there were.
     pub n: usize,
+    /// `hits / n`.
     pub share: f64,
+    /// Lower end of the interval.
     pub low: f64,
+    /// Upper end of the interval.
     pub high: f64,
 }
 
@@ -74,9 +80,13 @@ pub fn holm(p: &[f64]) -> Vec<f64> {
 /// A difference with the 95 % interval that resampling gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Difference {
+    /// Second minus first.
     pub difference: f64,
+    /// Lower end of the interval.
     pub low: f64,
+    /// Upper end of the interval.
     pub high: f64,
+    /// How likely a difference as large is where there is none.
     pub p: f64,
 }
 
@@ -87,6 +97,7 @@ pub struct Pair {
     pub required: usize,
     /// Those stated under the one and the other.
     pub first: usize,
+    /// Those stated under the other.
     pub second: usize,
 }
 
@@ -127,17 +138,6 @@ pub fn bootstrap(pairs: &[Pair], seed: u64) -> Option<Difference> {
         high: quantile(&draws, 0.975),
         p: (2.0 * tail).min(1.0),
     })
-}
-
-/// Of sorted values, by linear interpolation; 0 of none.
-pub fn quantile(sorted: &[f64], share: f64) -> f64 {
-    let Some(last) = sorted.len().checked_sub(1) else {
-        return 0.0;
-    };
-    let place = share * last as f64;
-    let (low, part) = (place.floor() as usize, place.fract());
-    let high = sorted[(low + 1).min(last)];
-    sorted[low] + part * (high - sorted[low])
 }
 
 /// 0 of none.
@@ -200,22 +200,6 @@ mod tests {
             assert!((a - b).abs() < 1e-12, "{adjusted:?}");
         }
         assert!(holm(&[]).is_empty());
-    }
-
-    /// numpy.quantile
-    #[test]
-    fn quantiles_are_numpys() {
-        let values = [1.0, 2.0, 5.0, 10.0];
-        for (share, value) in [
-            (0.0, 1.0),
-            (0.25, 1.75),
-            (0.5, 3.5),
-            (0.99, 9.85),
-            (1.0, 10.0),
-        ] {
-            assert!((quantile(&values, share) - value).abs() < 1e-12, "{share}");
-        }
-        assert_eq!(quantile(&[], 0.5), 0.0);
     }
 
     /// With few stories every sample can be counted: all draws of two out of two.

@@ -5,8 +5,9 @@ use std::collections::HashMap;
 use serde::Serialize;
 
 use super::record::{Answer, Contender, Distance, Header};
-use super::stats::{self, Pair, Share, mean, quantile};
+use super::stats::{self, Pair, Share, mean};
 use crate::policy::Amount;
+use crate::quantile::{median, quantile};
 
 /// Below this, after Holm's correction, a difference is called one.
 pub const LEVEL: f64 = 0.05;
@@ -28,50 +29,77 @@ pub struct Summary {
 /// A contender on the questions of a task. Shares are 0 to 1, times medians, cells and bytes means.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Row {
+    /// Its name.
     pub contender: String,
+    /// Its policy's name.
     pub policy: String,
+    /// Its budget, as it was asked for.
     pub budget: Option<String>,
+    /// The task, or [`ALL`].
     pub task: String,
     /// Questions answered.
     pub n: usize,
     /// Those that could be scored as right or wrong; stories are scored by their facts.
     pub scored: usize,
+    /// Those that are right.
     pub right: usize,
+    /// `right / scored`; none where nothing was scored.
     pub accuracy: Option<f64>,
     /// Wilson's 95 % interval.
     pub low: Option<f64>,
+    /// Its upper end.
     pub high: Option<f64>,
     /// Stories, and those that state every fact and nothing wrong.
     pub stories: usize,
+    /// Those that state every fact and nothing wrong.
     pub stories_whole: usize,
     /// Mentions that stories have to make, and make; statements they make, and true ones.
     pub facts_required: usize,
+    /// Mentions that they make.
     pub facts_made: usize,
+    /// Statements that they make.
     pub facts_said: usize,
+    /// Statements that are true.
     pub facts_true: usize,
+    /// `facts_made / facts_required`.
     pub recall: Option<f64>,
+    /// `facts_true / facts_said`.
     pub precision: Option<f64>,
     /// Of the mentions that the first contender makes, those made here, too.
     pub facts_kept: Option<f64>,
     /// Answers that are the first contender's, letter by letter.
     pub agreement: Option<f64>,
+    /// Cells in use after the answer.
     pub cells_end: f64,
+    /// The most cells in use while the answer grew.
     pub cells_peak_decoding: f64,
+    /// The most cells in use, the whole prompt included.
     pub cells_peak: f64,
+    /// Bytes of `cells_end`.
     pub bytes_in_use: f64,
+    /// Bytes of `cells_peak_decoding`.
     pub bytes_peak_decoding: f64,
+    /// The most bytes of the buffers behind the cache.
     pub bytes_allocated_peak: f64,
     /// Bytes in use at the end, over the first contender's.
     pub kv_of_first: Option<f64>,
+    /// From the question to the first token, encoding included.
     pub ttft_ms: Option<f64>,
+    /// The mean time of a token after the first.
     pub tpot_ms: Option<f64>,
     /// Predictions that were compared with the full cache's.
     pub predictions: usize,
+    /// Mean KL of their distributions to the full cache's, in nats.
     pub kl_mean: Option<f64>,
+    /// The median of the same.
     pub kl_median: Option<f64>,
+    /// The 99th percentile of the same.
     pub kl_p99: Option<f64>,
+    /// Share of them whose likeliest token is the full cache's.
     pub top1: Option<f64>,
+    /// Perplexity of the full cache's answers, over that under the full cache.
     pub ppl_ratio: Option<f64>,
+    /// Share of the full cache's attention that went to what the policy does not have.
     pub attention_lost: Option<f64>,
     /// Answers of the full cache in which no prediction differs.
     pub never_differing: Option<f64>,
@@ -79,6 +107,7 @@ pub struct Row {
     pub first_differing: Option<f64>,
 }
 
+/// What two contenders are compared by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Measure {
@@ -88,10 +117,13 @@ pub enum Measure {
     Facts,
 }
 
+/// What a comparison says at [`LEVEL`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
+    /// The second is better.
     Better,
+    /// The second is worse.
     Worse,
     /// None that could be told from chance.
     None,
@@ -100,18 +132,25 @@ pub enum Verdict {
 /// Two contenders on the same questions; differences are `second` minus `first`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Comparison {
+    /// The contender that is compared to.
     pub first: String,
+    /// The contender that is compared.
     pub second: String,
+    /// What is compared.
     pub measure: Measure,
     /// Questions, or stories, that both answered.
     pub n: usize,
     /// Answers: right under the one only, and the other only.
     pub only_first: Option<usize>,
+    /// Answers: right under the other only.
     pub only_second: Option<usize>,
+    /// Of the shares.
     pub difference: f64,
     /// Facts: the 95 % interval of the bootstrap.
     pub low: Option<f64>,
+    /// Its upper end.
     pub high: Option<f64>,
+    /// Of a difference as large where there is none, before any correction.
     pub p: f64,
     /// After Holm's correction for all comparisons of its table.
     pub p_holm: f64,
@@ -120,6 +159,7 @@ pub struct Comparison {
 }
 
 impl Summary {
+    /// All rows and comparisons of a file's answers.
     pub fn of(header: &Header, answers: &[Answer]) -> Self {
         let groups: Vec<(&Contender, Vec<&Answer>)> = header
             .contenders
@@ -273,12 +313,6 @@ fn kept(pairs: &[(&Answer, &Answer)]) -> Option<f64> {
         both += shared.sum::<usize>();
     }
     (firsts > 0).then(|| both as f64 / firsts as f64)
-}
-
-fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    (!values.is_empty()).then(|| quantile(&values, 0.5))
 }
 
 /// The predictions of several answers together.

@@ -23,30 +23,40 @@ pub struct Cut {
 /// A picture's size, and how it is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Layout {
+    /// In pixels.
     pub width: u32,
+    /// In pixels.
     pub height: u32,
+    /// The model's rule.
     pub cut: Cut,
 }
 
 /// A rectangle on the page, in its pixels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rect {
+    /// Its left edge.
     pub x: f64,
+    /// Its upper edge.
     pub y: f64,
+    /// From left to right.
     pub width: f64,
+    /// From top to bottom.
     pub height: f64,
 }
 
 /// Which of the two views of a picture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum View {
+    /// Cut into crops.
     Crops,
+    /// The whole picture in one crop.
     Whole,
 }
 
 /// What a visual token is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Place {
+    /// A part of the picture in this view.
     Patch(View, Rect),
     /// The end of a row of patches, drawn as a strip at the page's right edge.
     RowEnd(View, Rect),
@@ -57,12 +67,15 @@ pub enum Place {
 /// The page, in pixels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Page {
+    /// From left to right.
     pub width: u32,
+    /// From top to bottom.
     pub height: u32,
     /// Where the picture lies on it.
     pub picture: Rect,
     /// Crops from top to bottom and from left to right.
     pub rows: u32,
+    /// Crops from left to right.
     pub cols: u32,
 }
 

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 pub struct Message {
     /// `system`, `user` or `assistant`.
     pub role: String,
+    /// The message itself.
     pub content: String,
 }
 

@@ -15,6 +15,7 @@ pub struct Device {
     pub name: String,
     /// The maker's name.
     pub description: String,
+    /// Whether it is a GPU.
     pub is_gpu: bool,
 }
 

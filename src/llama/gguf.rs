@@ -37,13 +37,21 @@ pub const MAX_DIMS: usize = 4;
 pub struct TensorType(sys::ggml_type);
 
 impl TensorType {
+    /// 32 bits a value.
     pub const F32: Self = Self(sys::GGML_TYPE_F32);
+    /// 16 bits a value, IEEE's.
     pub const F16: Self = Self(sys::GGML_TYPE_F16);
+    /// 16 bits a value, the upper half of an F32.
     pub const BF16: Self = Self(sys::GGML_TYPE_BF16);
+    /// Blocks of 32 values, 8.5 bits each.
     pub const Q8_0: Self = Self(sys::GGML_TYPE_Q8_0);
+    /// Blocks of 32 values, 4.5 bits each.
     pub const Q4_0: Self = Self(sys::GGML_TYPE_Q4_0);
+    /// Blocks of 256 values, 4.5 bits each.
     pub const Q4_K: Self = Self(sys::GGML_TYPE_Q4_K);
+    /// Blocks of 256 values, 5.5 bits each.
     pub const Q5_K: Self = Self(sys::GGML_TYPE_Q5_K);
+    /// Blocks of 256 values, 6.5625 bits each.
     pub const Q6_K: Self = Self(sys::GGML_TYPE_Q6_K);
 
     /// Types that [`quantize`] makes. ggml aborts on some others: those that need an importance

@@ -6,7 +6,7 @@
 use llama_cpp_sys_2 as sys;
 
 use super::Model;
-use super::options::CacheType;
+use super::cache_type::CacheType;
 use crate::error::{Error, Result};
 
 /// Whether blocks of main memory go back to the system as soon as they are freed.

@@ -8,6 +8,7 @@
 mod abort;
 mod as_engine;
 mod attend;
+mod cache_type;
 mod callback;
 mod cells;
 pub mod chat;
@@ -36,10 +37,11 @@ mod vision;
 mod weights;
 
 pub use abort::on_abort;
+pub use cache_type::CacheType;
 pub use devices::{Device, devices};
 pub use engine::LlamaEngine;
 pub use model::{Model, ModelOptions};
-pub use options::{CacheType, ContextOptions, FlashAttention};
+pub use options::{ContextOptions, FlashAttention};
 pub use rope::RopeFactors;
 pub use rows::MAX_POS;
 pub use sampler::SamplerOptions;

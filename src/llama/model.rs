@@ -100,6 +100,7 @@ impl Model {
         })
     }
 
+    /// The GGUF file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -132,6 +133,7 @@ impl Model {
         unsafe { sys::llama_model_size(self.inner.as_ptr()) }
     }
 
+    /// All weights, counted one by one.
     pub fn n_params(&self) -> u64 {
         // SAFETY: the pointer is valid while `self.inner` lives.
         unsafe { sys::llama_model_n_params(self.inner.as_ptr()) }
@@ -161,6 +163,7 @@ impl Model {
         usize::try_from(n).unwrap_or(0)
     }
 
+    /// Tokens of the vocabulary: the length of the logits.
     pub fn n_vocab(&self) -> usize {
         usize::try_from(self.inner.n_vocab()).unwrap_or(0)
     }

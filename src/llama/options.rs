@@ -1,7 +1,6 @@
 //! How to make a context.
 
-use llama_cpp_2::context::params::KvCacheType;
-
+use super::cache_type::CacheType;
 use super::taps::ScoreSource;
 use super::threads::Poll;
 use super::{Model, RopeFactors, memory};
@@ -12,32 +11,13 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FlashAttention {
+    /// Where the model and its devices can.
     #[default]
     Auto,
+    /// Always.
     On,
+    /// Never: the cache then holds V transposed.
     Off,
-}
-
-/// Element type of the K or V cache (`-ctk`, `-ctv`), by llama.cpp's names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CacheType {
-    F32,
-    #[default]
-    F16,
-    Bf16,
-    #[serde(rename = "q8_0")]
-    Q8_0,
-    #[serde(rename = "q4_0")]
-    Q4_0,
-    #[serde(rename = "q4_1")]
-    Q4_1,
-    #[serde(rename = "iq4_nl")]
-    Iq4Nl,
-    #[serde(rename = "q5_0")]
-    Q5_0,
-    #[serde(rename = "q5_1")]
-    Q5_1,
 }
 
 impl FlashAttention {
@@ -48,42 +28,6 @@ impl FlashAttention {
             FlashAttention::On => "on",
             FlashAttention::Off => "off",
         }
-    }
-}
-
-impl CacheType {
-    pub(super) fn raw(self) -> KvCacheType {
-        match self {
-            CacheType::F32 => KvCacheType::F32,
-            CacheType::F16 => KvCacheType::F16,
-            CacheType::Bf16 => KvCacheType::BF16,
-            CacheType::Q8_0 => KvCacheType::Q8_0,
-            CacheType::Q4_0 => KvCacheType::Q4_0,
-            CacheType::Q4_1 => KvCacheType::Q4_1,
-            CacheType::Iq4Nl => KvCacheType::IQ4_NL,
-            CacheType::Q5_0 => KvCacheType::Q5_0,
-            CacheType::Q5_1 => KvCacheType::Q5_1,
-        }
-    }
-
-    /// As the flags spell it.
-    pub fn name(self) -> &'static str {
-        match self {
-            CacheType::F32 => "f32",
-            CacheType::F16 => "f16",
-            CacheType::Bf16 => "bf16",
-            CacheType::Q8_0 => "q8_0",
-            CacheType::Q4_0 => "q4_0",
-            CacheType::Q4_1 => "q4_1",
-            CacheType::Iq4Nl => "iq4_nl",
-            CacheType::Q5_0 => "q5_0",
-            CacheType::Q5_1 => "q5_1",
-        }
-    }
-
-    /// Whether llama.cpp stores blocks of this type: as V it then needs flash attention.
-    pub fn is_quantized(self) -> bool {
-        !matches!(self, CacheType::F32 | CacheType::F16 | CacheType::Bf16)
     }
 }
 
@@ -101,18 +45,25 @@ pub struct ContextOptions {
     pub n_batch: u32,
     /// Rows that are computed at once.
     pub n_ubatch: u32,
+    /// For one token.
     pub n_threads: i32,
+    /// For batches of several.
     pub n_threads_batch: i32,
     /// How eagerly they wait for work, where ggml's own pool of threads serves.
     pub poll: Poll,
+    /// Whether attention is computed in one operation.
     pub flash_attention: FlashAttention,
+    /// What K is stored as.
     pub type_k: CacheType,
+    /// What V is stored as.
     pub type_v: CacheType,
     /// Layers whose attention is read (sorted).
     pub score_layers: Vec<u32>,
+    /// How attention is read.
     pub score_source: ScoreSource,
     /// Pictures attend to all of themselves (a property of the vision model).
     pub non_causal_images: bool,
+    /// Which factors a longrope model takes.
     pub rope_factors: RopeFactors,
     /// What decoding steps attend to.
     pub attend: Attend,

@@ -20,6 +20,7 @@ use crate::outfile::{FilesInUse, OutFile};
 /// A target by llama.cpp's name for it (`llama-quantize`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuantType {
+    /// llama.cpp's name for it.
     pub name: &'static str,
     ftype: sys::llama_ftype,
     class: Class,
@@ -123,14 +124,18 @@ impl QuantType {
 /// Tensors done and in all, for another thread to look at.
 #[derive(Debug, Default)]
 pub struct Progress {
+    /// Tensors that are written.
     pub done: AtomicU32,
+    /// Tensors of the model; 0 until that is known.
     pub total: AtomicU32,
 }
 
 /// Bytes of both files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
+    /// Of the model that was read.
     pub input: u64,
+    /// Of the one that was written.
     pub output: u64,
 }
 

@@ -13,7 +13,9 @@ pub enum RopeFactors {
     /// llama.cpp's own rule: by the size of the context.
     #[default]
     Context,
+    /// Those for positions within the original context.
     Short,
+    /// Those for longer contexts.
     Long,
 }
 

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 pub struct Poll(u32);
 
 impl Poll {
+    /// llama.cpp's own.
     pub const DEFAULT: Poll = Poll(50);
 
     /// How often a thread of GCC's OpenMP library looks whether the others have come before it goes

@@ -18,7 +18,9 @@ const SMALLER: &str = "a smaller picture, or a smaller --num-crops to Phi-3.5-vi
 /// How to load a vision file.
 #[derive(Clone, Copy, Debug)]
 pub struct VisionOptions {
+    /// Whether pictures are encoded on a GPU, where there is one.
     pub use_gpu: bool,
+    /// Threads that encode.
     pub n_threads: i32,
 }
 
@@ -35,7 +37,9 @@ impl Default for VisionOptions {
 /// A part of a prompt as the model takes it.
 #[derive(Debug)]
 pub enum Piece {
+    /// Tokens of the text.
     Text(Vec<Token>),
+    /// A picture, or a part of one.
     Image(ImageTokens),
 }
 
@@ -56,6 +60,7 @@ impl Piece {
         }
     }
 
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -64,7 +69,9 @@ impl Piece {
 /// A part of a prompt before it is tokenized.
 #[derive(Clone, Debug)]
 pub enum Part<'a> {
+    /// Text between pictures.
     Text(String),
+    /// A picture.
     Picture(&'a Picture),
 }
 
@@ -101,7 +108,9 @@ impl Drop for ImageTokens {
 pub struct ImageEmbeddings {
     /// Row-major `[n, n_embd]`.
     pub data: Vec<f32>,
+    /// Rows.
     pub n: usize,
+    /// Positions that they take: not the number of rows where pictures have two axes.
     pub n_pos: Pos,
     /// Only with M-RoPE.
     pub mrope: Option<Mrope>,
@@ -230,6 +239,7 @@ impl Vision {
         Ok(vision)
     }
 
+    /// The vision file.
     pub fn path(&self) -> &Path {
         &self.path
     }

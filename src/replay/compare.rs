@@ -15,7 +15,9 @@ use crate::trace::Header;
 pub struct Setting {
     /// Unique among the settings.
     pub name: String,
+    /// The policy's name.
     pub policy: String,
+    /// Its parameters.
     pub options: PolicyOptions,
     /// The recycle bin, for policies that are compared by its size.
     pub bin_size: Option<usize>,
@@ -69,31 +71,44 @@ impl Setting {
 /// One conversation of a trace.
 #[derive(Clone, Debug)]
 pub struct Subject {
+    /// The trace's name, and the conversation's number where there are several.
     pub name: String,
+    /// What the trace says of its run.
     pub header: Rc<Header>,
+    /// What the policies are replayed on.
     pub tape: Rc<Tape>,
 }
 
 /// One setting on one conversation.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
+    /// The name of the [`Subject`].
     pub trace: String,
+    /// The name of the [`Setting`].
     pub setting: String,
+    /// That of the setting.
     pub bin_size: Option<usize>,
+    /// What it came to.
     #[serde(flatten)]
     pub replayed: Replayed,
     /// What the greedy policy beside it lost, and whether that is more; none where there is none.
     pub greedy_lost: Option<f64>,
+    /// Whether it lost less than that.
     pub less_than_greedy: Option<bool>,
 }
 
 /// A setting over all conversations.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
+    /// The name of the [`Setting`].
     pub setting: String,
+    /// The policy's name.
     pub policy: &'static str,
+    /// That of the setting.
     pub bin_size: Option<usize>,
+    /// How many conversations were replayed.
     pub traces: usize,
+    /// Decoded tokens, summed.
     pub steps: usize,
     /// Attention lost, of 1 for each decoded token: the mean over all of them.
     pub lost_mean: f64,
@@ -105,8 +120,11 @@ pub struct Summary {
     pub cells_mean: f64,
     /// The largest share of the prompt's cells that decoding took at once.
     pub peak_share: f64,
+    /// The most cells at once outside of prefills, of any trace.
     pub peak_decoding: usize,
+    /// Decoding steps that removed tokens, summed.
     pub flushes: usize,
+    /// Times that a token came back from the recycle bin, summed.
     pub restores: usize,
     /// Traces on which it lost less than the greedy policy beside it.
     pub less_than_greedy: Option<usize>,

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 
 const NOWHERE: Cell = Cell::MAX;
 
+/// Answers with the attention of a tape to what is still held.
 pub struct TapeEngine {
     tape: Rc<Tape>,
     n_cells: usize,
@@ -41,6 +42,7 @@ pub struct TapeEngine {
 }
 
 impl TapeEngine {
+    /// With an empty cache of so many cells.
     pub fn new(tape: Rc<Tape>, n_cells: usize) -> Self {
         TapeEngine {
             cell_of: vec![NOWHERE; tape.len()],

@@ -79,6 +79,7 @@ impl Player {
         }
     }
 
+    /// As it is after the records so far.
     pub fn controller(&self) -> &Controller {
         &self.controller
     }

@@ -17,10 +17,13 @@ use crate::trace::Header;
 /// evicted by then; each token pays 1 in all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Lost {
+    /// Of a decoded token.
     pub mean: f64,
+    /// Of the decoded token that lost the most.
     pub worst: f64,
     /// The decoded token at which it was worst, from 1 on.
     pub worst_step: usize,
+    /// Summed over all decoded tokens.
     pub total: f64,
     /// Of the query rows of prompts: what earlier turns or a trial run had evicted.
     pub prompts: f64,
@@ -29,7 +32,9 @@ pub struct Lost {
 /// The cache after a decoded token.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Moment {
+    /// Cells that are not in the recycle bin.
     pub live: usize,
+    /// Cells that are.
     pub binned: usize,
     /// So far.
     pub evicted: usize,
@@ -42,22 +47,31 @@ pub struct Moment {
 /// What a replay came to.
 #[derive(Clone, Debug, Serialize)]
 pub struct Replayed {
+    /// The policy's name.
     pub policy: &'static str,
+    /// Its parameters, as reports show them.
     pub params: serde_json::Value,
     /// Positions of the prompts.
     pub prompt: usize,
     /// Decoded tokens.
     pub steps: usize,
+    /// What it did not see any more.
     pub lost: Lost,
+    /// At the end.
     pub cells: Counts,
     /// The most cells at once outside of prefills: what `--kv-budget` bounds.
     pub peak_decoding: usize,
     /// Cells in use, the mean over the decoded tokens.
     pub cells_mean: f64,
+    /// Tokens that left after a prompt.
     pub evicted_after_prefill: usize,
+    /// Tokens that left while decoding.
     pub evicted_in_decoding: usize,
+    /// Decoding steps that removed tokens.
     pub flushes: usize,
+    /// Times that a token came back from the recycle bin.
     pub restores: usize,
+    /// One for each decoded token.
     #[serde(skip)]
     pub timeline: Vec<Moment>,
 }

@@ -13,7 +13,9 @@ use crate::trace::{Header, Record, Values};
 /// A prompt, and how many tokens were decoded after it.
 #[derive(Clone, Debug, Default)]
 pub struct Turn {
+    /// What its prompt was made of.
     pub segments: Vec<Segment>,
+    /// Tokens that were decoded after it.
     pub steps: usize,
 }
 
@@ -31,6 +33,7 @@ pub(super) struct Group {
 /// One conversation. Its positions are `0..len()`, without holes.
 #[derive(Clone, Debug, Default)]
 pub struct Tape {
+    /// In their order.
     pub turns: Vec<Turn>,
     groups: Vec<Group>,
     /// By position: the group that has it as a query, plus one; 0 for none.
@@ -38,10 +41,12 @@ pub struct Tape {
 }
 
 impl Tape {
+    /// Positions in all.
     pub fn len(&self) -> usize {
         self.group_at.len()
     }
 
+    /// Whether nothing was ever asked.
     pub fn is_empty(&self) -> bool {
         self.turns.is_empty()
     }

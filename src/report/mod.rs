@@ -19,8 +19,11 @@ pub use story::{Fate, Image, Moment, Story, Token, stories};
 /// Results of one file.
 #[derive(Clone, Debug)]
 pub struct Results {
+    /// The results file.
     pub path: PathBuf,
+    /// What it says of the run.
     pub header: Header,
+    /// Each answer that it holds.
     pub answers: Vec<Answer>,
 }
 
@@ -50,8 +53,11 @@ impl Results {
 /// One trace file.
 #[derive(Clone, Debug)]
 pub struct Traced {
+    /// The trace file.
     pub path: PathBuf,
+    /// What it says of the run.
     pub header: trace::Header,
+    /// A conversation each.
     pub stories: Vec<Story>,
     /// Whether the run came to its end.
     pub complete: bool,

@@ -13,6 +13,7 @@ use crate::trace::{Jpeg, Record};
 /// Where a token is at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
+    /// In the cache.
     Kept,
     /// In the recycle bin.
     Binned,
@@ -27,10 +28,13 @@ pub enum Fate {
 pub struct Token {
     /// Its place among all that went in.
     pub pos: Pos,
+    /// Where it comes from.
     pub modality: Modality,
+    /// The picture that it is a part of, by its number.
     pub image: Option<u32>,
     /// Its text, if it has any.
     pub bytes: Vec<u8>,
+    /// What became of it.
     pub fate: Fate,
     /// The decoded token after which it left, from 1 on; 0: the prompt.
     pub left_at: usize,
@@ -41,16 +45,22 @@ pub struct Token {
 /// A picture that was shown.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Image {
+    /// Its number in the conversation.
     pub image: u32,
+    /// What it looks like, made smaller.
     pub jpeg: Jpeg,
+    /// Where its tokens lie on it, where the model is known to cut it so.
     pub layout: Option<hd::Layout>,
 }
 
 /// The cache after a decoded token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moment {
+    /// Text tokens in it.
     pub text: usize,
+    /// Visual tokens in it.
     pub vision: usize,
+    /// Those of both that are in the recycle bin.
     pub binned: usize,
     /// So far.
     pub evicted: usize,
@@ -63,12 +73,15 @@ pub struct Moment {
 pub struct Story {
     /// By position.
     pub tokens: Vec<Token>,
+    /// In the order in which they were shown.
     pub images: Vec<Image>,
     /// The first moment is that after the first prompt.
     pub moments: Vec<Moment>,
+    /// How often the recycle bin was emptied.
     pub flushes: usize,
     /// The most cells at once, the prompt included.
     pub peak: usize,
+    /// The most cells at once after a prompt was pruned.
     pub peak_decoding: usize,
 }
 
@@ -79,6 +92,7 @@ impl Story {
         self.tokens.iter().filter(own).collect()
     }
 
+    /// Tokens of a modality that one of these things became of.
     pub fn count(&self, modality: Modality, fates: &[Fate]) -> usize {
         let own = |token: &&Token| token.modality == modality && fates.contains(&token.fate);
         self.tokens.iter().filter(own).count()

@@ -57,15 +57,18 @@ pub struct Header {
     pub build: String,
     /// The model's file, as it was named.
     pub model: String,
+    /// Layers of the model.
     pub n_layer: u32,
     /// Cells that the cache could hold.
     pub n_cells: usize,
+    /// The policy's name.
     pub policy: String,
     /// The policy's parameters. Kept as JSON in the file: other versions may know others.
     #[serde(with = "as_json")]
     pub options: PolicyOptions,
     /// Layers whose attention was read, ascending.
     pub layers: Vec<u32>,
+    /// How exactly attention is kept.
     pub precision: Precision,
 }
 

@@ -96,6 +96,7 @@ impl Reader {
         Ok(reader)
     }
 
+    /// What the trace begins with.
     pub fn header(&self) -> &Header {
         &self.header
     }

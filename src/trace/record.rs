@@ -4,17 +4,19 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use super::{Header, Precision, Values};
-use crate::cache::{Cell, Pos, SavedLedger};
+use crate::cache::{Cell, Observation, Pos, SavedLedger};
 use crate::controller::{After, Event, Origin};
-use crate::engine::Observation;
 use crate::image::{Picture, hd};
 use crate::policy::{Plan, Shift};
 
 /// A picture for reports: not larger than they show it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Jpeg {
+    /// In pixels.
     pub width: u32,
+    /// In pixels.
     pub height: u32,
+    /// The JPEG file; empty where the picture could not be encoded.
     pub bytes: ByteBuf,
 }
 
@@ -23,58 +25,94 @@ pub struct Jpeg {
 pub enum Record {
     /// The first.
     Header(Box<Header>),
+    /// As [`Event::Expected`].
     Expected(Option<usize>),
+    /// As [`Event::Turn`].
     Turn,
+    /// As [`Event::Text`].
     Text {
+        /// Of the token.
         pos: Pos,
+        /// Of its text; they may end inside of a character.
         bytes: ByteBuf,
     },
+    /// As [`Event::Shown`].
     Shown {
+        /// Its number in the conversation.
         image: u32,
+        /// What it looks like.
         jpeg: Jpeg,
+        /// How its tokens lie on it, where that is known.
         layout: Option<hd::Layout>,
     },
+    /// As [`Event::Inserted`].
     Inserted {
+        /// Their cells.
         cells: Vec<Cell>,
+        /// Position of each, ascending.
         pos: Vec<Pos>,
+        /// Where they come from.
         origin: Origin,
     },
     /// Cells that hold separators.
     Separators(Vec<Cell>),
+    /// As [`Event::Observed`].
     Observed {
+        /// Positions of the query rows, ascending.
         queries: Vec<Pos>,
         /// By cell.
         sum: Values,
         /// By cell; not there for a single row, whose maximum is its sum.
         max: Option<Values>,
     },
+    /// As [`Event::Judged`].
     Judged {
+        /// The trial run's books.
         trial: SavedLedger,
         /// Of each entry: what the trial run saw of it last, which sessions do not keep.
         latest: Vec<f32>,
+        /// What never goes in.
         pruned: Vec<Pos>,
     },
+    /// As [`Event::Skipped`].
     Skipped(Vec<Pos>),
+    /// As [`Event::Removed`].
     Removed(Vec<Cell>),
+    /// As [`Event::Recalled`].
     Recalled {
+        /// Their cells.
         cells: Vec<Cell>,
+        /// Position of each.
         pos: Vec<Pos>,
+        /// Where they come from.
         origin: Origin,
     },
+    /// As [`Event::Reopened`].
     Reopened,
+    /// As [`Event::Planned`].
     Planned {
+        /// What came before.
         after: After,
+        /// Cells that go into the recycle bin.
         bin: Vec<Cell>,
+        /// Cells that come back from it.
         restore: Vec<Cell>,
+        /// Cells that are removed.
         evict: Vec<Cell>,
         /// After the removals, tokens from the first number on move down by the second.
         shift: Option<(Pos, Pos)>,
     },
+    /// As [`Event::Moved`].
     Moved(Vec<(Cell, Cell)>),
+    /// As [`Event::Rewound`].
     Rewound(Pos),
+    /// As [`Event::Cleared`].
     Cleared,
+    /// As [`Event::Loaded`].
     Loaded {
+        /// The books as they were kept.
         saved: SavedLedger,
+        /// The cell of each of its entries.
         cells: Vec<Cell>,
     },
     /// The last, when the run came to its end.

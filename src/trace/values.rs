@@ -17,11 +17,14 @@ pub enum Precision {
 /// Values of at least 0.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Values {
+    /// F32, byte by byte: all first bytes, all second ones, and so on.
     Exact(ByteBuf),
+    /// Bf16, in the same order.
     Rounded(ByteBuf),
 }
 
 impl Values {
+    /// Values behind the last one that is not 0 are left out.
     pub fn new(values: &[f32], precision: Precision) -> Self {
         let used = values.iter().rposition(|&value| value != 0.0);
         let values = &values[..used.map_or(0, |last| last + 1)];
@@ -44,6 +47,7 @@ impl Values {
         }
     }
 
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use hae::asker::{Asker, Entrant};
-use hae::bench::Watch;
+use hae::bench::Pulse;
 use hae::cache::Pos;
 use hae::controller::Controller;
 use hae::engine::{Batch, Engine, Input, Observation};
@@ -74,8 +74,8 @@ fn pictures(question: &Question) -> Vec<Picture> {
         .collect()
 }
 
-fn watch<'a>() -> Watch<'a> {
-    Watch {
+fn watch<'a>() -> Pulse<'a> {
+    Pulse {
         now: &|| Duration::ZERO,
         cancelled: &|| false,
     }
@@ -96,7 +96,14 @@ fn distances(
     entrants
         .iter()
         .map(|entrant| {
-            let distances = asker.distance(entrant, question, &pictures, &reference, watch());
+            let distances = asker.distance(
+                entrant,
+                question,
+                &pictures,
+                &n_predict,
+                &reference,
+                watch(),
+            );
             let (distances, _) = distances.unwrap().unwrap();
             distances.into_iter().map(Option::unwrap).collect()
         })

@@ -28,6 +28,7 @@ mod gguf;
 mod holes;
 mod house;
 mod image;
+mod imports;
 mod inputs;
 mod kv_cells;
 mod kv_graphs;

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::setup::output;
+use crate::process::output;
 
 /// Finds libclang where bindgen's loader (clang-sys) looks: LIBCLANG_PATH, the folders that
 /// llvm-config and xcode-select name, the library path, then the usual places.

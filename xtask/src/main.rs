@@ -9,6 +9,7 @@ mod libclang;
 mod overhead;
 mod patch;
 mod pin;
+mod process;
 mod sanitize;
 mod setup;
 mod steps;

@@ -42,7 +42,7 @@ fn build_and_run(root: &Path, target: &[&str], words: &[&str], args: &[String]) 
 const XTASK: &str = "xtask/Cargo.toml";
 
 /// Only the release profile is used: each profile would build its own llama.cpp.
-const CHECKS: [&[&str]; 6] = [
+const CHECKS: [&[&str]; 7] = [
     &["fmt", "--check"],
     &["fmt", "--check", "--manifest-path", XTASK],
     &[
@@ -64,6 +64,17 @@ const CHECKS: [&[&str]; 6] = [
         "--",
         "-D",
         "warnings",
+    ],
+    // The library as another program takes it. OpenMP stays: without it llama.cpp would be built
+    // a second time.
+    &[
+        "check",
+        "--release",
+        "--lib",
+        "--no-default-features",
+        "--features",
+        "openmp",
+        "--locked",
     ],
     &["test", "--release", "--locked", "--manifest-path", XTASK],
     &["test", "--release", "--locked", "--no-fail-fast"],

@@ -5,10 +5,10 @@ use std::io::Write;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use comfy_table::presets::ASCII_MARKDOWN;
-use comfy_table::{CellAlignment, Table};
+use comfy_table::Table;
 use serde_json::Value;
 
+use super::super::table::Columns;
 use hae::Error;
 use hae::bench::stats::Summary;
 use hae::bench::{Field, Kind, METRICS, Record, Sample};
@@ -129,21 +129,10 @@ fn sql(fields: &[Field], header: bool) -> String {
     format!("{table}INSERT INTO {TABLE} ({names}) VALUES ({values});\n")
 }
 
-/// A column of the table: its title, and what stands in it.
-struct Column {
-    title: String,
-    right: bool,
-    cells: Vec<String>,
-}
-
 fn table(records: &[Record]) -> Table {
-    let mut columns = Vec::new();
+    let mut columns = Columns::default();
     let mut add = |title: &str, right: bool, of: &dyn Fn(&Record) -> String| {
-        columns.push(Column {
-            title: title.to_owned(),
-            right,
-            cells: records.iter().map(of).collect(),
-        });
+        columns.add(title, right, records, of);
     };
     let gib = |bytes: u64| format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30));
     add("model", false, &|r| r.subject.description.clone());
@@ -210,21 +199,7 @@ fn table(records: &[Record]) -> Table {
         r.peak_rss()
             .map_or_else(String::new, |b| (b >> 20).to_string())
     });
-    columns.retain(|column| column.cells.iter().any(|cell| !cell.is_empty()));
-
-    let mut table = Table::new();
-    table
-        .load_preset(ASCII_MARKDOWN)
-        .set_header(columns.iter().map(|c| &c.title));
-    for row in 0..records.len() {
-        table.add_row(columns.iter().map(|c| &c.cells[row]));
-    }
-    for (i, _) in columns.iter().enumerate().filter(|(_, c)| c.right) {
-        if let Some(column) = table.column_mut(i) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table
+    columns.table()
 }
 
 fn params(n: u64) -> String {

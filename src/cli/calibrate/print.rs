@@ -1,7 +1,8 @@
 //! What was tried, how it was checked, and what that says.
 
 use super::Outcome;
-use crate::cli::exam::{Columns, percent, summary_text};
+use crate::cli::exam::{percent, summary_text};
+use crate::cli::table::Columns;
 use hae::calibrate::file::{Calibration, Chosen};
 use hae::calibrate::search::Tried;
 use hae::calibrate::{Score, Setting};

@@ -10,7 +10,7 @@ use crate::cli::{interrupt, load};
 use hae::Error;
 use hae::asker::attempt::{Attempt, answers};
 use hae::asker::{Entrant, Reference};
-use hae::bench::Watch;
+use hae::bench::Pulse;
 use hae::calibrate::search::Round;
 use hae::calibrate::{Score, Tally};
 use hae::eval::question::Question;
@@ -100,7 +100,7 @@ impl<'a> Trials<'a> {
         full: &mut Tally,
     ) -> hae::Result<bool> {
         let now = load::clock();
-        let watch = Watch {
+        let watch = Pulse {
             now: &now,
             cancelled: &interrupt::cancelled,
         };

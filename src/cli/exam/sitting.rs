@@ -13,7 +13,7 @@ use hae::Error;
 use hae::answer::Answer as Answered;
 use hae::asker::{Asker, Entrant, Reference};
 use hae::bench::stats::Summary as Quartiles;
-use hae::bench::{Watch, turns};
+use hae::bench::{Pulse, turns};
 use hae::eval::question::Question;
 use hae::eval::record::{Answer, Distance};
 use hae::eval::results::{Key, Results, key};
@@ -80,7 +80,7 @@ impl Sitting<'_> {
             return Ok(true);
         }
         let now = load::clock();
-        let watch = Watch {
+        let watch = Pulse {
             now: &now,
             cancelled: &interrupt::cancelled,
         };
@@ -175,15 +175,16 @@ impl Sitting<'_> {
         question: &Question,
         pictures: &[hae::image::Picture],
         reference: Option<&Reference>,
-        watch: Watch<'_>,
+        watch: Pulse<'_>,
     ) -> Result<Option<Vec<Option<Distance>>>> {
         let Some(reference) = reference else {
             return Ok(Some(Vec::new()));
         };
         let entrant = &self.entrants[entrant];
+        let n_predict = self.asked.n_predict(question);
         let followed = self
             .asker
-            .distance(entrant, question, pictures, reference, watch);
+            .distance(entrant, question, pictures, &n_predict, reference, watch);
         let followed = followed.map_err(|e| self.failed(question, Some(entrant), e))?;
         Ok(followed.map(|(distances, _)| distances))
     }

@@ -6,8 +6,11 @@ use crate::llama::gguf::TensorType;
 /// A type by llama.cpp's name for the whole file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mix {
+    /// All matrices F16.
     F16,
+    /// llama.cpp's `Q4_0`.
     Q4_0,
+    /// llama.cpp's `Q4_K_M`.
     Q4KM,
 }
 

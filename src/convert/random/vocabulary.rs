@@ -2,7 +2,8 @@
 //! everything up to four of them that merging two shorter pieces can reach. It takes any text in,
 //! three or four letters a token.
 
-use crate::convert::vocab::{Kind, Piece, Vocabulary};
+use crate::convert::piece::{Kind, Piece};
+use crate::convert::vocab::Vocabulary;
 use crate::error::{Error, Result};
 
 /// Rows at the end that are for added tokens, of which some stay unused.

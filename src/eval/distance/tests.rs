@@ -3,11 +3,14 @@
 
 use std::ops::Range;
 
+use serde_json::{Value, json};
+
 use super::*;
 use crate::cache::Cell;
 use crate::controller::Controller;
 use crate::engine::scripted::{EOG, Scripted, hashed};
 use crate::engine::{Batch, Capabilities, KvBytes, Observation, Vocabulary};
+use crate::policy::{EvictionPolicy, Observe, Plan};
 
 const N_VOCAB: usize = 16;
 
@@ -158,7 +161,7 @@ fn prompt() -> Vec<Segment> {
 }
 
 fn said() -> Said {
-    let mut full = session(Box::new(Watch::all(2)));
+    let mut full = session(Box::new(AttentiveFull::all(2)));
     let said = listen(&mut full, &prompt(), 99, &|| false)
         .unwrap()
         .unwrap();
@@ -187,7 +190,7 @@ fn near(a: f64, b: f64) {
 #[test]
 fn the_full_cache_is_at_no_distance_of_itself() {
     let said = said();
-    let mut again = session(Box::new(Watch::all(2)));
+    let mut again = session(Box::new(AttentiveFull::all(2)));
     let mut places = Places::default();
     let followed = follow(&mut again, &prompt(), &said, &mut places, &|| false).unwrap();
     let distance = followed.unwrap().distance().unwrap();

@@ -14,6 +14,7 @@
 mod gqa;
 mod jsonl;
 mod mmbench;
+#[cfg(feature = "parquet")]
 mod mmmu;
 mod scienceqa;
 
@@ -28,14 +29,20 @@ use crate::error::{Error, Result};
 /// How a question file is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
+    /// Our own: an object a line.
     Jsonl,
+    /// GQA's object of questions.
     Gqa,
+    /// ScienceQA's object of problems.
     ScienceQa,
+    /// MMBench's table.
     MmBench,
+    /// MMMU's parquet file of a subject.
     Mmmu,
 }
 
 impl Format {
+    /// Each of them once.
     pub const ALL: [Format; 5] = [
         Format::Jsonl,
         Format::Gqa,
@@ -44,6 +51,7 @@ impl Format {
         Format::Mmmu,
     ];
 
+    /// As `--format` spells it.
     pub fn name(self) -> &'static str {
         match self {
             Format::Jsonl => "jsonl",
@@ -89,6 +97,7 @@ fn unknown(path: &Path) -> Error {
 /// What to read of a file.
 #[derive(Clone, Debug, Default)]
 pub struct Source {
+    /// The question file.
     pub path: PathBuf,
     /// `None`: told by the file.
     pub format: Option<Format>,
@@ -115,7 +124,13 @@ impl Source {
             Format::Gqa => gqa::read(self),
             Format::ScienceQa => scienceqa::read(self),
             Format::MmBench => mmbench::read(self),
+            #[cfg(feature = "parquet")]
             Format::Mmmu => mmmu::read(self),
+            #[cfg(not(feature = "parquet"))]
+            Format::Mmmu => Err(Error::file(
+                &self.path,
+                "is a parquet file, which a build without the feature parquet cannot read",
+            )),
         }?;
         self.check(&questions)?;
         Ok((format, questions))

@@ -403,6 +403,7 @@ fn mmbench_files_are_read() {
 }
 
 /// `tests/data/make_mmmu.py` wrote it with pyarrow.
+#[cfg(feature = "parquet")]
 #[test]
 fn mmmu_files_are_read() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/mmmu.parquet");
@@ -447,4 +448,11 @@ fn mmmu_files_are_read() {
         "is no parquet file",
     );
     refused(folder.write("x.parquet", ""), "is no parquet file");
+}
+
+#[cfg(not(feature = "parquet"))]
+#[test]
+fn mmmu_files_name_the_feature_that_reads_them() {
+    let folder = Folder::new();
+    refused(folder.write("x.parquet", ""), "without the feature parquet");
 }

@@ -27,8 +27,11 @@ const MAX_METADATA: u64 = 1 << 28;
 /// What the walk learns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
+    /// Of the format.
     pub version: u32,
+    /// Entries of metadata.
     pub n_keys: u64,
+    /// Tensors.
     pub n_tensors: u64,
     /// Where tensor data starts, in bytes from the start of the file.
     pub data_offset: u64,

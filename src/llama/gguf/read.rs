@@ -15,23 +15,32 @@ use crate::llama::log;
 /// replaced.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
+    /// Of any width.
     Unsigned(u64),
+    /// Of any width.
     Signed(i64),
+    /// Of either width.
     Float(f64),
+    /// True or false.
     Bool(bool),
+    /// UTF-8.
     Text(String),
+    /// Of one type.
     Array(Vec<Value>),
 }
 
 /// Where a tensor's data lies and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
+    /// As the file has it.
     pub name: String,
+    /// Of its values.
     pub kind: TensorType,
     /// Fastest dimension first; trailing ones are left out.
     pub dims: Vec<u64>,
     /// Bytes from the start of the file.
     pub offset: u64,
+    /// That it takes in the file.
     pub bytes: u64,
 }
 
@@ -81,10 +90,12 @@ impl Gguf {
         })
     }
 
+    /// What the file says of itself.
     pub fn header(&self) -> Header {
         self.header
     }
 
+    /// The file.
     pub fn path(&self) -> &Path {
         &self.path
     }

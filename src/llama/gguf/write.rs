@@ -72,6 +72,7 @@ impl Writer {
         })
     }
 
+    /// Sets an entry of the metadata: a text.
     pub fn set_text(&mut self, key: &str, value: &str) -> Result<()> {
         let c_value = self.c_string(key, value)?;
         let c_key = self.key(key)?;
@@ -80,6 +81,7 @@ impl Writer {
         Ok(())
     }
 
+    /// Sets an entry of the metadata: a number.
     pub fn set_u32(&mut self, key: &str, value: u32) -> Result<()> {
         let c_key = self.key(key)?;
         // SAFETY: the key is a C string that outlives the call, and ggml copies it.
@@ -87,6 +89,7 @@ impl Writer {
         Ok(())
     }
 
+    /// Sets an entry of the metadata: a number.
     pub fn set_f32(&mut self, key: &str, value: f32) -> Result<()> {
         let c_key = self.key(key)?;
         // SAFETY: as in set_u32.
@@ -94,6 +97,7 @@ impl Writer {
         Ok(())
     }
 
+    /// Sets an entry of the metadata: true or false.
     pub fn set_bool(&mut self, key: &str, value: bool) -> Result<()> {
         let c_key = self.key(key)?;
         // SAFETY: as in set_u32.
@@ -101,11 +105,13 @@ impl Writer {
         Ok(())
     }
 
+    /// Sets an entry of the metadata: numbers.
     pub fn set_f32_array(&mut self, key: &str, values: &[f32]) -> Result<()> {
         // SAFETY: a slice of f32, as the type says.
         unsafe { self.set_array(key, sys::GGUF_TYPE_FLOAT32, values) }
     }
 
+    /// Sets an entry of the metadata: numbers.
     pub fn set_i32_array(&mut self, key: &str, values: &[i32]) -> Result<()> {
         // SAFETY: a slice of i32, as the type says.
         unsafe { self.set_array(key, sys::GGUF_TYPE_INT32, values) }
@@ -134,6 +140,7 @@ impl Writer {
         Ok(())
     }
 
+    /// Sets an entry of the metadata: texts.
     pub fn set_text_array(&mut self, key: &str, values: &[String]) -> Result<()> {
         let owned: Vec<CString> = values
             .iter()

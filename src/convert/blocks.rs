@@ -13,7 +13,9 @@ const POOL: usize = 1024;
 /// How a tensor's values are drawn: mean 0, this standard deviation.
 #[derive(Clone, Copy, Debug)]
 pub struct Blocks {
+    /// Standard deviation of the values.
     pub deviation: f32,
+    /// The same seed gives the same bytes.
     pub seed: u64,
 }
 
