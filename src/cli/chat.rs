@@ -7,9 +7,9 @@ use std::io::ErrorKind;
 use anyhow::Result;
 use rustyline::error::ReadlineError;
 
+use super::answer::{answer, warn_about_end};
 use super::crops::crops;
 use super::inputs::{dropped, picture};
-use super::run::{answer, warn_about_end};
 use super::{interrupt, note, warn};
 use hae::Error;
 use hae::answer::{Answer, Kv};

@@ -117,8 +117,10 @@ fn run_eval_and_compare_answer_alike() {
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     let mut runner = TestRunner::new_with_rng(config, rng);
     let same = runner.run(&flags(), |flags| {
-        // One that draws by lot draws otherwise for each question.
+        // One that draws by lot draws otherwise for each question. `compare` knows how long the full
+        // cache's answer is, and one that prunes prompts alone leaves room for that.
         let by_lot = flags.policy == "random";
+        let by_length = flags.policy == "snapkv";
         let prompt = ["--image", picture, "-p", flags.question];
         let run = ["run", "-o", "json", "--temp", "0"];
         let run = told(&flags.asked(&[&run[..], &prompt].concat()), "text");
@@ -136,7 +138,7 @@ fn run_eval_and_compare_answer_alike() {
             prop_assert_eq!(&run["kv"]["cells"], &evaluated["kv"]["cells"]);
         } else {
             prop_assert_eq!(&run, &evaluated);
-            prop_assert_eq!(&run, &compared);
+            prop_assert!(by_length || run == compared, "{run} {compared}");
         }
         Ok(())
     });
