@@ -468,7 +468,7 @@ fn limits(model: &Model, engine: &LlamaEngine) -> Limits {
 /// Empties a context and gives back what a question made it grow by.
 fn empty(session: &mut Session<LlamaEngine>) -> Result<()> {
     session.engine.clear();
-    session.engine.compact(&mut Vec::new())
+    session.engine.compact(0, &mut Vec::new())
 }
 
 /// The policy for this question. One that draws by lot draws anew for each: the same places of

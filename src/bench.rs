@@ -322,6 +322,7 @@ impl Work<'_> {
 /// Decodes one token and forgets it: the first decode of a context makes its graphs.
 pub(crate) fn wake(engine: &mut LlamaEngine, token: Token) -> Result<()> {
     let batch = Batch {
+        seq: 0,
         input: Input::Tokens(&[token]),
         pos: &[0],
         queries: &[],

@@ -366,6 +366,7 @@ fn context(shape: Shape, cells: usize, n_threads: i32, poll: Poll) -> Result<Con
         type_k: shape.type_k,
         type_v: shape.type_v,
         kv_size: None,
+        n_seq_max: 1,
         score_layers: Vec::new(),
         score_source: ScoreSource::default(),
         non_causal_images: false,

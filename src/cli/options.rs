@@ -226,6 +226,7 @@ impl ContextArgs {
             type_v: self.cache_type_v,
             score_layers: Vec::new(),
             kv_size: None,
+            n_seq_max: 1,
             score_source: ScoreSource::default(),
             non_causal_images: false,
             rope_factors: RopeFactors::default(),

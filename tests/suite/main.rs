@@ -64,6 +64,7 @@ mod room;
 mod rope;
 mod runtime;
 mod separators;
+mod sequences;
 mod session;
 mod signals;
 mod stock;
