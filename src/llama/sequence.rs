@@ -20,8 +20,8 @@ impl LlamaEngine {
                     format!("range {range:?} is empty or negative"),
                 ));
             }
-            // SAFETY: the context is alive; the range was checked (a negative bound would mean
-            // "everything").
+            // SAFETY: the context is alive; the sequence and the range were checked (negative ones
+            // would mean "everything").
             let done = unsafe {
                 let memory = sys::llama_get_memory(self.ctx.as_mut_ptr());
                 sys::llama_memory_seq_rm(memory, seq, range.start, range.end)
@@ -40,7 +40,7 @@ impl LlamaEngine {
     pub(super) fn take_back(&mut self, seq: SeqId, from: Pos, left: usize) -> Result<()> {
         self.check_seq("llama_memory_seq_rm", seq)?;
         let from = from.max(0);
-        // SAFETY: the context is alive; an end of -1 means "to the end".
+        // SAFETY: the context is alive, the sequence was checked; an end of -1 means "to the end".
         let done = unsafe {
             let memory = sys::llama_get_memory(self.ctx.as_mut_ptr());
             sys::llama_memory_seq_rm(memory, seq, from, -1)
@@ -54,7 +54,7 @@ impl LlamaEngine {
         // A window's cells are taken again while a prompt goes in.
         let n_swa = self.model.n_swa();
         let oldest_needed = from.saturating_sub(n_swa).max(0);
-        // SAFETY: the context is alive.
+        // SAFETY: as above.
         let oldest = unsafe {
             sys::llama_memory_seq_pos_min(sys::llama_get_memory(self.ctx.as_mut_ptr()), seq)
         };
@@ -72,10 +72,13 @@ impl LlamaEngine {
         self.recount()
     }
 
-    /// Whether cached keys can follow their tokens to other positions.
+    /// Whether cached keys can follow their tokens to other positions. Not beside other sequences:
+    /// llama.cpp turns the keys of all cells then, those that stay by nothing, and where cos and sin
+    /// have a factor (longrope) it multiplies all of them with it once more.
     pub(super) fn can_shift(&self) -> bool {
         // SAFETY: the context is alive, the call only reads it.
-        unsafe { sys::llama_memory_can_shift(sys::llama_get_memory(self.raw.as_ptr())) }
+        self.options.n_seq_max == 1
+            && unsafe { sys::llama_memory_can_shift(sys::llama_get_memory(self.raw.as_ptr())) }
     }
 
     /// As [`crate::engine::Engine::shift`].
@@ -83,13 +86,13 @@ impl LlamaEngine {
         self.check_seq("llama_memory_seq_add", seq)?;
         let fail = |reason: &str| Err(Error::llama("llama_memory_seq_add", reason));
         if !self.can_shift() {
-            return fail("this model's cached keys cannot be moved to other positions");
+            return fail("cached keys of this context cannot be moved to other positions");
         }
         if by <= 0 || from < by {
             return fail(&format!("positions from {from} down by {by}"));
         }
-        // SAFETY: the context is alive; llama.cpp asserts on a memory that cannot shift, which was
-        // asked; no position becomes negative; an end of -1 means "to the end".
+        // SAFETY: the context is alive, the sequence was checked; llama.cpp asserts on a memory that
+        // cannot shift, which was asked; no position becomes negative; an end of -1 means "to the end".
         unsafe {
             let memory = sys::llama_get_memory(self.ctx.as_mut_ptr());
             sys::llama_memory_seq_add(memory, seq, from, -1, -by);
