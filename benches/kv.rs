@@ -28,6 +28,7 @@ fn engine(model: &Model, flash: bool) -> LlamaEngine {
     let options = ContextOptions {
         n_ctx: 4096,
         kv_size: Some(2560),
+        n_seq_max: 1,
         n_batch: 64,
         n_ubatch: 64,
         n_threads: THREADS,
@@ -55,6 +56,7 @@ fn engine(model: &Model, flash: bool) -> LlamaEngine {
 
 fn decode(engine: &mut LlamaEngine, pos: Pos) {
     let batch = Batch {
+        seq: 0,
         input: Input::Tokens(&[pos % wide::VOCAB as i32]),
         pos: &[pos],
         queries: &[],
@@ -69,7 +71,7 @@ fn decode(engine: &mut LlamaEngine, pos: Pos) {
 /// Fills the cache without computing all of it: copies of one row at other positions. Then takes
 /// most of them out again, so that the kept ones are scattered.
 fn scatter(engine: &mut LlamaEngine) {
-    engine.rewind(0, 0).expect("an empty cache");
+    engine.rewind(0, 0, 0).expect("an empty cache");
     engine.resize(2560).expect("2560 cells");
     decode(engine, 0);
     let row = engine.rows(&[0]).expect("the row of cell 0");
@@ -81,7 +83,7 @@ fn scatter(engine: &mut LlamaEngine) {
             row[..4].copy_from_slice(&pos.to_le_bytes());
         }
         engine
-            .put_rows(positions, &rows, &mut Vec::new())
+            .put_rows(0, positions, &rows, &mut Vec::new())
             .expect("free cells");
     }
     let mut order: Vec<Pos> = (0..FILLED - 1).collect();
@@ -89,7 +91,7 @@ fn scatter(engine: &mut LlamaEngine) {
     let mut gone = order.split_off(KEPT - 1);
     let mut ranges = Vec::new();
     hae::cache::ranges::coalesce(&mut gone, &mut ranges);
-    engine.remove(&ranges).expect("removable positions");
+    engine.remove(0, &ranges).expect("removable positions");
 }
 
 /// Milliseconds.
@@ -111,7 +113,7 @@ fn per_token(engine: &mut LlamaEngine, pos: Pos) -> f64 {
         .collect();
     // The first ones make the graph.
     let median = median(&mut times[2..]);
-    engine.rewind(pos, KEPT).expect("the tokens taken back");
+    engine.rewind(0, pos, KEPT).expect("the tokens taken back");
     median
 }
 

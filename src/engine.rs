@@ -1,6 +1,7 @@
 //! What the generation loop needs of a model. [`crate::llama`] implements it with llama.cpp,
 //! [`scripted`] with a table, so that everything above runs in tests without a model.
 
+mod lent;
 pub mod scripted;
 mod trials;
 mod words;
@@ -18,6 +19,10 @@ pub use crate::cache::Observation;
 
 /// A vocabulary id (llama.cpp's `llama_token`).
 pub type Token = i32;
+
+/// A sequence of the cache (llama.cpp's `llama_seq_id`), which holds one conversation. Engines for
+/// a single one call it 0.
+pub type SeqId = i32;
 
 /// Consecutive input of one modality.
 #[derive(Clone, Copy, Debug)]
@@ -50,9 +55,12 @@ impl Input<'_> {
     }
 }
 
-/// One call of [`Engine::decode`].
+/// One call of [`Engine::decode`]: rows of one sequence. Attention comes out as one sum over all
+/// query rows, so rows of several conversations would be mixed up in it.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
+    /// The sequence that the rows belong to, and the only one that they attend to.
+    pub seq: SeqId,
     pub input: Input<'a>,
     /// Position of each row, ascending: `[input.len()]`. A row of a picture with several axes
     /// has here what it counts as in the sequence.
@@ -86,7 +94,8 @@ pub struct Capabilities {
     pub continues_trials: bool,
 }
 
-/// A model with one sequence in its KV cache.
+/// A model and its KV cache. The cells are shared by its sequences: each token lies in one cell,
+/// and is of one sequence.
 pub trait Engine {
     /// Runs the batch and stores its K and V. Fills `cells` with the cell of each row, in order,
     /// and `seen` with the attention of `batch.queries` (cleared first, untouched rows mean none
@@ -105,6 +114,11 @@ pub trait Engine {
     /// step which cells may be left out.
     fn attend(&self) -> Option<&Attend> {
         None
+    }
+
+    /// The sequence of the last batch: whose [`Engine::logits`] they are.
+    fn answered(&self) -> SeqId {
+        0
     }
 
     /// Logits of the last row of the last batch that asked for them: `[n_vocab]`.
@@ -126,22 +140,23 @@ pub trait Engine {
     }
 
     /// Removes the positions from the sequence, in every layer. Ranges are sorted and disjoint.
-    fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()>;
+    fn remove(&mut self, seq: SeqId, ranges: &[Range<Pos>]) -> Result<()>;
 
-    /// Takes back everything from position `from` on; `left` cells stay in use. Unlike
-    /// [`Engine::remove`] this may take the newest position: the next batch starts at `from`.
-    fn rewind(&mut self, from: Pos, left: usize) -> Result<()>;
+    /// Takes back everything from position `from` on; `left` cells of the sequence stay. Unlike
+    /// [`Engine::remove`] this may take the newest position: the next batch starts at `from`. From 0
+    /// on the sequence is empty, and another conversation can have it.
+    fn rewind(&mut self, seq: SeqId, from: Pos, left: usize) -> Result<()>;
 
     fn capabilities(&self) -> Capabilities {
         Capabilities::default()
     }
 
-    /// Moves every token at position `from` or behind it down by `by`; no token lies where they
-    /// go. The cached keys follow their positions.
+    /// Moves every token of the sequence at position `from` or behind it down by `by`; none lies
+    /// where they go. The cached keys follow their positions.
     ///
     /// # Errors
     /// Without [`Capabilities::shifts`].
-    fn shift(&mut self, _from: Pos, _by: Pos) -> Result<()> {
+    fn shift(&mut self, _seq: SeqId, _from: Pos, _by: Pos) -> Result<()> {
         Err(Error::contract("a shift of an engine that cannot"))
     }
 
@@ -159,13 +174,19 @@ pub trait Engine {
     }
 
     /// After removals: moves tokens together and gives memory back where that pays. Fills `moves`
-    /// (cleared first) with the cells that tokens went from and to, to be followed in this order.
+    /// as [`Engine::moved`] does; the other sequences ask for theirs.
     ///
     /// # Errors
     /// The engine's own; the cache is then unchanged.
-    fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
+    fn compact(&mut self, _seq: SeqId, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
         moves.clear();
         Ok(())
+    }
+
+    /// The cells that tokens of the sequence went from and to since it last asked, to be followed
+    /// in this order: others that share the cache may have moved them. `moves` is cleared first.
+    fn moved(&mut self, _seq: SeqId, moves: &mut Vec<(Cell, Cell)>) {
+        moves.clear();
     }
 
     /// Appends the K and V rows of these cells to `out`, `row_bytes` each. False: the engine
@@ -181,12 +202,23 @@ pub trait Engine {
     ///
     /// # Errors
     /// [`crate::Error::ContextFull`] when there is no room; the cache is then unchanged.
-    fn restore_rows(&mut self, _pos: &[Pos], _rows: &[u8], _cells: &mut Vec<Cell>) -> Result<()> {
+    fn restore_rows(
+        &mut self,
+        _seq: SeqId,
+        _pos: &[Pos],
+        _rows: &[u8],
+        _cells: &mut Vec<Cell>,
+    ) -> Result<()> {
         Err(Error::contract("rows for an engine that saves none"))
     }
 
     /// Cells that the cache can hold.
     fn n_cells(&self) -> usize;
+
+    /// Cells that the sequence can have: those that the others leave.
+    fn cells_for(&self, _seq: SeqId) -> usize {
+        self.n_cells()
+    }
 
     /// Rows that one call of [`Engine::decode`] takes at most.
     fn n_batch(&self) -> usize;

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use crate::cache::{Cell, Pos};
 use crate::controller::{Controller, Event, Origin};
-use crate::engine::{Engine, Input, Observation, Sampler, Token, TrialRuns, Vocabulary};
+use crate::engine::{Engine, Input, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary};
 use crate::error::{Error, Result};
 use feed::Feed;
 
@@ -55,6 +55,60 @@ pub struct Session<E> {
     answer: Pos,
 }
 
+impl<E> Session<E> {
+    /// The conversation with another engine in the place of its own, which is given back. Between
+    /// its steps a conversation can do without: `()` stands for none.
+    pub fn swap<F>(self, engine: F) -> (Session<F>, E) {
+        let Session {
+            engine: own,
+            controller,
+            sampler,
+            history,
+            host_bin,
+            feed,
+            moves,
+            expected,
+            answer,
+        } = self;
+        let session = Session {
+            engine,
+            controller,
+            sampler,
+            history,
+            host_bin,
+            feed,
+            moves,
+            expected,
+            answer,
+        };
+        (session, own)
+    }
+
+    /// The sequence of the engine's cache that it is.
+    pub fn sequence(&self) -> SeqId {
+        self.feed.seq
+    }
+
+    /// What went in since the cache was last empty, where it can be called back.
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// The most bytes that were ever allocated for KV at once, trial runs included.
+    pub fn peak_bytes(&self) -> u64 {
+        self.feed.peak_bytes
+    }
+
+    /// The attention that was seen in the last batch that asked for it.
+    pub fn seen(&self) -> &Observation {
+        &self.feed.seen
+    }
+
+    pub fn host_bin(&self) -> &HostBin {
+        &self.host_bin
+    }
+}
+
 impl<E: Engine> Session<E> {
     /// `engine` is empty and `controller` made for its number of cells.
     pub fn new(engine: E, controller: Controller) -> Self {
@@ -68,6 +122,25 @@ impl<E: Engine> Session<E> {
             moves: Vec::new(),
             expected: None,
             answer: 0,
+        }
+    }
+
+    /// Lets it be this sequence of the engine's cache, before anything goes in.
+    pub fn with_sequence(mut self, seq: SeqId) -> Self {
+        self.feed.seq = seq;
+        self
+    }
+
+    /// Follows tokens that were moved when others made room in the cache they share. Whatever goes in
+    /// does so first; who looks at the ledger's cells between may have to.
+    ///
+    /// # Errors
+    /// As [`Controller::moved`].
+    pub fn follow_moves(&mut self) -> Result<()> {
+        self.engine.moved(self.feed.seq, &mut self.moves);
+        match self.moves.is_empty() {
+            true => Ok(()),
+            false => self.controller.moved(&self.moves),
         }
     }
 
@@ -94,8 +167,14 @@ impl<E: Engine> Session<E> {
     /// Chooses the next token from the last logits.
     ///
     /// # Errors
-    /// Those of [`Engine::logits`] and of the sampler.
+    /// Those of [`Engine::logits`] and of the sampler; [`Error::Contract`] when another sequence had
+    /// a batch since.
     pub fn sample(&mut self) -> Result<Token> {
+        let (seq, answered) = (self.feed.seq, self.engine.answered());
+        if seq != answered {
+            let what = format!("logits of sequence {seq} after a batch of {answered}");
+            return Err(Error::contract(what));
+        }
         self.sampler.sample(self.engine.logits()?)
     }
 
@@ -109,25 +188,6 @@ impl<E: Engine> Session<E> {
     pub fn with_host_bin(mut self, max_bytes: usize) -> Self {
         self.host_bin = HostBin::new(max_bytes);
         self
-    }
-
-    /// What went in since the cache was last empty, where it can be called back.
-    pub fn history(&self) -> &History {
-        &self.history
-    }
-
-    /// The most bytes that were ever allocated for KV at once, trial runs included.
-    pub fn peak_bytes(&self) -> u64 {
-        self.feed.peak_bytes
-    }
-
-    /// The attention that was seen in the last batch that asked for it.
-    pub fn seen(&self) -> &Observation {
-        &self.feed.seen
-    }
-
-    pub fn host_bin(&self) -> &HostBin {
-        &self.host_bin
     }
 
     /// Goes on with what went in earlier; the engine and the controller hold its cache.
@@ -158,6 +218,7 @@ impl<E: Engine> Session<E> {
     /// [`Error::ContextFull`] when no cell is left; the cache is then unchanged.
     pub fn step(&mut self, token: Token) -> Result<()> {
         self.check_positions(1)?;
+        self.follow_moves()?;
         let pos = self.controller.next_pos();
         let feed = &mut self.feed;
         feed.queries.clear();

@@ -282,6 +282,7 @@ impl Opened {
     pub fn warm_up(&mut self) -> Result<()> {
         let engine = &mut self.session.engine;
         let batch = Batch {
+            seq: 0,
             input: Input::Tokens(&[0]),
             pos: &[0],
             queries: &[],
@@ -307,6 +308,6 @@ impl Opened {
     /// The engine's own.
     pub fn empty(&mut self) -> Result<()> {
         self.session.engine.clear();
-        self.session.engine.compact(&mut Vec::new())
+        self.session.engine.compact(0, &mut Vec::new())
     }
 }

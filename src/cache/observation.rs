@@ -6,7 +6,8 @@ use super::Pos;
 #[derive(Clone, Debug, Default)]
 pub struct Observation {
     /// Per cell: sum over query rows of the softmax attention, averaged over heads and over the
-    /// scoring layers. Length: cells in view (cells beyond it were not seen); empty cells hold 0.
+    /// scoring layers. Length: cells in view (cells beyond it were not seen); empty cells and those
+    /// of other sequences hold 0.
     pub sum: Vec<f32>,
     /// Per cell: maximum over query rows of the same average.
     pub max: Vec<f32>,

@@ -7,11 +7,11 @@ use anyhow::Result;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Attribute, Cell, ContentArrangement, Table};
 
+use super::answer::answer;
 use super::crops::CropArgs;
 use super::inputs::picture;
 use super::load::{Files, Setup};
 use super::options::{ContextArgs, ModelArgs, PolicyArgs};
-use super::run::answer;
 use super::{Done, interrupt};
 use hae::answer::Answer;
 use hae::chat::{Begin, ChatOptions};

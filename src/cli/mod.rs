@@ -1,7 +1,7 @@
 //! The command line, one file a command. Nothing below this module prints.
 
-pub mod answer;
-mod bench;
+mod answer;
+pub mod bench;
 pub mod calibrate;
 mod calibration;
 mod chat;

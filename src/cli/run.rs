@@ -1,6 +1,5 @@
 //! `hae run`: one prompt, or a chat.
 
-use std::cell::RefCell;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
+use super::answer::{answer, warn_about_end};
 use super::calibration::CalibrationArgs;
 use super::chat::Start;
 use super::crops::CropArgs;
@@ -15,12 +15,12 @@ use super::inputs::{self, EscapeArgs, check_stdin};
 use super::load::{self, Files, Setup};
 use super::options::{ContextArgs, ModelArgs, POLICY, PolicyArgs, QUESTIONS, SamplerArgs};
 use super::output::{ContextReport, Report};
-use super::{Done, chat, interrupt, is_of_output, note, session, warn};
+use super::{Done, chat, interrupt, is_of_output, note, session};
 use hae::Error;
 use hae::answer::Answer;
 use hae::build::build;
 use hae::chat::{Begin, Chat, ChatOptions};
-use hae::generate::{Finish, Hooks};
+use hae::generate::Finish;
 use hae::policy::PolicySpec;
 use hae::trace;
 use hae::turn::Turn;

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use super::{
-    Batch, Capabilities, Engine, Input, KvBytes, Observation, Token, TrialRuns, Vocabulary,
+    Batch, Capabilities, Engine, Input, KvBytes, Observation, SeqId, Token, TrialRuns, Vocabulary,
 };
 use crate::cache::{Cell, Pos};
 use crate::error::{Error, Result};
@@ -47,6 +47,11 @@ pub type Says = Box<dyn Fn(Pos) -> Token>;
 pub struct Scripted {
     /// Per cell: the position of its token.
     cells: Vec<Option<Pos>>,
+    /// Per cell: the sequence of its token, or of the last that it held.
+    seqs: Vec<SeqId>,
+    answered: SeqId,
+    /// Moves that their sequences have not asked for yet.
+    moved: Vec<(SeqId, (Cell, Cell))>,
     n_batch: usize,
     attention: Attention,
     says: Says,
@@ -66,6 +71,9 @@ impl Scripted {
     pub fn new(n_cells: usize, n_batch: usize) -> Self {
         Scripted {
             cells: vec![None; n_cells],
+            seqs: vec![0; n_cells],
+            answered: 0,
+            moved: Vec::new(),
             n_batch,
             attention: Rc::new(|query, key| hashed(0, query, key)),
             says: Box::new(|_| 1),
@@ -120,6 +128,13 @@ impl Scripted {
             .collect()
     }
 
+    /// The same of one sequence.
+    pub fn occupied_by(&self, seq: SeqId) -> Vec<(Cell, Pos)> {
+        let all = self.occupied().into_iter();
+        all.filter(|&(cell, _)| self.seqs[cell as usize] == seq)
+            .collect()
+    }
+
     /// Rows that went in.
     pub fn n_decoded(&self) -> usize {
         let calls = self.calls.iter();
@@ -133,6 +148,7 @@ impl Scripted {
     /// Empties the cache.
     pub fn clear(&mut self) {
         self.cells.fill(None);
+        self.moved.clear();
         self.logits.clear();
     }
 
@@ -144,12 +160,23 @@ impl Scripted {
         places.ok_or_else(|| Error::contract(format!("cells {cells:?} of a trial")))
     }
 
-    fn newest(&self) -> Option<Pos> {
-        self.cells.iter().copied().flatten().max()
+    fn newest(&self, seq: SeqId) -> Option<Pos> {
+        self.held(seq).max()
+    }
+
+    fn held(&self, seq: SeqId) -> impl Iterator<Item = Pos> + '_ {
+        let cells = self.cells.iter().zip(&self.seqs);
+        cells.filter_map(move |(pos, &of)| pos.filter(|_| of == seq))
+    }
+
+    /// The sequence's cells.
+    fn cells_of(&mut self, seq: SeqId) -> impl Iterator<Item = &mut Option<Pos>> + '_ {
+        let cells = self.cells.iter_mut().zip(&self.seqs);
+        cells.filter_map(move |(cell, &of)| (of == seq).then_some(cell))
     }
 
     /// Softmax attention of each query row over the cells that it can see, as the trait wants it.
-    fn attend(&self, queries: impl Iterator<Item = Pos>, seen: &mut Observation) {
+    fn pay(&self, seq: SeqId, queries: impl Iterator<Item = Pos>, seen: &mut Observation) {
         // Like llama.cpp, a view somewhat longer than the highest cell in use.
         let used = self
             .cells
@@ -161,9 +188,10 @@ impl Scripted {
         seen.max.resize(view, 0.0);
         let mut weights = vec![0.0; view];
         for query in queries {
-            for (weight, pos) in weights.iter_mut().zip(&self.cells) {
+            let cells = self.cells.iter().zip(&self.seqs);
+            for (weight, (pos, &of)) in weights.iter_mut().zip(cells) {
                 *weight = match pos {
-                    Some(key) if *key <= query => (self.attention)(query, *key),
+                    Some(key) if *key <= query && of == seq => (self.attention)(query, *key),
                     _ => 0.0,
                 };
             }
@@ -218,12 +246,12 @@ impl Engine for Scripted {
         }
         let expected = |newest: &Pos| newest + 1 != places.iter().copied().fold(Pos::MAX, Pos::min);
         if self.patched {
-            let taken = |pos: &&Pos| self.cells.contains(&Some(**pos));
+            let taken = |pos: &&Pos| self.held(batch.seq).any(|held| held == **pos);
             let ascending = places.windows(2).all(|pair| pair[0] < pair[1]);
             if !ascending || places.iter().any(|pos| taken(&pos)) {
                 return Err(Error::contract(format!("a batch at {places:?}")));
             }
-        } else if let Some(newest) = self.newest().filter(expected) {
+        } else if let Some(newest) = self.newest(batch.seq).filter(expected) {
             let pos = batch.pos;
             return Err(Error::contract(format!(
                 "a batch at {pos:?} after position {newest}"
@@ -244,9 +272,12 @@ impl Engine for Scripted {
         }
         for (&cell, pos) in cells.iter().zip(places) {
             self.cells[cell as usize] = Some(pos);
+            self.seqs[cell as usize] = batch.seq;
         }
+        self.answered = batch.seq;
         if !batch.queries.is_empty() {
-            self.attend(
+            self.pay(
+                batch.seq,
                 batch.queries.iter().map(|&row| batch.pos[row as usize]),
                 seen,
             );
@@ -268,6 +299,10 @@ impl Engine for Scripted {
         Ok(())
     }
 
+    fn answered(&self) -> SeqId {
+        self.answered
+    }
+
     fn logits(&self) -> Result<&[f32]> {
         match self.logits.is_empty() {
             true => Err(Error::contract("logits that no batch asked for")),
@@ -279,8 +314,8 @@ impl Engine for Scripted {
         Some(self)
     }
 
-    fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
-        let newest = self.newest();
+    fn remove(&mut self, seq: SeqId, ranges: &[Range<Pos>]) -> Result<()> {
+        let newest = self.newest(seq);
         let mut end = Pos::MIN;
         for range in ranges {
             if range.start < end || range.is_empty() {
@@ -288,7 +323,7 @@ impl Engine for Scripted {
             }
             end = range.end;
             for pos in range.clone() {
-                match self.cells.iter_mut().find(|cell| **cell == Some(pos)) {
+                match self.cells_of(seq).find(|cell| **cell == Some(pos)) {
                     Some(cell) if Some(pos) != newest => *cell = None,
                     Some(_) => return Err(Error::contract(format!("removal of newest, {pos}"))),
                     None => return Err(Error::contract(format!("removal of absent {pos}"))),
@@ -299,11 +334,14 @@ impl Engine for Scripted {
         Ok(())
     }
 
-    fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {
-        for cell in &mut self.cells {
+    fn rewind(&mut self, seq: SeqId, from: Pos, left: usize) -> Result<()> {
+        for cell in self.cells_of(seq) {
             *cell = cell.filter(|&pos| pos < from);
         }
-        let held = self.cells.iter().flatten().count();
+        if from == 0 {
+            self.moved.retain(|&(of, _)| of != seq);
+        }
+        let held = self.held(seq).count();
         if held != left {
             return Err(Error::contract(format!("{held} cells left, not {left}")));
         }
@@ -319,13 +357,12 @@ impl Engine for Scripted {
         }
     }
 
-    fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
-        let held = self.cells.iter().flatten();
-        let free = held.clone().all(|pos| !(from - by..from).contains(pos));
+    fn shift(&mut self, seq: SeqId, from: Pos, by: Pos) -> Result<()> {
+        let free = self.held(seq).all(|pos| !(from - by..from).contains(&pos));
         if !self.shifts || by <= 0 || !free {
             return Err(Error::contract(format!("a shift of {from} by {by}")));
         }
-        let moved = self.cells.iter_mut().flatten().filter(|pos| **pos >= from);
+        let moved = self.cells_of(seq).flatten().filter(|pos| **pos >= from);
         moved.for_each(|pos| *pos -= by);
         self.calls.push(Call::Shift { from, by });
         Ok(())
@@ -339,8 +376,7 @@ impl Engine for Scripted {
     }
 
     /// The highest tokens into the lowest holes.
-    fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
-        moves.clear();
+    fn compact(&mut self, seq: SeqId, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
         while self.patched {
             let hole = self.cells.iter().position(Option::is_none);
             let last = self.cells.iter().rposition(Option::is_some);
@@ -351,9 +387,21 @@ impl Engine for Scripted {
                 break;
             }
             self.cells.swap(from, to);
-            moves.push((from as Cell, to as Cell));
+            self.seqs[to] = self.seqs[from];
+            self.moved.push((self.seqs[to], (from as Cell, to as Cell)));
         }
+        self.moved(seq, moves);
         Ok(())
+    }
+
+    fn moved(&mut self, seq: SeqId, moves: &mut Vec<(Cell, Cell)>) {
+        moves.clear();
+        self.moved.retain(|&(of, moved)| {
+            if of == seq {
+                moves.push(moved);
+            }
+            of != seq
+        });
     }
 
     /// A row is its position.
@@ -367,7 +415,13 @@ impl Engine for Scripted {
         Ok(self.patched)
     }
 
-    fn restore_rows(&mut self, pos: &[Pos], rows: &[u8], cells: &mut Vec<Cell>) -> Result<()> {
+    fn restore_rows(
+        &mut self,
+        seq: SeqId,
+        pos: &[Pos],
+        rows: &[u8],
+        cells: &mut Vec<Cell>,
+    ) -> Result<()> {
         let saved: Vec<u8> = pos.iter().flat_map(|pos| pos.to_le_bytes()).collect();
         if saved != rows {
             return Err(Error::contract(format!("other rows for {pos:?}")));
@@ -381,12 +435,18 @@ impl Engine for Scripted {
         }
         for (&cell, &pos) in cells.iter().zip(pos) {
             self.cells[cell as usize] = Some(pos);
+            self.seqs[cell as usize] = seq;
         }
         Ok(())
     }
 
     fn n_cells(&self) -> usize {
         self.cells.len()
+    }
+
+    fn cells_for(&self, seq: SeqId) -> usize {
+        let all = self.cells.iter().flatten().count();
+        self.cells.len() - all + self.held(seq).count()
     }
 
     fn n_batch(&self) -> usize {

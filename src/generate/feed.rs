@@ -5,13 +5,15 @@ use super::trial::Trial;
 use crate::attend::{Attended, Lookup};
 use crate::cache::{Cell, Modality, Pos};
 use crate::controller::Origin;
-use crate::engine::{Batch, Engine, Input, Observation, Token};
+use crate::engine::{Batch, Engine, Input, Observation, SeqId, Token};
 use crate::error::{Error, Result};
 use crate::policy::Queries;
 
 /// One batch after it went in, and the buffers of it. Reused.
 #[derive(Default)]
 pub(super) struct Feed {
+    /// The sequence that everything goes into.
+    pub seq: SeqId,
     /// Position of each row.
     pub pos: Vec<Pos>,
     /// Rows whose attention is wanted.
@@ -173,6 +175,7 @@ impl Feed {
         logits: bool,
     ) -> Result<()> {
         let batch = Batch {
+            seq: self.seq,
             input,
             pos: &self.pos,
             queries: &self.queries,

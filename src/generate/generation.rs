@@ -15,8 +15,6 @@ use crate::error::{Error, Result};
 /// What a step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Progress<'a> {
-    /// The prompt is in, or what had gone in of it was taken out again.
-    Prompt,
     /// A token was chosen. `text`: the characters that are whole with it, maybe none.
     Token { token: Token, text: &'a str },
     /// It is over. `text`: what was held back of a character that never became whole.
@@ -27,7 +25,6 @@ impl<'a> Progress<'a> {
     /// Text that is new.
     pub fn text(&self) -> &'a str {
         match self {
-            Progress::Prompt => "",
             Progress::Token { text, .. } | Progress::End { text, .. } => text,
         }
     }
@@ -38,8 +35,6 @@ impl<'a> Progress<'a> {
 enum State {
     /// The prompt is to come.
     Begin,
-    /// The last row's logits say what the next token may be.
-    Choose,
     /// This token was said and is to go in.
     Feed(Token),
     /// Ends as soon as it is asked.
@@ -90,7 +85,8 @@ impl<'p> Generation<'p> {
     /// The next step; `None` when it is over. The same session each time, which gets nothing else
     /// meanwhile.
     ///
-    /// 1. The first step takes the prompt in, as [`Session::prefill`] does, all of it at once.
+    /// 1. The first step takes the prompt in, as [`Session::prefill`] does, all of it at once: another
+    ///    session's batch would take the place of its logits. Cancelled on the way, it ends.
     /// 2. Each other one takes the token in that the step before has chosen, and lets the policy
     ///    act. Without a cell for it the answer ends.
     /// 3. It ends where `cancelled` says so, or where the answer has its length.
@@ -114,8 +110,9 @@ impl<'p> Generation<'p> {
                 return Ok(None);
             }
             State::Begin => {
-                self.take_in(session, cancelled, now)?;
-                return Ok(Some(Progress::Prompt));
+                if !self.take_in(session, cancelled, now)? {
+                    return Ok(Some(self.end(session, Finish::Cancelled, now)));
+                }
             }
             State::Ending(finish) => return Ok(Some(self.end(session, finish, now))),
             State::Feed(token) => match session.step(token) {
@@ -126,7 +123,6 @@ impl<'p> Generation<'p> {
                 }
                 Err(error) => return Err(error),
             },
-            State::Choose => {}
         }
         if cancelled() {
             return Ok(Some(self.end(session, Finish::Cancelled, now)));
@@ -158,7 +154,7 @@ impl<'p> Generation<'p> {
         session: &mut Session<E>,
         cancelled: &dyn Fn() -> bool,
         now: &dyn Fn() -> Duration,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         self.start = now();
         // The last token of an answer does not go in.
         let to_come = self.length.expected().map(|n| n.saturating_sub(1));
@@ -168,11 +164,7 @@ impl<'p> Generation<'p> {
         self.timings.probe = probe;
         self.timings.prefill = now().saturating_sub(self.start).saturating_sub(probe);
         self.taken_back = !complete;
-        self.state = match complete {
-            true => State::Choose,
-            false => State::Ending(Finish::Cancelled),
-        };
-        Ok(())
+        Ok(complete)
     }
 
     fn end<E>(
@@ -203,7 +195,7 @@ impl<'p> Generation<'p> {
         let (finish, pending) = match self.state {
             State::Over(finish) | State::Ending(finish) => (finish, self.pending),
             State::Feed(token) => (Finish::Cancelled, Some(token)),
-            State::Begin | State::Choose => (Finish::Cancelled, None),
+            State::Begin => (Finish::Cancelled, None),
         };
         Generated {
             text: self.text,

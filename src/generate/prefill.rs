@@ -84,6 +84,7 @@ impl<E: Engine> Session<E> {
         now: &dyn Fn() -> Duration,
     ) -> Result<Prefilled> {
         let expected = self.expected.take();
+        self.follow_moves()?;
         self.check(prompt)?;
         self.controller.expect(expected);
         if self.controller.shifts() {
@@ -104,7 +105,7 @@ impl<E: Engine> Session<E> {
         let complete = self.take_in(&prompt, &order, added, cancelled);
         if !matches!(complete, Ok(true)) {
             let left = self.controller.rewind(from);
-            let rewound = self.engine.rewind(from, left);
+            let rewound = self.engine.rewind(self.feed.seq, from, left);
             // The error of the prompt says more than one that follows from it.
             if complete.is_ok() {
                 rewound?;
@@ -129,6 +130,11 @@ impl<E: Engine> Session<E> {
             complete: true,
             probe,
         })
+    }
+
+    /// Cells that the conversation can have.
+    fn cells(&self) -> usize {
+        self.engine.cells_for(self.feed.seq)
     }
 
     /// Whether what goes in is remembered: where a later question can do something with it.
@@ -202,7 +208,7 @@ impl<E: Engine> Session<E> {
         // All or none: a picture with arbitrary holes would be judged by chance.
         let rows = prompt.iter().map(|p| p.segment.len()).sum::<usize>();
         let held = self.controller.ledger().counts().cells();
-        let fits = held + evicted.len() + rows <= self.engine.n_cells();
+        let fits = held + evicted.len() + rows <= self.cells();
         Ok(Some(Order {
             recalled: if fits { evicted } else { Vec::new() },
             ..Order::default()
@@ -256,7 +262,7 @@ impl<E: Engine> Session<E> {
         let rows = prompt.iter().map(|p| p.segment.len()).sum::<usize>();
         let added = rows - (order.pruned.len() - split) + order.recalled.len();
         let needed = ledger.counts().cells() - dropped + added;
-        let n_ctx = self.engine.n_cells();
+        let n_ctx = self.cells();
         if needed > n_ctx {
             return Err(Error::PromptTooLong { needed, n_ctx });
         }
@@ -390,7 +396,7 @@ impl<E: Engine> Session<E> {
             return 0;
         }
         let taken = self.controller.ledger().counts().cells() + added;
-        let free = self.engine.n_cells().saturating_sub(taken);
+        let free = self.cells().saturating_sub(taken);
         let mut rows = 0;
         for saved in self.host_bin.saved().rev() {
             if rows + saved.pos.len() > free {
@@ -407,9 +413,12 @@ impl<E: Engine> Session<E> {
             && let Some(saved) = self.host_bin.pop()
         {
             rows = rows.saturating_sub(saved.pos.len());
-            let restored = self
-                .engine
-                .restore_rows(&saved.pos, &saved.rows, &mut self.feed.cells);
+            let restored = self.engine.restore_rows(
+                self.feed.seq,
+                &saved.pos,
+                &saved.rows,
+                &mut self.feed.cells,
+            );
             match restored {
                 Ok(()) => {
                     self.controller
@@ -439,11 +448,12 @@ impl<E: Engine> Session<E> {
                 self.controller.evicted(),
             )?;
         }
-        self.engine.remove(self.controller.planned())?;
+        self.engine
+            .remove(self.feed.seq, self.controller.planned())?;
         if let Some(Shift { from, by }) = shift {
-            self.engine.shift(from, by)?;
+            self.engine.shift(self.feed.seq, from, by)?;
         }
-        self.engine.compact(&mut self.moves)?;
+        self.engine.compact(self.feed.seq, &mut self.moves)?;
         self.controller.moved(&self.moves)
     }
 }

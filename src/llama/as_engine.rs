@@ -7,7 +7,7 @@ use super::sampler::Chain;
 use crate::attend::Attend;
 use crate::cache::{Cell, Pos};
 use crate::engine::{
-    Batch, Capabilities, Engine, KvBytes, Observation, Sampler, TrialRuns, Vocabulary,
+    Batch, Capabilities, Engine, KvBytes, Observation, Sampler, SeqId, TrialRuns, Vocabulary,
 };
 use crate::error::{Error, Result};
 
@@ -23,6 +23,10 @@ impl Engine for LlamaEngine {
 
     fn attend(&self) -> Option<&Attend> {
         (!self.options.attend.is_whole()).then_some(&self.options.attend)
+    }
+
+    fn answered(&self) -> SeqId {
+        self.answered
     }
 
     fn logits(&self) -> Result<&[f32]> {
@@ -48,12 +52,12 @@ impl Engine for LlamaEngine {
         Box::new(Chain::new(&self.sampling, n_vocab, self.n_ctx))
     }
 
-    fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
-        self.remove_ranges(ranges)
+    fn remove(&mut self, seq: SeqId, ranges: &[Range<Pos>]) -> Result<()> {
+        self.remove_ranges(seq, ranges)
     }
 
-    fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {
-        self.take_back(from, left)
+    fn rewind(&mut self, seq: SeqId, from: Pos, left: usize) -> Result<()> {
+        self.take_back(seq, from, left)
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -69,8 +73,8 @@ impl Engine for LlamaEngine {
         }
     }
 
-    fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
-        self.move_down(from, by)
+    fn shift(&mut self, seq: SeqId, from: Pos, by: Pos) -> Result<()> {
+        self.move_down(seq, from, by)
     }
 
     fn trials(&mut self) -> Option<&mut (dyn TrialRuns + '_)> {
@@ -84,8 +88,15 @@ impl Engine for LlamaEngine {
         self.grow(n)
     }
 
-    fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
-        self.tidy(moves)
+    fn compact(&mut self, seq: SeqId, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
+        moves.clear();
+        self.tidy()?;
+        self.take_moves(seq, moves);
+        Ok(())
+    }
+
+    fn moved(&mut self, seq: SeqId, moves: &mut Vec<(Cell, Cell)>) {
+        self.take_moves(seq, moves);
     }
 
     fn save_rows(&mut self, cells: &[Cell], out: &mut Vec<u8>) -> Result<bool> {
@@ -96,19 +107,30 @@ impl Engine for LlamaEngine {
         Ok(true)
     }
 
-    fn restore_rows(&mut self, pos: &[Pos], rows: &[u8], cells: &mut Vec<Cell>) -> Result<()> {
+    fn restore_rows(
+        &mut self,
+        seq: SeqId,
+        pos: &[Pos],
+        rows: &[u8],
+        cells: &mut Vec<Cell>,
+    ) -> Result<()> {
+        self.check_seq("llama_hae_kv_rows_set", seq)?;
         self.recount()?;
         if self.room.used + pos.len() > self.n_ctx {
             return Err(Error::ContextFull { n_ctx: self.n_ctx });
         }
         self.grow(pos.len())?;
-        self.put_rows(pos, rows, cells)?;
+        self.put_rows(seq, pos, rows, cells)?;
         self.room.filled(cells);
         Ok(())
     }
 
     fn n_cells(&self) -> usize {
         self.n_ctx
+    }
+
+    fn cells_for(&self, seq: SeqId) -> usize {
+        self.room_for(seq)
     }
 
     /// One micro-batch: llama.cpp would cut a larger batch into the same ones, but could not be

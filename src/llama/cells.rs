@@ -9,13 +9,13 @@ use std::collections::HashMap;
 
 use llama_cpp_sys_2 as sys;
 
-use super::engine::{LlamaEngine, SEQ};
+use super::engine::LlamaEngine;
 use super::{log, memory};
 use crate::cache::{Cell, Pos};
-use crate::engine::{Batch, KvBytes};
+use crate::engine::{Batch, KvBytes, SeqId};
 use crate::error::{Error, Result};
 
-/// The one stream of a context with one sequence.
+/// The one stream of a context whose sequences share its cells.
 const STREAM: u32 = 0;
 
 /// The error behind a negative status.
@@ -67,13 +67,12 @@ impl LlamaEngine {
             return self.batch_cells(cells);
         }
         // Several micro-batches, of which llama.cpp remembers the last: by position then.
-        let mut map = Vec::new();
-        self.cell_map(&mut map)?;
-        let by_pos: HashMap<Pos, Cell> = map
-            .into_iter()
+        let map = self.cells()?;
+        let own = map
+            .iter()
             .zip(0..)
-            .filter_map(|(pos, cell)| Some((pos?, cell)))
-            .collect();
+            .filter(|(cell, _)| cell.seq == batch.seq);
+        let by_pos: HashMap<Pos, Cell> = own.map(|(cell, at)| (cell.pos, at)).collect();
         cells.clear();
         cells.extend(batch.pos.iter().filter_map(|pos| by_pos.get(pos)));
         Ok(())
@@ -84,6 +83,24 @@ impl LlamaEngine {
     /// # Errors
     /// [`Error::Llama`] if the memory is no plain cache.
     pub fn cell_map(&self, out: &mut Vec<Option<Pos>>) -> Result<()> {
+        let cells = self.cells()?;
+        out.clear();
+        out.extend(cells.iter().map(|c| (c.pos >= 0).then_some(c.pos)));
+        Ok(())
+    }
+
+    /// The cells that hold tokens of the sequence, ascending, with their positions.
+    ///
+    /// # Errors
+    /// [`Error::Llama`] if the memory is no plain cache.
+    pub fn cells_of_seq(&self, seq: SeqId) -> Result<Vec<(Cell, Pos)>> {
+        let cells = self.cells()?;
+        let own = cells.iter().zip(0..).filter(|(cell, _)| cell.seq == seq);
+        Ok(own.map(|(cell, at)| (at, cell.pos)).collect())
+    }
+
+    /// Every cell; an empty one is of sequence -1.
+    pub(super) fn cells(&self) -> Result<Vec<sys::llama_hae_cell>> {
         const CALL: &str = "llama_hae_kv_cells";
         let n = self.cells_now()?;
         let empty = sys::llama_hae_cell {
@@ -102,9 +119,7 @@ impl LlamaEngine {
             )
         };
         checked(CALL, status)?;
-        out.clear();
-        out.extend(cells.iter().map(|c| (c.pos >= 0).then_some(c.pos)));
-        Ok(())
+        Ok(cells)
     }
 
     /// The cells of the rows of the last micro-batch, in row order; none after cells have moved or
@@ -237,13 +252,15 @@ impl LlamaEngine {
     }
 
     /// Puts rows back that [`LlamaEngine::rows`] has read from a cache of the same model and types,
-    /// into the lowest free cells; `cells` gets them. `positions` are those that the rows had.
+    /// into the lowest free cells, as the sequence's; `cells` gets them. `positions` are those that
+    /// the rows had.
     ///
     /// # Errors
     /// [`Error::Llama`] if the rows are of other positions, if the sequence has one of them, or if
     /// there are too few free cells. The cache is then as it was.
     pub fn put_rows(
         &mut self,
+        seq: SeqId,
         positions: &[Pos],
         rows: &[u8],
         cells: &mut Vec<Cell>,
@@ -258,7 +275,7 @@ impl LlamaEngine {
         let status = unsafe {
             sys::llama_hae_kv_rows_set(
                 self.raw.as_ptr(),
-                SEQ,
+                seq,
                 positions.as_ptr(),
                 n,
                 rows.as_ptr().cast(),

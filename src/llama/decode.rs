@@ -9,7 +9,7 @@ use super::engine::{LlamaEngine, SMALLER};
 use super::rows::Takes;
 use super::{log, memory, taps};
 use crate::cache::{Cell, Pos};
-use crate::engine::{Batch, Engine, Input, Observation};
+use crate::engine::{Batch, Engine, Input, Observation, SeqId};
 use crate::error::{Error, Result};
 
 /// While it lives, the tokens of a batch attend to all of it.
@@ -39,6 +39,7 @@ impl LlamaEngine {
         cells: &mut Vec<Cell>,
         seen: &mut Observation,
     ) -> Result<()> {
+        self.check_seq("llama_decode", batch.seq)?;
         self.check_queries(&batch)?;
         let takes = Takes {
             n_batch: self.ctx.n_batch() as usize,
@@ -68,7 +69,7 @@ impl LlamaEngine {
         let tapped = self.begin_taps(&batch)?;
         self.begin_lookup(batch.lookup)?;
         self.observer.get_mut().begin(batch.queries);
-        self.has_logits = false;
+        (self.has_logits, self.answered) = (false, batch.seq);
         // Until they are dropped, whatever happens meanwhile.
         let first_layer = self.go_on(&batch.input)?;
         let attends_to_all = non_causal.then(|| NonCausal::new(self.raw));
@@ -104,7 +105,7 @@ impl LlamaEngine {
             });
         match done {
             Ok(()) => self.has_logits = batch.logits,
-            Err(_) => self.discard(batch.pos),
+            Err(_) => self.discard(batch.seq, batch.pos),
         }
         done
     }
@@ -174,11 +175,11 @@ impl LlamaEngine {
 
     /// Takes a batch out again after an error behind its decoding, which says more than what may
     /// go wrong here.
-    fn discard(&mut self, pos: &[Pos]) {
+    fn discard(&mut self, seq: SeqId, pos: &[Pos]) {
         let runs = pos.chunk_by(|a, b| b - a <= 1);
         let ranges: Vec<Range<Pos>> = runs
             .filter_map(|run| Some(*run.first()?..run.last()? + 1))
             .collect();
-        drop(self.remove(&ranges).and_then(|()| self.recount()));
+        drop(self.remove(seq, &ranges).and_then(|()| self.recount()));
     }
 }

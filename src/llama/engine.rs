@@ -1,4 +1,4 @@
-//! [`LlamaEngine`]: one llama.cpp context with one sequence, and how it is made.
+//! [`LlamaEngine`]: one llama.cpp context, for one sequence or several, and how it is made.
 
 use std::num::NonZeroU32;
 use std::ptr::NonNull;
@@ -20,6 +20,7 @@ use super::taps;
 use super::threads::Threads;
 use super::{Model, RopeFactors, SamplerOptions, attend, backend, log, memory, trial};
 use crate::cache::Cell;
+use crate::engine::SeqId;
 use crate::error::{Error, Result};
 
 /// What makes a context and its batches need less memory.
@@ -27,9 +28,6 @@ pub(super) const SMALLER: &str = "a smaller -c or -ub, or -ctk and -ctv q8_0";
 
 /// Held while a context is made.
 static MAKING: Mutex<()> = Mutex::new(());
-
-/// The one sequence of the context.
-pub(super) const SEQ: sys::llama_seq_id = 0;
 
 /// A context on a [`Model`].
 pub struct LlamaEngine {
@@ -59,6 +57,10 @@ pub struct LlamaEngine {
     pub(super) tap_rows: u32,
     /// Whether the last batch asked for logits: reading absent ones would end the process.
     pub(super) has_logits: bool,
+    /// The sequence of the last batch.
+    pub(super) answered: SeqId,
+    /// Moves that their sequences have not asked for yet.
+    pub(super) moved: Vec<(SeqId, (Cell, Cell))>,
     pub(super) rows: Rows,
     // Declared last, so dropped after the contexts that compute with them.
     pub(super) threads: Option<Arc<Threads>>,
@@ -104,6 +106,10 @@ impl LlamaEngine {
         if watched || engine.is_plain() {
             return Ok(engine);
         }
+        if engine.options.n_seq_max > 1 {
+            let reason = "several sequences in a cache that is not plain";
+            return Err(Error::option("n_seq_max", reason));
+        }
         // Only the callback knows the cells of this model's memory.
         let options = engine.options.clone();
         drop(engine);
@@ -127,7 +133,7 @@ impl LlamaEngine {
             .with_n_ctx(NonZeroU32::new(options.n_ctx))
             .with_n_batch(options.n_batch)
             .with_n_ubatch(options.n_ubatch.min(options.n_batch))
-            .with_n_seq_max(1)
+            .with_n_seq_max(options.n_seq_max)
             .with_n_threads(options.n_threads)
             .with_n_threads_batch(options.n_threads_batch)
             .with_flash_attention_policy(match options.effective_flash_attention() {
@@ -138,6 +144,8 @@ impl LlamaEngine {
             .with_type_k(options.type_k.raw())
             .with_type_v(options.type_v.raw());
         let raw = params.as_raw_mut();
+        // Sequences share the cells: what one leaves the others can have.
+        raw.kv_unified = options.n_seq_max > 1;
         options.rope_factors.set(raw);
         trial::set(n_layer_first, raw);
         room::set(options.kv_size, raw);
@@ -195,6 +203,8 @@ impl LlamaEngine {
             hidden: None,
             tap_rows,
             has_logits: false,
+            answered: 0,
+            moved: Vec::new(),
             rows: Rows::default(),
             threads,
         };
@@ -217,8 +227,9 @@ impl LlamaEngine {
         &self.options
     }
 
-    /// Forgets every token.
+    /// Forgets every token of every sequence.
     pub fn clear(&mut self) {
+        self.moved.clear();
         self.ctx.clear_kv_cache();
         self.count(0);
         self.room.emptied();
@@ -227,6 +238,16 @@ impl LlamaEngine {
     /// Rows that are computed at once: a picture whose tokens attend to all of it needs as many.
     pub fn n_ubatch(&self) -> usize {
         self.options.n_ubatch.min(self.options.n_batch) as usize
+    }
+
+    /// Whether there can be such a sequence: llama.cpp asserts on it, and takes a negative one for
+    /// all of them.
+    pub(super) fn check_seq(&self, call: &'static str, seq: SeqId) -> Result<()> {
+        let n = self.options.n_seq_max;
+        match u32::try_from(seq).is_ok_and(|seq| seq < n) {
+            true => Ok(()),
+            false => Err(Error::llama(call, format!("sequence {seq} of {n}"))),
+        }
     }
 
     /// Sets how many cells are in use, where they are only counted.

@@ -41,6 +41,9 @@ pub struct ContextOptions {
     /// `None`: all of them, for good. Needs a plain cache (no
     /// windows, nothing recurrent), otherwise it is ignored.
     pub kv_size: Option<u32>,
+    /// Sequences that the cache holds at most, 1 or more. They share its cells. More than one needs a
+    /// plain cache, and decoding steps that attend to everything.
+    pub n_seq_max: u32,
     /// Rows of one decode call.
     pub n_batch: u32,
     /// Rows that are computed at once.
@@ -81,6 +84,7 @@ impl Default for ContextOptions {
         ContextOptions {
             n_ctx: 4096,
             kv_size: None,
+            n_seq_max: 1,
             n_batch: 2048,
             n_ubatch: 512,
             n_threads,
@@ -131,6 +135,7 @@ impl ContextOptions {
         if self.n_ctx == 0 || self.n_batch == 0 || self.n_ubatch == 0 {
             return Err(Error::option("-c, -b, -ub", "expected at least 1"));
         }
+        self.check_sequences(model)?;
         let n_layer = n_layer_first.unwrap_or(model.n_layer());
         memory::check(
             model,
@@ -139,6 +144,27 @@ impl ContextOptions {
             self.type_k,
             self.type_v,
         )?;
+        Ok(())
+    }
+
+    fn check_sequences(&self, model: &Model) -> Result<()> {
+        // `LLAMA_MAX_SEQ`, which the bindings lack.
+        const MOST: u32 = 256;
+        let refused = |reason: String| Err(Error::option("n_seq_max", reason));
+        if !(1..=MOST).contains(&self.n_seq_max) {
+            let n = self.n_seq_max;
+            return refused(format!("{n} sequences, expected 1 to {MOST}"));
+        }
+        if self.n_seq_max == 1 {
+            return Ok(());
+        }
+        if let Some(why) = model.eviction_obstacle() {
+            return refused(format!("this model's cache holds one sequence: {why}"));
+        }
+        // What a step looks up is said by cell, and other sequences' cells are among them.
+        if !self.attend.is_whole() {
+            return refused("sequences beside --attend, which serves one".to_owned());
+        }
         Ok(())
     }
 

@@ -5,7 +5,10 @@ use llama_cpp_sys_2 as sys;
 use super::LlamaEngine;
 use crate::cache::Cell;
 use crate::error::Result;
-use crate::{engine::Engine, error::Error};
+use crate::{
+    engine::{Engine, SeqId},
+    error::Error,
+};
 
 /// Cells by which the cache grows. llama.cpp computes attention over multiples of as many.
 const STEP: usize = 256;
@@ -83,9 +86,8 @@ impl LlamaEngine {
     }
 
     /// Moves tokens together where attention gets shorter by it, and gives back memory that is
-    /// a step and a tenth more than the tokens need.
-    pub(super) fn tidy(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
-        moves.clear();
+    /// a step and a tenth more than the tokens need. Sequences ask for their moves then.
+    pub(super) fn tidy(&mut self) -> Result<()> {
         if !self.room.resizable {
             return Ok(());
         }
@@ -94,13 +96,57 @@ impl LlamaEngine {
         let now = self.cells_now()?;
         let too_large = now > used + used / 10 + STEP;
         if padded(span) > padded(used) || too_large && span > padded(used) {
-            self.compact_cells(moves)?;
+            let mut moves = Vec::new();
+            self.compact_cells(&mut moves)?;
             self.room.span = used;
+            self.note_moves(&moves)?;
         }
         if too_large {
             self.resize(padded(used))?;
         }
         Ok(())
+    }
+
+    /// Keeps moves until the sequences whose tokens moved ask for them.
+    fn note_moves(&mut self, moves: &[(Cell, Cell)]) -> Result<()> {
+        if self.options.n_seq_max == 1 {
+            self.moved.extend(moves.iter().map(|&moved| (0, moved)));
+            return Ok(());
+        }
+        let cells = self.cells()?;
+        for &(from, to) in moves {
+            let cell = cells.get(to as usize).filter(|cell| cell.seq >= 0);
+            let seq = cell.map(|cell| cell.seq).ok_or_else(|| {
+                let reason = format!("cell {to} is empty after a move from {from}");
+                Error::llama("llama_hae_kv_compact", reason)
+            })?;
+            self.moved.push((seq, (from, to)));
+        }
+        Ok(())
+    }
+
+    /// The sequence's moves since it last asked.
+    pub(super) fn take_moves(&mut self, seq: SeqId, moves: &mut Vec<(Cell, Cell)>) {
+        moves.clear();
+        self.moved.retain(|&(of, moved)| {
+            if of == seq {
+                moves.push(moved);
+            }
+            of != seq
+        });
+    }
+
+    /// Cells that the sequence can have beside what the others hold.
+    pub(super) fn room_for(&self, seq: SeqId) -> usize {
+        let n_ctx = self.n_ctx;
+        if self.options.n_seq_max == 1 {
+            return n_ctx;
+        }
+        let Ok(cells) = self.cells() else {
+            return n_ctx;
+        };
+        let of_others = |cell: &&sys::llama_hae_cell| cell.seq >= 0 && cell.seq != seq;
+        n_ctx.saturating_sub(cells.iter().filter(of_others).count())
     }
 }
 

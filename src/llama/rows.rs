@@ -2,7 +2,6 @@
 
 use llama_cpp_sys_2 as sys;
 
-use super::engine::SEQ;
 use super::layers::Hidden;
 use crate::cache::Pos;
 use crate::engine::{Batch, Input, Token};
@@ -79,7 +78,8 @@ fn check_rows(batch: &Batch<'_>, most: usize) -> Result<i32> {
 }
 
 impl Rows {
-    /// Fills the per-row arrays and returns a batch that points to them and to the input. `hidden`:
+    /// Fills the per-row arrays and returns a batch that points to them and to the input; that there
+    /// is such a sequence was checked. `hidden`:
     /// what a trial run has kept.
     ///
     /// # Errors
@@ -120,7 +120,7 @@ impl Rows {
                 (std::ptr::null_mut(), self.hidden.as_ptr().cast_mut())
             }
         };
-        *self.seq = SEQ;
+        *self.seq = batch.seq;
         self.n_seq_id.clear();
         self.n_seq_id.resize(n, 1);
         self.seq_id.clear();

@@ -1,11 +1,14 @@
-//! The sequence's part of the cache as one block, on the host or on the device that holds it.
+//! Sequence 0's part of the cache as one block, on the host or on the device that holds it.
 
 use llama_cpp_sys_2 as sys;
 
-use super::engine::{LlamaEngine, SEQ};
+use super::engine::LlamaEngine;
 use super::{log, memory};
 use crate::cache::{Cell, Pos};
 use crate::error::{Error, Result};
+
+/// The sequence that states are of.
+const SEQ: sys::llama_seq_id = 0;
 
 /// `LLAMA_STATE_SEQ_FLAGS_ON_DEVICE`, a macro that the bindings lack.
 const ON_DEVICE: sys::llama_state_seq_flags = 2;
@@ -96,6 +99,11 @@ impl LlamaEngine {
     /// [`Error::ContextFull`] when they do not fit, [`Error::Llama`] when llama.cpp refuses the
     /// state or it holds other positions; the cache is then empty.
     pub fn restore_tokens(&mut self, state: &SequenceState, pos: &[Pos]) -> Result<Vec<Cell>> {
+        if self.options.n_seq_max > 1 {
+            // The cells of what is restored are known in an empty cache alone.
+            let reason = "into a context of several sequences";
+            return Err(Error::llama("llama_state_seq_set_data_ext", reason));
+        }
         self.clear();
         if pos.len() > self.n_ctx {
             return Err(Error::ContextFull { n_ctx: self.n_ctx });

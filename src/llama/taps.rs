@@ -1,5 +1,8 @@
 //! Attention scores out of llama.cpp's graph: nodes beside the attention of a layer, with flash
 //! attention on or off (the patch `score-taps`). Two numbers for each cell leave the device.
+//!
+//! They are sums over all query rows of a batch: rows of several sequences would be mixed up, so a
+//! batch holds rows of one. Cells of the other sequences are masked for these rows, and show 0.
 
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_sys_2 as sys;

@@ -30,6 +30,7 @@ impl LlamaEngine {
             n_ctx: u32::try_from(n_ctx).unwrap_or(u32::MAX),
             // One that stays shrinks when it is not needed.
             kv_size: self.options.kv_size.filter(|_| self.keeps_trial()),
+            n_seq_max: 1,
             // The smaller cache must not change what llama.cpp's rule says of the real one.
             rope_factors: self.rope_factors(),
             ..self.options.clone()
@@ -47,7 +48,9 @@ impl LlamaEngine {
     fn empty(&mut self) -> Result<()> {
         self.clear();
         self.keep_hidden(None)?;
-        self.tidy(&mut Vec::new())
+        self.tidy()?;
+        self.moved.clear();
+        Ok(())
     }
 
     /// On a GPU a context brings pinned memory, queues and libraries with it. On a CPU it takes

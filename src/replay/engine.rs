@@ -16,7 +16,7 @@ use std::rc::Rc;
 
 use super::tape::{Group, Tape};
 use crate::cache::{Cell, Pos};
-use crate::engine::{Batch, Capabilities, Engine, KvBytes, Observation, TrialRuns};
+use crate::engine::{Batch, Capabilities, Engine, KvBytes, Observation, SeqId, TrialRuns};
 use crate::error::{Error, Result};
 
 const NOWHERE: Cell = Cell::MAX;
@@ -105,7 +105,7 @@ impl TapeEngine {
         (all, held)
     }
 
-    fn attend(&self, group: &Group, held: f64, seen: &mut Observation) {
+    fn share(&self, group: &Group, held: f64, seen: &mut Observation) {
         let scale = match held > 0.0 {
             true => group.queries.len() as f64 / held,
             false => 0.0,
@@ -165,7 +165,7 @@ impl Engine for TapeEngine {
             let wanted = |query| self.wanted.binary_search(query).is_ok();
             if group.queries.iter().all(wanted) {
                 answered += rows;
-                self.attend(group, held, seen);
+                self.share(group, held, seen);
             }
         }
         match answered == self.wanted.len() {
@@ -180,14 +180,14 @@ impl Engine for TapeEngine {
         }
     }
 
-    fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
+    fn remove(&mut self, _: SeqId, ranges: &[Range<Pos>]) -> Result<()> {
         for pos in ranges.iter().cloned().flatten() {
             self.drop_at(pos);
         }
         Ok(())
     }
 
-    fn rewind(&mut self, from: Pos, _: usize) -> Result<()> {
+    fn rewind(&mut self, _: SeqId, from: Pos, _: usize) -> Result<()> {
         for pos in from..self.cell_at.len() as Pos {
             self.drop_at(pos);
         }
@@ -202,7 +202,7 @@ impl Engine for TapeEngine {
         }
     }
 
-    fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
+    fn shift(&mut self, _: SeqId, from: Pos, by: Pos) -> Result<()> {
         let moved = self.cells.iter_mut().flatten();
         for (_, pos) in moved.filter(|(_, pos)| *pos >= from) {
             *pos -= by;

@@ -190,6 +190,7 @@ struct Naive {
 impl Naive {
     fn step(&mut self, token: i32) -> Vec<f32> {
         let batch = Batch {
+            seq: 0,
             input: Input::Tokens(&[token]),
             pos: &[self.pos],
             queries: &[0],

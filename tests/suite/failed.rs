@@ -147,6 +147,7 @@ fn a_stopped_batch_leaves_the_cells_as_they_were() {
 fn feed(engine: &mut LlamaEngine, input: Input<'_>, pos: Pos) -> hae::Result<()> {
     let places: Vec<Pos> = (pos..).take(input.len()).collect();
     let batch = Batch {
+        seq: 0,
         input,
         pos: &places,
         queries: &[],

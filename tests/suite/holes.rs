@@ -45,6 +45,7 @@ fn feed(
                 }
             };
             let batch = Batch {
+                seq: 0,
                 input,
                 pos,
                 queries: &[],
@@ -61,6 +62,7 @@ fn feed(
 
 pub fn step(engine: &mut LlamaEngine, token: i32, pos: Pos) -> hae::Result<()> {
     let batch = Batch {
+        seq: 0,
         input: Input::Tokens(&[token]),
         pos: &[pos],
         queries: &[],
@@ -73,7 +75,7 @@ pub fn step(engine: &mut LlamaEngine, token: i32, pos: Pos) -> hae::Result<()> {
 fn evict(engine: &mut LlamaEngine, positions: &[Pos]) {
     let (mut positions, mut ranges) = (positions.to_vec(), Vec::new());
     coalesce(&mut positions, &mut ranges);
-    engine.remove(&ranges).unwrap();
+    engine.remove(0, &ranges).unwrap();
 }
 
 fn scenario(name: &str) -> (Scenario, Expected) {
@@ -176,6 +178,7 @@ fn taken_decreasing_and_negative_positions_are_refused() {
     let mut refuse = |pos: &[Pos]| {
         let tokens = vec![7; pos.len()];
         let batch = Batch {
+            seq: 0,
             input: Input::Tokens(&tokens),
             pos,
             queries: &[],
@@ -213,6 +216,7 @@ fn a_sliding_window_wants_positions_in_a_row() {
     let decode = |engine: &mut LlamaEngine, pos: &[Pos]| {
         let tokens = vec![7; pos.len()];
         let batch = Batch {
+            seq: 0,
             input: Input::Tokens(&tokens),
             pos,
             queries: &[],

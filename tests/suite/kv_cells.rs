@@ -107,6 +107,7 @@ impl Pair {
         let pos = self.model.newest().map_or(0, |pos| pos + 1);
         let places: Vec<Pos> = (pos..).take(tokens.len()).collect();
         let batch = Batch {
+            seq: 0,
             input: Input::Tokens(tokens),
             pos: &places,
             queries: &[],
@@ -140,9 +141,9 @@ impl Pair {
     fn remove(&mut self, mut positions: Vec<Pos>, twin: bool) -> Result<()> {
         let mut ranges = Vec::new();
         coalesce(&mut positions, &mut ranges);
-        self.engine.remove(&ranges)?;
+        self.engine.remove(0, &ranges)?;
         if twin {
-            self.twin.remove(&ranges)?;
+            self.twin.remove(0, &ranges)?;
         }
         for range in ranges {
             self.model.remove(range);
@@ -208,7 +209,7 @@ impl Pair {
                 let rows = self.engine.rows(&cells)?;
                 self.remove(positions.clone(), false)?;
                 let mut cells = Vec::new();
-                self.engine.put_rows(&positions, &rows, &mut cells)?;
+                self.engine.put_rows(0, &positions, &rows, &mut cells)?;
                 assert_eq!(Some(cells), self.model.put(&positions));
             }
             Step::Decode(_) | Step::Remove(_) => unreachable!(),

@@ -80,6 +80,7 @@ fn options(flash: bool, kv_size: u32) -> ContextOptions {
 fn decode(engine: &mut LlamaEngine, from: Pos) {
     let positions: Vec<Pos> = (from..from + 4).collect();
     let batch = Batch {
+        seq: 0,
         input: Input::Tokens(&[1, 20, 37, 5]),
         pos: &positions,
         queries: &[],
@@ -107,7 +108,7 @@ fn fill(engine: &mut LlamaEngine, n: Pos) {
     }
     let positions: Vec<Pos> = (0..n).collect();
     let mut cells = Vec::new();
-    engine.put_rows(&positions, &rows, &mut cells).unwrap();
+    engine.put_rows(0, &positions, &rows, &mut cells).unwrap();
     decode(engine, n);
 }
 
@@ -181,7 +182,7 @@ fn a_cache_that_cannot_grow_stays_as_it_is() {
             let mut engine = engine(&model, options);
             engine.resize_by_hand();
             fill(&mut engine, 400);
-            engine.remove(&[40..90, 200..233]).unwrap();
+            engine.remove(0, &[40..90, 200..233]).unwrap();
             engine.compact_cells(&mut Vec::new()).unwrap();
             if kv_size == 0 {
                 // As large as it may get: less, so that there is something to grow to.

@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use hae::cache::{Cell, Pos};
 use hae::engine::{
-    Batch, Capabilities, Engine, Input, KvBytes, Observation, Sampler, TrialRuns, Vocabulary,
+    Batch, Capabilities, Engine, Input, KvBytes, Observation, Sampler, SeqId, TrialRuns, Vocabulary,
 };
 use hae::llama::LlamaEngine;
 use hae::{Error, Result};
@@ -167,8 +167,8 @@ impl Engine for Mirrored<'_> {
         self.engine.sampler()
     }
 
-    fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
-        self.engine.remove(ranges)?;
+    fn remove(&mut self, seq: SeqId, ranges: &[Range<Pos>]) -> Result<()> {
+        self.engine.remove(seq, ranges)?;
         for range in ranges {
             self.cells.remove(range.clone());
             if let Some(twin) = &mut self.twin {
@@ -180,8 +180,8 @@ impl Engine for Mirrored<'_> {
         Ok(())
     }
 
-    fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {
-        self.engine.rewind(from, left)?;
+    fn rewind(&mut self, seq: SeqId, from: Pos, left: usize) -> Result<()> {
+        self.engine.rewind(seq, from, left)?;
         self.cells.remove(from..Pos::MAX);
         if let Some(twin) = &mut self.twin {
             twin.forget_from(from);
@@ -210,7 +210,7 @@ impl Engine for Mirrored<'_> {
         Ok(())
     }
 
-    fn compact(&mut self, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
+    fn compact(&mut self, seq: SeqId, moves: &mut Vec<(Cell, Cell)>) -> Result<()> {
         let (used, span, now) = (self.cells.used(), self.cells.end(), self.cells.cells.len());
         let too_large = now > used + used / 10 + STEP;
         let mut expected = Vec::new();
@@ -221,7 +221,7 @@ impl Engine for Mirrored<'_> {
             assert!(self.cells.resize(padded(used)));
             self.tally.borrow_mut().shrunk += 1;
         }
-        self.engine.compact(moves)?;
+        self.engine.compact(seq, moves)?;
         assert_eq!(moves, &expected, "moves");
         self.tally.borrow_mut().moved += moves.len();
         self.check("a compaction");
@@ -232,9 +232,15 @@ impl Engine for Mirrored<'_> {
         self.engine.save_rows(cells, out)
     }
 
-    fn restore_rows(&mut self, pos: &[Pos], rows: &[u8], cells: &mut Vec<Cell>) -> Result<()> {
+    fn restore_rows(
+        &mut self,
+        seq: SeqId,
+        pos: &[Pos],
+        rows: &[u8],
+        cells: &mut Vec<Cell>,
+    ) -> Result<()> {
         if self.cells.used() + pos.len() > self.engine.n_cells() {
-            let refused = self.engine.restore_rows(pos, rows, cells);
+            let refused = self.engine.restore_rows(seq, pos, rows, cells);
             assert!(
                 matches!(refused, Err(Error::ContextFull { .. })),
                 "{refused:?}"
@@ -244,7 +250,7 @@ impl Engine for Mirrored<'_> {
         }
         self.grow(pos.len());
         let expected = self.cells.put(pos).unwrap();
-        self.engine.restore_rows(pos, rows, cells)?;
+        self.engine.restore_rows(seq, pos, rows, cells)?;
         assert_eq!(cells, &expected, "cells of rows");
         if let Some(twin) = &mut self.twin {
             pos.iter().for_each(|&pos| twin.show(pos));

@@ -11,6 +11,7 @@ use crate::remake::Remake;
 fn decode(engine: &mut LlamaEngine, tokens: &[i32], pos: Pos) {
     let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();
     let batch = Batch {
+        seq: 0,
         input: Input::Tokens(tokens),
         pos: &positions,
         queries: &[],
@@ -68,12 +69,12 @@ fn cross(ours: &mut LlamaEngine, twin: &mut LlamaEngine) -> Vec<f32> {
             // Of every 50 the last 7 stay for a while, the first 50 always.
             if pos > 0 {
                 engine
-                    .remove(std::slice::from_ref(&(pos..pos + 43)))
+                    .remove(0, std::slice::from_ref(&(pos..pos + 43)))
                     .unwrap();
             }
             if pos > 500 {
                 engine
-                    .remove(std::slice::from_ref(&(pos - 457..pos - 450)))
+                    .remove(0, std::slice::from_ref(&(pos - 457..pos - 450)))
                     .unwrap();
             }
         }
@@ -119,7 +120,7 @@ fn rows_do_not_know_how_v_is_stored() {
             assert!(a[..PLACE + layer] == b[..PLACE + layer], "{kind:?}, {pos}");
         }
         // The rows of `along`, some of them in other cells, are then the rows of `across`.
-        across.rewind(0, 0).unwrap();
+        across.rewind(0, 0, 0).unwrap();
         let mut order: Vec<usize> = (0..40).collect();
         order.rotate_left(13);
         let shuffled: Vec<u8> = order
@@ -128,7 +129,9 @@ fn rows_do_not_know_how_v_is_stored() {
             .collect();
         let positions: Vec<Pos> = order.iter().map(|&i| i as Pos).collect();
         let mut taken = Vec::new();
-        across.put_rows(&positions, &shuffled, &mut taken).unwrap();
+        across
+            .put_rows(0, &positions, &shuffled, &mut taken)
+            .unwrap();
         assert_eq!(taken, cells);
         assert!(across.rows(&cells).unwrap() == shuffled, "{kind:?}");
     }

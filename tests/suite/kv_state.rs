@@ -14,6 +14,7 @@ use crate::model::{converted, engine, exact, load};
 fn decode(engine: &mut LlamaEngine, tokens: &[i32], pos: Pos) {
     let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();
     let batch = Batch {
+        seq: 0,
         input: Input::Tokens(tokens),
         pos: &positions,
         queries: &[],
@@ -67,17 +68,17 @@ fn a_copy_on_the_device_is_whole() {
             assert!(engine.restore_from_device().is_err(), "nothing saved");
             decode(&mut engine, &first, 0);
             if scattered {
-                engine.remove(&[3..4, 10..30, 33..34, 60..61]).unwrap();
+                engine.remove(0, &[3..4, 10..30, 33..34, 60..61]).unwrap();
             }
             let before = contents(&mut engine);
             engine.save_on_device().unwrap();
             for _ in 0..2 {
                 // Other values in the same cells, and with holes elsewhere.
-                engine.rewind(0, 0).unwrap();
+                engine.rewind(0, 0, 0).unwrap();
                 decode(&mut engine, &other, 0);
                 assert_ne!(contents(&mut engine), before);
                 if scattered {
-                    engine.remove(&[0..1, 50..90]).unwrap();
+                    engine.remove(0, &[0..1, 50..90]).unwrap();
                 }
                 engine.restore_from_device().unwrap();
                 let after = contents(&mut engine);
@@ -95,7 +96,7 @@ fn a_copy_on_the_device_outlives_a_resize() {
     let mut engine = engine(&model, exact(1024));
     let tokens: Vec<i32> = (3..203).collect();
     decode(&mut engine, &tokens, 0);
-    engine.remove(std::slice::from_ref(&(20..120))).unwrap();
+    engine.remove(0, std::slice::from_ref(&(20..120))).unwrap();
     let before = contents(&mut engine);
     engine.save_on_device().unwrap();
     for n in [256, 768, 512, 1024] {
@@ -103,7 +104,7 @@ fn a_copy_on_the_device_outlives_a_resize() {
         assert_eq!(engine.resize(n).unwrap(), n);
         // Copied from the same place as the first time, but for the buffer.
         engine.save_on_device().unwrap();
-        engine.rewind(0, 0).unwrap();
+        engine.rewind(0, 0, 0).unwrap();
         decode(&mut engine, &tokens[100..], 0);
         engine.restore_from_device().unwrap();
         assert!(contents(&mut engine) == before, "{n} cells");

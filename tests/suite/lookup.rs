@@ -89,6 +89,7 @@ fn looking(options: ContextOptions, first_layer: u32, plain_lookups: bool) -> Co
 /// Feeds one token.
 fn step(engine: &mut LlamaEngine, token: i32, pos: i32, lookup: Option<&Lookup>) -> Vec<f32> {
     let batch = Batch {
+        seq: 0,
         input: Input::Tokens(&[token]),
         pos: &[pos],
         queries: &[],

@@ -66,6 +66,7 @@ mod room;
 mod rope;
 mod runtime;
 mod separators;
+mod sequences;
 mod session;
 mod signals;
 mod stock;

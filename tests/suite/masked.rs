@@ -145,7 +145,7 @@ fn eviction_equals_masked_attention() {
                 let (mut positions, mut ranges) = (eviction.positions.clone(), Vec::new());
                 coalesce(&mut positions, &mut ranges);
                 assert!(ranges.len() <= eviction.positions.len());
-                engine.remove(&ranges).unwrap();
+                engine.remove(0, &ranges).unwrap();
                 for cell in &mut pos_of_cell {
                     if cell.is_some_and(|pos| eviction.positions.contains(&pos)) {
                         *cell = None;
@@ -155,6 +155,7 @@ fn eviction_equals_masked_attention() {
             let mut cells = Vec::new();
             let queries: &[u32] = if s.attention { &[0] } else { &[] };
             let batch = Batch {
+                seq: 0,
                 input: Input::Tokens(&[id]),
                 pos: &[pos],
                 queries,

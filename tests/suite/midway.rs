@@ -54,6 +54,7 @@ fn go_on(
             let from = at.len() as Pos;
             let pos: Vec<Pos> = (from..).take(end - start).collect();
             let batch = Batch {
+                seq: 0,
                 input: segment.rows(start, end, None),
                 pos: &pos,
                 queries: &[],
@@ -77,6 +78,7 @@ fn go_on(
     for pos in batches.flat_map(|batch| batch.chunks(most.min(n))) {
         let from: Vec<Cell> = pos.iter().map(|&pos| at[pos as usize]).collect();
         let batch = Batch {
+            seq: 0,
             input: Input::Trial(&from),
             pos,
             queries: &[],
@@ -204,6 +206,7 @@ fn going_on_into_scattered_cells_changes_nothing() {
                 // Behind the prompt, so that nothing of it sees them.
                 let after: Vec<Pos> = (n as Pos..).skip(1).take(60).collect();
                 let batch = Batch {
+                    seq: 0,
                     input: Input::Tokens(&[13; 60]),
                     pos: &after,
                     queries: &[],
@@ -213,7 +216,7 @@ fn going_on_into_scattered_cells_changes_nothing() {
                 let (mut cells, mut seen) = (Vec::new(), Observation::default());
                 engine.decode(batch, &mut cells, &mut seen).unwrap();
                 let gone = after.chunks(3).map(|three| three[0]..three[0] + 2);
-                engine.remove(&gone.collect::<Vec<_>>()).unwrap();
+                engine.remove(0, &gone.collect::<Vec<_>>()).unwrap();
                 kept.extend(cells.iter().skip(2).step_by(3));
             }
             let rows = engine.rows(&kept).unwrap();
@@ -249,6 +252,7 @@ fn rows_that_no_trial_run_has_are_refused() {
     let refused = |engine: &mut LlamaEngine, cells: &[Cell]| {
         let pos: Vec<Pos> = (0..cells.len() as Pos).collect();
         let batch = Batch {
+            seq: 0,
             input: Input::Trial(cells),
             pos: &pos,
             queries: &[],
@@ -264,6 +268,7 @@ fn rows_that_no_trial_run_has_are_refused() {
     for goes_on in [false, true] {
         let trial = engine.trials().unwrap().begin(8, goes_on).unwrap();
         let batch = Batch {
+            seq: 0,
             input: Input::Tokens(&[1, 20, 37]),
             pos: &[0, 1, 2],
             queries: &[],

@@ -71,6 +71,7 @@ pub fn exact(n_ctx: u32) -> ContextOptions {
     ContextOptions {
         n_ctx,
         kv_size: None,
+        n_seq_max: 1,
         n_batch: 2048.min(n_ctx),
         n_ubatch: 512.min(n_ctx),
         n_threads: 1,
@@ -196,6 +197,7 @@ pub fn prefill(
         let queries: Vec<u32> = rows.filter(|&r| observe(pos + r as Pos)).collect();
         let places: Vec<Pos> = (pos..).take(input.len()).collect();
         let batch = Batch {
+            seq: 0,
             input,
             pos: &places,
             queries: &queries,

@@ -25,6 +25,7 @@ fn decode(
     queries: &[u32],
 ) -> hae::Result<Observation> {
     let batch = Batch {
+        seq: 0,
         input,
         pos,
         queries,

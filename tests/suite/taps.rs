@@ -136,6 +136,7 @@ fn every_cache_type_agrees_with_the_callback() {
             let (mut cells, mut steps) = (Vec::new(), 0);
             while steps < 24 || seen.sum.len() == n_kv {
                 let batch = Batch {
+                    seq: 0,
                     input: Input::Tokens(&[500 + steps]),
                     pos: &[pos],
                     queries: &[0],
@@ -163,6 +164,7 @@ fn long_prompt(engine: &mut LlamaEngine, wanted: impl Fn(u32) -> bool) -> Observ
         let last = pos[0] == 1275;
         let queries: Vec<u32> = (0..425).filter(|&row| last && wanted(row)).collect();
         let batch = Batch {
+            seq: 0,
             input: Input::Tokens(tokens),
             pos,
             queries: &queries,
@@ -239,6 +241,7 @@ fn trace(model: &Model, options: ContextOptions, queries: bool) -> Vec<Vec<u32>>
     let places: Vec<Pos> = (0..300).collect();
     let rows: Vec<u32> = (200..290).collect();
     let batch = Batch {
+        seq: 0,
         input: Input::Tokens(&tokens),
         pos: &places,
         queries: if queries { &rows } else { &[] },
@@ -249,6 +252,7 @@ fn trace(model: &Model, options: ContextOptions, queries: bool) -> Vec<Vec<u32>>
     let mut all = vec![bits(&engine)];
     for pos in 300..316 {
         let batch = Batch {
+            seq: 0,
             input: Input::Tokens(&[pos]),
             pos: &[pos],
             // Now and then, so that graphs with and without taps follow each other.
@@ -293,6 +297,7 @@ fn what_cannot_be_tapped_is_refused() {
     let mut decode = |n: i32, queries: &[u32]| {
         let tokens: Vec<i32> = (0..n).collect();
         let batch = Batch {
+            seq: 0,
             input: Input::Tokens(&tokens),
             pos: &tokens,
             queries,
@@ -343,6 +348,7 @@ fn other_kinds_of_attention_agree_with_the_callback() {
     let scores = |model: &Model, options: ContextOptions| {
         let mut seen = Observation::default();
         let batch = Batch {
+            seq: 0,
             input: Input::Tokens(&tokens),
             pos: &places,
             queries: &rows,

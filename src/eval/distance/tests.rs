@@ -9,7 +9,7 @@ use super::*;
 use crate::cache::Cell;
 use crate::controller::Controller;
 use crate::engine::scripted::{EOG, Scripted, hashed};
-use crate::engine::{Batch, Capabilities, KvBytes, Observation, Vocabulary};
+use crate::engine::{Batch, Capabilities, KvBytes, Observation, SeqId, Vocabulary};
 use crate::policy::{EvictionPolicy, Observe, Plan};
 
 const N_VOCAB: usize = 16;
@@ -67,12 +67,12 @@ impl Engine for Sums {
         self.inner.vocabulary()
     }
 
-    fn remove(&mut self, ranges: &[Range<Pos>]) -> Result<()> {
-        self.inner.remove(ranges)
+    fn remove(&mut self, seq: SeqId, ranges: &[Range<Pos>]) -> Result<()> {
+        self.inner.remove(seq, ranges)
     }
 
-    fn shift(&mut self, from: Pos, by: Pos) -> Result<()> {
-        self.inner.shift(from, by)
+    fn shift(&mut self, seq: SeqId, from: Pos, by: Pos) -> Result<()> {
+        self.inner.shift(seq, from, by)
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -82,8 +82,8 @@ impl Engine for Sums {
         }
     }
 
-    fn rewind(&mut self, from: Pos, left: usize) -> Result<()> {
-        self.inner.rewind(from, left)
+    fn rewind(&mut self, seq: SeqId, from: Pos, left: usize) -> Result<()> {
+        self.inner.rewind(seq, from, left)
     }
 
     fn n_cells(&self) -> usize {
