@@ -108,14 +108,14 @@ impl Attend {
     /// # Errors
     /// [`Error::Option`] for amounts that cannot be, or a layer that the model does not have.
     pub fn check(&self, n_layer: u32) -> Result<()> {
-        for (flag, amount) in [("--attend", self.vision), ("--attend-text", self.text)] {
+        for (flag, amount) in [("attend", self.vision), ("attend_text", self.text)] {
             if let Some(amount) = amount {
                 amount.check(flag)?;
             }
         }
         if self.first_layer > n_layer {
             let reason = format!("layer {}, the model has {n_layer}", self.first_layer);
-            return Err(Error::option("--attend-from", reason));
+            return Err(Error::option("attend_from", reason));
         }
         Ok(())
     }

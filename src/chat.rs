@@ -18,7 +18,7 @@ use crate::saved::Saved;
 use crate::trace;
 use crate::turn::{self, Prompts, Talk, Turn};
 
-const NO_VISION: &str = "pictures need a vision file, give one with --mmproj";
+const NO_VISION: &str = "pictures need a vision file, give one with `mmproj`";
 
 /// How to chat. The defaults are llama.cpp's, but for the policy `full`'s name and greedy answers,
 /// which are the same every time.
@@ -90,8 +90,8 @@ impl Chat {
             plan.read_for_trace(&policy.options)?;
         }
         if options.host_bin > 0 && !plan.policy().recalls() {
-            let reason = "wants a policy that calls evicted tokens back: hae, without --no-recall";
-            return Err(Error::option("--bin-host-mib", reason));
+            let reason = "wants a policy that calls evicted tokens back: hae, without `no_recall`";
+            return Err(Error::option("bin_host_mib", reason));
         }
         let system_prompt = options.system_prompt.as_deref();
         let template = options.template.of(model, system_prompt)?;
@@ -195,7 +195,7 @@ impl Chat {
     pub fn check_num_crops(&self, n: u32) -> Result<()> {
         match self.prompts.vision() {
             Some(vision) => vision.check_num_crops(n),
-            None => Err(Error::option("--num-crops", NO_VISION)),
+            None => Err(Error::option("num_crops", NO_VISION)),
         }
     }
 

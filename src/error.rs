@@ -17,12 +17,14 @@ pub enum Error {
     /// A file that is not what it should be. `reason` says what was found and what was expected.
     #[error("{path}: {reason}", path = path.display())]
     File { path: PathBuf, reason: String },
-    #[error("{name}: {reason}")]
+    /// An option that cannot be. `name` is its key, the field that it sets; a reason names other
+    /// options by theirs, between backticks. The command line spells both as flags.
+    #[error("{}: {reason}", quoted(name))]
     Option { name: &'static str, reason: String },
-    #[error("prompt needs {needed} cells but the context holds {n_ctx}: give a larger -c")]
+    #[error("prompt needs {needed} cells but the context holds {n_ctx}: give a larger `n_ctx`")]
     PromptTooLong { needed: usize, n_ctx: usize },
     #[error(
-        "the context is full at {n_ctx} cells: give a larger -c, a smaller -n, or --kv-policy hae with a --kv-budget"
+        "the context is full at {n_ctx} cells: give a larger `n_ctx`, a smaller `n_predict`, or `kv_policy` hae with a `kv_budget`"
     )]
     ContextFull { n_ctx: usize },
     #[error("attention score of position {pos} is {value}, expected a finite number")]
@@ -80,5 +82,14 @@ impl Error {
             call,
             reason: reason.into(),
         }
+    }
+}
+
+/// A key between backticks; what is none, as it is.
+pub(crate) fn quoted(name: &str) -> std::borrow::Cow<'_, str> {
+    let is_key = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    match name.chars().all(is_key) {
+        true => format!("`{name}`").into(),
+        false => name.into(),
     }
 }

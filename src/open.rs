@@ -123,7 +123,7 @@ impl Plan {
         }
         if let Some(reason) = self.model.eviction_obstacle() {
             let reason = format!("attention by token cannot be read: {reason}");
-            return Err(Error::option("--trace", reason));
+            return Err(Error::option("trace", reason));
         }
         options.validate(self.limits)?;
         self.context.score_layers = options.layers.resolve(self.limits.n_layer);
@@ -238,7 +238,7 @@ pub fn sized(context: &ContextOptions, model: &Model) -> Result<ContextOptions> 
     };
     if n_ctx > MOST_CELLS {
         let reason = format!("{n_ctx} cells, expected at most {MOST_CELLS}");
-        return Err(Error::option("-c", reason));
+        return Err(Error::option("n_ctx", reason));
     }
     Ok(ContextOptions {
         n_ctx,

@@ -98,7 +98,7 @@ impl Transcript {
         let Some(new) = new else {
             self.messages.pop();
             return Err(Error::option(
-                "--chat-template",
+                "chat_template",
                 "it rewrites earlier turns, so a second turn cannot go on from the first: start again with /clear",
             ));
         };
@@ -163,8 +163,8 @@ pub fn tokenize(
     match (vision, &mut parts[..]) {
         (_, [Part::Text(text)]) => Ok(vec![Piece::Text(model.tokenize(text, first, true)?)]),
         (None, _) => Err(Error::option(
-            "--image",
-            "pictures need a vision file, give one with --mmproj",
+            "image",
+            "pictures need a vision file, give one with `mmproj`",
         )),
         // Phi-3.5-vision's processor starts the text behind a picture with BOS, also in later
         // turns, but not the text that goes on from an earlier turn.

@@ -55,17 +55,17 @@ impl Storage {
     /// The flags that were others, with their values.
     pub fn flags_beside(&self, other: &Storage) -> String {
         let all = [
-            ("-ctk", self.type_k.name(), other.type_k.name()),
-            ("-ctv", self.type_v.name(), other.type_v.name()),
+            ("type_k", self.type_k.name(), other.type_k.name()),
+            ("type_v", self.type_v.name(), other.type_v.name()),
             (
-                "-fa",
+                "flash_attention",
                 self.flash_attention.name(),
                 other.flash_attention.name(),
             ),
         ];
         let differ = all.iter().filter(|(_, own, other)| own != other);
         let flags: Vec<String> = differ
-            .map(|(flag, own, _)| format!("{flag} {own}"))
+            .map(|(flag, own, _)| format!("`{flag}` {own}"))
             .collect();
         flags.join(" ")
     }

@@ -223,10 +223,10 @@ fn check_fit(
     let images = || shapes.iter().filter(|shape| shape.is_image);
     if let Some(image) = images().find(|image| non_causal && image.rows > n_ubatch) {
         let reason = format!(
-            "{n_ubatch} rows, but a picture takes {} at once with this model: give at least as many with -b and -ub",
+            "{n_ubatch} rows, but a picture takes {} at once with this model: give at least as many with `n_batch` and `n_ubatch`",
             image.rows
         );
-        return Err(Error::option("-ub", reason));
+        return Err(Error::option("n_ubatch", reason));
     }
     let judged = session.judges_first(images().next().is_some());
     let counts = session.controller.ledger().counts();
@@ -250,9 +250,9 @@ fn check_fit(
     let positions = session.controller.next_pos() as usize + carried + new;
     if let Some(reach) = opened.reach.filter(|&reach| positions > reach && !shifts) {
         let reason = format!(
-            "the short factors reach {reach} positions, the prompt ends at {positions}: give long, or a larger -c"
+            "the short factors reach {reach} positions, the prompt ends at {positions}: give long, or a larger `n_ctx`"
         );
-        return Err(Error::option("--rope-factors", reason));
+        return Err(Error::option("rope_factors", reason));
     }
     Ok(())
 }

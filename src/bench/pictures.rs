@@ -31,9 +31,9 @@ impl Pictures {
         match self {
             Pictures::Noise { width, height, .. } => Limits::default()
                 .check_size(width, height)
-                .map_err(|reason| Error::option("--image-size", reason)),
+                .map_err(|reason| Error::option("image_size", reason)),
             Pictures::Embeddings { n: 0 } => {
-                Err(Error::option("--image-tokens", "0, expected at least 1"))
+                Err(Error::option("image_tokens", "0, expected at least 1"))
             }
             Pictures::Embeddings { .. } => Ok(()),
         }
@@ -143,7 +143,7 @@ fn noise(width: u32, height: u32, num_crops: Option<u32>, seed: u64) -> Picture 
 
 fn no_vision() -> Error {
     Error::option(
-        "--images",
-        "pictures need a vision file: give one with --mmproj, or --image-tokens for made-up embeddings",
+        "images",
+        "pictures need a vision file: give one with `mmproj`, or `image_tokens` for made-up embeddings",
     )
 }

@@ -302,7 +302,7 @@ mod tests {
             (changed("/version", Value::Null), "is of version null"),
             (
                 changed("/parameters/bin_size", 0.into()),
-                "has a value that cannot be: --bin-size: 0 cells",
+                "has a value that cannot be: `bin_size`: 0 cells",
             ),
             (
                 changed("/parameters/score_layers", "5-1".into()),

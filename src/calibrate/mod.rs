@@ -191,8 +191,8 @@ mod tests {
             ("score_layers", r#""0-9999""#, "is no layer"),
             ("score_layers", r#""""#, "is no layer"),
             ("score_queries", r#""first""#, "expected all or last"),
-            ("dap_tau", "-1", "--dap-tau: -1, expected a number"),
-            ("bin_size", "0", "--bin-size: 0 cells"),
+            ("dap_tau", "-1", "`dap_tau`: -1, expected a number"),
+            ("bin_size", "0", "`bin_size`: 0 cells"),
             ("bin_size", "-1", "invalid value"),
             ("layer", "0", "unknown field"),
         ] {

@@ -75,7 +75,7 @@ impl Chat {
         if tokens > engine.n_cells() {
             let n_ctx = engine.n_cells();
             return Err(refuse(format!(
-                "holds {tokens} cells, the context {n_ctx}: give a larger -c"
+                "holds {tokens} cells, the context {n_ctx}: give a larger `n_ctx`"
             )));
         }
         let pos: Vec<_> = saved.ledger.entries.iter().map(|e| e.pos).collect();
@@ -95,7 +95,7 @@ impl Chat {
     }
 }
 
-const SESSION: &str = "--session";
+const SESSION: &str = "session";
 
 fn refuse(reason: String) -> Error {
     Error::option(SESSION, reason)
@@ -141,7 +141,7 @@ fn check_model(saved: &Saved, engine: &LlamaEngine) -> Result<()> {
     if saved.rope_factors != engine.rope_factors() {
         let of = |factors: RopeFactors| format!("{factors:?}").to_lowercase();
         return Err(refuse(format!(
-            "was made with {0} rope factors, this run has {1} ones: give --rope-factors {0}",
+            "was made with {0} rope factors, this run has {1} ones: give `rope_factors` {0}",
             of(saved.rope_factors),
             of(engine.rope_factors())
         )));

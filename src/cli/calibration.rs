@@ -7,7 +7,7 @@ use anyhow::{Result, anyhow};
 use super::load::Files;
 use super::options::calibrated::Taken;
 use super::options::{ModelArgs, PRESETS, PolicyArgs};
-use super::warn;
+use super::{spell, warn};
 use hae::Error;
 use hae::calibrate::file::Calibration;
 use hae::llama::gguf;
@@ -110,7 +110,12 @@ impl Calibrated {
     /// An error with the file in front, where the value came from there.
     pub fn blamed(&self, e: anyhow::Error) -> anyhow::Error {
         match e.downcast_ref::<Error>() {
-            Some(Error::Option { name, .. }) if self.taken.iter().any(|t| t.flag == *name) => {
+            Some(Error::Option { name, .. })
+                if self
+                    .taken
+                    .iter()
+                    .any(|t| spell::flag(name).as_deref() == Some(t.flag)) =>
+            {
                 anyhow!("{}: {e}", self.path)
             }
             _ => e,

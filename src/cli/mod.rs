@@ -23,6 +23,7 @@ pub mod replay;
 pub mod report;
 pub mod run;
 mod session;
+pub mod spell;
 mod table;
 
 use std::io::Write;
@@ -52,7 +53,7 @@ pub fn is_of_output(e: &anyhow::Error) -> bool {
 /// One line on stderr, whatever a file's name or a file itself put into it. Nobody is left to
 /// tell when stderr is closed.
 pub fn note(text: &str) {
-    let line: String = text
+    let line: String = spell::spelled(text)
         .chars()
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect();

@@ -137,7 +137,7 @@ fn model_name(asked: Option<&str>, configured: Option<&str>) -> Result<String> {
     match asked {
         Some(name) if is_phi3(name) && !name.contains('\0') => Ok(name.to_owned()),
         Some(name) => Err(Error::option(
-            "--name",
+            "name",
             format!(
                 "\"{}\" does not hold \"phi-3\" or \"phi3\", by which llama.cpp knows how to treat the added tokens",
                 name.escape_debug()

@@ -62,8 +62,8 @@ impl Model<'_> {
         mut read: FilesInUse,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Summary> {
-        read.writes("--output", text_out)?;
-        read.writes("--mmproj", mmproj_out)?;
+        read.writes("output", text_out)?;
+        read.writes("mmproj", mmproj_out)?;
         let text_file = OutFile::create(text_out)?;
         let vision_file = OutFile::create(mmproj_out)?;
 

@@ -239,7 +239,7 @@ fn notes(files: &TokenizerFiles) -> Vec<String> {
     if files.chat_template.is_none() {
         notes.push(
             "no chat template in tokenizer_config.json, chat_template.jinja or chat_template.json: \
-             prompts will go in as they are, unless --chat-template names one"
+             prompts will go in as they are, unless `chat_template` names one"
                 .into(),
         );
     }

@@ -198,7 +198,7 @@ fn mismatch(found: &Header, header: &Header) -> Option<String> {
     let then = was.get(name).unwrap_or(&Value::Null);
     let (name, then, now) = inner(name, then, now);
     Some(format!(
-        "was begun with {name} {then}, this run has {now}: expected the same, or another --out"
+        "was begun with {name} {then}, this run has {now}: expected the same, or another `out`"
     ))
 }
 

@@ -243,7 +243,7 @@ impl<E: Engine> Session<E> {
         let rows = count(prompt).total();
         if rows == 0 {
             return Err(Error::option(
-                "prompt",
+                "the prompt",
                 "is empty, expected at least one token",
             ));
         }

@@ -141,7 +141,7 @@ impl Segment {
                     let reason = format!(
                         "picture {image} has separators that are no rows of its {n}, in order"
                     );
-                    return Err(Error::option("prompt", reason));
+                    return Err(Error::option("the prompt", reason));
                 }
                 if let Some(Axes { rows, n_pos, .. }) = axes {
                     let fits = usize::try_from(*n_pos).is_ok_and(|p| (1..=*n).contains(&p));
@@ -150,7 +150,7 @@ impl Segment {
                         let reason = format!(
                             "picture {image} has {rows} places on {n_pos} positions for {n} rows"
                         );
-                        return Err(Error::option("prompt", reason));
+                        return Err(Error::option("the prompt", reason));
                     }
                 }
                 if *n == 0 && embeddings.is_empty() {
@@ -159,7 +159,7 @@ impl Segment {
                 if *n == 0 || embeddings.is_empty() || embeddings.len() % n != 0 {
                     let values = embeddings.len();
                     let reason = format!("picture {image} has {values} values for {n} rows");
-                    return Err(Error::option("prompt", reason));
+                    return Err(Error::option("the prompt", reason));
                 }
                 Ok(())
             }

@@ -408,7 +408,7 @@ fn prompts_that_cannot_be() {
     };
     assert_eq!(
         refused(&[tokens(4), picture(5)]),
-        "prompt needs 9 cells but the context holds 8: give a larger -c"
+        "prompt needs 9 cells but the context holds 8: give a larger `n_ctx`"
     );
     assert!(refused(&[]).contains("is empty"));
     assert!(refused(&[tokens(0), picture(0)]).contains("is empty"));
@@ -421,7 +421,7 @@ fn prompts_that_cannot_be() {
     };
     assert_eq!(
         refused(&[misshapen(5, 2)]),
-        "prompt: picture 4 has 5 values for 2 rows"
+        "the prompt: picture 4 has 5 values for 2 rows"
     );
     assert!(refused(&[tokens(1), misshapen(5, 0)]).contains("5 values for 0 rows"));
     assert!(refused(&[tokens(1), misshapen(0, 2)]).contains("0 values for 2 rows"));

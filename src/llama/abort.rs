@@ -54,7 +54,7 @@ fn reason(assertion: &str, logged: String) -> String {
     let explained = memory::explained(
         logged,
         "what is to be computed",
-        "a smaller -c, -ub or picture",
+        "a smaller `n_ctx`, `n_ubatch` or picture",
     );
     match explained.starts_with("not enough memory") {
         true => explained,
@@ -80,7 +80,7 @@ mod tests {
         assert_eq!(
             reason(assertion, logged.to_owned()),
             format!(
-                "not enough memory for what is to be computed: give a smaller -c, -ub or picture ({logged})"
+                "not enough memory for what is to be computed: give a smaller `n_ctx`, `n_ubatch` or picture ({logged})"
             )
         );
         for other in ["", "failed to open a file"] {

@@ -34,7 +34,7 @@ pub(super) fn allow(ctx: &mut LlamaContext<'_>, options: &ContextOptions) -> Res
     match code {
         0 => Ok(()),
         sys::LLAMA_HAE_ATTEND_ERR_MEMORY => Err(Error::option(
-            "--attend",
+            "attend",
             "this model's attention cannot look cells up: its cache has windows or is none, or its attention has sinks, a cap or ALiBi",
         )),
         code => Err(reason("llama_hae_attend_set", code)),

@@ -232,7 +232,7 @@ impl LlamaEngine {
             size,
             CALL,
             "evicted text",
-            "a smaller --bin-host-mib",
+            "a smaller `bin_host_mib`",
         )?;
         rows.resize(size, 0);
         log::forget();

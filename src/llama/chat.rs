@@ -28,14 +28,14 @@ pub fn apply(
     messages: &[Message],
     open_answer: bool,
 ) -> Result<String> {
-    let bad = |reason: String| Error::option("--chat-template", reason);
+    let bad = |reason: String| Error::option("chat_template", reason);
     let template = LlamaChatTemplate::new(template)
         .map_err(|_| bad("the template contains a NUL byte".into()))?;
     let messages = messages
         .iter()
         .map(|m| LlamaChatMessage::new(m.role.to_owned(), m.content.clone()))
         .collect::<std::result::Result<Vec<_>, _>>()
-        .map_err(|_| Error::option("-p", "the prompt contains a NUL byte"))?;
+        .map_err(|_| Error::option("prompt_text", "the prompt contains a NUL byte"))?;
     log::forget();
     model
         .inner

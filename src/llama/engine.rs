@@ -24,7 +24,7 @@ use crate::engine::SeqId;
 use crate::error::{Error, Result};
 
 /// What makes a context and its batches need less memory.
-pub(super) const SMALLER: &str = "a smaller -c or -ub, or -ctk and -ctv q8_0";
+pub(super) const SMALLER: &str = "a smaller `n_ctx` or `n_ubatch`, or `type_k` and `type_v` q8_0";
 
 /// Held while a context is made.
 static MAKING: Mutex<()> = Mutex::new(());

@@ -65,7 +65,7 @@ impl Drop for FirstLayer {
 fn reason(call: &'static str, code: i32) -> Error {
     match code {
         sys::LLAMA_HAE_LAYERS_ERR_MODEL | sys::LLAMA_HAE_LAYERS_ERR_NOTHING => Error::option(
-            "--dap-mode",
+            "dap_mode",
             "midway: the layers of this model cannot be taken apart, expected exact or early",
         ),
         code => Error::llama(call, log::take_reason(&format!("status {code}"))),

@@ -82,7 +82,7 @@ fn fits(n_ctx: u32, per_cell: u64, total: u64) -> Result<()> {
     }
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     Err(Error::option(
-        "-c",
+        "n_ctx",
         format!(
             "{n_ctx} cells take {:.1} of the machine's {:.1} GiB, expected at most {most}",
             gib(per_cell.saturating_mul(n_ctx.into())),
@@ -155,7 +155,7 @@ mod tests {
         let error = fits(1 << 24, 6144, 24 << 30).unwrap_err().to_string();
         assert_eq!(
             error,
-            "-c: 16777216 cells take 96.0 of the machine's 24.0 GiB, expected at most 3355443"
+            "`n_ctx`: 16777216 cells take 96.0 of the machine's 24.0 GiB, expected at most 3355443"
         );
         assert!(fits(u32::MAX, u64::MAX, u64::MAX - 1).is_err());
     }

@@ -57,7 +57,7 @@ impl Model {
         if arch == "clip" {
             return Err(Error::file(
                 path,
-                "is a vision file (architecture clip), expected a text model: pass it as --mmproj",
+                "is a vision file (architecture clip), expected a text model: pass it as `mmproj`",
             ));
         }
         hparams::check(&meta, &arch)?;

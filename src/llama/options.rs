@@ -112,7 +112,7 @@ impl ContextOptions {
     pub(super) fn check(&self, model: &Model, n_layer_first: Option<u32>) -> Result<()> {
         if let Some(&il) = self.score_layers.iter().find(|&&il| il >= model.n_layer()) {
             return Err(Error::option(
-                "--score-layers",
+                "score_layers",
                 format!(
                     "layer {il} does not exist, the model has layers 0 to {}",
                     model.n_layer().saturating_sub(1)
@@ -125,15 +125,18 @@ impl ContextOptions {
             let why = if self.calls_back() {
                 "reading attention scores switches off"
             } else {
-                "-fa off switches off"
+                "`flash_attention` off switches off"
             };
             return Err(Error::option(
-                "-ctv",
+                "type_v",
                 format!("a quantized V cache needs flash attention, which {why}"),
             ));
         }
         if self.n_ctx == 0 || self.n_batch == 0 || self.n_ubatch == 0 {
-            return Err(Error::option("-c, -b, -ub", "expected at least 1"));
+            return Err(Error::option(
+                "`n_ctx`, `n_batch`, `n_ubatch`",
+                "expected at least 1",
+            ));
         }
         self.check_sequences(model)?;
         let n_layer = n_layer_first.unwrap_or(model.n_layer());
@@ -163,7 +166,7 @@ impl ContextOptions {
         }
         // What a step looks up is said by cell, and other sequences' cells are among them.
         if !self.attend.is_whole() {
-            return refused("sequences beside --attend, which serves one".to_owned());
+            return refused("sequences beside `attend`, which serves one".to_owned());
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use llama_cpp_2::token::LlamaToken;
 use llama_cpp_2::token::data::LlamaTokenData;
 use llama_cpp_2::token::data_array::LlamaTokenDataArray;
 
+use super::log;
 use super::rows::check_token;
 use crate::engine::{Sampler, Token};
 use crate::error::{Error, Result};
@@ -127,7 +128,13 @@ impl Sampler for Chain {
             .data
             .extend(all.map(|(&logit, token)| LlamaTokenData::new(LlamaToken(token), logit, 0.0)));
         (candidates.selected, candidates.sorted) = (None, false);
+        log::forget();
         self.chain.apply(candidates);
+        // What went wrong in a part of the chain is caught there, and the rest goes on.
+        let reason = log::take_reason("");
+        if !reason.is_empty() {
+            return Err(Error::llama(CALL, reason));
+        }
         let token = candidates.selected_token();
         let token = token.ok_or_else(|| Error::llama(CALL, "no token could be chosen"))?;
         check_token(CALL, token.0, self.n_vocab)?;

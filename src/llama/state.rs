@@ -152,7 +152,7 @@ impl LlamaEngine {
             size,
             CALL,
             what,
-            "a smaller -c, or a -ctk and -ctv",
+            "a smaller `n_ctx`, or a `type_k` and `type_v`",
         )?;
         bytes.resize(size, 0);
         // SAFETY: as above; the call writes no more than the buffer's size, which it is told.

@@ -35,7 +35,7 @@ fn reason(call: &'static str, code: i32) -> Error {
         sys::LLAMA_HAE_TAPS_ERR_FAILED => memory::explained(
             log::take_reason("no memory for the larger graph"),
             "attention scores",
-            "a smaller -ub or -c, or fewer --score-layers",
+            "a smaller `n_ubatch` or `n_ctx`, or fewer `score_layers`",
         ),
         code => format!("status {code}"),
     };

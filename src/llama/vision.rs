@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::image::{Picture, hd};
 
 /// What makes a picture need less memory.
-const SMALLER: &str = "a smaller picture, or a smaller --num-crops to Phi-3.5-vision";
+const SMALLER: &str = "a smaller picture, or a smaller `num_crops` to Phi-3.5-vision";
 
 /// How to load a vision file.
 #[derive(Clone, Copy, Debug)]
@@ -199,7 +199,7 @@ impl Vision {
             return Err(Error::file(
                 path,
                 format!(
-                    "is a text model (architecture {arch}), expected a vision file: pass it as -m"
+                    "is a text model (architecture {arch}), expected a vision file: pass it as `model`"
                 ),
             ));
         }
@@ -265,11 +265,11 @@ impl Vision {
                 "only Phi-3.5-vision takes a number of crops, this is {}",
                 self.projector
             );
-            return Err(Error::option("--num-crops", reason));
+            return Err(Error::option("num_crops", reason));
         }
         if !(1..=Self::MAX_CROPS).contains(&n) {
             let reason = format!("{n}, expected 1 to {}", Self::MAX_CROPS);
-            return Err(Error::option("--num-crops", reason));
+            return Err(Error::option("num_crops", reason));
         }
         Ok(())
     }
@@ -354,9 +354,10 @@ impl Vision {
 
     fn input(&self, part: &Part<'_>) -> Result<Input> {
         match part {
-            Part::Text(text) if text.contains('\0') => {
-                Err(Error::option("-p", "the prompt contains a NUL byte"))
-            }
+            Part::Text(text) if text.contains('\0') => Err(Error::option(
+                "prompt_text",
+                "the prompt contains a NUL byte",
+            )),
             Part::Text(text) => Ok(Input::Text(sys::mtmd_input_text {
                 text: text.as_ptr().cast(),
                 text_len: text.len(),

@@ -5,7 +5,7 @@ use std::fs::Metadata;
 use std::path::{Path, PathBuf};
 
 use super::{behind_links, folder_of};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quoted};
 
 /// The files of a command by what they are, not by how they are called: links do not hide them.
 #[derive(Debug, Default)]
@@ -53,7 +53,7 @@ impl FilesInUse {
             let reason = format!("{path} is the same file as {what}, expected another one");
             return Err(Error::option(name, reason));
         }
-        self.files.insert(id, name.into());
+        self.files.insert(id, quoted(name).into_owned());
         Ok(())
     }
 }

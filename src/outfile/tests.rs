@@ -67,28 +67,32 @@ fn what_is_read_is_not_written() {
     std::fs::hard_link(&model, at("hard")).unwrap();
     symlink(at("none"), at("dangling")).unwrap();
     let mut files = FilesInUse::default();
-    files.reads_model("-m", &model);
-    files.writes("--session", &at("none")).unwrap();
+    files.reads_model("model", &model);
+    files.writes("session", &at("none")).unwrap();
     let around = at("../")
         .join(folder.path().file_name().unwrap())
         .join("none");
     for (path, what) in [
-        (model.clone(), "-m"),
-        (at("m-00002-of-00002.gguf"), "-m"),
-        (at("./link"), "-m"),
-        (at("hard"), "-m"),
-        (at("none"), "--session"),
-        (around, "--session"),
-        (at("dangling"), "--session"),
+        (model.clone(), "model"),
+        (at("m-00002-of-00002.gguf"), "model"),
+        (at("./link"), "model"),
+        (at("hard"), "model"),
+        (at("none"), "session"),
+        (around, "session"),
+        (at("dangling"), "session"),
     ] {
-        let line = files.writes("--trace", &path).unwrap_err().to_string();
+        let line = files.writes("trace", &path).unwrap_err().to_string();
+        let what = match what {
+            "session" => "`session`",
+            what => what,
+        };
         let expected = format!(" is the same file as {what}, expected another one");
         assert!(
-            line.starts_with("--trace: ") && line.ends_with(&expected),
+            line.starts_with("`trace`: ") && line.ends_with(&expected),
             "{line}"
         );
     }
-    files.writes("--trace", &at("other")).unwrap();
-    files.writes("--trace", Path::new("/dev/null")).unwrap();
-    files.writes("--out", Path::new("/dev/null")).unwrap();
+    files.writes("trace", &at("other")).unwrap();
+    files.writes("trace", Path::new("/dev/null")).unwrap();
+    files.writes("out", Path::new("/dev/null")).unwrap();
 }

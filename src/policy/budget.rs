@@ -39,7 +39,7 @@ impl Budget {
     /// # Errors
     /// [`Error::Option`] for a budget that leaves `guard` no choice, or does not fit the context.
     pub fn new(amount: Amount, guard: Guard, limits: Limits) -> Result<Self> {
-        const FLAG: &str = "--kv-budget";
+        const FLAG: &str = "kv_budget";
         amount.check(FLAG)?;
         let Guard { sinks, recent } = guard;
         let least = sinks.saturating_add(recent).saturating_add(2);

@@ -22,7 +22,7 @@
 use serde_json::Value;
 
 use super::budget::{BUDGET, Budget};
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::Guard;
 use super::{EvictionPolicy, Held, Limits, Observe, OptionKey, Plan, PolicyOptions, Shift};
 use crate::cache::{Cell, Ledger, Pos};

@@ -51,9 +51,9 @@ pub(super) const HYSTERESIS: f64 = 0.1;
 /// [`Error::Option`] for a bin of no cells, or a hysteresis that is none.
 pub(super) fn check(options: &PolicyOptions) -> Result<()> {
     if options.bin_size == 0 {
-        return Err(Error::option("--bin-size", "0 cells, expected at least 1"));
+        return Err(Error::option("bin_size", "0 cells, expected at least 1"));
     }
-    at_least_zero("--hysteresis", options.hysteresis)
+    at_least_zero("hysteresis", options.hysteresis)
 }
 
 /// In the order in which they leave.
@@ -116,7 +116,7 @@ impl Ddes {
                 "{least} live cells and a bin of {bin_size} need {}, but the context holds {n_cells}",
                 least.saturating_add(bin_size)
             );
-            return Err(Error::option("--bin-size", reason));
+            return Err(Error::option("bin_size", reason));
         }
         // As much as any step can need, so that none takes memory.
         let class = || Class {

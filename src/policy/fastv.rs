@@ -14,7 +14,7 @@
 //! - Other rules (`--dap-tau`, `--dap-r`, `--dap-spread` with the `--dap-keep` beside it) are not read.
 
 use super::pruning::{self, Judge, PromptPruner};
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::Candidate;
 use super::visual::{Visual, keep_best};
 use super::{Amount, DapRule, EvictionPolicy, Limits, OptionKey, Plan, PolicyOptions, Queries};

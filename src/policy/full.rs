@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::registry::Registered;
+use super::registered::Registered;
 use super::{EvictionPolicy, Observe, Plan};
 use crate::cache::Ledger;
 use crate::error::Result;

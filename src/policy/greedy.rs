@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 
 use super::budget::Budget;
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::{Candidate, Guard};
 use super::{Amount, EvictionPolicy, Held, Limits, Observe, Plan, PolicyOptions, Queries};
 use crate::cache::{Entry, Ledger};

@@ -15,7 +15,7 @@
 
 use super::budget::BUDGET;
 use super::greedy::Greedy;
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::Guard;
 use super::{Amount, EvictionPolicy, Limits, OptionKey, PolicyOptions, Queries};
 use crate::error::Result;
@@ -33,7 +33,7 @@ pub(super) const POLICY: Registered = Registered {
 pub(super) const RECENT: Amount = Amount::Share(0.5);
 
 fn create(options: &PolicyOptions, limits: Limits) -> Result<Box<dyn EvictionPolicy>> {
-    options.h2o_recent.check("--h2o-recent")?;
+    options.h2o_recent.check("h2o_recent")?;
     let guard = Guard {
         sinks: options.sinks,
         // What the window may take depends on the budget, and leaves it a choice.

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::budget::{BUDGET, Budget};
 use super::dap::{self, Dap};
 use super::ddes::{self, Ddes};
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::{GUARD, Guard, SCORES};
 use super::{
     DapMode, DapRule, EvictionPolicy, Held, Limits, Observe, OptionKey, Plan, PolicyOptions,
@@ -79,8 +79,8 @@ impl Hae {
             && dap.rule == DapRule::Auto
             && dap.alpha.is_some()
         {
-            let reason = "has no threshold to add to, expected --dap-tau or --dap-r beside it";
-            return Err(Error::option("--dap-alpha", reason));
+            let reason = "has no threshold to add to, expected `dap_tau` or `dap_r` beside it";
+            return Err(Error::option("dap_alpha", reason));
         }
         let PolicyOptions { sinks, recent, .. } = options;
         let budget = options

@@ -22,6 +22,7 @@ mod mustdrop;
 mod options;
 mod pruning;
 mod random;
+mod registered;
 mod registry;
 mod scores;
 mod snapkv;

@@ -21,7 +21,7 @@
 use serde_json::json;
 
 use super::pruning::{self, Judge, PromptPruner};
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::Candidate;
 use super::visual::{Visual, counted, keep_best};
 use super::{DapRule, EvictionPolicy, Limits, OptionKey, Plan, PolicyOptions, Queries};

@@ -134,7 +134,7 @@ impl PolicyOptions {
             _ => {
                 let known = Self::PRESETS.join(", ");
                 Err(Error::option(
-                    "--kv-preset",
+                    "kv_preset",
                     format!("{name:?}, expected one of {known}"),
                 ))
             }

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use super::budget::Budget;
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::Guard;
 use super::visual::{Pictures, Visual};
 use super::{

@@ -8,7 +8,7 @@
 
 use super::budget::BUDGET;
 use super::greedy::Greedy;
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::{GUARD, Guard};
 use super::{EvictionPolicy, Limits, OptionKey, PolicyOptions};
 use crate::cache::Modality;

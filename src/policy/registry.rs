@@ -1,20 +1,9 @@
 //! The policies by name: what each reads, and how it is made.
 
-use serde_json::Value;
-
+use super::registered::Registered;
 use super::{EvictionPolicy, Limits, OptionKey, PolicyOptions};
 use super::{context_shift, fastv, full, h2o, hae, mustdrop, random, snapkv, streaming_llm, tova};
 use crate::error::{Error, Result};
-
-/// A policy as its file declares it.
-pub(super) struct Registered {
-    /// The name that `--kv-policy` takes.
-    pub name: &'static str,
-    /// The options that it reads, in groups; none of the others reaches it.
-    pub reads: &'static [&'static [OptionKey]],
-    /// Makes it, of options that are the defaults but for those that it reads.
-    pub create: fn(&PolicyOptions, Limits) -> Result<Box<dyn EvictionPolicy>>,
-}
 
 /// The one place to add one.
 const POLICIES: &[Registered] = &[
@@ -33,19 +22,9 @@ const POLICIES: &[Registered] = &[
     mustdrop::POLICY,
 ];
 
-impl Registered {
-    fn of(name: &str) -> Option<&'static Registered> {
-        POLICIES.iter().find(|policy| policy.name == name)
-    }
-
-    fn reads(&self, key: OptionKey) -> bool {
-        self.reads.iter().any(|group| group.contains(&key))
-    }
-
-    /// The options that it reads with their values, for reports.
-    pub fn params(&self, options: &PolicyOptions) -> Value {
-        options.shown(|key| self.reads(key))
-    }
+/// The policy of this name, if there is one.
+fn of(name: &str) -> Option<&'static Registered> {
+    POLICIES.iter().find(|policy| policy.name == name)
 }
 
 pub fn names() -> impl Iterator<Item = &'static str> {
@@ -63,12 +42,12 @@ pub fn create(
     options: &PolicyOptions,
     limits: Limits,
 ) -> Result<Box<dyn EvictionPolicy>> {
-    match Registered::of(name) {
+    match of(name) {
         Some(policy) => (policy.create)(&options.only(|key| policy.reads(key)), limits),
         None => {
             let known = names().collect::<Vec<_>>().join(", ");
             Err(Error::option(
-                "--kv-policy",
+                "kv_policy",
                 format!("{name:?}, expected one of {known}"),
             ))
         }
@@ -77,13 +56,13 @@ pub fn create(
 
 /// Whether a policy reads an option; one that nobody knows reads none.
 pub fn reads(name: &str, key: OptionKey) -> bool {
-    Registered::of(name).is_some_and(|policy| policy.reads(key))
+    of(name).is_some_and(|policy| policy.reads(key))
 }
 
 /// Whether the cache of the policy of this name is the full one, whatever its options: every
 /// policy that evicts is bound by a budget. `false` of a name that nobody knows.
 pub fn evicts_nothing(name: &str) -> bool {
-    Registered::of(name).is_some_and(|policy| !policy.reads(OptionKey::KvBudget))
+    of(name).is_some_and(|policy| !policy.reads(OptionKey::KvBudget))
 }
 
 /// Refuses what none of these policies reads. `given` are flags, each with the options that it
@@ -95,7 +74,7 @@ pub fn refuse_unread(
     policies: &[&str],
     given: impl IntoIterator<Item = (&'static str, Vec<OptionKey>)>,
 ) -> Result<()> {
-    let may_read = |name: &&str, key| Registered::of(name).is_none_or(|p| p.reads(key));
+    let may_read = |name: &&str, key| of(name).is_none_or(|p| p.reads(key));
     let read = |key: &OptionKey| policies.iter().any(|name| may_read(name, *key));
     for (flag, sets) in given {
         if sets.is_empty() || sets.iter().any(read) {

@@ -20,7 +20,7 @@ pub fn check_decay(decay: f64) -> Result<()> {
         return Ok(());
     }
     let reason = format!("{decay}, expected more than 0, up to 1");
-    Err(Error::option("--score-decay", reason))
+    Err(Error::option("score_decay", reason))
 }
 
 /// How the attention that a token has gathered becomes its score.

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::budget::{BUDGET, Budget};
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::{Candidate, Guard};
 use super::{EvictionPolicy, Held, Limits, Observe, OptionKey, Plan, PolicyOptions, Queries};
 use crate::cache::Ledger;
@@ -72,11 +72,11 @@ impl SnapkvOptions {
     fn check(&self) -> Result<()> {
         if self.window == 0 {
             let reason = "0 rows, expected at least 1";
-            return Err(Error::option("--snapkv-window", reason));
+            return Err(Error::option("snapkv_window", reason));
         }
         if self.kernel.is_multiple_of(2) {
             let reason = format!("{}, expected an odd number", self.kernel);
-            return Err(Error::option("--snapkv-kernel", reason));
+            return Err(Error::option("snapkv_kernel", reason));
         }
         Ok(())
     }

@@ -10,7 +10,7 @@
 
 use super::budget::BUDGET;
 use super::greedy::Greedy;
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::Guard;
 use super::{EvictionPolicy, Limits, OptionKey, PolicyOptions};
 use crate::error::Result;

@@ -82,7 +82,7 @@ fn unknown_names_list_the_known_ones() {
     let error = create("lru", &options(), LIMITS).err().unwrap();
     assert_eq!(
         error.to_string(),
-        "--kv-policy: \"lru\", expected one of full, hae, dap, ddes, random, random_visual, \
+        "`kv_policy`: \"lru\", expected one of full, hae, dap, ddes, random, random_visual, \
          streaming_llm, context_shift, h2o, tova, snapkv, fastv, mustdrop"
     );
     assert!(names().all(|name| create(name, &options(), LIMITS).unwrap().name() == name));

@@ -14,7 +14,7 @@
 
 use super::budget::BUDGET;
 use super::greedy::Greedy;
-use super::registry::Registered;
+use super::registered::Registered;
 use super::scores::Guard;
 use super::{EvictionPolicy, Limits, OptionKey, PolicyOptions, Queries};
 use crate::error::Result;

@@ -70,7 +70,7 @@ pub(super) fn parts<'a>(text: &str, pictures: &[&'a Picture]) -> Result<Vec<Part
     let places = text.matches(MARK).count() / 2;
     if places != pictures.len() {
         let reason = format!("{} pictures for {places} places", pictures.len());
-        return Err(Error::option("--image", reason));
+        return Err(Error::option("image", reason));
     }
     let mut pictures = pictures.iter();
     let mut parts = Vec::new();
@@ -115,7 +115,7 @@ pub fn place_pictures(
             "the prompt has places for {media} pictures, but {n} were given: \
              where {MEDIA} is text, name the places {IMAGE}1{IMAGE_END} and so on"
         );
-        return Err(Error::option("--image", reason));
+        return Err(Error::option("image", reason));
     }
     let mut out = String::new();
     let mut marks = (before + 1..=before + n).map(mark);
@@ -160,7 +160,7 @@ fn at_names(
     before: usize,
     n: usize,
 ) -> Result<(String, Vec<usize>)> {
-    let bad = |reason: String| Error::option("--image", reason);
+    let bad = |reason: String| Error::option("image", reason);
     let number = |name: &Name<'_>| name.digits.parse::<usize>().ok();
     let all_in = |first: usize| {
         let known = first + 1..=first + n;
@@ -276,7 +276,7 @@ mod tests {
             ("<__media__><__media__>", 1),
         ] {
             let error = place_pictures(text, 0, n, true).unwrap_err().to_string();
-            assert!(error.starts_with("--image: "), "{error}");
+            assert!(error.starts_with("`image`: "), "{error}");
             assert!(error.contains(&format!("{n}")), "{error}");
         }
     }

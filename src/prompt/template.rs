@@ -33,8 +33,8 @@ impl Template {
             return match system_prompt {
                 None => Ok(None),
                 Some(_) => Err(Error::option(
-                    "-sys",
-                    "the model has no chat template to put it into, name one with --chat-template",
+                    "system_prompt",
+                    "the model has no chat template to put it into, name one with `chat_template`",
                 )),
             };
         };
@@ -46,7 +46,7 @@ impl Template {
             Ok(_) => Ok(Some(text)),
             Err(_) if *self == Template::Model => Err(Error::file(
                 model.path(),
-                "llama.cpp does not know its chat template, expected --chat-template with a name such as phi3 or chatml, or --no-conversation",
+                "llama.cpp does not know its chat template, expected `chat_template` with a name such as phi3 or chatml, or `no_conversation`",
             )),
             Err(error) => Err(error),
         }

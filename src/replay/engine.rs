@@ -171,7 +171,7 @@ impl Engine for TapeEngine {
         match answered == self.wanted.len() {
             true => Ok(()),
             false => Err(Error::option(
-                "--kv-policy",
+                "kv_policy",
                 format!(
                     "wants the attention of {} rows, of which the trace holds {answered} by themselves",
                     self.wanted.len()

@@ -160,7 +160,7 @@ fn on_layers(
             "{name} scores by layers {layers:?}, but the trace holds the mean over {:?}: record those, or give these",
             header.layers
         );
-        return Err(Error::option("--score-layers", reason));
+        return Err(Error::option("score_layers", reason));
     }
     options.layers = Layers::List(header.layers.clone());
     policy::create(name, &options, limits)

@@ -157,7 +157,7 @@ fn layers_that_are_not_in_the_trace_are_refused() {
         .unwrap_err()
         .to_string();
     assert!(
-        line.starts_with("--score-layers: hae scores by layers [1], but"),
+        line.starts_with("`score_layers`: hae scores by layers [1], but"),
         "{line}"
     );
 }

@@ -172,7 +172,7 @@ impl Reader {
             Err(Broken::Cut) => Err(Error::file(
                 &self.path,
                 format!(
-                    "is cut off in block {}, at byte {}: --partial takes what comes before",
+                    "is cut off in block {}, at byte {}: `partial` takes what comes before",
                     self.block + 1,
                     self.bytes.len()
                 ),

@@ -170,7 +170,7 @@ fn a_file_of_another_run_is_left_alone() {
     fails(
         &path,
         &other,
-        "was begun with model.sha256 \"00\", this run has \"11\": expected the same, or another --out",
+        "was begun with model.sha256 \"00\", this run has \"11\": expected the same, or another `out`",
     );
     let mut other = header.clone();
     other.contenders.pop();

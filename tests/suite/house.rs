@@ -5,6 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use regex::Regex;
+
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -112,6 +114,27 @@ fn only_the_command_line_prints() {
                 !found,
                 "{name} uses {word}: return the text, or take a callback"
             );
+        }
+    }
+}
+
+/// The library names options by their keys; who spells them as flags is the command line
+/// (`src/cli/spell.rs`).
+#[test]
+fn the_library_names_no_flags() {
+    let flag = Regex::new(
+        r#""(?:[^"\\\n]|\\.)*(?:^|[ "(`])(?:--[a-z]|-(?:ctk|ctv|ub|fa|sys|[cbnmpt])\b)"#,
+    )
+    .unwrap();
+    // A setting's name is the flags that make it; a page's style sheet has variables.
+    let others = ["src/main.rs", "src/calibrate/mod.rs"];
+    for (name, text) in sources("src") {
+        let of_others = ["src/cli/", "src/report/"]
+            .iter()
+            .any(|at| name.starts_with(at));
+        if !of_others && !others.contains(&&*name) {
+            let found = flag.find(&text).map(|found| found.as_str());
+            assert_eq!(found, None, "{name}");
         }
     }
 }

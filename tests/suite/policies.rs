@@ -536,9 +536,9 @@ fn parameters_name_what_decides() {
         };
         for (amount, reason) in [
             (Amount::Cells(65), "65 cells, but the context holds 64"),
-            (Amount::Cells(2), "--kv-budget: 2 cells, expected at least"),
-            (Amount::Cells(0), "--kv-budget: 0 cells"),
-            (Amount::Share(1.5), "--kv-budget: a share of 1.5"),
+            (Amount::Cells(2), "`kv_budget`: 2 cells, expected at least"),
+            (Amount::Cells(0), "`kv_budget`: 0 cells"),
+            (Amount::Share(1.5), "`kv_budget`: a share of 1.5"),
         ] {
             let line = refused(&PolicyOptions {
                 kv_budget: Some(amount),
@@ -553,7 +553,7 @@ fn parameters_name_what_decides() {
     };
     assert_eq!(layers("fastv"), serde_json::json!([1]));
     assert_eq!(layers("mustdrop"), serde_json::json!([2, 6, 10, 14]));
-    for (window, kernel, flag) in [(0, 5, "--snapkv-window"), (4, 2, "--snapkv-kernel")] {
+    for (window, kernel, flag) in [(0, 5, "`snapkv_window`"), (4, 2, "`snapkv_kernel`")] {
         let mut options = PolicyOptions::default();
         (options.snapkv.window, options.snapkv.kernel) = (window, kernel);
         let error = policy::create("snapkv", &options, limits).err().unwrap();

@@ -142,7 +142,7 @@ mod tests {
     fn impossible_sizes_are_refused() {
         for n in [0, 100, 400, 1 << 20] {
             let error = made_up(n).unwrap_err().to_string();
-            assert!(error.starts_with("n_vocab: "), "{error}");
+            assert!(error.starts_with("`n_vocab`: "), "{error}");
         }
     }
 }

@@ -90,7 +90,7 @@ fn unknown(path: &Path) -> Error {
     let known = Format::ALL.map(Format::name).join(", ");
     Error::file(
         path,
-        format!("cannot tell its format, expected --format with one of {known}"),
+        format!("cannot tell its format, expected `format` with one of {known}"),
     )
 }
 

@@ -77,7 +77,7 @@ pub(super) fn read(source: &Source) -> Result<Vec<Question>> {
     if questions.is_empty() && !splits.is_empty() {
         let found = splits.join(", ");
         let reason = format!(
-            "has no problem of the split {wanted:?}, expected --subset with one of {found}"
+            "has no problem of the split {wanted:?}, expected `subset` with one of {found}"
         );
         return Err(Error::file(&source.path, reason));
     }

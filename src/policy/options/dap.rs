@@ -96,25 +96,25 @@ impl DapOptions {
     pub(in crate::policy) fn check(&self) -> Result<()> {
         match self.rule {
             DapRule::Auto => {}
-            DapRule::Tau(tau) => at_least_zero("--dap-tau", tau)?,
-            DapRule::R(r) => at_least_zero("--dap-r", r)?,
-            DapRule::Keep(keep) => keep.check("--dap-keep")?,
+            DapRule::Tau(tau) => at_least_zero("dap_tau", tau)?,
+            DapRule::R(r) => at_least_zero("dap_r", r)?,
+            DapRule::Keep(keep) => keep.check("dap_keep")?,
             DapRule::Spread { times, least } => {
-                at_least_zero("--dap-spread", times)?;
+                at_least_zero("dap_spread", times)?;
                 if least != Amount::Cells(0) {
-                    least.check("--dap-keep")?;
+                    least.check("dap_keep")?;
                 }
             }
         }
         let counted = match self.rule {
-            DapRule::Keep(_) => Some("--dap-keep"),
-            DapRule::Spread { .. } => Some("--dap-spread"),
+            DapRule::Keep(_) => Some("dap_keep"),
+            DapRule::Spread { .. } => Some("dap_spread"),
             DapRule::Auto | DapRule::Tau(_) | DapRule::R(_) => None,
         };
         if let (Some(flag), Some(_)) = (counted, self.alpha) {
-            let reason = format!("goes with --dap-tau or --dap-r, not with {flag}");
-            return Err(Error::option("--dap-alpha", reason));
+            let reason = format!("goes with `dap_tau` or `dap_r`, not with `{flag}`");
+            return Err(Error::option("dap_alpha", reason));
         }
-        at_least_zero("--dap-alpha", self.alpha.unwrap_or(0.0))
+        at_least_zero("dap_alpha", self.alpha.unwrap_or(0.0))
     }
 }

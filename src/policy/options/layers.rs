@@ -31,7 +31,7 @@ impl Layers {
     /// # Errors
     /// [`Error::Option`] for no layer at all, or one that the model does not have.
     pub(in crate::policy) fn check(&self, n_layer: u32) -> Result<()> {
-        const FLAG: &str = "--score-layers";
+        const FLAG: &str = "score_layers";
         let Layers::List(list) = self else {
             return Ok(());
         };

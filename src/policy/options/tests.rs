@@ -32,7 +32,7 @@ fn presets_are_valid() {
     }
     assert_eq!(
         PolicyOptions::preset("fast").unwrap_err().to_string(),
-        "--kv-preset: \"fast\", expected one of default, paper"
+        "`kv_preset`: \"fast\", expected one of default, paper"
     );
 }
 
@@ -41,37 +41,37 @@ fn refusals_name_the_flag_and_the_value() {
     let layers = |list: &[u32]| Layers::List(list.to_vec());
     assert_eq!(
         refused(|o| o.layers = layers(&[0, 6])),
-        "--score-layers: layer 6, but the model's layers are 0 to 5"
+        "`score_layers`: layer 6, but the model's layers are 0 to 5"
     );
-    assert!(refused(|o| o.layers = layers(&[])).starts_with("--score-layers"));
+    assert!(refused(|o| o.layers = layers(&[])).starts_with("`score_layers`"));
     assert_eq!(
         refused(|o| o.kv_budget = Some(Amount::Cells(21))),
-        "--kv-budget: 21 cells, expected at least 22: 4 sinks + 16 recent + 1 + the next token"
+        "`kv_budget`: 21 cells, expected at least 22: 4 sinks + 16 recent + 1 + the next token"
     );
     assert_eq!(
         refused(|o| o.kv_budget = Some(Amount::Cells(513))),
-        "--kv-budget: 513 cells, but the context holds 512"
+        "`kv_budget`: 513 cells, but the context holds 512"
     );
     assert_eq!(
         refused(|o| (o.kv_budget, o.bin_size) = (Some(Amount::Share(1.0)), 500)),
-        "--bin-size: 21 live cells and a bin of 500 need 521, but the context holds 512"
+        "`bin_size`: 21 live cells and a bin of 500 need 521, but the context holds 512"
     );
     for share in [0.0, -0.5, 1.01, f64::NAN] {
-        assert!(refused(|o| o.kv_budget = Some(Amount::Share(share))).starts_with("--kv-budget"));
+        assert!(refused(|o| o.kv_budget = Some(Amount::Share(share))).starts_with("`kv_budget`"));
         let keep = DapRule::Keep(Amount::Share(share));
-        assert!(refused(|o| o.dap = dap(keep, None)).starts_with("--dap-keep"));
+        assert!(refused(|o| o.dap = dap(keep, None)).starts_with("`dap_keep`"));
     }
     for huge in [usize::MAX, 600] {
         for budget in [Amount::Share(0.5), Amount::Cells(100)] {
             let refused =
                 refused(|o| (o.sinks, o.recent, o.kv_budget) = (huge, huge, Some(budget)));
-            assert!(refused.starts_with("--kv-budget"));
+            assert!(refused.starts_with("`kv_budget`"));
         }
     }
-    assert!(refused(|o| o.dap = dap(DapRule::Keep(Amount::Cells(0)), None)).contains("--dap-keep"));
+    assert!(refused(|o| o.dap = dap(DapRule::Keep(Amount::Cells(0)), None)).contains("dap_keep"));
     for bad in [-1.0, f64::NAN, f64::INFINITY] {
-        assert!(refused(|o| o.dap = dap(DapRule::Tau(bad), None)).starts_with("--dap-tau"));
-        assert!(refused(|o| o.dap = dap(DapRule::R(bad), None)).starts_with("--dap-r"));
+        assert!(refused(|o| o.dap = dap(DapRule::Tau(bad), None)).starts_with("`dap_tau`"));
+        assert!(refused(|o| o.dap = dap(DapRule::R(bad), None)).starts_with("`dap_r`"));
         assert!(
             refused(|o| o.dap = dap(
                 DapRule::Spread {
@@ -80,22 +80,22 @@ fn refusals_name_the_flag_and_the_value() {
                 },
                 None
             ))
-            .starts_with("--dap-spread")
+            .starts_with("`dap_spread`")
         );
-        assert!(refused(|o| o.dap = dap(DapRule::R(0.1), Some(bad))).starts_with("--dap-alpha"));
-        assert!(refused(|o| o.hysteresis = bad).starts_with("--hysteresis"));
-        assert!(refused(|o| o.decay = bad).starts_with("--score-decay"));
+        assert!(refused(|o| o.dap = dap(DapRule::R(0.1), Some(bad))).starts_with("`dap_alpha`"));
+        assert!(refused(|o| o.hysteresis = bad).starts_with("`hysteresis`"));
+        assert!(refused(|o| o.decay = bad).starts_with("`score_decay`"));
     }
     let keep = DapRule::Keep(Amount::Share(0.5));
-    assert!(refused(|o| o.dap = dap(keep, Some(0.1))).contains("not with --dap-keep"));
+    assert!(refused(|o| o.dap = dap(keep, Some(0.1))).contains("not with `dap_keep`"));
     let spread = DapRule::Spread {
         times: 2.0,
         least: Amount::Cells(0),
     };
-    assert!(refused(|o| o.dap = dap(spread, Some(0.1))).contains("not with --dap-spread"));
+    assert!(refused(|o| o.dap = dap(spread, Some(0.1))).contains("not with `dap_spread`"));
     assert_eq!(
         refused(|o| o.bin_size = 0),
-        "--bin-size: 0 cells, expected at least 1"
+        "`bin_size`: 0 cells, expected at least 1"
     );
 }
 

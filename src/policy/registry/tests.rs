@@ -1,5 +1,7 @@
 //! What holds for every policy of the registry, whichever there are.
 
+use serde_json::Value;
+
 use super::super::{
     Amount, DapMode, DapOptions, DapRule, Layers, Norm, Observe, PolicySpec, Pooling, Queries,
     Scope, SnapkvOptions,
@@ -120,7 +122,7 @@ fn every_option_is_read_or_refused() {
                 assert_ne!(shown, params(name, &plain), "{name} {key:?}");
             } else {
                 let line = checked.unwrap_err().to_string();
-                let expected = format!("{}: the policy {name} does not read it", key.flag());
+                let expected = format!("`{}`: the policy {name} does not read it", key.flag());
                 assert_eq!(line, expected);
                 assert_eq!(shown, params(name, &plain), "{name} {key:?}");
             }
@@ -154,12 +156,12 @@ fn what_is_read_goes_with_what_a_policy_does() {
 fn of_several_policies_one_has_to_read_it() {
     use OptionKey::{BinSize, H2oRecent, KvBudget};
     let refuse = |policies: &[&str], sets: &[OptionKey]| {
-        let refused = refuse_unread(policies, [("--flag", sets.to_vec())]);
+        let refused = refuse_unread(policies, [("flag", sets.to_vec())]);
         refused.err().map(|e| e.to_string())
     };
     assert_eq!(refuse(&["full", "h2o"], &[H2oRecent]), None);
     let line = refuse(&["full", "hae"], &[H2oRecent]).unwrap();
-    assert_eq!(line, "--flag: none of the policies full, hae reads it");
+    assert_eq!(line, "`flag`: none of the policies full, hae reads it");
     // One part of what it sets is enough, and it may set nothing.
     assert_eq!(refuse(&["tova"], &[BinSize, KvBudget]), None);
     assert_eq!(refuse(&["full"], &[]), None);
