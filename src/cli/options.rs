@@ -667,6 +667,7 @@ mod tests {
     use clap::{Args, Command, Parser};
 
     use super::*;
+    use crate::cli::spell::spelled;
 
     /// What the help of each flag says of its default, and `None` where it says nothing.
     fn defaults(command: &Command) -> Vec<(&str, Option<String>)> {
@@ -695,7 +696,7 @@ mod tests {
 
     fn refused(flags: &[&str], policies: &[&str], traced: bool) -> Option<String> {
         let refused = parsed(flags).refuse_unread(policies, traced);
-        refused.err().map(|e| e.to_string())
+        refused.err().map(|e| spelled(&e.to_string()))
     }
 
     /// Each is told by itself, also where its value is the default.
