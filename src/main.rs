@@ -12,6 +12,10 @@ use cli::{
     replay, report, run,
 };
 
+/// Small buffers that cannot be had end the program with a line, not with an abort.
+#[global_allocator]
+static MEMORY: hae::llama::OrExit = hae::llama::OrExit;
+
 /// Run vision-language GGUFs with a KV cache that stays small.
 #[derive(Debug, Parser)]
 #[command(name = "hae", version, about, args_override_self = true)]

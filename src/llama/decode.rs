@@ -83,9 +83,12 @@ impl LlamaEngine {
         let observed = self.observer.get_mut().finish(cells, seen);
         match status {
             0 => {}
-            1 => return Err(Error::ContextFull { n_ctx: self.n_ctx }),
             code => {
                 let reason = log::take_reason(&format!("status {code}"));
+                // No cell was found; looking for one takes memory, too.
+                if code == 1 && !memory::was_refused(&reason) {
+                    return Err(Error::ContextFull { n_ctx: self.n_ctx });
+                }
                 let what = format!("a batch of {rows} tokens beside {} cells", self.n_ctx);
                 return Err(Error::llama(
                     "llama_decode",

@@ -113,6 +113,17 @@ pub(super) fn explained(reason: String, what: &str, smaller: &str) -> String {
     }
 }
 
+/// Whether a reason says that memory was refused; a memory slot, as llama.cpp calls a cell, is another
+/// thing.
+pub(super) fn was_refused(reason: &str) -> bool {
+    let refusals = [
+        "not enough memory",
+        "insufficient memory",
+        "failed to allocate",
+    ];
+    refusals.iter().any(|words| reason.contains(words))
+}
+
 /// As [`explained`], for what this program would allocate itself.
 ///
 /// # Errors

@@ -75,6 +75,12 @@ impl Pool {
     }
 }
 
+// SAFETY: a pool is bound to no thread. The contexts that compute with it belong to one engine, which
+// is not `Sync`, so that one of them computes at a time; nothing else reaches into it.
+unsafe impl Send for Pool {}
+// SAFETY: as above.
+unsafe impl Sync for Pool {}
+
 impl Drop for Pool {
     fn drop(&mut self) {
         // SAFETY: made by `ggml_threadpool_new`, freed once, and nothing computes with it any more:

@@ -85,7 +85,7 @@ impl Crate {
             }
         };
         while let Some(part) = rest.first() {
-            let child = [module.as_slice(), &[part.clone()]].concat();
+            let child = [module.as_slice(), std::slice::from_ref(part)].concat();
             if self.text.contains_key(&child) {
                 (module, rest) = (child, &rest[1..]);
                 continue;

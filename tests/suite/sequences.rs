@@ -344,7 +344,7 @@ fn sequences_that_there_are_not_are_refused() {
         };
         let (mut cells, mut seen) = (Vec::new(), Observation::default());
         assert!(engine.decode(batch, &mut cells, &mut seen).is_err());
-        assert!(engine.remove(seq, &[0..1]).is_err());
+        assert!(engine.remove(seq, std::slice::from_ref(&(0..1))).is_err());
         assert!(engine.rewind(seq, 0, 0).is_err());
         assert!(engine.shift(seq, 2, 1).is_err());
         assert!(engine.restore_rows(seq, &[9], &[0], &mut cells).is_err());
