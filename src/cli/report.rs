@@ -34,7 +34,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<Done> {
     if args.results.is_empty() && args.trace.is_empty() {
         let reason = "nothing to show, expected results, or a trace with --trace";
-        return Err(Error::option("report", reason).into());
+        return Err(Error::option("hae report", reason).into());
     }
     let results = args.results.iter().map(|path| Results::read(path));
     let results = results.collect::<hae::Result<Vec<_>>>()?;

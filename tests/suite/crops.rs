@@ -82,7 +82,7 @@ fn every_picture_has_its_own_number_of_crops() {
     for n in [0, 65, u32::MAX] {
         let error = tokens(&vision, (336, 336), Some(n)).unwrap_err();
         assert!(matches!(error, Error::Option { .. }), "{error}");
-        let text = format!("--num-crops: {n}, expected 1 to 64");
+        let text = format!("`num_crops`: {n}, expected 1 to 64");
         assert_eq!(error.to_string(), text);
     }
     // Nothing stays behind from one picture to the next.

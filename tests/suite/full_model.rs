@@ -294,7 +294,10 @@ fn shapes_that_cannot_be_are_refused() {
     let narrow = refused(|o| o.text.n_ff = 96);
     assert!(narrow.contains("ffn_down.weight: type q"), "{narrow}");
     let none = refused(|o| o.vision.n_ff = 0);
-    assert!(none.starts_with("shapes: v.blk.0.ffn_up.weight"), "{none}");
+    assert!(
+        none.starts_with("`shapes`: v.blk.0.ffn_up.weight"),
+        "{none}"
+    );
     let few = refused(|o| o.text.n_vocab = 64);
-    assert!(few.starts_with("n_vocab: 64 tokens"), "{few}");
+    assert!(few.starts_with("`n_vocab`: 64 tokens"), "{few}");
 }
