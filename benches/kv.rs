@@ -9,13 +9,11 @@ mod wide;
 
 use std::time::Instant;
 
-use hae::attend::Attend;
 use hae::cache::{Cell, Pos};
 use hae::engine::scripted::hashed;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::llama::{
-    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Poll, RopeFactors,
-    SamplerOptions, ScoreSource,
+    ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, SamplerOptions,
 };
 
 const N_LAYER: u32 = 32;
@@ -28,26 +26,16 @@ fn engine(model: &Model, flash: bool) -> LlamaEngine {
     let options = ContextOptions {
         n_ctx: 4096,
         kv_size: Some(2560),
-        n_seq_max: 1,
         n_batch: 64,
         n_ubatch: 64,
         n_threads: THREADS,
         n_threads_batch: THREADS,
-        poll: Poll::default(),
         flash_attention: if flash {
             FlashAttention::On
         } else {
             FlashAttention::Off
         },
-        type_k: CacheType::F16,
-        type_v: CacheType::F16,
-        score_layers: Vec::new(),
-        score_source: ScoreSource::default(),
-        non_causal_images: false,
-        rope_factors: RopeFactors::default(),
-        attend: Attend::default(),
-        keep_sets: false,
-        plain_lookups: false,
+        ..ContextOptions::default()
     };
     let mut engine = LlamaEngine::new(model, options, &SamplerOptions::GREEDY).expect("a context");
     engine.resize_by_hand();

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::attend::Shares;
 use crate::cache::{Counts, PerModality};
+use crate::controller::Report;
 use crate::engine::Engine;
 use crate::generate::{self, Finish, Session};
 
@@ -62,10 +63,9 @@ pub struct Kv {
 }
 
 impl Kv {
-    /// That of a session now.
-    pub fn of<E: Engine>(session: &Session<E>) -> Self {
-        let cells = session.controller.ledger().counts();
-        let peak_decoding = session.controller.report().peak_decoding;
+    /// That of a session now, with what its controller reports.
+    pub fn of<E: Engine>(session: &Session<E>, report: &Report) -> Self {
+        let (cells, peak_decoding) = (report.cells, report.peak_decoding);
         let bytes = session.engine.kv_bytes();
         Kv {
             cells,
@@ -128,8 +128,7 @@ pub struct Evicted {
 
 impl Evicted {
     /// Those of a session so far.
-    pub fn of<E>(session: &Session<E>) -> Self {
-        let report = session.controller.report();
+    pub fn of(report: &Report) -> Self {
         Evicted {
             after_prefill: report.evicted_after_prefill,
             in_decoding: report.evicted_in_decoding,
@@ -151,8 +150,7 @@ pub struct PolicyReport {
 
 impl PolicyReport {
     /// That of a session's policy.
-    pub fn of<E>(session: &Session<E>) -> Self {
-        let report = session.controller.report();
+    pub fn of(report: Report) -> Self {
         PolicyReport {
             name: report.policy,
             params: report.params,

@@ -232,7 +232,8 @@ impl Asker {
             talk.transcript.answered(text);
             talk.pending = said.pending();
         }
-        Ok(Some((distances, Evicted::of(&self.stages[stage].session))))
+        let report = self.stages[stage].session.controller.report();
+        Ok(Some((distances, Evicted::of(&report))))
     }
 
     fn plan(&self, context: &ContextOptions, policy: &PolicySpec) -> Result<Plan> {

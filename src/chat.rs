@@ -50,7 +50,6 @@ pub struct Chat {
     opened: Opened,
     prompts: Prompts,
     talk: Talk,
-    rope: &'static str,
 }
 
 impl std::fmt::Debug for Chat {
@@ -109,7 +108,6 @@ impl Chat {
             Some(turn) => turn::reach(model, &prompts, &talk, turn),
             None => Ok(Reach::Cache),
         })?;
-        let rope = rope_name(model, plan.context());
         let (limits, layers) = (plan.limits(), plan.context().score_layers.clone());
         let mut opened = plan.open(&options.sampler)?;
         opened.session = opened.session.with_host_bin(options.host_bin);
@@ -121,7 +119,6 @@ impl Chat {
             opened,
             prompts,
             talk,
-            rope,
         };
         if let Some(saved) = begin.saved {
             chat.resume(saved.clone())?;
@@ -206,11 +203,12 @@ impl Chat {
 
     /// The set of rope factors: `short`, `long`, or `none` for models without two sets.
     pub fn rope_factors(&self) -> &'static str {
-        self.rope
+        rope_name(self.opened.model(), self.context())
     }
 
     /// The state of the cache.
     pub fn kv(&self) -> Kv {
-        Kv::of(&self.opened.session)
+        let session = &self.opened.session;
+        Kv::of(session, &session.controller.report())
     }
 }

@@ -115,6 +115,7 @@ fn say(
     let generated = session.generate(&prompt.segments, length, hooks)?;
     talk.transcript.answered(&generated.text);
     talk.pending = generated.pending;
+    let report = session.controller.report();
     Ok(Answer {
         finish: generated.finish,
         taken_back: generated.taken_back,
@@ -123,11 +124,11 @@ fn say(
             images: prompt.images,
             generated: generated.tokens.len(),
         },
-        kv: Kv::of(session),
+        kv: Kv::of(session, &report),
         attended: generated.attended.shares(),
         timings: Timings::of(&generated.timings, prompt.encode),
-        evicted: Evicted::of(session),
-        policy: PolicyReport::of(session),
+        evicted: Evicted::of(&report),
+        policy: PolicyReport::of(report),
         text: generated.text,
     })
 }
@@ -145,16 +146,16 @@ pub fn prepare(
     now: &dyn Fn() -> Duration,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Prompt> {
-    let model = opened.model().clone();
-    let (key, pictures) = place(&model, prompts, talk, turn)?;
-    let read = prompts.read(&model, &key, &pictures, now)?;
+    let (key, pictures) = place(opened.model(), prompts, talk, turn)?;
+    let read = prompts.read(opened.model(), &key, &pictures, now)?;
+    let shapes = read.shapes();
     let carried = usize::from(talk.pending.is_some());
-    check_fit(opened, prompts.vision(), &read.shapes(), carried)?;
+    check_fit(opened, prompts.vision(), &shapes, carried)?;
 
     let numbered = (talk.images..).zip(pictures.iter().copied());
     let controller = &mut opened.session.controller;
     tell_pictures(controller, prompts.vision(), numbered);
-    let encoded = prompts.encode(read, key, &pictures, now, cancelled)?;
+    let encoded = prompts.encode(read, shapes, key, &pictures, now, cancelled)?;
     let encoded = Arc::unwrap_or_clone(encoded);
     let n_images = u32::try_from(encoded.images.len()).unwrap_or(u32::MAX);
     talk.images = talk.images.saturating_add(n_images);

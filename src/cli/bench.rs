@@ -25,7 +25,6 @@ use hae::bench::{self, Hardware, Pulse, Record, Sample, Settings, Subject, Work}
 use hae::build::{Build, build};
 use hae::llama::{ContextOptions, Model, ModelOptions, Poll, Vision, VisionOptions};
 use hae::open::{Plan as Opening, Reach, RopeChoice, rope_name};
-use hae::policy::{self, Limits};
 use print::{Format, Printer};
 
 /// Far beyond any context; keeps sums of lists small.
@@ -191,6 +190,8 @@ struct Ready<'a> {
     /// Rows that a picture takes.
     image_tokens: usize,
     contexts: Vec<ContextOptions>,
+    /// Those of each policy.
+    params: Vec<serde_json::Value>,
 }
 
 impl Bench<'_> {
@@ -259,13 +260,16 @@ impl Bench<'_> {
                     };
                     let mut plan = Opening::new(model, vision.as_ref(), &context, &plan.policy(i))?;
                     plan.choose_rope(RopeChoice::Auto, || Ok(Reach::Cache))?;
-                    Ok(plan.context().clone())
+                    Ok((plan.context().clone(), plan.policy().params()))
                 });
+                let opened = contexts.collect::<hae::Result<Vec<_>>>()?;
+                let (contexts, params) = opened.into_iter().unzip();
                 ready.push(Ready {
                     case,
                     shape,
                     image_tokens,
-                    contexts: contexts.collect::<hae::Result<_>>()?,
+                    contexts,
+                    params,
                 });
             }
         }
@@ -334,10 +338,6 @@ impl Bench<'_> {
         let first = samples[0].clone();
         for (i, (samples, context)) in samples.into_iter().zip(&ready.contexts).enumerate() {
             let policy = plan.policies[i];
-            let limits = Limits {
-                n_layer: model.n_layer(),
-                n_cells: context.n_ctx as usize,
-            };
             let record = Record {
                 build: self.build.clone(),
                 hardware: self.hardware.clone(),
@@ -347,7 +347,7 @@ impl Bench<'_> {
                 pictures: ready.case.pictures,
                 image_tokens: ready.image_tokens,
                 policy,
-                params: policy::create(policy, &plan.policy_options, limits)?.params(),
+                params: ready.params[i].clone(),
                 time,
                 samples,
                 first: (i > 0).then(|| (plan.policies[0], first.clone())),

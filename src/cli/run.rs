@@ -190,20 +190,21 @@ pub fn run(args: &Args) -> Result<Done> {
         saved: session.as_ref(),
         trace: args.trace.as_deref().map(|path| (path, &*name)),
     };
-    let start = Start {
-        pictures: pictures.clone(),
-        num_crops,
-        n_predict,
-        calibration: calibrated.as_ref().map(|c| c.path.clone()),
-    };
+    let calibration = calibrated.as_ref().map(|c| c.path.clone());
     let done = setup.open(begin).and_then(|(mut chat, load)| {
         if let Some(calibrated) = calibrated.as_ref().filter(|_| args.output == Format::Text) {
             note(&format!("{}: {}", calibrated.path, calibrated.flags()));
         }
         // A request to end does not come between an answer and what is kept of it.
         let done = interrupt::working(|| match turn {
-            Some(turn) => one(args, &mut chat, turn, &setup, load, start.calibration),
+            Some(turn) => one(args, &mut chat, turn, &setup, load, calibration),
             None => {
+                let start = Start {
+                    pictures: pictures.clone(),
+                    num_crops,
+                    n_predict,
+                    calibration,
+                };
                 let chatted = chat::chat(&mut chat, start);
                 session::keep(&mut chat, args.session.as_deref())?;
                 chatted.map(|()| Done::Whole)

@@ -39,7 +39,7 @@ pub fn spelled(text: &str) -> String {
     out.extend(parts.next());
     let mut inside = true;
     while let Some(part) = parts.next() {
-        match flag(part).filter(|_| inside) {
+        match inside.then(|| flag(part)).flatten() {
             Some(flag) => {
                 out.push_str(&flag);
                 out.extend(parts.next());

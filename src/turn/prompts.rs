@@ -134,7 +134,7 @@ impl Prompts {
         Ok(Read::New(pieces, now().saturating_sub(start)))
     }
 
-    /// Encodes the pictures of a prompt. Cancelled on the way, what is there does not matter: the
+    /// Encodes the pictures of a prompt, which has these shapes. Cancelled on the way, what is there does not matter: the
     /// loop asks again before it feeds anything.
     ///
     /// # Errors
@@ -142,12 +142,12 @@ impl Prompts {
     pub(super) fn encode(
         &mut self,
         read: Read,
+        shapes: Vec<Shape>,
         key: Key,
         pictures: &[&Picture],
         now: &dyn Fn() -> Duration,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<Arc<Encoded>> {
-        let shapes = read.shapes();
         let (pieces, time) = match read {
             Read::New(pieces, time) => (pieces, time),
             Read::Known(known) => return Ok(known),

@@ -5,14 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use hae::attend::Attend;
 use hae::cache::Pos;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::generate::{Hooks, Segment};
 use hae::image::{self, Picture};
 use hae::llama::{
-    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Piece, Poll,
-    RopeFactors, SamplerOptions, ScoreSource, Vision, VisionOptions,
+    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Piece,
+    SamplerOptions, Vision, VisionOptions,
 };
 use hae::prompt;
 use hae::turn::segment;
@@ -70,23 +69,14 @@ pub fn converted_of(model: &str, outtype: &str) -> (&'static Path, &'static Path
 pub fn exact(n_ctx: u32) -> ContextOptions {
     ContextOptions {
         n_ctx,
-        kv_size: None,
-        n_seq_max: 1,
         n_batch: 2048.min(n_ctx),
         n_ubatch: 512.min(n_ctx),
         n_threads: 1,
         n_threads_batch: 1,
-        poll: Poll::default(),
         flash_attention: FlashAttention::Off,
         type_k: CacheType::F32,
         type_v: CacheType::F32,
-        score_layers: Vec::new(),
-        score_source: ScoreSource::default(),
-        non_causal_images: false,
-        rope_factors: RopeFactors::default(),
-        attend: Attend::default(),
-        keep_sets: false,
-        plain_lookups: false,
+        ..ContextOptions::default()
     }
 }
 
