@@ -4,6 +4,7 @@
 //! One [`Work`] is one repetition in a context of its own. Whoever compares policies runs them by
 //! turns ([`turns`]), so that a machine that gets busier or hotter does not favour one of them.
 
+mod depth;
 mod energy;
 mod memory;
 mod pictures;
@@ -39,6 +40,8 @@ pub struct Test {
     pub workload: Option<String>,
     /// Text tokens that are in the cache before anything is timed, from an earlier turn.
     pub n_depth: usize,
+    /// Only the first of these went through the model; the others have copies of their K and V.
+    pub depth_copies: bool,
     /// One after the other in one conversation.
     pub turns: Vec<Turn>,
 }
@@ -108,6 +111,7 @@ impl Test {
         Test {
             workload: None,
             n_depth: 0,
+            depth_copies: false,
             turns: turns.collect(),
         }
     }
@@ -197,11 +201,9 @@ pub fn measure<E: Engine>(
         if let Some(turn) = test.turns.first().filter(|turn| turn.n_prompt == 0) {
             session.expect(turn.n_gen);
         }
-        let earlier = Segment::Tokens((0..test.before()).map(|_| tokens()).collect());
-        if !session.prefill(&[earlier], cancelled)? {
+        if !depth::fill(session, test, tokens, cancelled)? {
             return Ok(None);
         }
-        session.engine.logits()?;
     }
 
     let mut sample = Sample {

@@ -189,8 +189,8 @@ pub trait Engine {
         moves.clear();
     }
 
-    /// Appends the K and V rows of these cells to `out`, `row_bytes` each. False: the engine
-    /// cannot.
+    /// Appends the K and V rows of these cells to `out`, as many bytes for each; the first of them
+    /// are its position ([`Pos::to_ne_bytes`]). False: the engine cannot.
     ///
     /// # Errors
     /// The engine's own.

@@ -288,6 +288,7 @@ impl Record {
         all.integer("n_prompt", self.test.n_prompt());
         all.integer("n_gen", self.test.n_gen());
         all.integer("n_depth", self.test.n_depth);
+        all.integer("depth_copies", u8::from(self.test.depth_copies));
         all.integer("n_images", self.test.n_images());
         all.integer("n_turns", self.test.turns.len());
         let shown = self.test.n_images() > 0;

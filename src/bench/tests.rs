@@ -47,6 +47,7 @@ fn test(n_depth: usize, n_prompt: usize, n_gen: usize, n_images: usize) -> Test 
     Test {
         workload: None,
         n_depth,
+        depth_copies: false,
         turns: vec![Turn {
             n_images,
             n_prompt,
@@ -86,6 +87,21 @@ fn a_test_feeds_what_its_name_says() {
         assert_eq!(sample.ttft().is_some(), test.n_prompt() > 0);
         assert_eq!(sample.tpot().is_some(), test.n_gen() > 0);
     }
+}
+
+#[test]
+fn a_deep_cache_can_hold_copies() {
+    let deep = Test {
+        depth_copies: true,
+        ..test(1200, 0, 2, 0)
+    };
+    let mut session = session("full", &PolicyOptions::default(), 1300);
+    session.engine = session.engine.patched();
+    let sample = run(&mut session, &deep, 0).unwrap();
+    assert_eq!(rows(&session).iter().sum::<usize>(), 64 + 2);
+    assert_eq!(sample.cells.cells(), 1202);
+    let held: Vec<_> = session.engine.occupied().iter().map(|o| o.1).collect();
+    assert_eq!(held, (0..1202).collect::<Vec<_>>());
 }
 
 #[test]

@@ -63,6 +63,7 @@ impl Workload {
         Test {
             workload: Some(self.name.clone()),
             n_depth: 0,
+            depth_copies: false,
             turns: self.turns.clone(),
         }
     }

@@ -74,6 +74,12 @@ pub struct Args {
     /// Tokens in the cache before, list
     #[arg(short = 'd', long, value_name = "N", default_value = "0")]
     n_depth: Vec<String>,
+    /// Let all but 64 tokens of the depth be copies
+    ///
+    /// Of the K and V of these 64, instead of going through the model. A deep cache is there in
+    /// seconds, and a token takes as long.
+    #[arg(long)]
+    depth_copies: bool,
     /// Pictures in front of each prompt, list
     #[arg(long, value_name = "N", default_value = "0")]
     images: Vec<String>,

@@ -410,7 +410,7 @@ impl Engine for Scripted {
             let Some(pos) = self.cells.get(cell as usize).copied().flatten() else {
                 return Err(Error::contract(format!("the row of empty cell {cell}")));
             };
-            out.extend(pos.to_le_bytes());
+            out.extend(pos.to_ne_bytes());
         }
         Ok(self.patched)
     }
@@ -422,7 +422,7 @@ impl Engine for Scripted {
         rows: &[u8],
         cells: &mut Vec<Cell>,
     ) -> Result<()> {
-        let saved: Vec<u8> = pos.iter().flat_map(|pos| pos.to_le_bytes()).collect();
+        let saved: Vec<u8> = pos.iter().flat_map(|pos| pos.to_ne_bytes()).collect();
         if saved != rows {
             return Err(Error::contract(format!("other rows for {pos:?}")));
         }

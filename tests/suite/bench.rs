@@ -135,6 +135,19 @@ fn each_combination_is_a_row() {
     }
 }
 
+/// A depth of copies is as deep as one that went through the model.
+#[test]
+fn a_depth_can_be_copies() {
+    for flash_attention in ["on", "off"] {
+        let flags = "-p 0 -n 2 -d 1200 --kv-policy full,h2o --kv-budget 0.9 -r 1 --no-warmup";
+        let rows = rows(&format!("{flags} -fa {flash_attention} --depth-copies"));
+        let cells = rows.iter().map(|row| number(row, "kv_cells_peak"));
+        let cells: Vec<f64> = cells.collect();
+        assert!(cells[0] == 1202.0 && cells[1] > 1100.0, "{cells:?}");
+        assert!(rows.iter().all(|row| number(row, "depth_copies") == 1.0));
+    }
+}
+
 #[test]
 fn pictures_go_in_front_of_prompts_and_hae_prunes_them() {
     let rows = rows("-p 8 -n 2 -pg 8,30 --images 0,2 --image-size 336x336 --dap-keep 50 --no-ddes");

@@ -170,6 +170,66 @@ fn lookups_equal_numpy() {
     );
 }
 
+/// The processor's own operations for each type of cache choose what llama.cpp's choose, and
+/// attend to it as they do.
+#[test]
+fn every_cache_type_is_looked_up_alike() {
+    let (text, vision) = converted("f32");
+    let model = load(text);
+    let mut vision = load_vision(vision, &model);
+    let goldens = goldens();
+    let golden = goldens.iter().find(|g| g.id() == "story0").unwrap();
+    let segments = golden.segments(&model, &mut vision);
+    for cache_type in [
+        CacheType::F16,
+        CacheType::Bf16,
+        CacheType::Q8_0,
+        CacheType::Q5_1,
+        CacheType::Q4_0,
+    ] {
+        let base = ContextOptions {
+            flash_attention: FlashAttention::On,
+            type_k: cache_type,
+            type_v: cache_type,
+            n_threads: 2,
+            ..exact(1024)
+        };
+        let mut ways = [false, true].map(|plain| {
+            let mut engine = engine(&model, looking(base.clone(), 0, plain));
+            let start = prefill(&mut engine, &segments, &mut Observation::default(), |_| {
+                false
+            });
+            (engine, start)
+        });
+        let start = ways[0].1;
+        let (mut chosen, mut both) = (0, 0);
+        for pos in start..start + 10 {
+            let lookup = sixteen(pos);
+            let [ours, theirs] = ways.each_mut().map(|(engine, _)| {
+                let logits = step(engine, 7 + pos, pos, Some(&lookup));
+                let sets: Vec<Vec<u32>> = (0..model.n_layer())
+                    .map(|layer| engine.looked_up(layer).unwrap())
+                    .collect();
+                (logits, sets)
+            });
+            for (layer, (a, b)) in ours.1.iter().zip(&theirs.1).enumerate() {
+                assert_eq!(a.len(), 17, "{cache_type:?}, layer {layer}");
+                chosen += a.len();
+                both += a.iter().filter(|cell| b.contains(cell)).count();
+            }
+            let apart = npz::max_abs_diff(&ours.0, &theirs.0);
+            println!("{cache_type:?} {pos}: {apart} {both} of {chosen}");
+            // Wrong sets move logits by 2 and more.
+            assert!(apart < 0.5, "{cache_type:?} at {pos}: {apart}");
+        }
+        // Near ones change places: llama.cpp rounds queries to the type of the products.
+        assert!(
+            both * 100 > chosen * 97,
+            "{cache_type:?}: {both} of {chosen}"
+        );
+    }
+}
+
 /// A context that may look up, and does not, gives the bits of one that may not; so does one that
 /// is given more than there is.
 #[test]

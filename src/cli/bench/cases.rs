@@ -252,6 +252,7 @@ fn cases(args: &Args, num_crops: Option<u32>) -> Result<Vec<Case>> {
                     test: Test {
                         workload: None,
                         n_depth: depth as usize,
+                        depth_copies: args.depth_copies,
                         turns: vec![Turn {
                             n_prompt: prompt as usize,
                             n_gen: generated as usize,
