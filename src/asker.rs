@@ -28,7 +28,9 @@ use crate::turn::{self, Prompts, Talk, Turn};
 /// A policy that is asked.
 #[derive(Clone, Debug)]
 pub struct Entrant {
+    /// How results files name it.
     pub contender: record::Contender,
+    /// What is asked for; every question gets one in its first state.
     pub policy: PolicySpec,
     /// As the user chose it; what the policy wants of it is added when it is asked.
     pub context: ContextOptions,
@@ -50,6 +52,7 @@ pub struct Asker {
 }
 
 impl Asker {
+    /// For a model and its vision file, if there is one. `template` as in [`Transcript::new`].
     pub fn new(
         model: &Model,
         vision: Option<Vision>,

@@ -14,10 +14,13 @@ use crate::generate::Finish;
 use crate::image::Picture;
 use crate::open::Opened;
 
+/// What came of one question: `[turns]` each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attempt {
     /// Each turn's answer, and whether the model ended it.
     pub answers: Vec<(String, bool)>,
+    /// How far the policy's predictions are from the full cache's; `None` where a turn has no token
+    /// to compare.
     pub distances: Vec<Option<Distance>>,
     /// Over the whole conversation, fed the full cache's answers.
     pub evicted: Evicted,

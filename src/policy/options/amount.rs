@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Amount {
+    /// So many, 1 or more.
     Cells(usize),
     /// More than 0, at most 1.
     Share(f64),
