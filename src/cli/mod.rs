@@ -15,6 +15,7 @@ pub mod help;
 mod inputs;
 pub mod interrupt;
 mod load;
+mod named;
 pub mod options;
 mod output;
 pub mod polling;

@@ -7,9 +7,9 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
-use clap::ValueEnum;
 
 use super::bench::lists::{numbers, values};
+use super::named::named;
 use super::options::PolicyArgs;
 use super::{Done, note, warn};
 use hae::Error;
@@ -39,8 +39,8 @@ pub struct Args {
     ///
     /// What the greedy policy is given to be compared with a bin of d cells. peak: as many cells at most. mean: d/2 fewer, which is as many on
     /// average. live: d fewer, as many as are live.
-    #[arg(long, value_enum, hide_possible_values = true, default_value_t = AgainstArg::Peak, value_name = "WHAT", requires = "bin_sizes")]
-    against: AgainstArg,
+    #[arg(long, value_parser = named::<Against>(), hide_possible_values = true, default_value = "peak", value_name = "WHAT", requires = "bin_sizes")]
+    against: Against,
     /// Take what there is of a trace that is cut off
     #[arg(long)]
     partial: bool,
@@ -51,23 +51,6 @@ pub struct Args {
     /// md is a table of means. json and csv have every trace by itself, too.
     #[arg(short, long, value_enum, hide_possible_values = true, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum AgainstArg {
-    Peak,
-    Mean,
-    Live,
-}
-
-impl AgainstArg {
-    fn of(self) -> Against {
-        match self {
-            AgainstArg::Peak => Against::Peak,
-            AgainstArg::Mean => Against::Mean,
-            AgainstArg::Live => Against::Live,
-        }
-    }
 }
 
 pub fn run(args: &Args) -> Result<Done> {
@@ -221,7 +204,7 @@ fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
                     ..options.clone()
                 },
                 bin_size: Some(bin_size),
-                against: Some(args.against.of()),
+                against: Some(args.against),
             });
         }
     }

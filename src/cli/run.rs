@@ -169,7 +169,7 @@ pub fn run(args: &Args) -> Result<Done> {
         model: &args.model,
         options: ChatOptions {
             context: args.context.options()?,
-            rope: args.model.rope_factors.into(),
+            rope: args.model.rope_factors,
             policy: PolicySpec::new(&args.kv_policy, policy_options),
             sampler: args.sampler.options(load::clock_seed())?,
             template,

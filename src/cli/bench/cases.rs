@@ -2,7 +2,8 @@
 //! is found here, before the first model is loaded.
 
 use super::super::load::Files;
-use super::super::options::{GpuLayers, cache_type, default_threads, gpu_layers};
+use super::super::named::parse;
+use super::super::options::{GpuLayers, default_threads, gpu_layers};
 use super::lists::{numbers, pairs, size, values};
 use super::{Args, MOST_TOKENS};
 use hae::attend::Attend;
@@ -175,14 +176,9 @@ fn files(args: &Args, cases: &[Case]) -> Result<Vec<Files>> {
 }
 
 fn shapes(args: &Args) -> Result<Vec<Shape>> {
-    let flash = values("-fa", &args.flash_attn, |word| match word {
-        "on" | "1" => Ok(FlashAttention::On),
-        "off" | "0" => Ok(FlashAttention::Off),
-        "auto" | "-1" => Ok(FlashAttention::Auto),
-        _ => Err("expected on, off or auto".into()),
-    })?;
-    let type_k = values("-ctk", &args.cache_type_k, cache_type)?;
-    let type_v = values("-ctv", &args.cache_type_v, cache_type)?;
+    let flash = values("-fa", &args.flash_attn, parse::<FlashAttention>)?;
+    let type_k = values("-ctk", &args.cache_type_k, parse::<CacheType>)?;
+    let type_v = values("-ctv", &args.cache_type_v, parse::<CacheType>)?;
     let n_batch = numbers("-b", &args.batch_size, 1, MOST_TOKENS)?;
     let n_ubatch = numbers("-ub", &args.ubatch_size, 1, MOST_TOKENS)?;
     let mut shapes = Vec::new();

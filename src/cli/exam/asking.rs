@@ -17,7 +17,7 @@ use hae::build::build;
 use hae::eval::question::{Expected, Image, Question};
 use hae::eval::record::{FileId, Header, QuestionSet, VERSION};
 use hae::llama::{ContextOptions, Model, Vision};
-use hae::open::{self, RopeChoice};
+use hae::open;
 use hae::outfile::FilesInUse;
 use hae::policy::{Amount, PolicySpec};
 
@@ -154,7 +154,7 @@ impl AskArgs {
         load::warn_about_template(&model, &chosen);
         let template = chosen.of(&model, None)?;
         let context = open::sized(&self.context.options()?, &model)?;
-        let rope = self.model.rope_factors.into();
+        let rope = self.model.rope_factors;
         f(Ready {
             context,
             asker: Asker::new(&model, vision, template, rope),
@@ -174,7 +174,7 @@ impl AskArgs {
         let context = &ready.context;
         // Chosen for each question by how far it reaches.
         let rope = match ready.model.long_rope_from() {
-            Some(_) => RopeChoice::from(self.model.rope_factors).name(),
+            Some(_) => self.model.rope_factors.name(),
             None => "none",
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH);

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use clap::ValueEnum;
 
 use crate::cli::crops::CropArgs;
+use crate::cli::named::named;
 use crate::cli::output::FileReport;
 use hae::eval::files::{self, Source};
 use hae::eval::question::Question;
@@ -20,8 +20,8 @@ pub struct QuestionArgs {
     /// jsonl, gqa, scienceqa, mmbench or mmmu
     ///
     /// [default: told by the file]
-    #[arg(long, value_enum, hide_possible_values = true, value_name = "NAME")]
-    format: Option<FormatArg>,
+    #[arg(long, value_parser = named::<files::Format>(), hide_possible_values = true, value_name = "NAME")]
+    format: Option<files::Format>,
     /// Folder of the pictures
     ///
     /// [default: where the format has them]
@@ -40,27 +40,6 @@ pub struct QuestionArgs {
     pub crops: CropArgs,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum FormatArg {
-    Jsonl,
-    Gqa,
-    Scienceqa,
-    Mmbench,
-    Mmmu,
-}
-
-impl From<FormatArg> for files::Format {
-    fn from(format: FormatArg) -> Self {
-        match format {
-            FormatArg::Jsonl => files::Format::Jsonl,
-            FormatArg::Gqa => files::Format::Gqa,
-            FormatArg::Scienceqa => files::Format::ScienceQa,
-            FormatArg::Mmbench => files::Format::MmBench,
-            FormatArg::Mmmu => files::Format::Mmmu,
-        }
-    }
-}
-
 /// A question file that was read and checked.
 pub struct QuestionFile {
     id: FileId,
@@ -76,7 +55,7 @@ impl QuestionArgs {
     pub fn read(&self) -> Result<QuestionFile> {
         let source = Source {
             path: self.questions.clone(),
-            format: self.format.map(Into::into),
+            format: self.format,
             image_dir: self.image_dir.clone(),
             subset: self.subset.clone(),
             unanswered: false,
