@@ -29,7 +29,7 @@ use memory::PeakRss;
 
 pub use pictures::Pictures;
 pub use pulse::Pulse;
-pub use record::{Field, Hardware, Kind, METRICS, Metric, Record, Settings, Subject};
+pub use record::{Field, Hardware, Kind, METRICS, Metric, ModelInfo, Record, Settings};
 pub use workload::Workload;
 
 /// What a test feeds and asks for.

@@ -4,7 +4,7 @@
 //! A policy that is fed the full cache's answer and predicts each of its tokens, the end included,
 //! would have said the same. It is asked for an answer of its own only where it would not.
 
-use super::{Asker, Entrant, Reference};
+use super::{Asker, Contender, Reference};
 use crate::answer::{Answer, Evicted};
 use crate::bench::Pulse;
 use crate::error::Result;
@@ -33,14 +33,14 @@ impl Asker {
     /// As [`Asker::ask`].
     pub fn attempt(
         &mut self,
-        entrant: &Entrant,
+        contender: &Contender,
         question: &Question,
         pictures: &[Picture],
         n_predict: &[usize],
         reference: &Reference,
         watch: Pulse<'_>,
     ) -> Result<Option<Attempt>> {
-        let followed = self.distance(entrant, question, pictures, n_predict, reference, watch)?;
+        let followed = self.distance(contender, question, pictures, n_predict, reference, watch)?;
         let Some((distances, evicted)) = followed else {
             return Ok(None);
         };
@@ -50,7 +50,7 @@ impl Asker {
         } else {
             let expected: Vec<usize> = reference.iter().map(|(said, _)| said.fed().len()).collect();
             let expected = Some(&expected[..]);
-            let asked = self.ask(entrant, question, pictures, n_predict, expected, watch)?;
+            let asked = self.ask(contender, question, pictures, n_predict, expected, watch)?;
             let Some(asked) = asked else { return Ok(None) };
             let answer = |a: Answer| (a.text, a.finish == Finish::Eog);
             asked.into_iter().map(answer).collect()

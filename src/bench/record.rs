@@ -40,9 +40,9 @@ impl Hardware {
 
 /// The model that was measured.
 #[derive(Clone, Debug)]
-pub struct Subject {
-    /// File names, as shown.
-    pub model: String,
+pub struct ModelInfo {
+    /// The text model's file name, as shown.
+    pub file: String,
     /// The vision file's name, if there is one.
     pub mmproj: Option<String>,
     /// As [`Model::description`].
@@ -53,11 +53,11 @@ pub struct Subject {
     pub n_params: u64,
 }
 
-impl Subject {
+impl ModelInfo {
     /// `names` are those of the model's and the vision file.
     pub fn new(model: &Model, names: (String, Option<String>)) -> Self {
-        Subject {
-            model: names.0,
+        ModelInfo {
+            file: names.0,
             mmproj: names.1,
             description: model.description(),
             bytes: model.bytes(),
@@ -101,7 +101,7 @@ pub struct Record {
     /// On which machine.
     pub hardware: Hardware,
     /// With which model.
-    pub subject: Subject,
+    pub model: ModelInfo,
     /// In which contexts.
     pub settings: Settings,
     /// What was fed and timed.
@@ -294,11 +294,11 @@ impl Record {
         all.text("cpu_info", &self.hardware.cpu);
         all.text("gpu_info", &self.hardware.gpu);
         all.text("backends", &self.hardware.backends);
-        all.text("model_filename", &self.subject.model);
-        all.text("mmproj_filename", &self.subject.mmproj);
-        all.text("model_type", &self.subject.description);
-        all.integer("model_size", self.subject.bytes);
-        all.integer("model_n_params", self.subject.n_params);
+        all.text("model_filename", &self.model.file);
+        all.text("mmproj_filename", &self.model.mmproj);
+        all.text("model_type", &self.model.description);
+        all.integer("model_size", self.model.bytes);
+        all.integer("model_n_params", self.model.n_params);
     }
 
     /// What was asked for.

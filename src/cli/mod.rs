@@ -1,6 +1,7 @@
 //! The command line, one file a command. Nothing below this module prints.
 
 mod answer;
+mod asking;
 pub mod bench;
 pub mod calibrate;
 mod calibration;
@@ -10,7 +11,6 @@ pub mod convert;
 mod crops;
 pub mod demo;
 pub mod eval;
-mod exam;
 pub mod help;
 mod inputs;
 pub mod interrupt;

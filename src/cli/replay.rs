@@ -13,8 +13,9 @@ use super::named::named;
 use super::options::PolicyArgs;
 use super::{Done, note, warn};
 use hae::Error;
-use hae::policy::{Amount, OptionKey, PolicyOptions};
-use hae::replay::{Against, Setting, Subject, compare, summarize, tapes, verify};
+use hae::eval::record;
+use hae::policy::{Amount, OptionKey, PolicyOptions, PolicySpec};
+use hae::replay::{Against, Contender, Conversation, compare, summarize, tapes, verify};
 use hae::trace::{self, Cut, Reader};
 use print::Format;
 
@@ -66,8 +67,8 @@ pub fn run(args: &Args) -> Result<Done> {
         }
         return check(args, cut);
     }
-    let settings = settings(args, &options)?;
-    let mut subjects = Vec::new();
+    let contenders = contenders(args, &options)?;
+    let mut conversations = Vec::new();
     for path in &args.traces {
         let (header, tapes) = read(path, cut, |header, records| {
             let tapes = tapes(path, header, records)?;
@@ -79,7 +80,7 @@ pub fn run(args: &Args) -> Result<Done> {
         let (header, many) = (Rc::new(header), tapes.len() > 1);
         for (i, tape) in tapes.into_iter().enumerate() {
             let name = path.display().to_string();
-            subjects.push(Subject {
+            conversations.push(Conversation {
                 name: if many {
                     format!("{name}#{}", i + 1)
                 } else {
@@ -91,10 +92,10 @@ pub fn run(args: &Args) -> Result<Done> {
         }
     }
     let start = Instant::now();
-    let rows = compare(&settings, &subjects)?;
+    let rows = compare(&contenders, &conversations)?;
     let seconds = start.elapsed().as_secs_f64();
     let steps: usize = rows.iter().map(|row| row.replayed.steps).sum();
-    print::comparison(args.output, &rows, &summarize(&settings, &rows))?;
+    print::comparison(args.output, &rows, &summarize(&contenders, &rows))?;
     note(&format!(
         "replayed {steps} steps in {seconds:.2} s, {:.0} a second",
         steps as f64 / seconds.max(1e-9)
@@ -157,12 +158,12 @@ fn policy(text: &str) -> Result<(String, Option<Amount>), String> {
     Ok((name.to_owned(), budget))
 }
 
-fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
+fn contenders(args: &Args, options: &PolicyOptions) -> Result<Vec<Contender>> {
     let bins = match args.bin_sizes.is_empty() {
         true => Vec::new(),
         false => numbers("--bin-sizes", &args.bin_sizes, 1, 1 << 20)?,
     };
-    let mut settings: Vec<Setting> = Vec::new();
+    let mut contenders: Vec<Contender> = Vec::new();
     let mut has_bin = false;
     let policies = values("--kv-policy", &args.kv_policy, policy)?;
     let names: Vec<&str> = policies.iter().map(|(name, _)| name.as_str()).collect();
@@ -170,39 +171,32 @@ fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
     for (policy, budget) in policies {
         let mut options = options.clone();
         options.kv_budget = budget.or(options.kv_budget);
-        let at = match budget {
-            Some(Amount::Cells(cells)) => format!("@{cells}"),
-            Some(Amount::Share(share)) => format!("@{share}"),
-            None => String::new(),
-        };
+        let name = record::Contender::name_of(&policy, budget);
         let binned = hae::policy::reads(&policy, OptionKey::BinSize);
+        let policy = PolicySpec::new(&policy, options);
         has_bin |= binned;
         if !binned || bins.is_empty() {
-            settings.push(Setting {
-                name: format!("{policy}{at}"),
-                bin_size: binned.then_some(options.bin_size),
+            contenders.push(Contender {
+                name,
+                bin_size: binned.then_some(policy.options.bin_size),
                 policy,
-                options,
                 against: None,
             });
             continue;
         }
-        settings.push(Setting {
-            name: format!("{policy}{at} greedy"),
-            policy: policy.clone(),
-            options: Setting::greedy(&options),
+        contenders.push(Contender {
+            name: format!("{name} greedy"),
+            policy: Contender::greedy(&policy),
             bin_size: Some(1),
             against: None,
         });
         for &bin in &bins {
             let bin_size = bin as usize;
-            settings.push(Setting {
-                name: format!("{policy}{at} bin {bin}"),
-                policy: policy.clone(),
-                options: PolicyOptions {
-                    bin_size,
-                    ..options.clone()
-                },
+            let mut policy = policy.clone();
+            policy.options.bin_size = bin_size;
+            contenders.push(Contender {
+                name: format!("{name} bin {bin}"),
+                policy,
                 bin_size: Some(bin_size),
                 against: Some(args.against),
             });
@@ -212,5 +206,5 @@ fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
         let reason = "no policy with a recycle bin is given, expected hae or ddes";
         return Err(Error::option("--bin-sizes", reason).into());
     }
-    Ok(settings)
+    Ok(contenders)
 }

@@ -39,6 +39,17 @@ impl Amount {
     }
 }
 
+/// As it is read.
+impl std::fmt::Display for Amount {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Amount::Cells(n) => write!(f, "{n}"),
+            Amount::Share(share) if share.fract() == 0.0 => write!(f, "{share:.1}"),
+            Amount::Share(share) => write!(f, "{share}"),
+        }
+    }
+}
+
 /// `512` is a number of cells, `0.4` a share, and so is `1.0`.
 impl FromStr for Amount {
     type Err = String;
