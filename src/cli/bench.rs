@@ -1,7 +1,6 @@
 //! `hae bench`: speed and memory of a model under several cache policies, like llama-bench.
 
 mod cases;
-pub mod lists;
 mod print;
 
 use std::io::StdoutLock;
@@ -17,7 +16,6 @@ use super::options::{AttendArgs, PolicyArgs};
 use super::output::ContextReport;
 use super::polling::PollArgs;
 use super::{Done, interrupt, warn};
-pub use cases::policies;
 use cases::{Case, Plan, Shape};
 use hae::Error;
 use hae::bench::stats::Summary;

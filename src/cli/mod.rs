@@ -14,6 +14,7 @@ pub mod eval;
 pub mod help;
 mod inputs;
 pub mod interrupt;
+mod lists;
 mod load;
 mod named;
 pub mod options;

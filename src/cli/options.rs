@@ -7,11 +7,13 @@ mod model;
 mod policy;
 mod sampler;
 pub mod spelling;
+mod template;
 
 pub use context::{AttendArgs, ContextArgs, default_threads};
 pub use model::{GpuLayers, ModelArgs, gpu_layers};
 pub use policy::{PolicyArgs, Taken};
 pub use sampler::SamplerArgs;
+pub use template::TemplateArgs;
 
 /// Flags that `hae run --help` shows, and beside them those that are for tuning.
 pub const POLICY: &str = "KV cache policy";

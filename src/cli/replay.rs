@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 
-use super::bench::lists::{numbers, values};
+use super::lists::{numbers, values};
 use super::named::named;
 use super::options::PolicyArgs;
 use super::{Done, note, warn};

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Result, anyhow};
 
 use crate::cli::load::{self, Files};
-use crate::cli::options::{ContextArgs, ModelArgs};
+use crate::cli::options::{ContextArgs, ModelArgs, TemplateArgs};
 use crate::cli::output::{ContextReport, FileReport};
 use hae::Error;
 use hae::asker::{Asker, Contender};
@@ -36,23 +36,8 @@ pub struct InferenceArgs {
         help_heading = "Context"
     )]
     n_predict: Option<u32>,
-    /// Name or text of a chat template that llama.cpp knows [default: the model's own]
-    #[arg(
-        long,
-        value_name = "TEMPLATE",
-        hide_short_help = true,
-        help_heading = "Context"
-    )]
-    chat_template: Option<String>,
-    /// -no-cnv: use no chat template. Prompts go in as they are
-    #[arg(
-        long,
-        alias = "no-cnv",
-        hide_short_help = true,
-        help_heading = "Context",
-        conflicts_with = "chat_template"
-    )]
-    no_conversation: bool,
+    #[command(flatten, next_help_heading = "Context")]
+    template: TemplateArgs,
     /// Show llama.cpp's log on stderr
     #[arg(short, long, help_heading = "Output")]
     verbose: bool,
@@ -108,7 +93,7 @@ impl InferenceArgs {
         let model = load::load_model(files, &self.model)?;
         let vision = load::load_vision(files, &self.model, n_threads, &model)?;
         check_pictures(questions, num_crops, vision.as_ref())?;
-        let chosen = load::template(self.chat_template.as_deref(), self.no_conversation);
+        let chosen = self.template.template();
         load::warn_about_template(&model, &chosen);
         let template = chosen.of(&model, None)?;
         let context = open::sized(&self.context.options()?, &model)?;

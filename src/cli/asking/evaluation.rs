@@ -9,7 +9,7 @@ use super::args::{InferenceArgs, Loaded};
 use super::print::Format;
 use super::questions::Questions;
 use super::run::{Runner, Traces, progress_bar, trace_path};
-use crate::cli::bench::policies;
+use crate::cli::lists::policies;
 use crate::cli::load::Files;
 use crate::cli::options::{POLICY, PolicyArgs};
 use crate::cli::{Done, interrupt};
