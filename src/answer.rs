@@ -13,21 +13,29 @@ use crate::generate::{self, Finish, Session};
 /// An answer with its costs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Answer {
+    /// What the model said, without the token that ended it.
     pub text: String,
+    /// Why it ended.
     pub finish: Finish,
     /// Cancelled before the whole question was read: the conversation is as it was before.
     #[serde(skip)]
     pub taken_back: bool,
+    /// How many tokens went in and came out.
     pub tokens: Tokens,
+    /// The cache after the answer, and its memory.
     pub kv: Kv,
     /// What decoding steps attended to, where they looked cells up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attended: Option<Shares>,
+    /// How long each part took.
     pub timings: Timings,
+    /// What has left the cache so far.
     pub evicted: Evicted,
+    /// The policy that it was given under.
     pub policy: PolicyReport,
 }
 
+/// Tokens of one turn.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tokens {
     /// Of this turn's prompt, without the token that the answer before it was cut off at, which
@@ -35,17 +43,20 @@ pub struct Tokens {
     pub prompt: PerModality,
     /// Visual tokens of each picture of this turn.
     pub images: Vec<usize>,
+    /// Tokens of the answer, without the one that ended it.
     pub generated: usize,
 }
 
 /// The KV cache after the answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kv {
+    /// Cells by modality and state, and the most that were ever taken.
     pub cells: Counts,
     /// The most cells in use outside of prefills: what a budget bounds.
     pub peak_decoding: usize,
     /// Cells that the cache can hold.
     pub n_cells: usize,
+    /// Bytes of one cell over all layers, K and V.
     pub bytes_per_cell: u64,
     /// Bytes that the cells in use take.
     pub bytes_in_use: u64,
@@ -90,11 +101,13 @@ pub struct Timings {
     pub vision_encode_ms: f64,
     /// The trial run of the first layers before the prefill (`--dap-mode early` or `midway`).
     pub probe_ms: f64,
+    /// The prompt through the model, and the eviction after it, without the trial run.
     pub prefill_ms: f64,
     /// From the question to the first token, encoding included.
     pub ttft_ms: Option<f64>,
     /// Mean time of a token after the first.
     pub tpot_ms: Option<f64>,
+    /// From the first token to the end of the answer.
     pub decode_ms: f64,
 }
 
@@ -116,7 +129,9 @@ impl Timings {
 /// Counts over the whole conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Evicted {
+    /// Tokens that were pruned before a prompt's prefill or removed right after it.
     pub after_prefill: usize,
+    /// Tokens that were removed while answers were written.
     pub in_decoding: usize,
     /// Decoding steps that removed tokens.
     pub flushes: usize,
@@ -139,8 +154,10 @@ impl Evicted {
     }
 }
 
+/// A policy as reports show it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PolicyReport {
+    /// Its name, as in [`crate::policy::names`].
     pub name: &'static str,
     /// Every parameter with its value.
     pub params: serde_json::Value,

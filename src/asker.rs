@@ -25,10 +25,12 @@ use crate::prompt::Transcript;
 use crate::trace;
 use crate::turn::{self, Prompts, Talk, Turn};
 
-/// A policy that is asked.
+/// A policy that can be asked.
 #[derive(Clone, Debug)]
-pub struct Entrant {
-    pub contender: record::Contender,
+pub struct Contender {
+    /// How results files name it.
+    pub record: record::Contender,
+    /// What is asked for; every question gets one in its first state.
     pub policy: PolicySpec,
     /// As the user chose it; what the policy wants of it is added when it is asked.
     pub context: ContextOptions,
@@ -50,6 +52,7 @@ pub struct Asker {
 }
 
 impl Asker {
+    /// For a model and its vision file, if there is one. `template` as in [`Transcript::new`].
     pub fn new(
         model: &Model,
         vision: Option<Vision>,
@@ -70,16 +73,16 @@ impl Asker {
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn entrant(
+    pub fn contender(
         &self,
         name: String,
         policy: PolicySpec,
         budget: Option<Amount>,
         context: &ContextOptions,
-    ) -> Result<Entrant> {
+    ) -> Result<Contender> {
         let plan = Plan::new(&self.model, self.prompts.vision(), context, &policy)?;
-        Ok(Entrant {
-            contender: record::Contender {
+        Ok(Contender {
+            record: record::Contender {
                 name,
                 policy: policy.name.clone(),
                 budget,
@@ -109,7 +112,7 @@ impl Asker {
     /// Those of the pictures, the engine and the policy.
     pub fn ask(
         &mut self,
-        entrant: &Entrant,
+        contender: &Contender,
         question: &Question,
         pictures: &[Picture],
         n_predict: &[usize],
@@ -117,8 +120,8 @@ impl Asker {
         watch: Pulse<'_>,
     ) -> Result<Option<Vec<Answer>>> {
         let trace = self.trace.take();
-        let policy = policy_of(entrant, question);
-        let mut plan = self.plan(&entrant.context, &policy)?;
+        let policy = policy_of(contender, question);
+        let mut plan = self.plan(&contender.context, &policy)?;
         if trace.is_some() {
             plan.read_for_trace(&policy.options)?;
         }
@@ -196,21 +199,21 @@ impl Asker {
         Ok(Some(reference))
     }
 
-    /// How far an entrant's predictions are from the reference, for each turn, and what was evicted
+    /// How far a contender's predictions are from the reference, for each turn, and what was evicted
     /// on the way. `n_predict` as for the reference. `None`: cancelled.
     ///
     /// # Errors
     /// As [`Asker::ask`].
     pub fn distance(
         &mut self,
-        entrant: &Entrant,
+        contender: &Contender,
         question: &Question,
         pictures: &[Picture],
         n_predict: &[usize],
         reference: &Reference,
         watch: Pulse<'_>,
     ) -> Result<Option<(Vec<Option<Distance>>, Evicted)>> {
-        let plan = self.plan(&entrant.context, &policy_of(entrant, question))?;
+        let plan = self.plan(&contender.context, &policy_of(contender, question))?;
         let (stage, mut talk) = self.stage(plan, question, pictures, n_predict)?;
         let mut places = Places::default();
         let mut distances = Vec::new();
@@ -304,10 +307,10 @@ impl Asker {
 
 /// The policy for this question. One that draws by lot draws anew for each: the same places of
 /// every picture would be a pattern, not chance.
-fn policy_of(entrant: &Entrant, question: &Question) -> PolicySpec {
+fn policy_of(contender: &Contender, question: &Question) -> PolicySpec {
     let digest = Sha256::digest(&question.id);
     let number = digest.iter().take(8).fold(0, |n, &b| n << 8 | u64::from(b));
-    let mut policy = entrant.policy.clone();
+    let mut policy = contender.policy.clone();
     policy.options.seed ^= number;
     policy
 }

@@ -30,7 +30,7 @@ use memory::PeakRss;
 
 pub use pictures::Pictures;
 pub use pulse::Pulse;
-pub use record::{Field, Hardware, Kind, METRICS, Metric, Record, Settings, Subject};
+pub use record::{Field, Hardware, Kind, METRICS, Metric, ModelInfo, Record, Settings};
 pub use workload::Workload;
 
 /// What a test feeds and asks for.
@@ -146,12 +146,15 @@ pub struct Sample {
     pub probe: Duration,
     /// From there to the first token: the prompt, eviction after it, sampling.
     pub prefill: Duration,
+    /// Time of all decoded tokens together.
     pub decode: Duration,
     /// Rows of the prompt, whether they went in or were pruned before.
     pub prompt: PerModality,
     /// Tokens decoded.
     pub steps: usize,
+    /// The ledger's counts at the end.
     pub cells: Counts,
+    /// The engine's memory at the end.
     pub kv: KvBytes,
     /// The most bytes that were allocated for KV at once, trial runs included.
     pub allocated_peak: u64,
@@ -267,11 +270,15 @@ pub fn measure<E: Engine>(
 
 /// A test on a model, in a context made for it.
 pub struct Work<'a> {
+    /// The model, loaded.
     pub model: &'a Model,
     /// With room for the test.
     pub context: &'a ContextOptions,
+    /// The policy, made anew for each repetition.
     pub policy: &'a PolicySpec,
+    /// What is fed and timed.
     pub test: &'a Test,
+    /// What stands for the pictures of the test.
     pub pictures: Pictures,
     /// Decides tokens and pictures.
     pub seed: u64,

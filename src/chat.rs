@@ -24,11 +24,17 @@ const NO_VISION: &str = "pictures need a vision file, give one with `mmproj`";
 /// which are the same every time.
 #[derive(Clone, Debug, Default)]
 pub struct ChatOptions {
+    /// How the cache is made; the policy adds what it needs.
     pub context: ContextOptions,
+    /// Which longrope factors a model with two sets takes.
     pub rope: RopeChoice,
+    /// What leaves the cache.
     pub policy: PolicySpec,
+    /// How tokens are chosen.
     pub sampler: SamplerOptions,
+    /// Where the chat template comes from.
     pub template: Template,
+    /// Goes before the first turn. Needs a template with such a role.
     pub system_prompt: Option<String>,
     /// Bytes of host memory for evicted text, to be put back for the next question.
     pub host_bin: usize,

@@ -27,6 +27,7 @@ enum Phase {
 /// Where the rows of a batch come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Origin {
+    /// What they all are.
     pub modality: Modality,
     /// Which picture, for visual tokens.
     pub image: Option<u32>,
@@ -35,6 +36,7 @@ pub struct Origin {
 }
 
 impl Origin {
+    /// Rows of text.
     pub const TEXT: Origin = Origin {
         modality: Modality::Text,
         image: None,
@@ -54,8 +56,11 @@ impl Origin {
 /// What the controller did, for reports.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Report {
+    /// The policy's name.
     pub policy: &'static str,
+    /// Every parameter of the policy with its value.
     pub params: serde_json::Value,
+    /// Cells by modality and state, and the most that were ever taken.
     pub cells: Counts,
     /// Tokens removed before and right after prompts.
     pub evicted_after_prefill: usize,
@@ -74,11 +79,15 @@ pub struct Report {
 /// A token that was just removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Evicted {
+    /// The cell that it lay in, free now.
     pub cell: Cell,
+    /// The position that it had.
     pub pos: Pos,
+    /// What it was.
     pub modality: Modality,
 }
 
+/// Books and policy of one sequence: what its tokens are, and which of them go.
 pub struct Controller {
     ledger: Ledger,
     policy: Box<dyn EvictionPolicy>,
@@ -142,6 +151,7 @@ impl Controller {
         self.single_rows = single_rows;
     }
 
+    /// Whether there is a recorder.
     pub fn is_recorded(&self) -> bool {
         self.recorder.is_some()
     }
@@ -169,6 +179,7 @@ impl Controller {
         self.policy.name()
     }
 
+    /// The books, as of the last call.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
     }
@@ -486,6 +497,7 @@ impl Controller {
         &self.plan
     }
 
+    /// What happened since the cache was last empty.
     pub fn report(&self) -> Report {
         let cells = self.ledger.counts();
         Report {

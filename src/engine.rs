@@ -27,12 +27,16 @@ pub type SeqId = i32;
 /// Consecutive input of one modality.
 #[derive(Clone, Copy, Debug)]
 pub enum Input<'a> {
+    /// Text: `[n]` ids of the vocabulary.
     Tokens(&'a [Token]),
     /// Row-major `[n, n_embd]` projected visual embeddings. `mrope` holds the absolute
     /// `[t, y, x, z]` positions of each row for models whose pictures have two axes.
     Embeddings {
+        /// `[n, n_embd]`
         data: &'a [f32],
+        /// Rows.
         n: usize,
+        /// `[n]`; `None` for models with one axis.
         mrope: Option<&'a [[Pos; 4]]>,
     },
     /// The tokens in these cells of the trial run's cache, from where it came to: the layers that
@@ -50,6 +54,7 @@ impl Input<'_> {
         }
     }
 
+    /// Whether it has no rows: no engine takes such a batch.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -61,6 +66,7 @@ impl Input<'_> {
 pub struct Batch<'a> {
     /// The sequence that the rows belong to, and the only one that they attend to.
     pub seq: SeqId,
+    /// The rows themselves.
     pub input: Input<'a>,
     /// Position of each row, ascending: `[input.len()]`. A row of a picture with several axes
     /// has here what it counts as in the sequence.
@@ -147,6 +153,7 @@ pub trait Engine {
     /// on the sequence is empty, and another conversation can have it.
     fn rewind(&mut self, seq: SeqId, from: Pos, left: usize) -> Result<()>;
 
+    /// What it can do; it stays the same for the engine's life.
     fn capabilities(&self) -> Capabilities {
         Capabilities::default()
     }
@@ -223,5 +230,6 @@ pub trait Engine {
     /// Rows that one call of [`Engine::decode`] takes at most.
     fn n_batch(&self) -> usize;
 
+    /// The memory of the whole cache, all sequences together.
     fn kv_bytes(&self) -> KvBytes;
 }

@@ -3,48 +3,97 @@
 
 use std::path::PathBuf;
 
+/// A result of this library, by default with its [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What can go wrong. Options and files are the user's to mend; [`Error::Cell`] and
+/// [`Error::Contract`] are bugs.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A file or folder that the system does not let us read or write.
     #[error("{path}: {cause}", path = path.display())]
     Io {
+        /// Where it is.
         path: PathBuf,
         /// Part of the message, so not a source: a chain would print it twice.
         cause: std::io::Error,
     },
     /// A file that is not what it should be. `reason` says what was found and what was expected.
     #[error("{path}: {reason}", path = path.display())]
-    File { path: PathBuf, reason: String },
+    File {
+        /// Which file.
+        path: PathBuf,
+        /// What was found, and what was expected.
+        reason: String,
+    },
     /// An option that cannot be. `name` is its key, the field that it sets; a reason names other
     /// options by theirs, between backticks. The command line spells both as flags.
     #[error("{}: {reason}", quoted(name))]
-    Option { name: &'static str, reason: String },
+    Option {
+        /// The option's key, such as `n_ctx`.
+        name: &'static str,
+        /// What is wrong with its value, and what was expected.
+        reason: String,
+    },
+    /// A prompt that does not fit, found out before any of it went in.
     #[error("prompt needs {needed} cells but the context holds {n_ctx}: give a larger `n_ctx`")]
-    PromptTooLong { needed: usize, n_ctx: usize },
+    PromptTooLong {
+        /// Cells that the cache would have to hold with it.
+        needed: usize,
+        /// Cells that it can hold.
+        n_ctx: usize,
+    },
+    /// No cell is left for another token.
     #[error(
         "the context is full at {n_ctx} cells: give a larger `n_ctx`, a smaller `n_predict`, or `kv_policy` hae with a `kv_budget`"
     )]
-    ContextFull { n_ctx: usize },
+    ContextFull {
+        /// Cells that the cache can hold.
+        n_ctx: usize,
+    },
+    /// A score that is no finite number: tokens could not be put in order by it.
     #[error("attention score of position {pos} is {value}, expected a finite number")]
-    NanScore { pos: i32, value: f32 },
+    NanScore {
+        /// The token's position.
+        pos: i32,
+        /// What was found.
+        value: f32,
+    },
     /// The cache does not hold what its bookkeeping says: a bug, in a policy or an engine.
     #[error("cache bookkeeping: cell {cell} {reason}")]
-    Cell { cell: u32, reason: String },
+    Cell {
+        /// The cell's index.
+        cell: u32,
+        /// What was found there.
+        reason: String,
+    },
     /// An engine or a policy broke the contract of its trait: a bug.
     #[error("broken contract: {what}")]
-    Contract { what: String },
+    Contract {
+        /// What was done that must not be.
+        what: String,
+    },
+    /// A call into llama.cpp or ggml that failed.
     #[error("llama.cpp: {call} failed: {reason}")]
-    Llama { call: &'static str, reason: String },
+    Llama {
+        /// The C function's name.
+        call: &'static str,
+        /// What it returned or logged.
+        reason: String,
+    },
+    /// A policy that needs what the memory of this model does not allow.
     #[error("kv policy {policy} cannot serve this model: {reason}")]
     Unsupported {
+        /// The policy's name.
         policy: &'static str,
+        /// What stands against it.
         reason: String,
     },
 }
 
 impl Error {
+    /// An [`Error::Io`] at this path.
     pub fn io(path: impl Into<PathBuf>, cause: std::io::Error) -> Self {
         Error::Io {
             path: path.into(),
@@ -52,6 +101,7 @@ impl Error {
         }
     }
 
+    /// An [`Error::File`] at this path.
     pub fn file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
         Error::File {
             path: path.into(),
@@ -59,6 +109,7 @@ impl Error {
         }
     }
 
+    /// An [`Error::Option`]; `name` is the option's key.
     pub fn option(name: &'static str, reason: impl Into<String>) -> Self {
         Error::Option {
             name,
@@ -66,18 +117,21 @@ impl Error {
         }
     }
 
-    pub fn cell(cell: u32, reason: impl Into<String>) -> Self {
+    /// An [`Error::Cell`].
+    pub(crate) fn cell(cell: u32, reason: impl Into<String>) -> Self {
         Error::Cell {
             cell,
             reason: reason.into(),
         }
     }
 
-    pub fn contract(what: impl Into<String>) -> Self {
+    /// An [`Error::Contract`].
+    pub(crate) fn contract(what: impl Into<String>) -> Self {
         Error::Contract { what: what.into() }
     }
 
-    pub fn llama(call: &'static str, reason: impl Into<String>) -> Self {
+    /// An [`Error::Llama`]; `call` is the C function's name.
+    pub(crate) fn llama(call: &'static str, reason: impl Into<String>) -> Self {
         Error::Llama {
             call,
             reason: reason.into(),

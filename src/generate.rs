@@ -41,7 +41,9 @@ pub struct Hooks<'a> {
 
 /// A conversation: the model, its cache's controller, and the buffers between them.
 pub struct Session<E> {
+    /// The model and its cache, or what stands in for it.
     pub engine: E,
+    /// The books of the cache, and the policy.
     pub controller: Controller,
     /// Chooses the conversation's tokens.
     pub sampler: Box<dyn Sampler>,
@@ -104,6 +106,7 @@ impl<E> Session<E> {
         &self.feed.seen
     }
 
+    /// Evicted text that waits in host memory.
     pub fn host_bin(&self) -> &HostBin {
         &self.host_bin
     }

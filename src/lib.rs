@@ -31,6 +31,7 @@
 //! that runs real models, [`open`] makes its contexts, [`turn`] answers one question, [`chat`] many of them, [`convert`] makes GGUFs from a
 //! Hugging Face directory.
 
+#![deny(missing_docs)]
 #![deny(unsafe_code)]
 
 pub mod answer;

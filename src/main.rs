@@ -57,9 +57,9 @@ impl Command {
             Command::Run(args) => Some(args.context.poll),
             Command::Demo(args) => Some(args.context.poll),
             Command::Bench(args) => Some(args.poll),
-            Command::Compare(args) => Some(args.exam.ask.context.poll),
-            Command::Eval(args) => Some(args.exam.ask.context.poll),
-            Command::Calibrate(args) => Some(args.ask.context.poll),
+            Command::Compare(args) => Some(args.evaluation.inference.context.poll),
+            Command::Eval(args) => Some(args.evaluation.inference.context.poll),
+            Command::Calibrate(args) => Some(args.inference.context.poll),
             Command::Convert(_)
             | Command::Quantize(_)
             | Command::Replay(_)

@@ -22,7 +22,9 @@ pub enum RopeChoice {
     /// By the positions that the run can reach.
     #[default]
     Auto,
+    /// Those for positions up to the length that the model was first trained for.
     Short,
+    /// Those for all positions that the model was trained for.
     Long,
     /// By the size of the cache, as llama.cpp does.
     Context,
@@ -104,10 +106,12 @@ impl Plan {
         &self.context
     }
 
+    /// What the policy was made for.
     pub fn limits(&self) -> Limits {
         self.limits
     }
 
+    /// The policy that will rule it.
     pub fn policy(&self) -> &dyn EvictionPolicy {
         &*self.policy
     }
@@ -264,12 +268,14 @@ pub fn rope_name(model: &Model, context: &ContextOptions) -> &'static str {
 
 /// A context under a policy.
 pub struct Opened {
+    /// The engine, the controller and the loops over them.
     pub session: Session<LlamaEngine>,
     /// Positions that the chosen rope factors reach, where they end before the cache does.
     pub reach: Option<usize>,
 }
 
 impl Opened {
+    /// The model that it runs.
     pub fn model(&self) -> &Model {
         self.session.engine.model()
     }

@@ -24,6 +24,8 @@ pub struct Transcript {
 }
 
 impl Transcript {
+    /// A conversation that begins. `template` is the name or text of a chat template, `None`:
+    /// prompts go in as they are. `system` goes before the first turn.
     pub fn new(template: Option<String>, system: Option<String>) -> Self {
         let messages = system
             .into_iter()

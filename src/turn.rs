@@ -23,6 +23,7 @@ pub use prompts::{Prompts, segment};
 /// What a user says and shows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Turn<'a> {
+    /// What is said, as the user wrote it: the chat template is put around it later.
     pub text: &'a str,
     /// In the order in which they are given; the text may say where they go
     /// ([`place_pictures`]).
@@ -37,6 +38,7 @@ pub struct Turn<'a> {
 /// A conversation so far, beside what the cache holds of it.
 #[derive(Clone, Debug, Default)]
 pub struct Talk {
+    /// What was said, as the model has seen it.
     pub transcript: Transcript,
     /// Last token of the last answer, when it has not gone through the model yet.
     pub pending: Option<Token>,
@@ -45,6 +47,7 @@ pub struct Talk {
 }
 
 impl Talk {
+    /// A conversation that goes on from this transcript, with no picture and no pending token.
     pub fn new(transcript: Transcript) -> Self {
         Talk {
             transcript,
@@ -64,6 +67,7 @@ impl Talk {
 /// A turn's prompt, ready to go in.
 #[derive(Debug)]
 pub struct Prompt {
+    /// Text and pictures in the order of their positions.
     pub segments: Vec<Segment>,
     /// Visual tokens of each picture.
     pub images: Vec<usize>,

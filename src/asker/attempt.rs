@@ -4,7 +4,7 @@
 //! A policy that is fed the full cache's answer and predicts each of its tokens, the end included,
 //! would have said the same. It is asked for an answer of its own only where it would not.
 
-use super::{Asker, Entrant, Reference};
+use super::{Asker, Contender, Reference};
 use crate::answer::{Answer, Evicted};
 use crate::bench::Pulse;
 use crate::error::Result;
@@ -14,10 +14,13 @@ use crate::generate::Finish;
 use crate::image::Picture;
 use crate::open::Opened;
 
+/// What came of one question: `[turns]` each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attempt {
     /// Each turn's answer, and whether the model ended it.
     pub answers: Vec<(String, bool)>,
+    /// How far the policy's predictions are from the full cache's; `None` where a turn has no token
+    /// to compare.
     pub distances: Vec<Option<Distance>>,
     /// Over the whole conversation, fed the full cache's answers.
     pub evicted: Evicted,
@@ -30,14 +33,14 @@ impl Asker {
     /// As [`Asker::ask`].
     pub fn attempt(
         &mut self,
-        entrant: &Entrant,
+        contender: &Contender,
         question: &Question,
         pictures: &[Picture],
         n_predict: &[usize],
         reference: &Reference,
         watch: Pulse<'_>,
     ) -> Result<Option<Attempt>> {
-        let followed = self.distance(entrant, question, pictures, n_predict, reference, watch)?;
+        let followed = self.distance(contender, question, pictures, n_predict, reference, watch)?;
         let Some((distances, evicted)) = followed else {
             return Ok(None);
         };
@@ -47,7 +50,7 @@ impl Asker {
         } else {
             let expected: Vec<usize> = reference.iter().map(|(said, _)| said.fed().len()).collect();
             let expected = Some(&expected[..]);
-            let asked = self.ask(entrant, question, pictures, n_predict, expected, watch)?;
+            let asked = self.ask(contender, question, pictures, n_predict, expected, watch)?;
             let Some(asked) = asked else { return Ok(None) };
             let answer = |a: Answer| (a.text, a.finish == Finish::Eog);
             asked.into_iter().map(answer).collect()

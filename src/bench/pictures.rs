@@ -15,13 +15,18 @@ use crate::noise::Noise;
 pub enum Pictures {
     /// Pixels, encoded by the model's vision file.
     Noise {
+        /// In pixels.
         width: u32,
+        /// In pixels.
         height: u32,
         /// Crops that it may be cut into; `None`: what the vision file says.
         num_crops: Option<u32>,
     },
     /// Embeddings, this many for each picture.
-    Embeddings { n: usize },
+    Embeddings {
+        /// Rows of each picture, 1 or more.
+        n: usize,
+    },
 }
 
 impl Pictures {

@@ -7,5 +7,6 @@ use std::time::Duration;
 pub struct Pulse<'a> {
     /// A clock that never runs backwards.
     pub now: &'a dyn Fn() -> Duration,
+    /// Asked again and again on the way: whether to stop.
     pub cancelled: &'a dyn Fn() -> bool,
 }

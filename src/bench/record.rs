@@ -14,8 +14,11 @@ use crate::llama::{CacheType, FlashAttention, Model, Poll, devices};
 /// The machine, as ggml sees it.
 #[derive(Clone, Debug)]
 pub struct Hardware {
+    /// The processor's description; empty where ggml has none of it.
     pub cpu: String,
+    /// The descriptions of all GPUs, with commas between them; empty without one.
     pub gpu: String,
+    /// The names of all devices, those of GPUs first, with commas between them.
     pub backends: String,
 }
 
@@ -37,19 +40,24 @@ impl Hardware {
 
 /// The model that was measured.
 #[derive(Clone, Debug)]
-pub struct Subject {
-    /// File names, as shown.
-    pub model: String,
+pub struct ModelInfo {
+    /// The text model's file name, as shown.
+    pub file: String,
+    /// The vision file's name, if there is one.
     pub mmproj: Option<String>,
+    /// As [`Model::description`].
     pub description: String,
+    /// Bytes of the weights.
     pub bytes: u64,
+    /// Number of weights.
     pub n_params: u64,
 }
 
-impl Subject {
+impl ModelInfo {
+    /// `names` are those of the model's and the vision file.
     pub fn new(model: &Model, names: (String, Option<String>)) -> Self {
-        Subject {
-            model: names.0,
+        ModelInfo {
+            file: names.0,
             mmproj: names.1,
             description: model.description(),
             bytes: model.bytes(),
@@ -61,37 +69,54 @@ impl Subject {
 /// How the contexts were made.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
+    /// Cells that the cache can hold.
     pub n_ctx: u32,
     /// Cells that the cache begins with; `None`: all of them, for good.
     pub kv_size: Option<u32>,
+    /// Rows of one decode call.
     pub n_batch: u32,
+    /// Rows that are computed at once.
     pub n_ubatch: u32,
+    /// Threads of the processor.
     pub n_threads: i32,
+    /// How eagerly threads wait for work.
     pub poll: Poll,
     /// `None`: llama.cpp's choice.
     pub n_gpu_layers: Option<u32>,
     /// As it was used.
     pub flash_attention: FlashAttention,
+    /// What K is stored as.
     pub type_k: CacheType,
+    /// What V is stored as.
     pub type_v: CacheType,
+    /// As [`crate::open::rope_name`].
     pub rope_factors: &'static str,
 }
 
 /// A test under one policy.
 #[derive(Clone, Debug)]
 pub struct Record {
+    /// What measured.
     pub build: Build,
+    /// On which machine.
     pub hardware: Hardware,
-    pub subject: Subject,
+    /// With which model.
+    pub model: ModelInfo,
+    /// In which contexts.
     pub settings: Settings,
+    /// What was fed and timed.
     pub test: Test,
+    /// What stood for pictures.
     pub pictures: Pictures,
     /// Rows that a picture takes.
     pub image_tokens: usize,
+    /// The policy's name.
     pub policy: &'static str,
+    /// Every parameter of the policy with its value.
     pub params: Value,
     /// When the last repetition ended.
     pub time: SystemTime,
+    /// One for each repetition, in their order.
     pub samples: Vec<Sample>,
     /// The first policy of the list and its samples, for all others.
     pub first: Option<(&'static str, Vec<Sample>)>,
@@ -100,7 +125,9 @@ pub struct Record {
 /// A figure that each repetition has, or does not have.
 #[derive(Clone, Copy, Debug)]
 pub struct Metric {
+    /// Its column in the results, with its unit at the end.
     pub name: &'static str,
+    /// Reads it from a repetition; `None` where that has none.
     pub of: fn(&Sample) -> Option<f64>,
 }
 
@@ -155,16 +182,22 @@ pub const METRICS: [Metric; 9] = [
 /// What a field holds, for formats with types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Kind {
+    /// A string, or an object for formats that have them.
     Text,
+    /// A whole number.
     Integer,
+    /// A number with a fraction.
     Real,
 }
 
 /// A column and its value; null: not measured, or does not apply.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Field {
+    /// The column's name.
     pub name: String,
+    /// What every record has in this column, beside null.
     pub kind: Kind,
+    /// The value, of this kind, or null.
     pub value: Value,
 }
 
@@ -261,11 +294,11 @@ impl Record {
         all.text("cpu_info", &self.hardware.cpu);
         all.text("gpu_info", &self.hardware.gpu);
         all.text("backends", &self.hardware.backends);
-        all.text("model_filename", &self.subject.model);
-        all.text("mmproj_filename", &self.subject.mmproj);
-        all.text("model_type", &self.subject.description);
-        all.integer("model_size", self.subject.bytes);
-        all.integer("model_n_params", self.subject.n_params);
+        all.text("model_filename", &self.model.file);
+        all.text("mmproj_filename", &self.model.mmproj);
+        all.text("model_type", &self.model.description);
+        all.integer("model_size", self.model.bytes);
+        all.integer("model_n_params", self.model.n_params);
     }
 
     /// What was asked for.

@@ -5,8 +5,11 @@ use crate::quantile::quantile;
 /// Quartiles of some values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
+    /// The middle value.
     pub median: f64,
+    /// The lower quartile.
     pub q1: f64,
+    /// The upper quartile.
     pub q3: f64,
 }
 
@@ -38,6 +41,7 @@ impl Summary {
         }
     }
 
+    /// Whether the spread exceeds [`Summary::NOISY`].
     pub fn is_noisy(&self) -> bool {
         self.spread() > Self::NOISY
     }

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Workload {
+    /// What the test is called.
     pub name: String,
     /// What it stands for.
     #[serde(default)]
@@ -18,6 +19,7 @@ pub struct Workload {
     /// Made-up embeddings of each picture; without it pictures are encoded by a vision file.
     #[serde(default)]
     pub image_tokens: Option<usize>,
+    /// At least one, each with a prompt.
     pub turns: Vec<Turn>,
 }
 
@@ -59,6 +61,7 @@ impl Workload {
         }
     }
 
+    /// The test that it describes, from an empty cache.
     pub fn test(&self) -> Test {
         Test {
             workload: Some(self.name.clone()),

@@ -1,7 +1,7 @@
 //! Which parameters of `hae` keep the most quality of a model at a given memory.
 //!
 //! A [`Setting`] is what is looked for. [`search`] tries those of a small [`grid`], one parameter
-//! after the other, on questions that its caller asks, and gets a [`Score`] for each. [`file`] is
+//! after the other, on questions that its caller asks, and gets a [`Score`] for each. [`mod@file`] is
 //! what comes of it: the parameters with the evidence for them, beside the model. Nothing here
 //! knows a model: [`crate::asker`] has one.
 

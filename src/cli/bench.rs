@@ -1,7 +1,6 @@
 //! `hae bench`: speed and memory of a model under several cache policies, like llama-bench.
 
 mod cases;
-pub mod lists;
 mod print;
 
 use std::io::StdoutLock;
@@ -17,11 +16,10 @@ use super::options::{AttendArgs, PolicyArgs};
 use super::output::ContextReport;
 use super::polling::PollArgs;
 use super::{Done, interrupt, warn};
-pub use cases::policies;
 use cases::{Case, Plan, Shape};
 use hae::Error;
 use hae::bench::stats::Summary;
-use hae::bench::{self, Hardware, Pulse, Record, Sample, Settings, Subject, Work};
+use hae::bench::{self, Hardware, ModelInfo, Pulse, Record, Sample, Settings, Work};
 use hae::build::{Build, build};
 use hae::llama::{ContextOptions, Model, ModelOptions, Poll, Vision, VisionOptions};
 use hae::open::{Plan as Opening, Reach, RopeChoice, rope_name};
@@ -189,8 +187,8 @@ struct Bench<'a> {
     bar: ProgressBar,
 }
 
-/// A case on a loaded model, with a context for each policy.
-struct Ready<'a> {
+/// A case that a loaded model can run, with a context for each policy.
+struct CheckedCase<'a> {
     case: &'a Case,
     shape: Shape,
     /// Rows that a picture takes.
@@ -218,9 +216,9 @@ impl Bench<'_> {
                         ..ModelOptions::default()
                     },
                 )?;
-                let subject = Subject::new(&model, files.names());
+                let info = ModelInfo::new(&model, files.names());
                 for &n_threads in &plan.threads {
-                    if self.model(files, &model, &subject, n_threads)? == Done::Interrupted {
+                    if self.model(files, &model, &info, n_threads)? == Done::Interrupted {
                         return Ok(Done::Interrupted);
                     }
                 }
@@ -233,7 +231,7 @@ impl Bench<'_> {
         &mut self,
         files: &Files,
         model: &Model,
-        subject: &Subject,
+        info: &ModelInfo,
         n_threads: i32,
     ) -> Result<Done> {
         let plan = self.plan;
@@ -249,7 +247,7 @@ impl Bench<'_> {
             vision.check_num_crops(n)?;
         }
         // All of them before the first is measured, which may take long.
-        let mut ready = Vec::new();
+        let mut cases = Vec::new();
         for &shape in &plan.shapes {
             for case in &plan.cases {
                 let image_tokens = match case.test.n_images() {
@@ -270,7 +268,7 @@ impl Bench<'_> {
                 });
                 let opened = contexts.collect::<hae::Result<Vec<_>>>()?;
                 let (contexts, params) = opened.into_iter().unzip();
-                ready.push(Ready {
+                cases.push(CheckedCase {
                     case,
                     shape,
                     image_tokens,
@@ -279,8 +277,8 @@ impl Bench<'_> {
                 });
             }
         }
-        for ready in &ready {
-            if !self.case(ready, model, vision.as_mut(), subject)? {
+        for checked in &cases {
+            if !self.case(checked, model, vision.as_mut(), info)? {
                 return Ok(Done::Interrupted);
             }
         }
@@ -290,12 +288,12 @@ impl Bench<'_> {
     /// One test under all policies, by turns; false: cancelled.
     fn case(
         &mut self,
-        ready: &Ready,
+        checked: &CheckedCase,
         model: &Model,
         mut vision: Option<&mut Vision>,
-        subject: &Subject,
+        info: &ModelInfo,
     ) -> Result<bool> {
-        let Ready { case, contexts, .. } = ready;
+        let CheckedCase { case, contexts, .. } = checked;
         let plan = self.plan;
         let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); plan.policies.len()];
         let now = load::clock();
@@ -328,32 +326,32 @@ impl Bench<'_> {
                 }
             }
         }
-        self.records(ready, model, subject, samples)?;
+        self.records(checked, model, info, samples)?;
         Ok(true)
     }
 
     fn records(
         &mut self,
-        ready: &Ready,
+        checked: &CheckedCase,
         model: &Model,
-        subject: &Subject,
+        info: &ModelInfo,
         samples: Vec<Vec<Sample>>,
     ) -> Result<()> {
         let plan = self.plan;
         let time = SystemTime::now();
         let first = samples[0].clone();
-        for (i, (samples, context)) in samples.into_iter().zip(&ready.contexts).enumerate() {
+        for (i, (samples, context)) in samples.into_iter().zip(&checked.contexts).enumerate() {
             let policy = plan.policies[i];
             let record = Record {
                 build: self.build.clone(),
                 hardware: self.hardware.clone(),
-                subject: subject.clone(),
-                settings: settings(ready.shape, context, model),
-                test: ready.case.test.clone(),
-                pictures: ready.case.pictures,
-                image_tokens: ready.image_tokens,
+                model: info.clone(),
+                settings: settings(checked.shape, context, model),
+                test: checked.case.test.clone(),
+                pictures: checked.case.pictures,
+                image_tokens: checked.image_tokens,
                 policy,
-                params: ready.params[i].clone(),
+                params: checked.params[i].clone(),
                 time,
                 samples,
                 first: (i > 0).then(|| (plan.policies[0], first.clone())),

@@ -11,20 +11,19 @@ use anyhow::Result;
 use clap::ValueEnum;
 use indicatif::ProgressBar;
 
-use super::exam::{AskArgs, Asked, QuestionArgs, Ready, Sitting, bar, write};
+use super::asking::{InferenceArgs, Loaded, QuestionArgs, Questions, Runner, progress_bar, write};
 use super::load::Files;
 use super::options::POLICY;
 use super::{Done, interrupt, note};
 use hae::Error;
-use hae::asker::Entrant;
+use hae::asker::Contender;
 use hae::calibrate::file::{Calibration, Chosen, Compared, Scores, VERSION};
 use hae::calibrate::grid::Grid;
 use hae::calibrate::search::{self, Found};
 use hae::calibrate::{Score, Setting};
 use hae::eval::question::Question;
-use hae::eval::record::{Answer, Header, QuestionSet};
+use hae::eval::record::{self, Answer, Header, QuestionSet};
 use hae::eval::split::Part;
-use hae::eval::summary::budget_text;
 use hae::llama::gguf;
 use hae::outfile::OutFile;
 use hae::policy::{Amount, PolicySpec};
@@ -64,7 +63,7 @@ pub struct Args {
     )]
     kv_budget: Amount,
     #[command(flatten)]
-    pub ask: AskArgs,
+    pub inference: InferenceArgs,
     /// Where the parameters go
     ///
     /// [default: MODEL.hae.json beside the model]
@@ -90,11 +89,11 @@ struct Drawn {
 }
 
 pub fn run(args: &Args) -> Result<Done> {
-    args.ask.check()?;
+    args.inference.check()?;
     check_budget(args.kv_budget)?;
     let num_crops = args.questions.crops.num_crops()?;
     let (tune, held_out) = draw(args)?;
-    let files = Files::find(&args.ask.model)?;
+    let files = Files::find(&args.inference.model)?;
     let path = match (&args.out, files.calibration()) {
         (Some(path), _) => path.clone(),
         (None, Some(path)) => path,
@@ -104,30 +103,31 @@ pub fn run(args: &Args) -> Result<Done> {
         }
     };
     let questions = [&tune.questions[..], &held_out.questions].concat();
-    let mut in_use = args.ask.in_use(Some(args.questions.path()), &questions);
+    let mut in_use = args
+        .inference
+        .in_use(Some(args.questions.path()), &questions);
     in_use.writes("--out", &path)?;
     // Better refused now than after the search.
     let out = Calibration::create(&path)?;
     let questions = tune.questions.iter().chain(&held_out.questions);
-    args.ask.ready(&files, questions, num_crops, |ready| {
-        let asked = |drawn| asked(args, num_crops, drawn);
-        let job = Job {
-            args,
-            files: &files,
-            fingerprint: gguf::fingerprint(&files.model)?,
-            tune: &tune,
-            held_out: &held_out,
-            bar: bar(0, 0)?,
-        };
-        let done = interrupt::working(|| job.run(ready, asked(&tune), asked(&held_out)));
-        job.bar.finish_and_clear();
-        let Some(outcome) = done? else {
-            note("interrupted, nothing was written");
-            return Ok(Done::Interrupted);
-        };
-        outcome.report(args.output, out)?;
-        Ok(Done::Whole)
-    })
+    let loaded = args.inference.load(&files, questions, num_crops)?;
+    let job = Job {
+        args,
+        files: &files,
+        fingerprint: gguf::fingerprint(&files.model)?,
+        num_crops,
+        tune: &tune,
+        held_out: &held_out,
+        bar: progress_bar(0, 0)?,
+    };
+    let done = interrupt::working(|| job.run(loaded));
+    job.bar.finish_and_clear();
+    let Some(outcome) = done? else {
+        note("interrupted, nothing was written");
+        return Ok(Done::Interrupted);
+    };
+    outcome.report(args.output, out)?;
+    Ok(Done::Whole)
 }
 
 fn check_budget(budget: Amount) -> Result<()> {
@@ -161,22 +161,14 @@ fn draw(args: &Args) -> Result<(Drawn, Drawn)> {
     Ok((part(true)?, part(false)?))
 }
 
-fn asked<'a>(args: &Args, num_crops: Option<u32>, drawn: &'a Drawn) -> Asked<'a> {
-    Asked {
-        questions: &drawn.questions,
-        num_crops,
-        n_predict: args.ask.n_predict(),
-        distance: true,
-        repetitions: 1,
-    }
-}
-
 /// A calibration under way.
 struct Job<'a> {
     args: &'a Args,
     files: &'a Files,
     /// Of the model.
     fingerprint: String,
+    /// Of pictures whose question does not say.
+    num_crops: Option<u32>,
     tune: &'a Drawn,
     held_out: &'a Drawn,
     bar: ProgressBar,
@@ -192,54 +184,63 @@ struct Outcome {
 
 impl Job<'_> {
     /// `None`: cancelled.
-    fn run(&self, ready: Ready, tune: Asked<'_>, held_out: Asked<'_>) -> Result<Option<Outcome>> {
+    fn run(&self, loaded: Loaded) -> Result<Option<Outcome>> {
         // What can be wrong with a budget is found before the search.
-        let entrants = self.entrants(&ready, &Setting::default())?;
+        let contenders = self.contenders(&loaded, &Setting::default())?;
         let asked = ("calibrate", &self.held_out.set, true, 0);
-        let ask = &self.args.ask;
-        let mut header = ask.header(asked, self.files, &ready, &entrants)?;
+        let inference = &self.args.inference;
+        let mut header = inference.header(asked, self.files, &loaded, &contenders)?;
         let grid = Grid {
-            n_layer: ready.model.n_layer(),
+            n_layer: loaded.model.n_layer(),
         };
+        let (tune, held_out) = (self.questions(self.tune), self.questions(self.held_out));
         let checks = 3 * held_out.turns();
-        let mut trials = Trials::new(tune, ready, &self.bar, checks);
+        let mut trials = Trials::new(tune, loaded, &self.bar, checks);
         let passes = self.args.passes as usize;
         let budget = self.args.kv_budget;
         let found = search::search(grid, passes, |round| trials.round(round, budget))?;
         let Some(found) = found else { return Ok(None) };
-        let (ready, full) = trials.end();
+        let (loaded, full) = trials.end();
 
-        let entrants = self.entrants(&ready, &found.best().parameters)?;
-        header.contenders = entrants.iter().map(|e| e.contender.clone()).collect();
-        let mut sitting = Sitting {
-            asked: held_out,
-            context: ready.context,
-            asker: ready.asker,
-            entrants: &entrants,
+        let contenders = self.contenders(&loaded, &found.best().parameters)?;
+        header.contenders = contenders.iter().map(|c| c.record.clone()).collect();
+        let mut runner = Runner {
+            questions: held_out,
+            distance: true,
+            repetitions: 1,
+            loaded,
+            contenders: &contenders,
             results: None,
             answers: Vec::new(),
             known: HashSet::new(),
             bar: self.bar.clone(),
             traces: None,
         };
-        if sitting.all()? == Done::Interrupted {
+        if runner.run()? == Done::Interrupted {
             return Ok(None);
         }
-        let answers = sitting.in_order();
+        let answers = runner.in_order();
         Ok(Some(self.outcome(header, found, full, answers)))
     }
 
+    fn questions<'q>(&self, drawn: &'q Drawn) -> Questions<'q> {
+        Questions {
+            all: &drawn.questions,
+            num_crops: self.num_crops,
+            n_predict: self.args.inference.n_predict(),
+        }
+    }
+
     /// Who takes the check: `full`, the defaults, and what was found, if that is something else.
-    fn entrants(&self, ready: &Ready, found: &Setting) -> Result<Vec<Entrant>> {
-        let budget = self.args.kv_budget;
-        let at = |name: &str| format!("{name}@{}", budget_text(budget));
+    fn contenders(&self, loaded: &Loaded, found: &Setting) -> Result<Vec<Contender>> {
+        let budget = Some(self.args.kv_budget);
         let of = |name: &str, setting: &Setting| {
-            let policy = PolicySpec::new("hae", setting.options(Some(budget)));
-            ready.entrant(at(name), policy, Some(budget))
+            let policy = PolicySpec::new("hae", setting.options(budget));
+            loaded.contender(record::Contender::name_of(name, budget), policy, budget)
         };
         let defaults = Setting::default();
         let mut all = vec![
-            ready.entrant(FULL.into(), PolicySpec::full(), None)?,
+            loaded.contender(FULL.into(), PolicySpec::full(), None)?,
             of("hae", &defaults)?,
         ];
         if *found != defaults {

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, anyhow};
 
 use super::load::Files;
-use super::options::calibrated::Taken;
-use super::options::{ModelArgs, PRESETS, PolicyArgs};
+use super::options::{ModelArgs, PRESETS, PolicyArgs, Taken};
 use super::{spell, warn};
 use hae::Error;
 use hae::calibrate::file::Calibration;

@@ -6,8 +6,8 @@ use anyhow::Result;
 use sha2::{Digest, Sha256};
 
 use super::Done;
+use super::asking::{Evaluation, EvaluationArgs, Format, print_answers, print_json, print_summary};
 use super::crops::CropArgs;
-use super::exam::{Exam, ExamArgs, Format, print_answers, print_json, print_summary};
 use super::inputs::{self, EscapeArgs};
 use super::output::FileReport;
 use hae::Error;
@@ -55,7 +55,7 @@ pub struct Args {
     #[arg(long)]
     no_distance: bool,
     #[command(flatten)]
-    pub exam: ExamArgs,
+    pub evaluation: EvaluationArgs,
 }
 
 pub fn run(args: &Args) -> Result<Done> {
@@ -80,8 +80,8 @@ pub fn run(args: &Args) -> Result<Done> {
             return Err(Error::option("-p", reason).into());
         }
     };
-    let exam = Exam {
-        args: &args.exam,
+    let evaluation = Evaluation {
+        args: &args.evaluation,
         command: "compare",
         file: args.file.as_deref(),
         set: QuestionSet {
@@ -97,9 +97,9 @@ pub fn run(args: &Args) -> Result<Done> {
         distance: !args.no_distance,
         repetitions: args.repetitions as usize,
     };
-    let outcome = exam.run()?;
+    let outcome = evaluation.run()?;
     let summary = Summary::of(&outcome.header, &outcome.answers);
-    match args.exam.output {
+    match args.evaluation.output {
         Format::Json => print_json(&outcome.header, &outcome.answers, &summary)?,
         format => {
             if format == Format::Md {

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
+use super::named::named;
 use super::{Done, note};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use hae::convert::{self, Options, OutType};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
@@ -19,21 +20,12 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "GGUF")]
     pub mmproj: PathBuf,
     /// Type of the matrices. With q8_0 the vision file gets f16
-    #[arg(long, value_name = "TYPE", default_value = "f16")]
-    pub outtype: Type,
+    #[arg(long, value_name = "TYPE", value_parser = named::<OutType>(), default_value = "f16")]
+    pub outtype: OutType,
     /// The model's name in both files. It must hold "phi-3" or "phi3" [default: config.json's, or
     /// Phi-3.5-vision]
     #[arg(long)]
     pub name: Option<String>,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Type {
-    F32,
-    F16,
-    Bf16,
-    #[value(name = "q8_0")]
-    Q8_0,
 }
 
 pub fn run(args: &ConvertArgs) -> anyhow::Result<Done> {
@@ -41,12 +33,7 @@ pub fn run(args: &ConvertArgs) -> anyhow::Result<Done> {
         model_dir: args.model_dir.clone(),
         text_out: args.output.clone(),
         mmproj_out: args.mmproj.clone(),
-        outtype: match args.outtype {
-            Type::F32 => OutType::F32,
-            Type::F16 => OutType::F16,
-            Type::Bf16 => OutType::Bf16,
-            Type::Q8_0 => OutType::Q8_0,
-        },
+        outtype: args.outtype,
         name: args.name.clone(),
     };
     let style = ProgressStyle::with_template("converting {bar:32} {bytes}/{total_bytes} {eta}")?;

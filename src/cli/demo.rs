@@ -122,7 +122,7 @@ fn ask(args: &Args, files: &Files, picture: &Picture, policy: &PolicySpec) -> Re
         model: &args.model,
         options: ChatOptions {
             context: args.context.options()?,
-            rope: args.model.rope_factors.into(),
+            rope: args.model.rope_factors,
             policy: policy.clone(),
             ..ChatOptions::default()
         },

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::exam::{Exam, ExamArgs, Format, QuestionArgs, print_json, print_summary};
+use super::asking::{Evaluation, EvaluationArgs, Format, QuestionArgs, print_json, print_summary};
 use super::{Done, warn};
 use hae::Error;
 use hae::eval::split::Part;
@@ -38,7 +38,7 @@ pub struct Args {
     #[arg(long, value_name = "NATS")]
     max_kl: Option<f64>,
     #[command(flatten)]
-    pub exam: ExamArgs,
+    pub evaluation: EvaluationArgs,
 }
 
 pub fn run(args: &Args) -> Result<Done> {
@@ -60,8 +60,8 @@ pub fn run(args: &Args) -> Result<Done> {
         );
         return Err(Error::option("--part", reason).into());
     }
-    let exam = Exam {
-        args: &args.exam,
+    let evaluation = Evaluation {
+        args: &args.evaluation,
         command: "eval",
         file: Some(args.questions.path()),
         set,
@@ -70,9 +70,9 @@ pub fn run(args: &Args) -> Result<Done> {
         distance: args.distance || args.max_kl.is_some(),
         repetitions: 1,
     };
-    let outcome = exam.run()?;
+    let outcome = evaluation.run()?;
     let summary = Summary::of(&outcome.header, &outcome.answers);
-    match args.exam.output {
+    match args.evaluation.output {
         Format::Json => print_json(&outcome.header, &[], &summary)?,
         format => print_summary(format, &outcome.header, &summary)?,
     }

@@ -131,15 +131,6 @@ impl Setup<'_> {
     }
 }
 
-/// As `--chat-template` and `--no-conversation` say it.
-pub fn template(name: Option<&str>, raw: bool) -> Template {
-    match (name, raw) {
-        (_, true) => Template::Raw,
-        (Some(name), _) => Template::Named(name.to_owned()),
-        (None, _) => Template::Model,
-    }
-}
-
 /// A model without a template takes prompts as they are, which few know.
 pub fn warn_about_template(model: &Model, chosen: &Template) {
     if *chosen == Template::Model && model.chat_template().is_none() {

@@ -1,6 +1,7 @@
 //! The command line, one file a command. Nothing below this module prints.
 
 mod answer;
+mod asking;
 pub mod bench;
 pub mod calibrate;
 mod calibration;
@@ -10,11 +11,12 @@ pub mod convert;
 mod crops;
 pub mod demo;
 pub mod eval;
-mod exam;
 pub mod help;
 mod inputs;
 pub mod interrupt;
+mod lists;
 mod load;
+mod named;
 pub mod options;
 mod output;
 pub mod polling;

@@ -7,14 +7,15 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
-use clap::ValueEnum;
 
-use super::bench::lists::{numbers, values};
+use super::lists::{numbers, values};
+use super::named::named;
 use super::options::PolicyArgs;
 use super::{Done, note, warn};
 use hae::Error;
-use hae::policy::{Amount, OptionKey, PolicyOptions};
-use hae::replay::{Against, Setting, Subject, compare, summarize, tapes, verify};
+use hae::eval::record;
+use hae::policy::{Amount, OptionKey, PolicyOptions, PolicySpec};
+use hae::replay::{Against, Contender, Conversation, compare, summarize, tapes, verify};
 use hae::trace::{self, Cut, Reader};
 use print::Format;
 
@@ -39,8 +40,8 @@ pub struct Args {
     ///
     /// What the greedy policy is given to be compared with a bin of d cells. peak: as many cells at most. mean: d/2 fewer, which is as many on
     /// average. live: d fewer, as many as are live.
-    #[arg(long, value_enum, hide_possible_values = true, default_value_t = AgainstArg::Peak, value_name = "WHAT", requires = "bin_sizes")]
-    against: AgainstArg,
+    #[arg(long, value_parser = named::<Against>(), hide_possible_values = true, default_value = "peak", value_name = "WHAT", requires = "bin_sizes")]
+    against: Against,
     /// Take what there is of a trace that is cut off
     #[arg(long)]
     partial: bool,
@@ -51,23 +52,6 @@ pub struct Args {
     /// md is a table of means. json and csv have every trace by itself, too.
     #[arg(short, long, value_enum, hide_possible_values = true, default_value_t = Format::Md, value_name = "FORMAT", help_heading = "Output")]
     output: Format,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum AgainstArg {
-    Peak,
-    Mean,
-    Live,
-}
-
-impl AgainstArg {
-    fn of(self) -> Against {
-        match self {
-            AgainstArg::Peak => Against::Peak,
-            AgainstArg::Mean => Against::Mean,
-            AgainstArg::Live => Against::Live,
-        }
-    }
 }
 
 pub fn run(args: &Args) -> Result<Done> {
@@ -83,8 +67,8 @@ pub fn run(args: &Args) -> Result<Done> {
         }
         return check(args, cut);
     }
-    let settings = settings(args, &options)?;
-    let mut subjects = Vec::new();
+    let contenders = contenders(args, &options)?;
+    let mut conversations = Vec::new();
     for path in &args.traces {
         let (header, tapes) = read(path, cut, |header, records| {
             let tapes = tapes(path, header, records)?;
@@ -96,7 +80,7 @@ pub fn run(args: &Args) -> Result<Done> {
         let (header, many) = (Rc::new(header), tapes.len() > 1);
         for (i, tape) in tapes.into_iter().enumerate() {
             let name = path.display().to_string();
-            subjects.push(Subject {
+            conversations.push(Conversation {
                 name: if many {
                     format!("{name}#{}", i + 1)
                 } else {
@@ -108,10 +92,10 @@ pub fn run(args: &Args) -> Result<Done> {
         }
     }
     let start = Instant::now();
-    let rows = compare(&settings, &subjects)?;
+    let rows = compare(&contenders, &conversations)?;
     let seconds = start.elapsed().as_secs_f64();
     let steps: usize = rows.iter().map(|row| row.replayed.steps).sum();
-    print::comparison(args.output, &rows, &summarize(&settings, &rows))?;
+    print::comparison(args.output, &rows, &summarize(&contenders, &rows))?;
     note(&format!(
         "replayed {steps} steps in {seconds:.2} s, {:.0} a second",
         steps as f64 / seconds.max(1e-9)
@@ -174,12 +158,12 @@ fn policy(text: &str) -> Result<(String, Option<Amount>), String> {
     Ok((name.to_owned(), budget))
 }
 
-fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
+fn contenders(args: &Args, options: &PolicyOptions) -> Result<Vec<Contender>> {
     let bins = match args.bin_sizes.is_empty() {
         true => Vec::new(),
         false => numbers("--bin-sizes", &args.bin_sizes, 1, 1 << 20)?,
     };
-    let mut settings: Vec<Setting> = Vec::new();
+    let mut contenders: Vec<Contender> = Vec::new();
     let mut has_bin = false;
     let policies = values("--kv-policy", &args.kv_policy, policy)?;
     let names: Vec<&str> = policies.iter().map(|(name, _)| name.as_str()).collect();
@@ -187,41 +171,34 @@ fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
     for (policy, budget) in policies {
         let mut options = options.clone();
         options.kv_budget = budget.or(options.kv_budget);
-        let at = match budget {
-            Some(Amount::Cells(cells)) => format!("@{cells}"),
-            Some(Amount::Share(share)) => format!("@{share}"),
-            None => String::new(),
-        };
+        let name = record::Contender::name_of(&policy, budget);
         let binned = hae::policy::reads(&policy, OptionKey::BinSize);
+        let policy = PolicySpec::new(&policy, options);
         has_bin |= binned;
         if !binned || bins.is_empty() {
-            settings.push(Setting {
-                name: format!("{policy}{at}"),
-                bin_size: binned.then_some(options.bin_size),
+            contenders.push(Contender {
+                name,
+                bin_size: binned.then_some(policy.options.bin_size),
                 policy,
-                options,
                 against: None,
             });
             continue;
         }
-        settings.push(Setting {
-            name: format!("{policy}{at} greedy"),
-            policy: policy.clone(),
-            options: Setting::greedy(&options),
+        contenders.push(Contender {
+            name: format!("{name} greedy"),
+            policy: Contender::greedy(&policy),
             bin_size: Some(1),
             against: None,
         });
         for &bin in &bins {
             let bin_size = bin as usize;
-            settings.push(Setting {
-                name: format!("{policy}{at} bin {bin}"),
-                policy: policy.clone(),
-                options: PolicyOptions {
-                    bin_size,
-                    ..options.clone()
-                },
+            let mut policy = policy.clone();
+            policy.options.bin_size = bin_size;
+            contenders.push(Contender {
+                name: format!("{name} bin {bin}"),
+                policy,
                 bin_size: Some(bin_size),
-                against: Some(args.against.of()),
+                against: Some(args.against),
             });
         }
     }
@@ -229,5 +206,5 @@ fn settings(args: &Args, options: &PolicyOptions) -> Result<Vec<Setting>> {
         let reason = "no policy with a recycle bin is given, expected hae or ddes";
         return Err(Error::option("--bin-sizes", reason).into());
     }
-    Ok(settings)
+    Ok(contenders)
 }

@@ -13,7 +13,9 @@ use super::chat::Start;
 use super::crops::CropArgs;
 use super::inputs::{self, EscapeArgs, check_stdin};
 use super::load::{self, Files, Setup};
-use super::options::{ContextArgs, ModelArgs, POLICY, PolicyArgs, QUESTIONS, SamplerArgs};
+use super::options::{
+    ContextArgs, ModelArgs, POLICY, PolicyArgs, QUESTIONS, SamplerArgs, TemplateArgs,
+};
 use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, is_of_output, note, session};
 use hae::Error;
@@ -63,14 +65,16 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     session: Option<PathBuf>,
     /// -sys: system prompt
-    #[arg(long, alias = "sys", value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        alias = "sys",
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "no_conversation"
+    )]
     system_prompt: Option<String>,
-    /// Name or text of a chat template that llama.cpp knows [default: the model's own]
-    #[arg(long, value_name = "TEMPLATE", hide_short_help = true)]
-    chat_template: Option<String>,
-    /// -no-cnv: use no chat template. The prompt goes in as it is
-    #[arg(long, alias = "no-cnv", hide_short_help = true, conflicts_with_all = ["chat_template", "system_prompt"])]
-    no_conversation: bool,
+    #[command(flatten)]
+    template: TemplateArgs,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -129,13 +133,7 @@ pub fn run(args: &Args) -> Result<Done> {
     let policy_options = args.policy.options()?;
     args.policy
         .refuse_unread(&[&args.kv_policy], args.trace.is_some())?;
-    let n_predict = match args.n_predict {
-        -1 | -2 => None,
-        n => Some(
-            usize::try_from(n)
-                .map_err(|_| Error::option("-n", format!("{n}, expected -1 or more")))?,
-        ),
-    };
+    let n_predict = args.n_predict()?;
     let chat = args.prompt.is_none() && args.file.is_none();
     check_stdin(args.file.as_deref(), &args.image, chat)?;
     let prompt = prompt(args)?;
@@ -152,7 +150,7 @@ pub fn run(args: &Args) -> Result<Done> {
         Some(path) => session::open(path)?,
         None => None,
     };
-    let template = load::template(args.chat_template.as_deref(), args.no_conversation);
+    let template = args.template.template();
     if let Some(saved) = &session {
         session::check_flags(saved, &template, args.system_prompt.as_deref())?;
     }
@@ -169,7 +167,7 @@ pub fn run(args: &Args) -> Result<Done> {
         model: &args.model,
         options: ChatOptions {
             context: args.context.options()?,
-            rope: args.model.rope_factors.into(),
+            rope: args.model.rope_factors,
             policy: PolicySpec::new(&args.kv_policy, policy_options),
             sampler: args.sampler.options(load::clock_seed())?,
             template,
@@ -246,6 +244,16 @@ fn one(
 }
 
 impl Args {
+    /// Tokens of an answer at most; `None`: no limit.
+    fn n_predict(&self) -> hae::Result<Option<usize>> {
+        let n = self.n_predict;
+        match usize::try_from(n) {
+            Ok(n) => Ok(Some(n)),
+            Err(_) if n >= -2 => Ok(None),
+            Err(_) => Err(Error::option("-n", format!("{n}, expected -1 or more"))),
+        }
+    }
+
     /// Refuses to write over anything that the run reads, before anything is opened for writing.
     fn check_files(&self) -> Result<()> {
         let mut files = self.model.in_use();

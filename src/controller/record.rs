@@ -10,7 +10,10 @@ use crate::policy::Plan;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum After {
     /// After a prompt; `pruned`: its visual tokens had been judged before it went in.
-    Prompt { pruned: bool },
+    Prompt {
+        /// Whether a trial run had judged it.
+        pruned: bool,
+    },
     /// After a decoded token.
     Step,
 }
@@ -23,29 +26,44 @@ pub enum Event<'a> {
     /// A user turn begins.
     Turn,
     /// The text of the token at a position; it may end inside of a character.
-    Text { pos: Pos, bytes: &'a [u8] },
+    Text {
+        /// The token's position.
+        pos: Pos,
+        /// UTF-8, perhaps in part.
+        bytes: &'a [u8],
+    },
     /// A picture as it was shown, and how its tokens lie on it, where that is known.
     Shown {
+        /// The picture's number in the conversation, from 0.
         image: u32,
+        /// As it was decoded from its file.
         picture: &'a Picture,
+        /// `None` for models whose layout is not known.
         layout: Option<hd::Layout>,
     },
     /// One batch went in: the token at `pos[i]` lies in `cells[i]`.
     Inserted {
+        /// `[rows]`
         cells: &'a [Cell],
+        /// `[rows]`, ascending.
         pos: &'a [Pos],
+        /// What all rows are.
         origin: Origin,
     },
     /// Which of the cells just filled separate parts of a picture.
     Separators {
+        /// `[rows]`
         cells: &'a [Cell],
+        /// `[rows]`: whether the token of that cell is one.
         separators: &'a [bool],
     },
     /// Attention of the batch that just went in.
     Observed(&'a Observation),
     /// A trial run was judged: visual tokens at these positions are not needed.
     Judged {
+        /// The ledger of the trial run, with its scores.
         trial: &'a Ledger,
+        /// Ascending.
         pruned: &'a [Pos],
     },
     /// Visual tokens that never went in.
@@ -54,14 +72,22 @@ pub enum Event<'a> {
     Removed(&'a [Cell]),
     /// Evicted tokens are back.
     Recalled {
+        /// `[rows]`, where they lie now.
         cells: &'a [Cell],
+        /// `[rows]`, those that they had before.
         pos: &'a [Pos],
+        /// What all rows are.
         origin: Origin,
     },
     /// Pictures of earlier turns are judged anew.
     Reopened,
     /// The policy's decision.
-    Planned { after: After, plan: &'a Plan },
+    Planned {
+        /// What came before it.
+        after: After,
+        /// Cells that go into the bin, come back, or are emptied.
+        plan: &'a Plan,
+    },
     /// Tokens moved to other cells, in this order.
     Moved(&'a [(Cell, Cell)]),
     /// Tokens from this position on were taken back.
@@ -70,13 +96,16 @@ pub enum Event<'a> {
     Cleared,
     /// An earlier conversation goes on.
     Loaded {
+        /// The ledger as it was saved.
         saved: &'a SavedLedger,
+        /// Where its tokens lie now, in the order in which it lists them.
         cells: &'a [Cell],
     },
 }
 
 /// Gets every event. It must not fail in the middle of a run, so errors wait for the end.
 pub trait Recorder: Send {
+    /// Takes one event, in the order in which they happen.
     fn record(&mut self, event: Event<'_>);
 
     /// Nothing more will come.

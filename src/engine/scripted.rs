@@ -22,18 +22,30 @@ const N_VOCAB: usize = 256;
 /// One call of the engine, for tests to look at.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Call {
+    /// A batch that went in.
     Decode {
+        /// The position of its first row.
         pos: Pos,
+        /// Its rows.
         n: usize,
+        /// Whether they were visual embeddings.
         embeddings: bool,
+        /// Whether they came from a trial run.
         continued: bool,
+        /// The rows whose attention was wanted.
         queries: Vec<u32>,
+        /// Whether logits were wanted.
         logits: bool,
     },
+    /// Ranges that were removed.
     Remove(Vec<Range<Pos>>),
+    /// Everything from this position on was taken back.
     Rewind(Pos),
+    /// Tokens that moved to lower positions.
     Shift {
+        /// The first position that moved.
         from: Pos,
+        /// How far down, in positions.
         by: Pos,
     },
 }
@@ -44,6 +56,7 @@ pub type Attention = Rc<dyn Fn(Pos, Pos) -> f64>;
 /// The token that is said after the token at this position, of a vocabulary of 256.
 pub type Says = Box<dyn Fn(Pos) -> Token>;
 
+/// The engine: real cells, scripted attention and words.
 pub struct Scripted {
     /// Per cell: the position of its token.
     cells: Vec<Option<Pos>>,
@@ -63,6 +76,7 @@ pub struct Scripted {
     shifts: bool,
     trial: Option<Box<Scripted>>,
     goes_on: bool,
+    /// Everything that was asked of it, oldest first.
     pub calls: Vec<Call>,
 }
 
@@ -102,11 +116,13 @@ impl Scripted {
         self
     }
 
+    /// Gives it this attention. Rows are normalised over what the query can see.
     pub fn with_attention(mut self, attention: impl Fn(Pos, Pos) -> f64 + 'static) -> Self {
         self.attention = Rc::new(attention);
         self
     }
 
+    /// Gives it these words.
     pub fn with_says(mut self, says: impl Fn(Pos) -> Token + 'static) -> Self {
         self.says = Box::new(says);
         self

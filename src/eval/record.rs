@@ -91,6 +91,16 @@ pub struct Contender {
     pub params: Value,
 }
 
+impl Contender {
+    /// `hae@0.4`, or the policy alone where it has no budget.
+    pub fn name_of(policy: &str, budget: Option<Amount>) -> String {
+        match budget {
+            Some(budget) => format!("{policy}@{budget}"),
+            None => policy.to_owned(),
+        }
+    }
+}
+
 /// One question under one policy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Answer {

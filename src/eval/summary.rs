@@ -6,7 +6,6 @@ use serde::Serialize;
 
 use super::record::{Answer, Contender, Distance, Header};
 use super::stats::{self, Pair, Share, mean};
-use crate::policy::Amount;
 use crate::quantile::{median, quantile};
 
 /// Below this, after Holm's correction, a difference is called one.
@@ -250,7 +249,7 @@ fn row(contender: &Contender, task: &str, answers: &[&Answer], first: &ByKey<'_>
     Row {
         contender: contender.name.clone(),
         policy: contender.policy.clone(),
-        budget: contender.budget.map(budget_text),
+        budget: contender.budget.map(|budget| budget.to_string()),
         task: task.to_owned(),
         n,
         scored: scored.len(),
@@ -289,15 +288,6 @@ fn row(contender: &Contender, task: &str, answers: &[&Answer], first: &ByKey<'_>
         attention_lost: (!distance.lost.is_empty()).then(|| mean(&distance.lost)),
         never_differing: distance.known(1.0 - distance.differing.len() as f64 / distance.n as f64),
         first_differing: median(distance.differing.iter().copied()),
-    }
-}
-
-/// As on the command line.
-pub fn budget_text(budget: Amount) -> String {
-    match budget {
-        Amount::Cells(n) => n.to_string(),
-        Amount::Share(share) if share.fract() == 0.0 => format!("{share:.1}"),
-        Amount::Share(share) => share.to_string(),
     }
 }
 

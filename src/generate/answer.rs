@@ -18,6 +18,7 @@ pub enum Finish {
     Context,
     /// No position is left that the model's rope factors reach.
     Positions,
+    /// The caller's hook said so.
     Cancelled,
 }
 
@@ -59,9 +60,11 @@ impl From<Option<usize>> for Length {
 /// One turn's answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Generated {
+    /// All of it, in whole characters.
     pub text: String,
     /// The answer's tokens, without the one that ended it.
     pub tokens: Vec<Token>,
+    /// Why it ended.
     pub finish: Finish,
     /// Cancelled before all of the prompt was in: what had gone in was taken out again.
     pub taken_back: bool,
@@ -72,9 +75,11 @@ pub struct Generated {
     pub prompt: PerModality,
     /// What decoding steps attended to, where they looked cells up.
     pub attended: Attended,
+    /// How long each part took.
     pub timings: Timings,
 }
 
+/// How long the parts of a turn took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timings {
     /// The trial run that judges a prompt before it goes in.

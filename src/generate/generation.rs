@@ -16,9 +16,19 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Progress<'a> {
     /// A token was chosen. `text`: the characters that are whole with it, maybe none.
-    Token { token: Token, text: &'a str },
+    Token {
+        /// The token's id.
+        token: Token,
+        /// May be empty.
+        text: &'a str,
+    },
     /// It is over. `text`: what was held back of a character that never became whole.
-    End { finish: Finish, text: &'a str },
+    End {
+        /// Why it is over.
+        finish: Finish,
+        /// May be empty.
+        text: &'a str,
+    },
 }
 
 impl<'a> Progress<'a> {
@@ -64,6 +74,7 @@ pub struct Generation<'p> {
 }
 
 impl<'p> Generation<'p> {
+    /// A turn that has not begun. `prompt` is what the cache does not hold yet.
     pub fn new(prompt: impl Into<Cow<'p, [Segment]>>, length: impl Into<Length>) -> Self {
         Generation {
             prompt: prompt.into(),

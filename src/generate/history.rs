@@ -11,7 +11,9 @@ use crate::error::{Error, Result};
 /// A segment and the position of its first row.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Placed<'a> {
+    /// The position of its first row.
     pub base: Pos,
+    /// What went in there.
     pub segment: Cow<'a, Segment>,
 }
 
@@ -34,6 +36,7 @@ pub struct History {
 }
 
 impl History {
+    /// In the order of their positions.
     pub fn pieces(&self) -> &[Placed<'static>] {
         &self.pieces
     }

@@ -48,6 +48,7 @@ pub struct HostBin {
 }
 
 impl HostBin {
+    /// Keeps at most `max_bytes` of rows; 0: nothing.
     pub fn new(max_bytes: usize) -> Self {
         HostBin {
             max_bytes,

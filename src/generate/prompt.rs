@@ -8,13 +8,18 @@ use crate::error::{Error, Result};
 /// A piece of a prompt.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum Segment {
+    /// Text: ids of the vocabulary.
     Tokens(Vec<Token>),
     /// Row-major `[n, n_embd]` projected embeddings of picture number `image`. `axes` is there
     /// for models whose pictures have two axes (M-RoPE).
     Image {
+        /// `[n, n_embd]`, row-major.
         embeddings: Vec<f32>,
+        /// Rows.
         n: usize,
+        /// The picture's number in the conversation, from 0.
         image: u32,
+        /// `None`: each row takes the position after that of the row before it.
         axes: Option<Axes>,
         /// Rows that show nothing but separate parts of the picture, ascending; none where the
         /// model's layout is not known.
@@ -42,6 +47,7 @@ impl Segment {
         }
     }
 
+    /// Whether it has no rows.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

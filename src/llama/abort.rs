@@ -51,13 +51,12 @@ unsafe extern "C" fn receive(message: *const c_char) {
 
 /// The assertion, and where the log says that memory was refused before: that.
 fn reason(assertion: &str, logged: String) -> String {
-    let explained = memory::explained(
-        logged,
-        "what is to be computed",
-        "a smaller `n_ctx`, `n_ubatch` or picture",
-    );
-    match explained.starts_with("not enough memory") {
-        true => explained,
+    match memory::was_refused(&logged) {
+        true => memory::explained(
+            logged,
+            "what is to be computed",
+            "a smaller `n_ctx`, `n_ubatch` or picture",
+        ),
         false => assertion.to_owned(),
     }
 }

@@ -218,6 +218,7 @@ impl LlamaEngine {
         options.rope_factors.resolved(&self.model, options.n_ctx)
     }
 
+    /// The model that it runs.
     pub fn model(&self) -> &Model {
         &self.model
     }

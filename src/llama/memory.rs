@@ -104,24 +104,30 @@ fn bytes_per_cell(model: &Model, n_layer: u32, k: CacheType, v: CacheType) -> u6
     }
 }
 
-/// llama.cpp's reason for a failure; if it is a lack of memory, what for, and which flags need less.
-pub(super) fn explained(reason: String, what: &str, smaller: &str) -> String {
-    let lacks = ["memory", "alloc"].iter().any(|word| reason.contains(word));
-    match lacks {
-        true => format!("not enough memory for {what}: give {smaller} ({reason})"),
-        false => reason,
-    }
-}
-
-/// Whether a reason says that memory was refused; a memory slot, as llama.cpp calls a cell, is another
-/// thing.
+/// Whether a reason of llama.cpp's or ggml's says that memory was refused. Both speak of memory in
+/// other senses, too: a memory slot is a cell, a memory module is the cache.
 pub(super) fn was_refused(reason: &str) -> bool {
     let refusals = [
         "not enough memory",
         "insufficient memory",
-        "failed to allocate",
+        "out of memory",
+        "no memory",
+        "alloc",
     ];
+    let reason = reason.to_lowercase();
     refusals.iter().any(|words| reason.contains(words))
+}
+
+/// llama.cpp's reason for a failure; if memory was refused, what for, and which options need less.
+pub(super) fn explained(reason: String, what: &str, smaller: &str) -> String {
+    match was_refused(&reason) {
+        true => refusal(&reason, what, smaller),
+        false => reason,
+    }
+}
+
+fn refusal(reason: &str, what: &str, smaller: &str) -> String {
+    format!("not enough memory for {what}: give {smaller} ({reason})")
 }
 
 /// As [`explained`], for what this program would allocate itself.
@@ -137,8 +143,8 @@ pub(super) fn reserve<T>(
 ) -> Result<()> {
     values.try_reserve_exact(n).map_err(|_| {
         let bytes = n.saturating_mul(size_of::<T>());
-        let reason = explained(format!("{bytes} bytes of memory"), what, smaller);
-        Error::llama(call, reason)
+        let bytes = format!("{bytes} bytes of memory");
+        Error::llama(call, refusal(&bytes, what, smaller))
     })
 }
 
@@ -183,6 +189,12 @@ mod tests {
                 format!("not enough memory for a picture: give a smaller one ({reason})");
             assert_eq!(text(reason), expected);
         }
-        assert_eq!(text("no such layer"), "no such layer");
+        for reason in [
+            "no such layer",
+            "failed to find a memory slot for batch of size 8",
+            "failed to initialize memory module",
+        ] {
+            assert_eq!(text(reason), reason);
+        }
     }
 }

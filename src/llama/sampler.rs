@@ -15,12 +15,17 @@ use crate::error::{Error, Result};
 /// Sampling flags, with llama.cpp's defaults.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct SamplerOptions {
+    /// Decides what is drawn, where `temp` is above 0.
     pub seed: u32,
     /// 0 or less: greedy.
     pub temp: f32,
+    /// Draws among this many of the likeliest tokens; 0 or less: all.
     pub top_k: i32,
+    /// Draws among the likeliest tokens that together have this probability; 1: all.
     pub top_p: f32,
+    /// Drops tokens below this share of the likeliest one's probability; 0: none.
     pub min_p: f32,
+    /// What the logits of recent tokens are divided by (multiplied, where below 0); 1: nothing.
     pub repeat_penalty: f32,
     /// Tokens that the repeat penalty looks back on; -1: as many as the context holds.
     pub repeat_last_n: i32,

@@ -27,6 +27,7 @@ impl SequenceState {
         self.bytes.len()
     }
 
+    /// Whether it has no bytes, as a file cut short may leave it.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }

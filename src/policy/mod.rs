@@ -51,7 +51,12 @@ pub enum Observe {
     Nothing,
     /// The mean over all heads of these layers (sorted, unique), for these prompt rows at prefill
     /// and, if [`EvictionPolicy::observes_decoding`], for every decoded token after it.
-    Layers { layers: Vec<u32>, queries: Queries },
+    Layers {
+        /// From 0, ascending, none of them twice.
+        layers: Vec<u32>,
+        /// Of the prompt, whose attention counts.
+        queries: Queries,
+    },
 }
 
 /// Which rows of the prompt judge the tokens before them.
@@ -88,11 +93,14 @@ pub struct Plan {
 /// Every token at position `from` or behind it moves down by `by` positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shift {
+    /// The first position that moves.
     pub from: Pos,
+    /// How far down, in positions, more than 0.
     pub by: Pos,
 }
 
 impl Plan {
+    /// Empties it for the next decision; its memory stays.
     pub fn clear(&mut self) {
         self.bin.clear();
         self.restore.clear();
@@ -100,6 +108,7 @@ impl Plan {
         self.shift = None;
     }
 
+    /// Whether it changes nothing.
     pub fn is_empty(&self) -> bool {
         let cells = [&self.bin, &self.restore, &self.evict];
         cells.iter().all(|cells| cells.is_empty()) && self.shift.is_none()

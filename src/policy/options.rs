@@ -21,7 +21,9 @@ pub use layers::Layers;
 /// What a policy has to know of the model and its cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
+    /// Layers of the model.
     pub n_layer: u32,
+    /// Cells that its cache can hold at most.
     pub n_cells: usize,
 }
 
@@ -29,13 +31,17 @@ pub struct Limits {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PolicyOptions {
+    /// Whose attention scores the tokens, as a mean over them and their heads.
     pub layers: Layers,
+    /// Whose attention it is.
     pub queries: Queries,
+    /// How attention becomes a score.
     pub norm: Norm,
     /// What a score is multiplied with at each decoding step; 1 is none.
     pub decay: f64,
     /// Pruning of visual tokens. None: off.
     pub dap: Option<DapOptions>,
+    /// When visual tokens are pruned.
     pub dap_mode: DapMode,
     /// Whether [`DapMode::Early`] keeps the tokens that separate parts of a picture before others,
     /// as up to half of what is kept.
@@ -59,6 +65,7 @@ pub struct PolicyOptions {
     pub recall: bool,
     /// Recent window of `h2o`, in cells or as a share of the budget.
     pub h2o_recent: Amount,
+    /// Read by `snapkv` alone.
     pub snapkv: SnapkvOptions,
     /// Of the policies that draw by lot.
     pub seed: u64,

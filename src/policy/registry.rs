@@ -27,6 +27,7 @@ fn of(name: &str) -> Option<&'static Registered> {
     POLICIES.iter().find(|policy| policy.name == name)
 }
 
+/// The names of all policies, in the order in which help and reports list them.
 pub fn names() -> impl Iterator<Item = &'static str> {
     POLICIES.iter().map(|policy| policy.name)
 }

@@ -36,6 +36,7 @@ pub enum Norm {
 }
 
 impl Norm {
+    /// The score of a cell's token: the higher, the more worth keeping.
     #[inline]
     pub fn score(self, entry: &Entry) -> f32 {
         match self {

@@ -46,6 +46,7 @@ pub struct SnapkvOptions {
     pub window: usize,
     /// Neighbours over which scores are pooled, the token itself included; odd.
     pub kernel: usize,
+    /// How the scores of neighbours become one.
     pub pooling: Pooling,
 }
 
@@ -53,7 +54,9 @@ pub struct SnapkvOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pooling {
+    /// Their mean.
     Avg,
+    /// The highest of them.
     Max,
 }
 

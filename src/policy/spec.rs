@@ -10,10 +10,13 @@ use crate::error::Result;
 pub struct PolicySpec {
     /// The name that `--kv-policy` takes.
     pub name: String,
+    /// Every parameter; the policy reads its own.
     pub options: PolicyOptions,
 }
 
 impl PolicySpec {
+    /// With all of `options`; those that the policy does not read are for [`PolicySpec::check`] to
+    /// find.
     pub fn new(name: &str, options: PolicyOptions) -> Self {
         PolicySpec {
             name: name.to_owned(),

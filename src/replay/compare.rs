@@ -7,18 +7,16 @@ use serde::Serialize;
 use super::run::{Replayed, replay};
 use super::tape::Tape;
 use crate::error::Result;
-use crate::policy::{Amount, PolicyOptions};
+use crate::policy::{Amount, PolicyOptions, PolicySpec};
 use crate::trace::Header;
 
-/// A policy as it is to be compared.
+/// A policy that is compared.
 #[derive(Clone, Debug)]
-pub struct Setting {
-    /// Unique among the settings.
+pub struct Contender {
+    /// Unique among the contenders.
     pub name: String,
-    /// The policy's name.
-    pub policy: String,
-    /// Its parameters.
-    pub options: PolicyOptions,
+    /// The policy, made anew for each conversation.
+    pub policy: PolicySpec,
     /// The recycle bin, for policies that are compared by its size.
     pub bin_size: Option<usize>,
     /// What it is held against: the same without a recycle bin, under this budget.
@@ -37,26 +35,28 @@ pub enum Against {
     Live,
 }
 
-impl Setting {
-    /// Greedy eviction: a bin of 1 that gives nothing back.
-    pub fn greedy(options: &PolicyOptions) -> PolicyOptions {
-        PolicyOptions {
+impl Contender {
+    /// The policy without its recycle bin: greedy eviction is a bin of 1 that gives nothing back.
+    pub fn greedy(policy: &PolicySpec) -> PolicySpec {
+        let options = PolicyOptions {
             bin_size: 1,
             restore: false,
-            ..options.clone()
-        }
+            ..policy.options.clone()
+        };
+        PolicySpec::new(&policy.name, options)
     }
 
     /// The greedy policy that it is held against on a prompt of so many cells.
-    fn rival(&self, prompt: usize) -> Option<PolicyOptions> {
-        let bin = self.options.bin_size;
+    fn rival(&self, prompt: usize) -> Option<PolicySpec> {
+        let bin = self.policy.options.bin_size;
         let fewer = match self.against? {
             Against::Peak => 0,
             Against::Mean => bin / 2,
             Against::Live => bin,
         };
-        let mut rival = Setting::greedy(&self.options);
-        rival.kv_budget = rival.kv_budget.map(|budget| match budget {
+        let mut rival = Contender::greedy(&self.policy);
+        let budget = &mut rival.options.kv_budget;
+        *budget = budget.map(|budget| match budget {
             Amount::Cells(cells) => Amount::Cells(cells.saturating_sub(fewer)),
             Amount::Share(share) => {
                 let cells = budget.of(prompt).saturating_sub(fewer);
@@ -70,7 +70,7 @@ impl Setting {
 
 /// One conversation of a trace.
 #[derive(Clone, Debug)]
-pub struct Subject {
+pub struct Conversation {
     /// The trace's name, and the conversation's number where there are several.
     pub name: String,
     /// What the trace says of its run.
@@ -79,14 +79,15 @@ pub struct Subject {
     pub tape: Rc<Tape>,
 }
 
-/// One setting on one conversation.
+/// One contender on one conversation.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// The name of the [`Subject`].
+    /// The name of the [`Conversation`].
     pub trace: String,
-    /// The name of the [`Setting`].
-    pub setting: String,
-    /// That of the setting.
+    /// The name of the [`Contender`].
+    #[serde(rename = "setting")]
+    pub contender: String,
+    /// The recycle bin, where contenders are compared by its size.
     pub bin_size: Option<usize>,
     /// What it came to.
     #[serde(flatten)]
@@ -97,14 +98,15 @@ pub struct Row {
     pub less_than_greedy: Option<bool>,
 }
 
-/// A setting over all conversations.
+/// A contender over all conversations.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
-    /// The name of the [`Setting`].
-    pub setting: String,
+    /// The name of the [`Contender`].
+    #[serde(rename = "setting")]
+    pub contender: String,
     /// The policy's name.
     pub policy: &'static str,
-    /// That of the setting.
+    /// The recycle bin, where contenders are compared by its size.
     pub bin_size: Option<usize>,
     /// How many conversations were replayed.
     pub traces: usize,
@@ -132,22 +134,22 @@ pub struct Summary {
     pub of_greedy: Option<f64>,
 }
 
-/// Every setting on every subject, subject by subject.
+/// Every contender on every conversation, conversation by conversation.
 ///
 /// # Errors
 /// As [`replay`].
-pub fn compare(settings: &[Setting], subjects: &[Subject]) -> Result<Vec<Row>> {
-    let mut rows = Vec::with_capacity(settings.len() * subjects.len());
-    for Subject { name, header, tape } in subjects {
-        for setting in settings {
-            let replayed = replay(header, tape, &setting.policy, &setting.options)?;
-            let rival = setting.rival(tape.first_prompt());
-            let rival = rival.map(|options| replay(header, tape, &setting.policy, &options));
+pub fn compare(contenders: &[Contender], conversations: &[Conversation]) -> Result<Vec<Row>> {
+    let mut rows = Vec::with_capacity(contenders.len() * conversations.len());
+    for Conversation { name, header, tape } in conversations {
+        for contender in contenders {
+            let replayed = replay(header, tape, &contender.policy)?;
+            let rival = contender.rival(tape.first_prompt());
+            let rival = rival.map(|policy| replay(header, tape, &policy));
             let greedy_lost = rival.transpose()?.map(|greedy| greedy.lost.total);
             rows.push(Row {
                 trace: name.clone(),
-                setting: setting.name.clone(),
-                bin_size: setting.bin_size,
+                contender: contender.name.clone(),
+                bin_size: contender.bin_size,
                 less_than_greedy: greedy_lost.map(|greedy| replayed.lost.total < greedy),
                 greedy_lost,
                 replayed,
@@ -157,11 +159,11 @@ pub fn compare(settings: &[Setting], subjects: &[Subject]) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Sums the rows of [`compare`] up by setting.
-pub fn summarize(settings: &[Setting], rows: &[Row]) -> Vec<Summary> {
-    let of = |i: usize| rows.iter().skip(i).step_by(settings.len().max(1));
+/// Sums the rows of [`compare`] up by contender.
+pub fn summarize(contenders: &[Contender], rows: &[Row]) -> Vec<Summary> {
+    let of = |i: usize| rows.iter().skip(i).step_by(contenders.len().max(1));
     let total = |i: usize| of(i).map(|row| row.replayed.lost.total).sum::<f64>();
-    let summary = |(i, setting): (usize, &Setting)| {
+    let summary = |(i, contender): (usize, &Contender)| {
         let all = |number: fn(&Replayed) -> usize| of(i).map(move |row| number(&row.replayed));
         let (traces, steps) = (of(i).count(), all(|r| r.steps).sum::<usize>());
         let cells: f64 = of(i)
@@ -171,12 +173,12 @@ pub fn summarize(settings: &[Setting], rows: &[Row]) -> Vec<Summary> {
         let share =
             |row: &Row| row.replayed.peak_decoding as f64 / row.replayed.prompt.max(1) as f64;
         let greedy: Option<f64> = of(i).map(|row| row.greedy_lost).sum();
-        let greedy = greedy.filter(|_| setting.against.is_some() && traces > 0);
+        let greedy = greedy.filter(|_| contender.against.is_some() && traces > 0);
         let less = |row: &&Row| row.less_than_greedy == Some(true);
         Summary {
-            setting: setting.name.clone(),
+            contender: contender.name.clone(),
             policy: of(i).next().map_or("", |row| row.replayed.policy),
-            bin_size: setting.bin_size,
+            bin_size: contender.bin_size,
             traces,
             steps,
             lost_mean: total(i) / steps.max(1) as f64,
@@ -193,5 +195,5 @@ pub fn summarize(settings: &[Setting], rows: &[Row]) -> Vec<Summary> {
                 .filter(|ratio| ratio.is_finite()),
         }
     };
-    settings.iter().enumerate().map(summary).collect()
+    contenders.iter().enumerate().map(summary).collect()
 }

@@ -12,7 +12,7 @@ mod run;
 mod tape;
 mod verify;
 
-pub use compare::{Against, Row, Setting, Subject, Summary, compare, summarize};
+pub use compare::{Against, Contender, Conversation, Row, Summary, compare, summarize};
 pub use engine::TapeEngine;
 pub use play::Player;
 pub use run::{Lost, Moment, Replayed, replay};

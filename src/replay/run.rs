@@ -10,7 +10,7 @@ use crate::cache::Counts;
 use crate::controller::Controller;
 use crate::error::{Error, Result};
 use crate::generate::Session;
-use crate::policy::{self, EvictionPolicy, Layers, Limits, Observe, PolicyOptions};
+use crate::policy::{EvictionPolicy, Layers, Limits, Observe, PolicySpec};
 use crate::trace::Header;
 
 /// Attention mass that decoded tokens paid, in the full cache, to tokens that the policy had
@@ -81,18 +81,13 @@ pub struct Replayed {
 ///
 /// # Errors
 /// [`Error::Option`] for options that cannot be, or that ask for what the trace does not hold.
-pub fn replay(
-    header: &Header,
-    tape: &Rc<Tape>,
-    policy: &str,
-    options: &PolicyOptions,
-) -> Result<Replayed> {
+pub fn replay(header: &Header, tape: &Rc<Tape>, policy: &PolicySpec) -> Result<Replayed> {
     let n_cells = header.n_cells;
     let limits = Limits {
         n_layer: header.n_layer,
         n_cells,
     };
-    let policy = on_layers(header, policy, options, limits)?;
+    let policy = on_layers(header, policy, limits)?;
     let controller = Controller::new(policy, n_cells.min(tape.len()));
     let mut session = Session::new(TapeEngine::new(Rc::clone(tape), n_cells), controller);
 
@@ -142,26 +137,26 @@ pub fn replay(
 /// The policy with the trace's layers, unless it has a choice of its own.
 fn on_layers(
     header: &Header,
-    name: &str,
-    options: &PolicyOptions,
+    spec: &PolicySpec,
     limits: Limits,
 ) -> Result<Box<dyn EvictionPolicy>> {
-    let mut options = options.clone();
-    let policy = policy::create(name, &options, limits)?;
+    let policy = spec.create(limits)?;
     let Observe::Layers { layers, .. } = policy.observe() else {
         return Ok(policy);
     };
     if layers == header.layers {
         return Ok(policy);
     }
-    let everything = options.layers == Layers::All && layers == Layers::All.resolve(limits.n_layer);
+    let everything =
+        spec.options.layers == Layers::All && layers == Layers::All.resolve(limits.n_layer);
     if !everything {
         let reason = format!(
-            "{name} scores by layers {layers:?}, but the trace holds the mean over {:?}: record those, or give these",
-            header.layers
+            "{} scores by layers {layers:?}, but the trace holds the mean over {:?}: record those, or give these",
+            spec.name, header.layers
         );
         return Err(Error::option("score_layers", reason));
     }
-    options.layers = Layers::List(header.layers.clone());
-    policy::create(name, &options, limits)
+    let mut spec = spec.clone();
+    spec.options.layers = Layers::List(header.layers.clone());
+    spec.create(limits)
 }

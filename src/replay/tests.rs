@@ -137,9 +137,9 @@ fn only_a_trace_of_full_serves_others() {
     let cut = tapes(path, &header, &records[..second + 4]).unwrap();
     assert_eq!((cut[0].len(), cut[0].turns.len()), (101, 1));
     let tape = Rc::new(all[0].clone());
-    let whole = replay(&header, &tape, "full", &PolicyOptions::default()).unwrap();
+    let whole = replay(&header, &tape, &PolicySpec::full()).unwrap();
     assert_eq!((whole.lost.total, whole.cells.cells()), (0.0, 202));
-    let less = replay(&header, &tape, "hae", &options()).unwrap();
+    let less = replay(&header, &tape, &PolicySpec::new("hae", options())).unwrap();
     assert!(less.lost.total > 0.0 && less.lost.worst < 1.0);
     assert!(less.lost.mean <= less.lost.worst);
     assert_eq!(less.timeline.len(), 60);
@@ -153,7 +153,7 @@ fn layers_that_are_not_in_the_trace_are_refused() {
         layers: policy::Layers::List(vec![1]),
         ..options()
     };
-    let line = replay(&header, &tape, "hae", &options)
+    let line = replay(&header, &tape, &PolicySpec::new("hae", options))
         .unwrap_err()
         .to_string();
     assert!(
@@ -240,7 +240,7 @@ proptest! {
         let one_line = |text: String| assert!(!text.contains('\n'), "{text}");
         match tapes(path, &header, &records) {
             Ok(tapes) => for tape in tapes {
-                if let Err(e) = replay(&header, &Rc::new(tape), "hae", &options()) {
+                if let Err(e) = replay(&header, &Rc::new(tape), &PolicySpec::new("hae", options())) {
                     one_line(e.to_string());
                 }
             },

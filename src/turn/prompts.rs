@@ -89,6 +89,7 @@ pub(super) struct Encoded {
 }
 
 impl Prompts {
+    /// For a model with this vision file, if there is one. Nothing is remembered.
     pub fn new(vision: Option<Vision>) -> Self {
         Prompts { vision, kept: None }
     }
@@ -101,6 +102,7 @@ impl Prompts {
         }
     }
 
+    /// The vision file, if there is one.
     pub fn vision(&self) -> Option<&Vision> {
         self.vision.as_ref()
     }

@@ -4,22 +4,21 @@
 
 use std::time::Duration;
 
-use hae::asker::{Asker, Entrant};
+use hae::asker::{Asker, Contender};
 use hae::bench::Pulse;
 use hae::cache::Pos;
 use hae::controller::Controller;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::eval::files::Source;
 use hae::eval::question::Question;
-use hae::eval::record::{Contender, Distance};
+use hae::eval::record::Distance;
 use hae::generate::Session;
 use hae::image::Picture;
 use hae::llama::{ContextOptions, FlashAttention, LlamaEngine, Model, ScoreSource};
-use hae::open::RopeChoice;
-use hae::policy::{self, Amount, Limits, Observe, PolicyOptions, PolicySpec};
+use hae::open::{Plan, RopeChoice};
+use hae::policy::{Amount, PolicyOptions, PolicySpec};
 use hae::prompt::{place_pictures, tokenize};
 use hae::{generate::Segment, llama::Piece, turn};
-use serde_json::json;
 
 use crate::model::{TEXT, VISION, engine, exact, load, load_vision, prefill, repository};
 
@@ -34,30 +33,16 @@ fn questions(file: &str) -> Vec<Question> {
     source.read().unwrap().1
 }
 
-/// As `hae eval` makes one.
-fn entrant(policy: &str, options: PolicyOptions, model: &Model, base: &ContextOptions) -> Entrant {
-    let limits = Limits {
-        n_layer: model.n_layer(),
-        n_cells: N_CTX as usize,
-    };
-    let created = policy::create(policy, &options, limits).unwrap();
-    let mut context = base.clone();
-    if created.evicts() {
-        context.kv_size = Some(256);
-        if let Observe::Layers { layers, .. } = created.observe() {
-            context.score_layers = layers;
-        }
-    }
-    Entrant {
-        contender: Contender {
-            name: policy.into(),
-            policy: policy.into(),
-            budget: options.kv_budget,
-            params: json!({}),
-        },
-        policy: PolicySpec::new(policy, options),
-        context,
-    }
+fn contender(
+    asker: &Asker,
+    policy: &str,
+    options: PolicyOptions,
+    base: &ContextOptions,
+) -> Contender {
+    let budget = options.kv_budget;
+    let policy = PolicySpec::new(policy, options);
+    let contender = asker.contender(policy.name.clone(), policy, budget, base);
+    contender.unwrap()
 }
 
 fn at_budget(share: f64) -> PolicyOptions {
@@ -82,7 +67,7 @@ fn watch<'a>() -> Pulse<'a> {
 }
 
 fn distances(
-    entrants: &[Entrant],
+    contenders: &[Contender],
     base: &ContextOptions,
     asker: &mut Asker,
     question: &Question,
@@ -93,11 +78,11 @@ fn distances(
     asker.next_question();
     let reference = asker.reference(base, question, &pictures, &n_predict, watch());
     let reference = reference.unwrap().unwrap();
-    entrants
+    contenders
         .iter()
-        .map(|entrant| {
+        .map(|contender| {
             let distances = asker.distance(
-                entrant,
+                contender,
                 question,
                 &pictures,
                 &n_predict,
@@ -119,13 +104,13 @@ fn the_full_cache_is_at_no_distance_of_itself() {
         flash_attention: FlashAttention::Auto,
         ..exact(N_CTX)
     };
-    let full = [entrant("full", PolicyOptions::default(), &model, &base)];
     let mut asker = Asker::new(
         &model,
         Some(vision),
         model.chat_template(),
         RopeChoice::Auto,
     );
+    let full = [contender(&asker, "full", PolicyOptions::default(), &base)];
     for (file, turns) in [
         ("understanding.jsonl", 1),
         ("story.jsonl", 1),
@@ -212,13 +197,11 @@ fn distances_are_what_logits_and_attention_say() {
     let question = &questions("story.jsonl")[0];
     // Exact sums on both sides, so that only the policy makes a difference.
     let base = exact(N_CTX);
-    let hae = entrant("hae", at_budget(0.4), &model, &base);
-    let random = entrant("random", at_budget(0.4), &model, &base);
     let vision = load_vision(&repository(VISION), &model);
     let mut asker = Asker::new(&model, Some(vision), None, RopeChoice::Auto);
     let n = 40;
-    let entrants = [hae, random];
-    let measured = distances(&entrants, &base, &mut asker, question, n);
+    let contenders = ["hae", "random"].map(|name| contender(&asker, name, at_budget(0.4), &base));
+    let measured = distances(&contenders, &base, &mut asker, question, n);
 
     let prompt = segments(question, &model);
     let mut naive = Naive {
@@ -254,16 +237,13 @@ fn distances_are_what_logits_and_attention_say() {
         full.push(logits);
     }
 
-    for (entrant, distance) in entrants.iter().zip(&measured) {
+    for (contender, distance) in contenders.iter().zip(&measured) {
         let [distance] = &distance[..] else { panic!() };
-        let engine = engine(&model, entrant.context.clone());
-        let limits = Limits {
-            n_layer: model.n_layer(),
-            n_cells: engine.n_cells(),
-        };
-        let mut policy = entrant.policy.clone();
+        let mut policy = contender.policy.clone();
         policy.options.seed = seed_of(&question.id);
-        let policy = policy.create(limits).unwrap();
+        let plan = Plan::new(&model, None, &base, &policy).unwrap();
+        let engine = engine(&model, plan.context().clone());
+        let policy = policy.create(plan.limits()).unwrap();
         let mut session = Session::new(engine, Controller::new(policy, N_CTX as usize));
         session.expect(n - 1);
         session.prefill(&prompt, &|| false).unwrap();
@@ -292,7 +272,7 @@ fn distances_are_what_logits_and_attention_say() {
             ratio += (p[tokens[i] as usize] / q[tokens[i] as usize]).ln();
         }
         let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
-        let name = &entrant.contender.name;
+        let name = &contender.record.name;
         println!("{name}: KL {:.4}, lost {:.4}", mean(&kl), mean(&lost));
         assert_eq!(distance.n_tokens, n, "{name}");
         for (a, &b) in kl.iter().zip(&distance.kl) {

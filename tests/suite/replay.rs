@@ -118,7 +118,7 @@ proptest! {
     fn a_replay_is_the_run(turns in turns(), options in options(), seed in 0..1000u64) {
         let (header, tape) = full(&turns, seed);
         let expected = real("hae", &options, &turns, seed);
-        let replayed = replay(&header, &tape, "hae", &options).unwrap();
+        let replayed = replay(&header, &tape, &PolicySpec::new("hae", options)).unwrap();
         prop_assert_eq!(replayed.timeline.len(), expected.len());
         for (step, (found, expected)) in replayed.timeline.iter().zip(&expected).enumerate() {
             prop_assert!((found.lost - expected.lost).abs() < 1e-5, "{step}: {found:?} {expected:?}");

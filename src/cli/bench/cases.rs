@@ -1,15 +1,16 @@
 //! From lists to the cases that are measured. Everything that can be wrong with a command line
 //! is found here, before the first model is loaded.
 
+use super::super::lists::{numbers, pairs, policies, size, values};
 use super::super::load::Files;
-use super::super::options::{GpuLayers, cache_type, default_threads, gpu_layers};
-use super::lists::{numbers, pairs, size, values};
+use super::super::named::parse;
+use super::super::options::{GpuLayers, default_threads, gpu_layers};
 use super::{Args, MOST_TOKENS};
 use hae::attend::Attend;
 use hae::bench::{Pictures, Test, Turn, Workload};
 use hae::llama::gguf::header;
 use hae::llama::{CacheType, FlashAttention, Poll};
-use hae::policy::{self, PolicyOptions, PolicySpec};
+use hae::policy::{PolicyOptions, PolicySpec};
 use hae::{Error, Result};
 
 /// Settings of a context that all policies share.
@@ -130,25 +131,6 @@ impl Plan {
     }
 }
 
-/// Names of policies, none twice.
-/// `twice_is_right`: whether one may be there more than once.
-pub fn policies(given: &[String], twice_is_right: bool) -> Result<Vec<&'static str>> {
-    let known = || policy::names().collect::<Vec<_>>().join(", ");
-    let policies = values("--kv-policy", given, |name| {
-        policy::names()
-            .find(|known| *known == name)
-            .ok_or_else(|| format!("expected names of {}", known()))
-    })?;
-    let twice = |i: &usize| policies[..*i].contains(&policies[*i]);
-    match (0..policies.len()).find(twice).filter(|_| !twice_is_right) {
-        Some(i) => {
-            let reason = format!("{} is in the list twice", policies[i]);
-            Err(Error::option("--kv-policy", reason))
-        }
-        None => Ok(policies),
-    }
-}
-
 /// Every model with its vision file. All of them have to be GGUFs.
 fn files(args: &Args, cases: &[Case]) -> Result<Vec<Files>> {
     let (models, mmprojs) = (&args.model, &args.mmproj);
@@ -175,14 +157,9 @@ fn files(args: &Args, cases: &[Case]) -> Result<Vec<Files>> {
 }
 
 fn shapes(args: &Args) -> Result<Vec<Shape>> {
-    let flash = values("-fa", &args.flash_attn, |word| match word {
-        "on" | "1" => Ok(FlashAttention::On),
-        "off" | "0" => Ok(FlashAttention::Off),
-        "auto" | "-1" => Ok(FlashAttention::Auto),
-        _ => Err("expected on, off or auto".into()),
-    })?;
-    let type_k = values("-ctk", &args.cache_type_k, cache_type)?;
-    let type_v = values("-ctv", &args.cache_type_v, cache_type)?;
+    let flash = values("-fa", &args.flash_attn, parse::<FlashAttention>)?;
+    let type_k = values("-ctk", &args.cache_type_k, parse::<CacheType>)?;
+    let type_v = values("-ctv", &args.cache_type_v, parse::<CacheType>)?;
     let n_batch = numbers("-b", &args.batch_size, 1, MOST_TOKENS)?;
     let n_ubatch = numbers("-ub", &args.ubatch_size, 1, MOST_TOKENS)?;
     let mut shapes = Vec::new();
@@ -216,7 +193,7 @@ fn cases(args: &Args, num_crops: Option<u32>) -> Result<Vec<Case>> {
     let n_gen = list("-n", &or(&args.n_gen, "128"))?;
     let n_depth = list("-d", &args.n_depth)?;
     let n_images = numbers("--images", &args.images, 0, 1000)?;
-    let pg = pairs("-pg", &args.pg)?;
+    let pg = pairs("-pg", &args.pg, MOST_TOKENS)?;
     let kinds: Vec<Pictures> = if args.image_tokens.is_empty() {
         let sizes = values("--image-size", &args.image_size, size)?;
         let noise = |(width, height)| Pictures::Noise {

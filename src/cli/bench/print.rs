@@ -135,9 +135,9 @@ fn table(records: &[Record]) -> Table {
         columns.add(title, right, records, of);
     };
     let gib = |bytes: u64| format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30));
-    add("model", false, &|r| r.subject.description.clone());
-    add("size", true, &|r| gib(r.subject.bytes));
-    add("params", true, &|r| params(r.subject.n_params));
+    add("model", false, &|r| r.model.description.clone());
+    add("size", true, &|r| gib(r.model.bytes));
+    add("params", true, &|r| params(r.model.n_params));
     add("backend", false, &|r| r.hardware.backends.clone());
     // As in llama-bench, settings only where they are compared.
     for name in [

@@ -1,12 +1,12 @@
 //! What was tried, how it was checked, and what that says.
 
 use super::Outcome;
-use crate::cli::exam::{percent, summary_text};
+use crate::cli::asking::{percent, summary_text};
 use crate::cli::table::Columns;
 use hae::calibrate::file::{Calibration, Chosen};
 use hae::calibrate::search::Tried;
 use hae::calibrate::{Score, Setting};
-use hae::eval::summary::{Summary, budget_text};
+use hae::eval::summary::Summary;
 
 pub fn tables(outcome: &Outcome) -> String {
     let Outcome {
@@ -15,7 +15,7 @@ pub fn tables(outcome: &Outcome) -> String {
         answers,
     } = outcome;
     let (tune, held_out) = (&calibration.tune, &calibration.held_out);
-    let budget = budget_text(calibration.kv_budget);
+    let budget = calibration.kv_budget;
     let summary = Summary::of(header, answers);
     format!(
         "{}, --kv-budget {budget}: chosen on {} of {}, checked on {}\n\n{}\n\nThe check: {}\n{}\n",

@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use anyhow::{Result, anyhow};
 use indicatif::ProgressBar;
 
-use crate::cli::exam::{Asked, Ready};
+use crate::cli::asking::{Loaded, Questions};
 use crate::cli::{interrupt, load};
 use hae::Error;
 use hae::asker::attempt::{Attempt, answers};
-use hae::asker::{Entrant, Reference};
+use hae::asker::{Contender, Reference};
 use hae::bench::Pulse;
 use hae::calibrate::search::Round;
 use hae::calibrate::{Score, Tally};
@@ -23,8 +23,8 @@ use hae::policy::{Amount, PolicySpec};
 const MOST_KEPT: usize = 1 << 30;
 
 pub struct Trials<'a> {
-    asked: Asked<'a>,
-    ready: Ready,
+    questions: Questions<'a>,
+    loaded: Loaded,
     bar: &'a ProgressBar,
     /// Answers that come after the search.
     checks: usize,
@@ -36,10 +36,15 @@ pub struct Trials<'a> {
 }
 
 impl<'a> Trials<'a> {
-    pub fn new(asked: Asked<'a>, ready: Ready, bar: &'a ProgressBar, checks: usize) -> Self {
+    pub fn new(
+        questions: Questions<'a>,
+        loaded: Loaded,
+        bar: &'a ProgressBar,
+        checks: usize,
+    ) -> Self {
         Trials {
-            asked,
-            ready,
+            questions,
+            loaded,
             bar,
             checks,
             references: HashMap::new(),
@@ -49,28 +54,28 @@ impl<'a> Trials<'a> {
     }
 
     /// The model, for what comes after the search, and what the full cache scored.
-    pub fn end(self) -> (Ready, Score) {
-        (self.ready, self.full.unwrap_or_default())
+    pub fn end(self) -> (Loaded, Score) {
+        (self.loaded, self.full.unwrap_or_default())
     }
 
     /// The scores of a round's settings. `None`: cancelled.
     pub fn round(&mut self, round: Round<'_>, budget: Amount) -> Result<Option<Vec<Score>>> {
         let settings = round.settings.iter();
-        let entrants = settings
+        let contenders = settings
             .map(|setting| {
                 let policy = PolicySpec::new("hae", setting.options(Some(budget)));
-                self.ready
-                    .entrant(setting.to_string(), policy, Some(budget))
+                self.loaded
+                    .contender(setting.to_string(), policy, Some(budget))
             })
             .collect::<Result<Vec<_>>>()?;
-        let to_come = (round.settings.len() + round.left) * self.asked.turns() + self.checks;
+        let to_come = (round.settings.len() + round.left) * self.questions.turns() + self.checks;
         self.bar.set_length(self.bar.position() + to_come as u64);
         self.bar.set_message(round.stage.name());
 
-        let mut tallies = vec![Tally::default(); entrants.len()];
+        let mut tallies = vec![Tally::default(); contenders.len()];
         let mut full = Tally::default();
-        for (number, question) in self.asked.questions.iter().enumerate() {
-            let asked = self.question(number, question, &entrants, &mut tallies, &mut full);
+        for (number, question) in self.questions.all.iter().enumerate() {
+            let asked = self.question(number, question, &contenders, &mut tallies, &mut full);
             let asked = asked.map_err(|e| {
                 let Question { id, place, .. } = question;
                 anyhow!("{place}, question {id}: {e}")
@@ -80,7 +85,7 @@ impl<'a> Trials<'a> {
             }
         }
         // Those of the next round read other layers.
-        self.ready.asker.drop_contexts();
+        self.loaded.asker.drop_contexts();
         self.full.get_or_insert_with(|| full.score());
         let scores: Vec<Score> = tallies.into_iter().map(Tally::score).collect();
         if scores.iter().all(|score| score.evicted == 0) {
@@ -95,7 +100,7 @@ impl<'a> Trials<'a> {
         &mut self,
         number: usize,
         question: &Question,
-        entrants: &[Entrant],
+        contenders: &[Contender],
         tallies: &mut [Tally],
         full: &mut Tally,
     ) -> hae::Result<bool> {
@@ -104,9 +109,9 @@ impl<'a> Trials<'a> {
             now: &now,
             cancelled: &interrupt::cancelled,
         };
-        let pictures = self.asked.pictures(question)?;
-        let n_predict = self.asked.n_predict(question);
-        let Ready { context, asker, .. } = &mut self.ready;
+        let pictures = self.questions.pictures(question)?;
+        let n_predict = self.questions.n_predict(question);
+        let Loaded { context, asker, .. } = &mut self.loaded;
         asker.next_question();
         let known = self.references.remove(&number);
         let reference = match known {
@@ -121,9 +126,10 @@ impl<'a> Trials<'a> {
             }
         };
         add(full, question, &answers(&reference), &[]);
-        for (entrant, tally) in entrants.iter().zip(tallies) {
-            let attempt =
-                asker.attempt(entrant, question, &pictures, &n_predict, &reference, watch)?;
+        for (contender, tally) in contenders.iter().zip(tallies) {
+            let attempt = asker.attempt(
+                contender, question, &pictures, &n_predict, &reference, watch,
+            )?;
             let Some(Attempt {
                 answers,
                 distances,

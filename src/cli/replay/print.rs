@@ -91,7 +91,7 @@ fn table(summaries: &[Summary]) -> Table {
     table.load_preset(ASCII_MARKDOWN).set_header(&titles);
     for s in summaries {
         let mut row = vec![
-            s.setting.clone(),
+            s.contender.clone(),
             s.traces.to_string(),
             s.steps.to_string(),
             format!("{:.3}", s.lost_mean * 100.0),
@@ -145,7 +145,7 @@ fn csv(rows: &[Row]) -> Result<String> {
         let r = &row.replayed;
         writer.write_record([
             row.trace.clone(),
-            row.setting.clone(),
+            row.contender.clone(),
             r.policy.to_owned(),
             row.bin_size.map_or_else(String::new, |n| n.to_string()),
             r.prompt.to_string(),

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Amount {
+    /// So many, 1 or more.
     Cells(usize),
     /// More than 0, at most 1.
     Share(f64),
@@ -34,6 +35,17 @@ impl Amount {
                 format!("a share of {share}, expected more than 0, up to 1"),
             )),
             _ => Ok(()),
+        }
+    }
+}
+
+/// As it is read.
+impl std::fmt::Display for Amount {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Amount::Cells(n) => write!(f, "{n}"),
+            Amount::Share(share) if share.fract() == 0.0 => write!(f, "{share:.1}"),
+            Amount::Share(share) => write!(f, "{share}"),
         }
     }
 }

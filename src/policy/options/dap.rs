@@ -21,7 +21,12 @@ pub enum DapRule {
     /// All but the best, this many times the number of tokens that the scores are spread over:
     /// `(sum G)^2 / sum G^2`, which is 1 where one token has it all, and all where they are alike.
     /// At least `least`, which may be none.
-    Spread { times: f64, least: Amount },
+    Spread {
+        /// How many times the number that scores are spread over, 0 or more.
+        times: f64,
+        /// What stays whatever the scores say.
+        least: Amount,
+    },
 }
 
 /// Over which visual tokens the sum, the mean, or the kept amount is taken.
@@ -73,12 +78,15 @@ impl DapMode {
     }
 }
 
+/// How visual tokens are pruned (Dual-Attention Pruning, arXiv 2602.02197).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DapOptions {
+    /// Which of them go.
     pub rule: DapRule,
     /// Threshold forms only (and mustdrop's own): a token whose highest attention reaches `alpha`
     /// stays (`M[j] < alpha` to leave). None: no individual test.
     pub alpha: Option<f64>,
+    /// Over which of them the rule counts.
     pub scope: Scope,
 }
 

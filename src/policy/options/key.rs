@@ -8,30 +8,55 @@ use super::{DapRule, PolicyOptions};
 /// prunes pictures can go by all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OptionKey {
+    /// [`PolicyOptions::layers`]
     Layers,
+    /// [`PolicyOptions::queries`]
     Queries,
+    /// [`PolicyOptions::norm`]
     Norm,
+    /// [`PolicyOptions::decay`]
     Decay,
+    /// [`PolicyOptions::dap`], off.
     NoDap,
+    /// [`DapRule::Keep`]
     DapKeep,
+    /// [`DapRule::Tau`]
     DapTau,
+    /// [`DapRule::R`]
     DapR,
+    /// [`DapRule::Spread`]
     DapSpread,
+    /// [`super::DapOptions::alpha`]
     DapAlpha,
+    /// [`super::DapOptions::scope`]
     DapScope,
+    /// [`PolicyOptions::dap_mode`]
     DapMode,
+    /// [`PolicyOptions::keep_separators`]
     KeepSeparators,
+    /// [`PolicyOptions::kv_budget`]
     KvBudget,
+    /// [`PolicyOptions::bin_size`]
     BinSize,
+    /// [`PolicyOptions::sinks`]
     Sinks,
+    /// [`PolicyOptions::recent`]
     Recent,
+    /// [`PolicyOptions::hysteresis`]
     Hysteresis,
+    /// [`PolicyOptions::restore`]
     Restore,
+    /// [`PolicyOptions::recall`]
     Recall,
+    /// [`PolicyOptions::h2o_recent`]
     H2oRecent,
+    /// [`crate::policy::SnapkvOptions::window`]
     SnapkvWindow,
+    /// [`crate::policy::SnapkvOptions::kernel`]
     SnapkvKernel,
+    /// [`crate::policy::SnapkvOptions::pooling`]
     SnapkvPooling,
+    /// [`PolicyOptions::seed`]
     Seed,
 }
 

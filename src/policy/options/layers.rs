@@ -10,7 +10,9 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Layers {
+    /// Every layer of the model.
     All,
+    /// These, from 0, in any order.
     List(Vec<u32>),
 }
 

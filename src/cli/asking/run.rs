@@ -2,16 +2,18 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Result, anyhow};
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
 
-use super::asking::Asked;
+use super::args::Loaded;
+use super::questions::Questions;
 use crate::cli::load;
 use crate::cli::{Done, interrupt};
 use hae::Error;
 use hae::answer::Answer as Answered;
-use hae::asker::{Asker, Entrant, Reference};
+use hae::asker::{Contender, Reference};
 use hae::bench::stats::Summary as Quartiles;
 use hae::bench::{Pulse, turns};
 use hae::eval::question::Question;
@@ -19,16 +21,18 @@ use hae::eval::record::{Answer, Distance};
 use hae::eval::results::{Key, Results, key};
 use hae::eval::score::judge;
 use hae::generate::Finish;
-use hae::llama::ContextOptions;
+use hae::image::Picture;
 
-/// Questions being asked.
-pub struct Sitting<'e> {
-    pub asked: Asked<'e>,
-    /// That of `full`.
-    pub context: ContextOptions,
-    pub asker: Asker,
+/// Asks every question under every policy.
+pub struct Runner<'e> {
+    pub questions: Questions<'e>,
+    /// Whether distances to the full cache are measured.
+    pub distance: bool,
+    /// Times that each policy answers a question.
+    pub repetitions: usize,
+    pub loaded: Loaded,
     /// The first is what the others are compared with.
-    pub entrants: &'e [Entrant],
+    pub contenders: &'e [Contender],
     pub results: Option<Results>,
     pub answers: Vec<Answer>,
     /// The answers that are there already.
@@ -52,9 +56,10 @@ pub fn trace_path(dir: &Path, number: usize, question: &Question, contender: &st
     dir.join(format!("{number:05}-{id}-{contender}.trace"))
 }
 
-impl Sitting<'_> {
-    pub fn all(&mut self) -> Result<Done> {
-        for (i, question) in self.asked.questions.iter().enumerate() {
+impl Runner<'_> {
+    /// Asks what is not answered yet.
+    pub fn run(&mut self) -> Result<Done> {
+        for (i, question) in self.questions.all.iter().enumerate() {
             if !self.question(i, question)? {
                 return Ok(Done::Interrupted);
             }
@@ -62,9 +67,9 @@ impl Sitting<'_> {
         Ok(Done::Whole)
     }
 
-    /// Whether this entrant has answered all turns.
-    fn has(&self, entrant: usize, question: &Question) -> bool {
-        let name = &self.entrants[entrant].contender.name;
+    /// Whether this contender has answered all turns.
+    fn has(&self, contender: usize, question: &Question) -> bool {
+        let name = &self.contenders[contender].record.name;
         (0..question.turns.len()).all(|turn| {
             self.known
                 .contains(&(question.id.clone(), turn, name.clone()))
@@ -73,7 +78,7 @@ impl Sitting<'_> {
 
     /// One question under all policies that have not answered it yet. False: cancelled.
     fn question(&mut self, number: usize, question: &Question) -> Result<bool> {
-        let missing: Vec<usize> = (0..self.entrants.len())
+        let missing: Vec<usize> = (0..self.contenders.len())
             .filter(|&i| !self.has(i, question))
             .collect();
         if missing.is_empty() {
@@ -84,19 +89,18 @@ impl Sitting<'_> {
             now: &now,
             cancelled: &interrupt::cancelled,
         };
-        let asked = self.asked;
-        let pictures = asked
+        let questions = self.questions;
+        let pictures = questions
             .pictures(question)
             .map_err(|e| self.failed(question, None, e))?;
-        let n_predict = asked.n_predict(question);
-        self.asker.next_question();
+        let n_predict = questions.n_predict(question);
+        self.loaded.asker.next_question();
 
         let mut reference: Option<Reference> = None;
-        if asked.distance {
+        if self.distance {
             self.bar.set_message(format!("{} reference", question.id));
-            let said = self
-                .asker
-                .reference(&self.context, question, &pictures, &n_predict, watch);
+            let Loaded { asker, context, .. } = &mut self.loaded;
+            let said = asker.reference(context, question, &pictures, &n_predict, watch);
             match said.map_err(|e| self.failed(question, None, e))? {
                 Some(said) => reference = Some(said),
                 None => return Ok(false),
@@ -111,26 +115,26 @@ impl Sitting<'_> {
         }
 
         let mut runs: HashMap<usize, Vec<Vec<Answered>>> = HashMap::new();
-        for round in 0..asked.repetitions {
+        for round in 0..self.repetitions {
             for i in order(&missing, number + round, round == 0) {
-                let entrant = &self.entrants[i];
-                let name = &entrant.contender.name;
+                let contender = &self.contenders[i];
+                let name = &contender.record.name;
                 self.bar.set_message(format!("{} {name}", question.id));
                 let trace = self.traces.as_ref();
                 let trace =
                     trace.map(|t| (trace_path(&t.dir, number, question, name), t.model.clone()));
                 if let Some((path, model)) = &trace {
-                    self.asker.trace_next(path.clone(), model.clone());
+                    self.loaded.asker.trace_next(path.clone(), model.clone());
                 }
-                let answered = self.asker.ask(
-                    entrant,
+                let answered = self.loaded.asker.ask(
+                    contender,
                     question,
                     &pictures,
                     &n_predict,
                     expected.as_deref(),
                     watch,
                 );
-                let answered = answered.map_err(|e| self.failed(question, Some(entrant), e))?;
+                let answered = answered.map_err(|e| self.failed(question, Some(contender), e))?;
                 let Some(answered) = answered else {
                     return Ok(false);
                 };
@@ -139,7 +143,7 @@ impl Sitting<'_> {
                 }
                 runs.entry(i).or_default().push(answered);
                 // Of one run each is saved as soon as it is there.
-                if round + 1 == asked.repetitions {
+                if round + 1 == self.repetitions {
                     let runs = runs.remove(&i).unwrap_or_default();
                     let Some(distances) =
                         self.distances(i, question, &pictures, reference.as_ref(), watch)?
@@ -157,9 +161,9 @@ impl Sitting<'_> {
     /// The answers by question, turn and policy: what runs by turns is saved in another order.
     pub fn in_order(&mut self) -> Vec<Answer> {
         let mut answers = std::mem::take(&mut self.answers);
-        let ids = self.asked.questions.iter().map(|q| q.id.as_str());
+        let ids = self.questions.all.iter().map(|q| q.id.as_str());
         let questions: HashMap<&str, usize> = ids.zip(0..).collect();
-        let names = self.entrants.iter().map(|e| e.contender.name.as_str());
+        let names = self.contenders.iter().map(|e| e.record.name.as_str());
         let contenders: HashMap<&str, usize> = names.zip(0..).collect();
         answers.sort_by_key(|a| {
             let question = questions.get(a.id.as_str());
@@ -171,27 +175,28 @@ impl Sitting<'_> {
 
     fn distances(
         &mut self,
-        entrant: usize,
+        contender: usize,
         question: &Question,
-        pictures: &[hae::image::Picture],
+        pictures: &[Picture],
         reference: Option<&Reference>,
         watch: Pulse<'_>,
     ) -> Result<Option<Vec<Option<Distance>>>> {
         let Some(reference) = reference else {
             return Ok(Some(Vec::new()));
         };
-        let entrant = &self.entrants[entrant];
-        let n_predict = self.asked.n_predict(question);
+        let contender = &self.contenders[contender];
+        let n_predict = self.questions.n_predict(question);
         let followed = self
+            .loaded
             .asker
-            .distance(entrant, question, pictures, &n_predict, reference, watch);
-        let followed = followed.map_err(|e| self.failed(question, Some(entrant), e))?;
+            .distance(contender, question, pictures, &n_predict, reference, watch);
+        let followed = followed.map_err(|e| self.failed(question, Some(contender), e))?;
         Ok(followed.map(|(distances, _)| distances))
     }
 
-    /// How long the first entrant's saved answers to a question are.
+    /// How long the first contender's saved answers to a question are.
     fn lengths(&self, question: &Question) -> Option<Vec<usize>> {
-        let first = &self.entrants.first()?.contender.name;
+        let first = &self.contenders.first()?.record.name;
         (0..question.turns.len())
             .map(|turn| {
                 let mut own = self.answers.iter().filter(|a| a.contender == *first);
@@ -201,15 +206,15 @@ impl Sitting<'_> {
             .collect()
     }
 
-    /// Judges the answers of an entrant's runs, which differ in their times alone.
+    /// Judges the answers of a contender's runs, which differ in their times alone.
     fn save(
         &mut self,
-        (entrant, question): (usize, &Question),
+        (contender, question): (usize, &Question),
         mut runs: Vec<Vec<Answered>>,
         mut distances: Vec<Option<Distance>>,
         trace: Option<String>,
     ) -> Result<()> {
-        let contender = &self.entrants[entrant].contender;
+        let contender = &self.contenders[contender].record;
         let all = runs.clone();
         for (turn, asked) in question.turns.iter().enumerate() {
             let Some(answered) = runs.first_mut().and_then(|run| run.get_mut(turn)) else {
@@ -229,7 +234,7 @@ impl Sitting<'_> {
                 policy: contender.policy.clone(),
                 budget: contender.budget,
                 images: question.image_names(),
-                num_crops: question.num_crops.or(self.asked.num_crops),
+                num_crops: question.num_crops.or(self.questions.num_crops),
                 prompt: asked.text.clone(),
                 expected: asked.expected.shown(),
                 answer: answered.text.clone(),
@@ -259,16 +264,21 @@ impl Sitting<'_> {
     }
 
     /// An error with what it happened to and what was saved.
-    fn failed(&self, question: &Question, entrant: Option<&Entrant>, e: Error) -> anyhow::Error {
+    fn failed(
+        &self,
+        question: &Question,
+        contender: Option<&Contender>,
+        e: Error,
+    ) -> anyhow::Error {
         let Question { id, place, .. } = question;
-        let under = entrant.map_or_else(String::new, |e| format!(" under {}", e.contender.name));
+        let under = contender.map_or_else(String::new, |e| format!(" under {}", e.record.name));
         let saved = self.results.as_ref().map(Results::saved);
         let saved = saved.map_or_else(String::new, |saved| format!("; {saved}"));
         anyhow!("{place}, question {id}{under}: {e}{saved}")
     }
 }
 
-/// The entrants by turns. In the first round the first of all comes first, for the others need to
+/// The contenders by turns. In the first round the first of all comes first, for the others need to
 /// know how long its answer is.
 fn order(missing: &[usize], turn: usize, first_round: bool) -> Vec<usize> {
     let fixed = usize::from(first_round && missing.first() == Some(&0));
@@ -289,4 +299,15 @@ fn middle(answered: &mut Answered, runs: &[Vec<Answered>], turn: usize) {
     timings.decode_ms = median(&|a| Some(a.timings.decode_ms)).unwrap_or_default();
     timings.ttft_ms = median(&|a| a.timings.ttft_ms);
     timings.tpot_ms = median(&|a| a.timings.tpot_ms);
+}
+
+/// A bar with the time that is left, for so many answers of which some are there.
+pub fn progress_bar(answers: usize, done: usize) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {elapsed}, {eta} left, {msg}")?;
+    let bar = ProgressBar::new(answers as u64)
+        .with_style(style)
+        .with_position(done as u64);
+    bar.reset_eta();
+    bar.enable_steady_tick(Duration::from_millis(200));
+    Ok(bar)
 }

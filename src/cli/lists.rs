@@ -1,7 +1,7 @@
-//! llama-bench's lists: values separated by commas, flags given several times, and spans of
-//! numbers (`512-2048`, `512-2048+512`, `512-2048*2`).
+//! Flags that take lists, as llama-bench has them: values separated by commas, flags given several
+//! times, and spans of numbers (`512-2048`, `512-2048+512`, `512-2048*2`).
 
-use hae::{Error, Result};
+use hae::{Error, Result, policy};
 
 /// A list that is longer was not meant.
 const MOST: usize = 1000;
@@ -70,10 +70,10 @@ pub fn numbers(flag: &'static str, given: &[String], least: u32, most: u32) -> R
     Ok(all)
 }
 
-/// Pairs `prompt,generated`, one for each time that the flag was given.
-pub fn pairs(flag: &'static str, given: &[String]) -> Result<Vec<(u32, u32)>> {
+/// Pairs `prompt,generated`, one for each time that the flag was given, of numbers up to `most`.
+pub fn pairs(flag: &'static str, given: &[String], most: u32) -> Result<Vec<(u32, u32)>> {
     let pair = |text: &String| {
-        let numbers = numbers(flag, std::slice::from_ref(text), 1, super::MOST_TOKENS)?;
+        let numbers = numbers(flag, std::slice::from_ref(text), 1, most)?;
         match numbers[..] {
             [prompt, generated] => Ok((prompt, generated)),
             _ => {
@@ -93,6 +93,25 @@ pub fn size(text: &str) -> std::result::Result<(u32, u32), String> {
     let sides = text.split_once('x');
     let numbers = sides.and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
     numbers.ok_or_else(|| "expected pixels such as 336x336".into())
+}
+
+/// Names of policies, none twice.
+/// `twice_is_right`: whether one may be there more than once.
+pub fn policies(given: &[String], twice_is_right: bool) -> Result<Vec<&'static str>> {
+    let known = || policy::names().collect::<Vec<_>>().join(", ");
+    let policies = values("--kv-policy", given, |name| {
+        policy::names()
+            .find(|known| *known == name)
+            .ok_or_else(|| format!("expected names of {}", known()))
+    })?;
+    let twice = |i: &usize| policies[..*i].contains(&policies[*i]);
+    match (0..policies.len()).find(twice).filter(|_| !twice_is_right) {
+        Some(i) => {
+            let reason = format!("{} is in the list twice", policies[i]);
+            Err(Error::option("--kv-policy", reason))
+        }
+        None => Ok(policies),
+    }
 }
 
 #[cfg(test)]
@@ -131,7 +150,7 @@ mod tests {
 
     #[test]
     fn pairs_and_sizes() {
-        let pair = |text: &str| pairs("-pg", &[text.to_owned()]);
+        let pair = |text: &str| pairs("-pg", &[text.to_owned()], 1 << 20);
         assert_eq!(pair("512,128").unwrap(), [(512, 128)]);
         for text in ["512", "1,2,3", "0,5", "a,b"] {
             assert!(pair(text).unwrap_err().to_string().starts_with("-pg: "));

@@ -3,14 +3,19 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use clap::ValueEnum;
 
 use crate::cli::crops::CropArgs;
+use crate::cli::named::named;
 use crate::cli::output::FileReport;
 use hae::eval::files::{self, Source};
-use hae::eval::question::Question;
+use hae::eval::question::{Expected, Question};
 use hae::eval::record::{FileId, QuestionSet};
 use hae::eval::split::{Part, Selection};
+use hae::image::Picture;
+
+/// Tokens of an answer at most, and of a story.
+const N_PREDICT: usize = 256;
+const N_PREDICT_STORY: usize = 1536;
 
 #[derive(Debug, clap::Args)]
 pub struct QuestionArgs {
@@ -20,8 +25,8 @@ pub struct QuestionArgs {
     /// jsonl, gqa, scienceqa, mmbench or mmmu
     ///
     /// [default: told by the file]
-    #[arg(long, value_enum, hide_possible_values = true, value_name = "NAME")]
-    format: Option<FormatArg>,
+    #[arg(long, value_parser = named::<files::Format>(), hide_possible_values = true, value_name = "NAME")]
+    format: Option<files::Format>,
     /// Folder of the pictures
     ///
     /// [default: where the format has them]
@@ -40,27 +45,6 @@ pub struct QuestionArgs {
     pub crops: CropArgs,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum FormatArg {
-    Jsonl,
-    Gqa,
-    Scienceqa,
-    Mmbench,
-    Mmmu,
-}
-
-impl From<FormatArg> for files::Format {
-    fn from(format: FormatArg) -> Self {
-        match format {
-            FormatArg::Jsonl => files::Format::Jsonl,
-            FormatArg::Gqa => files::Format::Gqa,
-            FormatArg::Scienceqa => files::Format::ScienceQa,
-            FormatArg::Mmbench => files::Format::MmBench,
-            FormatArg::Mmmu => files::Format::Mmmu,
-        }
-    }
-}
-
 /// A question file that was read and checked.
 pub struct QuestionFile {
     id: FileId,
@@ -76,7 +60,7 @@ impl QuestionArgs {
     pub fn read(&self) -> Result<QuestionFile> {
         let source = Source {
             path: self.questions.clone(),
-            format: self.format.map(Into::into),
+            format: self.format,
             image_dir: self.image_dir.clone(),
             subset: self.subset.clone(),
             unanswered: false,
@@ -108,5 +92,39 @@ impl QuestionArgs {
             n: questions.iter().map(|q| q.turns.len()).sum(),
         };
         (set, questions)
+    }
+}
+
+/// Questions, and what the command line says of all of them.
+#[derive(Clone, Copy)]
+pub struct Questions<'a> {
+    pub all: &'a [Question],
+    /// Of pictures whose question does not say.
+    pub num_crops: Option<u32>,
+    /// Tokens of an answer at most, where that was chosen.
+    pub n_predict: Option<usize>,
+}
+
+impl Questions<'_> {
+    /// Tokens of each turn's answer at most.
+    pub fn n_predict(&self, question: &Question) -> Vec<usize> {
+        let limit = |expected: &Expected| match (self.n_predict, expected) {
+            (Some(n), _) => n,
+            (None, Expected::Facts(_)) => N_PREDICT_STORY,
+            (None, _) => N_PREDICT,
+        };
+        question.turns.iter().map(|t| limit(&t.expected)).collect()
+    }
+
+    /// Answers that one policy gives to all of them.
+    pub fn turns(&self) -> usize {
+        self.all.iter().map(|q| q.turns.len()).sum()
+    }
+
+    /// The pictures of a question, decoded.
+    pub fn pictures(&self, question: &Question) -> hae::Result<Vec<Picture>> {
+        let crops = question.num_crops.or(self.num_crops);
+        let images = question.images.iter();
+        images.map(|image| image.load(crops)).collect()
     }
 }

@@ -1,36 +1,28 @@
 //! What `hae eval` and `hae compare` share: questions under several policies and budgets, each
 //! answer saved as it comes.
 
-mod asking;
-mod print;
-mod questions;
-mod sitting;
-
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::bench::policies;
-use super::load::Files;
-use super::options::{POLICY, PolicyArgs};
-use super::{Done, interrupt};
+use super::args::{InferenceArgs, Loaded};
+use super::print::Format;
+use super::questions::Questions;
+use super::run::{Runner, Traces, progress_bar, trace_path};
+use crate::cli::lists::policies;
+use crate::cli::load::Files;
+use crate::cli::options::{POLICY, PolicyArgs};
+use crate::cli::{Done, interrupt};
 use hae::Error;
-use hae::asker::Entrant;
+use hae::asker::Contender;
 use hae::eval::question::Question;
-use hae::eval::record::{Answer, Header, QuestionSet};
+use hae::eval::record::{self, Answer, Header, QuestionSet};
 use hae::eval::results::{Results, key};
-use hae::eval::summary::budget_text;
-use hae::policy::{Amount, PolicyOptions, PolicySpec, evicts_nothing};
+use hae::policy::{Amount, PolicySpec, evicts_nothing};
 use hae::trace;
 
-pub use asking::{AskArgs, Asked, Ready, bar};
-pub use print::{Format, percent, print_answers, print_json, print_summary, summary_text, write};
-pub use questions::QuestionArgs;
-use sitting::trace_path;
-pub use sitting::{Sitting, Traces};
-
 #[derive(Debug, clap::Args)]
-pub struct ExamArgs {
+pub struct EvaluationArgs {
     /// Policies, list
     ///
     /// The first is what the others are compared with.
@@ -44,7 +36,7 @@ pub struct ExamArgs {
     #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
-    pub ask: AskArgs,
+    pub inference: InferenceArgs,
     /// Save each answer as it comes, or go on
     ///
     /// FILE holds JSON lines. A file that an earlier run began goes on.
@@ -62,8 +54,8 @@ pub struct ExamArgs {
 }
 
 /// What is asked, and how.
-pub struct Exam<'a> {
-    pub args: &'a ExamArgs,
+pub struct Evaluation<'a> {
+    pub args: &'a EvaluationArgs,
     pub command: &'static str,
     /// The file of the questions, if they come from one.
     pub file: Option<&'a Path>,
@@ -82,21 +74,14 @@ pub struct Outcome {
     pub done: Done,
 }
 
-/// A policy at a budget, before a model is there to check it.
-struct Candidate {
-    policy: &'static str,
-    budget: Option<Amount>,
-    options: PolicyOptions,
-}
-
-impl ExamArgs {
+impl EvaluationArgs {
     /// Every policy at every budget; `full` has none. What can be wrong with a budget without a
     /// model is found here.
-    fn candidates(&self) -> Result<Vec<Candidate>> {
+    fn contenders(&self) -> Result<Vec<(PolicySpec, Option<Amount>)>> {
         let policies = policies(&self.kv_policy, false)?;
         let budgets = self.policy.budgets();
         if let Some(i) = (0..budgets.len()).find(|&i| budgets[..i].contains(&budgets[i])) {
-            let reason = format!("{} is in the list twice", budget_text(budgets[i]));
+            let reason = format!("{} is in the list twice", budgets[i]);
             return Err(Error::option("--kv-budget", reason).into());
         }
         self.policy.refuse_unread(&policies, self.trace.is_some())?;
@@ -117,64 +102,51 @@ impl ExamArgs {
             };
             for budget in budgets {
                 let options = self.policy.options_at(budget)?;
-                all.push(Candidate {
-                    policy,
-                    budget,
-                    options: PolicySpec::of(policy, &options).options,
-                });
+                all.push((PolicySpec::of(policy, &options), budget));
             }
         }
         Ok(all)
     }
 }
 
-impl Candidate {
-    fn name(&self) -> String {
-        match self.budget {
-            Some(budget) => format!("{}@{}", self.policy, budget_text(budget)),
-            None => self.policy.to_owned(),
-        }
-    }
-}
-
-impl Exam<'_> {
+impl Evaluation<'_> {
     pub fn run(&self) -> Result<Outcome> {
         let args = self.args;
-        args.ask.check()?;
-        let candidates = args.candidates()?;
-        self.check_files(&candidates)?;
-        let files = Files::find(&args.ask.model)?;
+        args.inference.check()?;
+        let contenders = args.contenders()?;
+        let name =
+            |(policy, budget): &(PolicySpec, _)| record::Contender::name_of(&policy.name, *budget);
+        let names: Vec<String> = contenders.iter().map(name).collect();
+        self.check_files(&names)?;
+        let files = Files::find(&args.inference.model)?;
         let questions = self.questions.iter();
-        args.ask.ready(&files, questions, self.num_crops, |ready| {
-            let mut entrants = candidates
-                .into_iter()
-                .map(|c| {
-                    let policy = PolicySpec::new(c.policy, c.options.clone());
-                    ready.entrant(c.name(), policy, c.budget)
-                })
-                .collect::<Result<Vec<_>>>()?;
-            if let Some(dir) = &args.trace {
-                std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-                let layers = args.policy.options_at(None)?.layers;
-                for entrant in &mut entrants {
-                    entrant.policy.options.layers.clone_from(&layers);
-                }
+        let loaded = args.inference.load(&files, questions, self.num_crops)?;
+        let mut contenders = names
+            .into_iter()
+            .zip(contenders)
+            .map(|(name, (policy, budget))| loaded.contender(name, policy, budget))
+            .collect::<Result<Vec<_>>>()?;
+        if let Some(dir) = &args.trace {
+            std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+            let layers = args.policy.options_at(None)?.layers;
+            for contender in &mut contenders {
+                contender.policy.options.layers.clone_from(&layers);
             }
-            let seed = args.policy.options_at(None)?.seed;
-            let asked = (self.command, &self.set, self.distance, seed);
-            let header = args.ask.header(asked, &files, &ready, &entrants)?;
-            let traces = args.trace.as_ref().map(|dir| Traces {
-                dir: dir.clone(),
-                model: files.names().0,
-            });
-            self.sit(ready, header, &entrants, traces)
-        })
+        }
+        let seed = args.policy.options_at(None)?.seed;
+        let asked = (self.command, &self.set, self.distance, seed);
+        let header = args.inference.header(asked, &files, &loaded, &contenders)?;
+        let traces = args.trace.as_ref().map(|dir| Traces {
+            dir: dir.clone(),
+            model: files.names().0,
+        });
+        self.ask(loaded, header, &contenders, traces)
     }
 
     /// Refuses to write over anything that is read, before anything is opened for writing.
-    fn check_files(&self, candidates: &[Candidate]) -> Result<()> {
+    fn check_files(&self, contenders: &[String]) -> Result<()> {
         let args = self.args;
-        let mut files = args.ask.in_use(self.file, self.questions);
+        let mut files = args.inference.in_use(self.file, self.questions);
         if let Some(path) = &args.out {
             files.writes("--out", path)?;
         }
@@ -182,8 +154,8 @@ impl Exam<'_> {
             return Ok(());
         };
         for (number, question) in self.questions.iter().enumerate() {
-            for candidate in candidates {
-                let path = trace_path(dir, number, question, &candidate.name());
+            for contender in contenders {
+                let path = trace_path(dir, number, question, contender);
                 files.writes("--trace", &path)?;
                 trace::check_target(&path)?;
             }
@@ -191,11 +163,12 @@ impl Exam<'_> {
         Ok(())
     }
 
-    fn sit(
+    /// Asks what the file of earlier answers does not have.
+    fn ask(
         &self,
-        ready: Ready,
+        loaded: Loaded,
         header: Header,
-        entrants: &[Entrant],
+        contenders: &[Contender],
         traces: Option<Traces>,
     ) -> Result<Outcome> {
         let (results, answers) = match &self.args.out {
@@ -205,28 +178,27 @@ impl Exam<'_> {
             }
             None => (None, Vec::new()),
         };
-        let asked = Asked {
-            questions: self.questions,
+        let questions = Questions {
+            all: self.questions,
             num_crops: self.num_crops,
-            n_predict: self.args.ask.n_predict(),
+            n_predict: self.args.inference.n_predict(),
+        };
+        let mut runner = Runner {
+            questions,
             distance: self.distance,
             repetitions: self.repetitions,
-        };
-        let mut sitting = Sitting {
-            asked,
-            context: ready.context,
-            asker: ready.asker,
-            bar: bar(asked.turns() * entrants.len(), answers.len())?,
-            entrants,
+            loaded,
+            bar: progress_bar(questions.turns() * contenders.len(), answers.len())?,
+            contenders,
             known: answers.iter().map(key).collect(),
             answers,
             results,
             traces,
         };
-        let done = interrupt::working(|| sitting.all());
-        sitting.bar.finish_and_clear();
+        let done = interrupt::working(|| runner.run());
+        runner.bar.finish_and_clear();
         Ok(Outcome {
-            answers: sitting.in_order(),
+            answers: runner.in_order(),
             done: done?,
             header,
         })
