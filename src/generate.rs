@@ -167,15 +167,10 @@ impl<E: Engine> Session<E> {
     /// Chooses the next token from the last logits.
     ///
     /// # Errors
-    /// Those of [`Engine::logits`] and of the sampler; [`Error::Contract`] when another sequence had
-    /// a batch since.
+    /// Those of [`Engine::logits_of`], when another sequence had a batch since, and of the sampler.
     pub fn sample(&mut self) -> Result<Token> {
-        let (seq, answered) = (self.feed.seq, self.engine.answered());
-        if seq != answered {
-            let what = format!("logits of sequence {seq} after a batch of {answered}");
-            return Err(Error::contract(what));
-        }
-        self.sampler.sample(self.engine.logits()?)
+        let logits = self.engine.logits_of(self.feed.seq)?;
+        self.sampler.sample(logits)
     }
 
     /// Tells how many tokens will go through the model after the next prompt, for policies that

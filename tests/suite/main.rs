@@ -51,6 +51,7 @@ mod npz;
 mod one_rule;
 mod others;
 mod parity;
+mod passes;
 mod policies;
 mod polling;
 mod precision;
