@@ -6,12 +6,15 @@
 //! tokens themselves.
 
 mod answer;
+mod evict;
 mod feed;
 mod generation;
 mod history;
 mod hostbin;
+mod order;
 mod prefill;
 mod prompt;
+mod together;
 mod trial;
 mod utf8;
 
@@ -19,15 +22,17 @@ use std::time::Duration;
 
 use crate::cache::{Cell, Pos};
 use crate::controller::{Controller, Event, Origin};
-use crate::engine::{Engine, Input, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary};
+use crate::engine::{Engine, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary};
 use crate::error::{Error, Result};
 use feed::Feed;
+use prefill::Intake;
 
 pub use answer::{Finish, Generated, Length, Timings};
 pub use generation::{Generation, Progress};
 pub use history::{History, Placed};
 pub use hostbin::{HostBin, Saved};
 pub use prompt::{Axes, Segment};
+pub use together::{StepHooks, Talk, together};
 
 /// What the loops ask of their surroundings.
 pub struct Hooks<'a> {
@@ -48,7 +53,11 @@ pub struct Session<E> {
     history: History,
     host_bin: HostBin,
     feed: Feed,
+    /// The prompt that is going in.
+    intake: Option<Intake>,
     moves: Vec<(Cell, Cell)>,
+    /// The most cells that it takes.
+    most: usize,
     /// What [`Session::expect`] was told.
     expected: Option<usize>,
     /// The position that the newest answer began at.
@@ -66,7 +75,9 @@ impl<E> Session<E> {
             history,
             host_bin,
             feed,
+            intake,
             moves,
+            most,
             expected,
             answer,
         } = self;
@@ -77,7 +88,9 @@ impl<E> Session<E> {
             history,
             host_bin,
             feed,
+            intake,
             moves,
+            most,
             expected,
             answer,
         };
@@ -119,7 +132,9 @@ impl<E: Engine> Session<E> {
             history: History::default(),
             host_bin: HostBin::default(),
             feed: Feed::default(),
+            intake: None,
             moves: Vec::new(),
+            most: usize::MAX,
             expected: None,
             answer: 0,
         }
@@ -128,6 +143,13 @@ impl<E: Engine> Session<E> {
     /// Lets it be this sequence of the engine's cache, before anything goes in.
     pub fn with_sequence(mut self, seq: SeqId) -> Self {
         self.feed.seq = seq;
+        self
+    }
+
+    /// Lets it take so many cells at most, as [`Error::ContextFull`] and [`Error::PromptTooLong`]
+    /// then say: where the shares of all fit into the cache, none takes another's.
+    pub fn with_share(mut self, cells: usize) -> Self {
+        self.most = cells;
         self
     }
 
@@ -204,6 +226,7 @@ impl<E: Engine> Session<E> {
         self.sampler.reset();
         self.history.clear();
         self.host_bin.clear();
+        self.intake = None;
         self.feed.peak_bytes = 0;
     }
 
@@ -212,23 +235,36 @@ impl<E: Engine> Session<E> {
     /// # Errors
     /// [`Error::ContextFull`] when no cell is left; the cache is then unchanged.
     pub fn step(&mut self, token: Token) -> Result<()> {
+        self.want_token(token)?;
+        let decoded = self.decode(&[]);
+        self.record_token(token, decoded)?;
+        self.act()
+    }
+
+    /// Makes the token ready to go in.
+    fn want_token(&mut self, token: Token) -> Result<()> {
+        self.abandon()?;
         self.check_positions(1)?;
+        if self.controller.ledger().counts().cells() >= self.most {
+            return Err(Error::ContextFull { n_ctx: self.most });
+        }
         self.follow_moves()?;
         let pos = self.controller.next_pos();
         let feed = &mut self.feed;
-        feed.queries.clear();
-        if self.controller.observes_decoding() {
-            feed.queries.push(0);
-        }
-        feed.pos.clear();
-        feed.pos.push(pos);
+        feed.token(token, pos, self.controller.observes_decoding());
         let ledger = self.controller.ledger();
         feed.looks_up = self.engine.attend().is_some_and(|attend| {
             attend.plan(ledger, self.answer, &mut feed.lookup, &mut feed.attended)
         });
-        let done = feed.run(&mut self.engine, Input::Tokens(&[token]), true);
-        feed.looks_up = false;
-        done?;
+        Ok(())
+    }
+
+    /// Writes down what came of it.
+    fn record_token(&mut self, token: Token, decoded: Result<()>) -> Result<()> {
+        decoded?;
+        let feed = &mut self.feed;
+        feed.check(&self.engine)?;
+        let pos = self.controller.next_pos();
         self.controller
             .inserted(&feed.cells, &feed.pos, Origin::TEXT)?;
         self.controller.observed(&feed.seen)?;
@@ -236,6 +272,11 @@ impl<E: Engine> Session<E> {
         if self.remembers() {
             self.history.push_token(pos, token);
         }
+        Ok(())
+    }
+
+    /// Lets the policy act on it.
+    fn act(&mut self) -> Result<()> {
         self.controller.after_step()?;
         self.remove_planned()
     }
