@@ -74,6 +74,7 @@ mod stock;
 mod taps;
 mod taps_limits;
 mod taps_oracle;
+mod together;
 mod trace;
 mod transcript;
 mod two_questions;
