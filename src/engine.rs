@@ -2,6 +2,7 @@
 //! [`scripted`] with a table, so that everything above runs in tests without a model.
 
 mod lent;
+mod pass;
 pub mod scripted;
 mod trials;
 mod words;
@@ -12,6 +13,7 @@ use crate::attend::{Attend, Lookup};
 use crate::cache::{Cell, Pos};
 use crate::error::{Error, Result};
 
+pub use pass::Pass;
 pub use trials::TrialRuns;
 pub use words::{Greedy, Sampler, Vocabulary, likeliest};
 
@@ -60,8 +62,7 @@ impl Input<'_> {
     }
 }
 
-/// One call of [`Engine::decode`]: rows of one sequence. Attention comes out as one sum over all
-/// query rows, so rows of several conversations would be mixed up in it.
+/// One call of [`Engine::decode`]: rows of one sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
     /// The sequence that the rows belong to, and the only one that they attend to.
@@ -77,6 +78,15 @@ pub struct Batch<'a> {
     pub logits: bool,
     /// What each layer may leave out, for a batch of one token; `None`: nothing.
     pub lookup: Option<&'a Lookup>,
+}
+
+/// A batch that goes through the model together with others, and where what comes of it goes: as
+/// in [`Engine::decode`].
+#[derive(Debug)]
+pub struct Part<'a> {
+    pub batch: Batch<'a>,
+    pub cells: &'a mut Vec<Cell>,
+    pub seen: &'a mut Observation,
 }
 
 /// KV memory, in bytes, from the backend's own figures.
@@ -116,23 +126,47 @@ pub trait Engine {
         seen: &mut Observation,
     ) -> Result<()>;
 
+    /// Runs batches of several sequences, each as [`Engine::decode`] would, in one pass over the
+    /// model's weights. Their cells follow one another in the order of the parts.
+    ///
+    /// # Errors
+    /// [`Error::Contract`] for parts that [`Pass::check`] refuses, or several in an engine of one
+    /// sequence; otherwise as [`Engine::decode`]. Nothing of any part is in the cache then.
+    fn decode_parts(&mut self, parts: &mut [Part<'_>]) -> Result<()> {
+        match parts {
+            [part] => self.decode(part.batch, part.cells, part.seen),
+            _ => {
+                let n = parts.len();
+                let what = format!("{n} parts for an engine of one sequence");
+                Err(Error::contract(what))
+            }
+        }
+    }
+
     /// What decoding steps attend to, where that is not everything: the loop then says with each
     /// step which cells may be left out.
     fn attend(&self) -> Option<&Attend> {
         None
     }
 
-    /// The sequence of the last batch: whose [`Engine::logits`] they are.
-    fn answered(&self) -> SeqId {
-        0
-    }
-
-    /// Logits of the last row of the last batch that asked for them: `[n_vocab]`.
+    /// Logits of the last row of the last batch, if it asked for them: `[n_vocab]`. Of several
+    /// parts, those of the last that asked.
     ///
     /// # Errors
     /// When there are none.
     fn logits(&self) -> Result<&[f32]> {
         Err(Error::contract("logits of an engine that has none"))
+    }
+
+    /// The same of the sequence's part.
+    ///
+    /// # Errors
+    /// When it had none since the last batch.
+    fn logits_of(&self, seq: SeqId) -> Result<&[f32]> {
+        match seq {
+            0 => self.logits(),
+            _ => Err(no_logits(seq)),
+        }
     }
 
     /// What its tokens mean; `None`: nothing can be said with it.
@@ -232,4 +266,9 @@ pub trait Engine {
 
     /// The memory of the whole cache, all sequences together.
     fn kv_bytes(&self) -> KvBytes;
+}
+
+/// Logits of a sequence that the last batch was not of, or that asked for none.
+pub(crate) fn no_logits(seq: SeqId) -> Error {
+    Error::contract(format!("the last batch has no logits of sequence {seq}"))
 }

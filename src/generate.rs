@@ -6,12 +6,15 @@
 //! tokens themselves.
 
 mod answer;
+mod evict;
 mod feed;
 mod generation;
 mod history;
 mod hostbin;
+mod order;
 mod prefill;
 mod prompt;
+mod together;
 mod trial;
 mod utf8;
 
@@ -19,15 +22,17 @@ use std::time::Duration;
 
 use crate::cache::{Cell, Pos};
 use crate::controller::{Controller, Event, Origin};
-use crate::engine::{Engine, Input, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary};
+use crate::engine::{Engine, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary};
 use crate::error::{Error, Result};
 use feed::Feed;
+use prefill::Intake;
 
 pub use answer::{Finish, Generated, Length, Timings};
 pub use generation::{Generation, Progress};
 pub use history::{History, Placed};
 pub use hostbin::{HostBin, Saved};
 pub use prompt::{Axes, Segment};
+pub use together::{StepHooks, Talk, together};
 
 /// What the loops ask of their surroundings.
 pub struct Hooks<'a> {
@@ -50,7 +55,11 @@ pub struct Session<E> {
     history: History,
     host_bin: HostBin,
     feed: Feed,
+    /// The prompt that is going in.
+    intake: Option<Intake>,
     moves: Vec<(Cell, Cell)>,
+    /// The most cells that it takes.
+    most: usize,
     /// What [`Session::expect`] was told.
     expected: Option<usize>,
     /// The position that the newest answer began at.
@@ -68,7 +77,9 @@ impl<E> Session<E> {
             history,
             host_bin,
             feed,
+            intake,
             moves,
+            most,
             expected,
             answer,
         } = self;
@@ -79,7 +90,9 @@ impl<E> Session<E> {
             history,
             host_bin,
             feed,
+            intake,
             moves,
+            most,
             expected,
             answer,
         };
@@ -122,7 +135,9 @@ impl<E: Engine> Session<E> {
             history: History::default(),
             host_bin: HostBin::default(),
             feed: Feed::default(),
+            intake: None,
             moves: Vec::new(),
+            most: usize::MAX,
             expected: None,
             answer: 0,
         }
@@ -131,6 +146,13 @@ impl<E: Engine> Session<E> {
     /// Lets it be this sequence of the engine's cache, before anything goes in.
     pub fn with_sequence(mut self, seq: SeqId) -> Self {
         self.feed.seq = seq;
+        self
+    }
+
+    /// Lets it take so many cells at most, as [`Error::ContextFull`] and [`Error::PromptTooLong`]
+    /// then say: where the shares of all fit into the cache, none takes another's.
+    pub fn with_share(mut self, cells: usize) -> Self {
+        self.most = cells;
         self
     }
 
@@ -170,15 +192,10 @@ impl<E: Engine> Session<E> {
     /// Chooses the next token from the last logits.
     ///
     /// # Errors
-    /// Those of [`Engine::logits`] and of the sampler; [`Error::Contract`] when another sequence had
-    /// a batch since.
+    /// Those of [`Engine::logits_of`], when another sequence had a batch since, and of the sampler.
     pub fn sample(&mut self) -> Result<Token> {
-        let (seq, answered) = (self.feed.seq, self.engine.answered());
-        if seq != answered {
-            let what = format!("logits of sequence {seq} after a batch of {answered}");
-            return Err(Error::contract(what));
-        }
-        self.sampler.sample(self.engine.logits()?)
+        let logits = self.engine.logits_of(self.feed.seq)?;
+        self.sampler.sample(logits)
     }
 
     /// Tells how many tokens will go through the model after the next prompt, for policies that
@@ -212,6 +229,7 @@ impl<E: Engine> Session<E> {
         self.sampler.reset();
         self.history.clear();
         self.host_bin.clear();
+        self.intake = None;
         self.feed.peak_bytes = 0;
     }
 
@@ -220,23 +238,36 @@ impl<E: Engine> Session<E> {
     /// # Errors
     /// [`Error::ContextFull`] when no cell is left; the cache is then unchanged.
     pub fn step(&mut self, token: Token) -> Result<()> {
+        self.want_token(token)?;
+        let decoded = self.decode(&[]);
+        self.record_token(token, decoded)?;
+        self.act()
+    }
+
+    /// Makes the token ready to go in.
+    fn want_token(&mut self, token: Token) -> Result<()> {
+        self.abandon()?;
         self.check_positions(1)?;
+        if self.controller.ledger().counts().cells() >= self.most {
+            return Err(Error::ContextFull { n_ctx: self.most });
+        }
         self.follow_moves()?;
         let pos = self.controller.next_pos();
         let feed = &mut self.feed;
-        feed.queries.clear();
-        if self.controller.observes_decoding() {
-            feed.queries.push(0);
-        }
-        feed.pos.clear();
-        feed.pos.push(pos);
+        feed.token(token, pos, self.controller.observes_decoding());
         let ledger = self.controller.ledger();
         feed.looks_up = self.engine.attend().is_some_and(|attend| {
             attend.plan(ledger, self.answer, &mut feed.lookup, &mut feed.attended)
         });
-        let done = feed.run(&mut self.engine, Input::Tokens(&[token]), true);
-        feed.looks_up = false;
-        done?;
+        Ok(())
+    }
+
+    /// Writes down what came of it.
+    fn record_token(&mut self, token: Token, decoded: Result<()>) -> Result<()> {
+        decoded?;
+        let feed = &mut self.feed;
+        feed.check(&self.engine)?;
+        let pos = self.controller.next_pos();
         self.controller
             .inserted(&feed.cells, &feed.pos, Origin::TEXT)?;
         self.controller.observed(&feed.seen)?;
@@ -244,6 +275,11 @@ impl<E: Engine> Session<E> {
         if self.remembers() {
             self.history.push_token(pos, token);
         }
+        Ok(())
+    }
+
+    /// Lets the policy act on it.
+    fn act(&mut self) -> Result<()> {
         self.controller.after_step()?;
         self.remove_planned()
     }

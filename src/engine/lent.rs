@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{
-    Batch, Capabilities, Engine, KvBytes, Observation, Sampler, SeqId, TrialRuns, Vocabulary,
+    Batch, Capabilities, Engine, KvBytes, Observation, Part, Sampler, SeqId, TrialRuns, Vocabulary,
 };
 use crate::attend::Attend;
 use crate::cache::{Cell, Pos};
@@ -19,16 +19,20 @@ impl<E: Engine + ?Sized> Engine for &mut E {
         (**self).decode(batch, cells, seen)
     }
 
+    fn decode_parts(&mut self, parts: &mut [Part<'_>]) -> Result<()> {
+        (**self).decode_parts(parts)
+    }
+
     fn attend(&self) -> Option<&Attend> {
         (**self).attend()
     }
 
-    fn answered(&self) -> SeqId {
-        (**self).answered()
-    }
-
     fn logits(&self) -> Result<&[f32]> {
         (**self).logits()
+    }
+
+    fn logits_of(&self, seq: SeqId) -> Result<&[f32]> {
+        (**self).logits_of(seq)
     }
 
     fn vocabulary(&self) -> Option<&(dyn Vocabulary + '_)> {

@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use super::{
-    Batch, Capabilities, Engine, Input, KvBytes, Observation, SeqId, Token, TrialRuns, Vocabulary,
+    Batch, Capabilities, Engine, Input, KvBytes, Observation, Part, Pass, SeqId, Token, TrialRuns,
+    Vocabulary, no_logits,
 };
 use crate::cache::{Cell, Pos};
 use crate::error::{Error, Result};
@@ -62,7 +63,6 @@ pub struct Scripted {
     cells: Vec<Option<Pos>>,
     /// Per cell: the sequence of its token, or of the last that it held.
     seqs: Vec<SeqId>,
-    answered: SeqId,
     /// Moves that their sequences have not asked for yet.
     moved: Vec<(SeqId, (Cell, Cell))>,
     n_batch: usize,
@@ -70,14 +70,16 @@ pub struct Scripted {
     says: Says,
     /// The text of each token, by default ` <token>`.
     pieces: Vec<Vec<u8>>,
-    /// `[N_VOCAB]`, of the last row that asked for them.
-    logits: Vec<f32>,
+    /// `[N_VOCAB]` for each part of the last pass that asked for them.
+    logits: Vec<(SeqId, Vec<f32>)>,
     patched: bool,
     shifts: bool,
     trial: Option<Box<Scripted>>,
     goes_on: bool,
     /// Everything that was asked of it, oldest first.
     pub calls: Vec<Call>,
+    /// How often the weights were read: once for all batches of a pass.
+    pub passes: usize,
 }
 
 impl Scripted {
@@ -86,7 +88,6 @@ impl Scripted {
         Scripted {
             cells: vec![None; n_cells],
             seqs: vec![0; n_cells],
-            answered: 0,
             moved: Vec::new(),
             n_batch,
             attention: Rc::new(|query, key| hashed(0, query, key)),
@@ -100,6 +101,7 @@ impl Scripted {
             trial: None,
             goes_on: false,
             calls: Vec::new(),
+            passes: 0,
         }
     }
 
@@ -191,49 +193,8 @@ impl Scripted {
         cells.filter_map(move |(cell, &of)| (of == seq).then_some(cell))
     }
 
-    /// Softmax attention of each query row over the cells that it can see, as the trait wants it.
-    fn pay(&self, seq: SeqId, queries: impl Iterator<Item = Pos>, seen: &mut Observation) {
-        // Like llama.cpp, a view somewhat longer than the highest cell in use.
-        let used = self
-            .cells
-            .iter()
-            .rposition(Option::is_some)
-            .map_or(0, |last| last + 1);
-        let view = used.next_multiple_of(8).min(self.cells.len());
-        seen.sum.resize(view, 0.0);
-        seen.max.resize(view, 0.0);
-        let mut weights = vec![0.0; view];
-        for query in queries {
-            let cells = self.cells.iter().zip(&self.seqs);
-            for (weight, (pos, &of)) in weights.iter_mut().zip(cells) {
-                *weight = match pos {
-                    Some(key) if *key <= query && of == seq => (self.attention)(query, *key),
-                    _ => 0.0,
-                };
-            }
-            let total: f64 = weights.iter().sum();
-            for (cell, weight) in weights.iter().enumerate() {
-                let share = (weight / total) as f32;
-                seen.sum[cell] += share;
-                // Not f32::max, which would lose a NaN.
-                if share > seen.max[cell] || share.is_nan() {
-                    seen.max[cell] = share;
-                }
-            }
-            seen.queries.push(query);
-        }
-    }
-}
-
-impl Engine for Scripted {
-    fn decode(
-        &mut self,
-        batch: Batch<'_>,
-        cells: &mut Vec<Cell>,
-        seen: &mut Observation,
-    ) -> Result<()> {
-        cells.clear();
-        seen.clear();
+    /// What llama.cpp would refuse of a batch, or where its rows go.
+    fn places(&self, batch: &Batch<'_>) -> Result<Vec<Pos>> {
         let n = batch.input.len();
         if n != batch.pos.len() {
             let places = batch.pos.len();
@@ -278,31 +239,22 @@ impl Engine for Scripted {
             let rows = batch.queries;
             return Err(Error::contract(format!("query rows {rows:?} of {n}")));
         }
-        let free = (0..self.cells.len()).filter(|&cell| self.cells[cell].is_none());
-        cells.extend(free.take(n).map(|cell| cell as Cell));
-        if cells.len() < n {
-            cells.clear();
-            return Err(Error::ContextFull {
-                n_ctx: self.cells.len(),
-            });
-        }
-        for (&cell, pos) in cells.iter().zip(places) {
-            self.cells[cell as usize] = Some(pos);
-            self.seqs[cell as usize] = batch.seq;
-        }
-        self.answered = batch.seq;
+        Ok(places)
+    }
+
+    /// What a part that is in the cache attends to and says.
+    fn answer(&mut self, part: &mut Part<'_>) {
+        let batch = part.batch;
         if !batch.queries.is_empty() {
-            self.pay(
-                batch.seq,
-                batch.queries.iter().map(|&row| batch.pos[row as usize]),
-                seen,
-            );
+            let queries = batch.queries.iter().map(|&row| batch.pos[row as usize]);
+            self.pay(batch.seq, queries, part.seen);
         }
+        let n = batch.input.len();
         if batch.logits {
             let said = (self.says)(batch.pos[n - 1]) as usize % N_VOCAB;
-            self.logits = (0..N_VOCAB)
-                .map(|token| if token == said { 1.0 } else { 0.0 })
-                .collect();
+            let logit = |token| if token == said { 1.0 } else { 0.0 };
+            let logits = (0..N_VOCAB).map(logit).collect();
+            self.logits.push((batch.seq, logits));
         }
         self.calls.push(Call::Decode {
             pos: batch.pos[0],
@@ -312,18 +264,91 @@ impl Engine for Scripted {
             queries: batch.queries.to_vec(),
             logits: batch.logits,
         });
+    }
+
+    /// Softmax attention of each query row over the cells that it can see, as the trait wants it.
+    fn pay(&self, seq: SeqId, queries: impl Iterator<Item = Pos>, seen: &mut Observation) {
+        // Like llama.cpp, a view somewhat longer than the highest cell in use.
+        let used = self
+            .cells
+            .iter()
+            .rposition(Option::is_some)
+            .map_or(0, |last| last + 1);
+        let view = used.next_multiple_of(8).min(self.cells.len());
+        seen.sum.resize(view, 0.0);
+        seen.max.resize(view, 0.0);
+        let mut weights = vec![0.0; view];
+        for query in queries {
+            let cells = self.cells.iter().zip(&self.seqs);
+            for (weight, (pos, &of)) in weights.iter_mut().zip(cells) {
+                *weight = match pos {
+                    Some(key) if *key <= query && of == seq => (self.attention)(query, *key),
+                    _ => 0.0,
+                };
+            }
+            let total: f64 = weights.iter().sum();
+            for (cell, weight) in weights.iter().enumerate() {
+                let share = (weight / total) as f32;
+                seen.sum[cell] += share;
+                // Not f32::max, which would lose a NaN.
+                if share > seen.max[cell] || share.is_nan() {
+                    seen.max[cell] = share;
+                }
+            }
+            seen.queries.push(query);
+        }
+    }
+}
+
+impl Engine for Scripted {
+    fn decode(
+        &mut self,
+        batch: Batch<'_>,
+        cells: &mut Vec<Cell>,
+        seen: &mut Observation,
+    ) -> Result<()> {
+        self.decode_parts(&mut [Part { batch, cells, seen }])
+    }
+
+    fn decode_parts(&mut self, parts: &mut [Part<'_>]) -> Result<()> {
+        for part in parts.iter_mut() {
+            part.cells.clear();
+            part.seen.clear();
+        }
+        self.logits.clear();
+        let each = parts.iter().map(|part| self.places(&part.batch));
+        let places = each.collect::<Result<Vec<_>>>()?;
+        let rows = Pass::check(parts, self.n_batch)?;
+        let free = (0..self.cells.len()).filter(|&cell| self.cells[cell].is_none());
+        let free: Vec<usize> = free.take(rows).collect();
+        if free.len() < rows {
+            let n_ctx = self.cells.len();
+            return Err(Error::ContextFull { n_ctx });
+        }
+        self.passes += 1;
+        let mut free = free.into_iter();
+        for (part, places) in parts.iter_mut().zip(places) {
+            for (cell, pos) in free.by_ref().take(places.len()).zip(places) {
+                self.cells[cell] = Some(pos);
+                self.seqs[cell] = part.batch.seq;
+                part.cells.push(cell as Cell);
+            }
+        }
+        for part in parts {
+            self.answer(part);
+        }
         Ok(())
     }
 
-    fn answered(&self) -> SeqId {
-        self.answered
+    fn logits(&self) -> Result<&[f32]> {
+        let last = self.logits.last().map(|(_, logits)| logits.as_slice());
+        last.ok_or_else(|| Error::contract("logits that no batch asked for"))
     }
 
-    fn logits(&self) -> Result<&[f32]> {
-        match self.logits.is_empty() {
-            true => Err(Error::contract("logits that no batch asked for")),
-            false => Ok(&self.logits),
-        }
+    fn logits_of(&self, seq: SeqId) -> Result<&[f32]> {
+        let own = self.logits.iter().find(|(of, _)| *of == seq);
+        let own = own.map(|(_, logits)| logits.as_slice());
+        own.ok_or_else(|| no_logits(seq))
     }
 
     fn vocabulary(&self) -> Option<&(dyn Vocabulary + '_)> {

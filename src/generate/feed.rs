@@ -4,12 +4,11 @@ use super::prompt::Segment;
 use super::trial::Trial;
 use crate::attend::{Attended, Lookup};
 use crate::cache::{Cell, Modality, Pos};
-use crate::controller::Origin;
-use crate::engine::{Batch, Engine, Input, Observation, SeqId, Token};
+use crate::engine::{Batch, Engine, Input, Observation, Part, SeqId, Token};
 use crate::error::{Error, Result};
 use crate::policy::Queries;
 
-/// One batch after it went in, and the buffers of it. Reused.
+/// One batch, before and after it went in, and the buffers of it. Reused.
 #[derive(Default)]
 pub(super) struct Feed {
     /// The sequence that everything goes into.
@@ -23,7 +22,7 @@ pub(super) struct Feed {
     pub seen: Observation,
     /// Whether each row separates parts of a picture; empty for text.
     pub separators: Vec<bool>,
-    /// What the next batch may leave out, if it looks up.
+    /// What the batch may leave out, if it looks up.
     pub lookup: Lookup,
     pub looks_up: bool,
     /// What batches with a lookup attended to.
@@ -32,22 +31,38 @@ pub(super) struct Feed {
     pub beside: u64,
     /// The most bytes that caches were ever allocated, after a batch.
     pub peak_bytes: u64,
+    /// Whether the logits of the last row are wanted.
+    logits: bool,
+    source: Source,
     /// Cells of the trial run that the rows go on from.
     from: Vec<Cell>,
     tokens: Vec<Token>,
     values: Vec<f32>,
+    /// Of rows of the segment with several axes.
+    axes: Option<Vec<[Pos; 4]>>,
+}
+
+/// Where the rows of the batch are.
+#[derive(Clone, Copy, Default)]
+enum Source {
+    /// In `tokens`.
+    #[default]
+    Tokens,
+    /// In `values`, row by row.
+    Values,
+    /// In the trial run's cells `from`.
+    Trial,
+    /// These rows of the segment, one after the other.
+    Segment { first: usize, end: usize },
 }
 
 /// What of a segment goes in, and what is asked of it.
-pub(super) struct Part<'a> {
-    pub segment: &'a Segment,
+pub(super) struct Wish<'a> {
     /// Position of the segment's first row.
     pub base: Pos,
     /// Which of its positions go in.
     pub keep: &'a dyn Fn(Pos) -> bool,
     pub queries: Option<Queries>,
-    /// What the rows go on from, instead of from their beginnings.
-    pub trial: Option<&'a Trial>,
     /// How many of its last rows go in one at a time.
     pub single_rows: usize,
     /// Rows of the prompt behind this segment.
@@ -56,136 +71,175 @@ pub(super) struct Part<'a> {
     pub is_last: bool,
 }
 
-/// What happens with a batch that went in.
-type Sink<'a> = dyn FnMut(&Feed, Origin) -> Result<()> + 'a;
+/// Rows of a segment that go in as one batch.
+pub(super) struct Cut {
+    base: Pos,
+    rows: Vec<usize>,
+    queries: Option<Queries>,
+    /// Rows of the prompt behind these.
+    behind: usize,
+    logits: bool,
+}
 
-impl Feed {
-    /// The part's batches, one after the other; false: cancelled.
-    pub fn part(
-        &mut self,
-        engine: &mut (dyn Engine + '_),
-        part: &Part<'_>,
-        cancelled: &dyn Fn() -> bool,
-        sink: &mut Sink<'_>,
-    ) -> Result<bool> {
-        let n_batch = engine.n_batch().max(1);
-        let segment = part.segment;
+impl Cut {
+    /// The segment's batches, in order, of `n_batch` rows at most.
+    pub fn all(segment: &Segment, wish: &Wish<'_>, n_batch: usize) -> Vec<Cut> {
         let rows: Vec<usize> = (0..segment.len())
-            .filter(|&row| (part.keep)(segment.pos(part.base, row)))
+            .filter(|&row| (wish.keep)(segment.pos(wish.base, row)))
             .collect();
-        let separators = segment.separators();
         let mut left = rows.len();
-        let (together, single) = rows.split_at(left - part.single_rows.min(left));
-        for rows in together.chunks(n_batch).chain(single.chunks(1)) {
-            if cancelled() {
-                return Ok(false);
-            }
+        let (together, single) = rows.split_at(left - wish.single_rows.min(left));
+        let cuts = together.chunks(n_batch.max(1)).chain(single.chunks(1));
+        let cut = |rows: &[usize]| {
             left -= rows.len();
-            let is_last = part.is_last && left == 0;
-            let behind = part.behind + left;
-            self.select_queries(part.queries, segment.origin().modality, rows.len(), behind);
-            self.pos.clear();
-            self.pos
-                .extend(rows.iter().map(|&row| segment.pos(part.base, row)));
-            self.separators.clear();
-            if !separators.is_empty() {
-                self.separators
-                    .extend(rows.iter().map(|&row| separators[row]));
+            Cut {
+                base: wish.base,
+                rows: rows.to_vec(),
+                queries: wish.queries,
+                behind: wish.behind + left,
+                logits: wish.is_last && left == 0,
             }
-            self.rows(engine, part, rows, is_last)?;
-            sink(self, segment.origin())?;
-        }
-        Ok(true)
+        };
+        cuts.map(cut).collect()
+    }
+
+    pub fn len(&self) -> usize {
+        self.rows.len()
     }
 
     /// The rows whose attention is wanted.
-    fn select_queries(
-        &mut self,
-        wanted: Option<Queries>,
-        modality: Modality,
-        rows: usize,
-        behind: usize,
-    ) {
-        self.queries.clear();
-        let last = match wanted {
+    fn queries(&self, modality: Modality) -> std::ops::Range<u32> {
+        let rows = self.rows.len();
+        let last = match self.queries {
             Some(Queries::All) if modality == Modality::Text => rows,
-            Some(Queries::Last) => 1usize.saturating_sub(behind),
-            Some(Queries::Window(n)) => n.saturating_sub(behind).min(rows),
+            Some(Queries::Last) => 1usize.saturating_sub(self.behind),
+            Some(Queries::Window(n)) => n.saturating_sub(self.behind).min(rows),
             _ => 0,
         };
-        self.queries.extend((rows - last) as u32..rows as u32);
+        (rows - last) as u32..rows as u32
+    }
+}
+
+impl Feed {
+    /// Makes one token the next batch; whether its attention is wanted.
+    pub fn token(&mut self, token: Token, pos: Pos, asked: bool) {
+        self.pos.clear();
+        self.pos.push(pos);
+        self.queries.clear();
+        self.queries.extend(asked.then_some(0));
+        self.separators.clear();
+        self.tokens.clear();
+        self.tokens.push(token);
+        self.source = Source::Tokens;
+        self.logits = true;
     }
 
-    fn rows(
-        &mut self,
-        engine: &mut (dyn Engine + '_),
-        part: &Part<'_>,
-        rows: &[usize],
-        logits: bool,
-    ) -> Result<()> {
+    /// Makes these rows of the segment the next batch. `trial`: what they go on from, instead of
+    /// from their beginnings.
+    ///
+    /// # Errors
+    /// For rows that the trial run has not seen.
+    pub fn cut(&mut self, segment: &Segment, cut: &Cut, trial: Option<&Trial>) -> Result<()> {
+        let rows = &cut.rows;
+        let picked = rows.iter().map(|&row| segment.pos(cut.base, row));
+        self.pos.clear();
+        self.pos.extend(picked);
+        self.queries.clear();
+        self.queries.extend(cut.queries(segment.origin().modality));
+        let separators = segment.separators();
+        self.separators.clear();
+        if !separators.is_empty() {
+            self.separators
+                .extend(rows.iter().map(|&row| separators[row]));
+        }
+        self.logits = cut.logits;
+        self.looks_up = false;
+        self.axes = None;
         let (Some(&first), Some(&last)) = (rows.first(), rows.last()) else {
-            return Ok(());
+            return Err(Error::contract("a batch without rows"));
         };
-        if let Some(trial) = part.trial {
-            let mut from = std::mem::take(&mut self.from);
-            trial.cells_at(&self.pos, &mut from)?;
-            let done = self.run(engine, Input::Trial(&from), logits);
-            self.from = from;
-            return done;
+        if let Some(trial) = trial {
+            self.source = Source::Trial;
+            return trial.cells_at(&self.pos, &mut self.from);
         }
-        if last - first + 1 == rows.len() {
-            let axes = part.segment.axes(part.base, first, last + 1);
-            let input = part.segment.rows(first, last + 1, axes.as_deref());
-            return self.run(engine, input, logits);
+        let end = last + 1;
+        if end - first == rows.len() {
+            self.source = Source::Segment { first, end };
+            self.axes = segment.axes(cut.base, first, end);
+            return Ok(());
         }
-        match part.segment {
+        match segment {
             Segment::Tokens(tokens) => {
-                let mut picked = std::mem::take(&mut self.tokens);
-                picked.clear();
-                picked.extend(rows.iter().map(|&row| tokens[row]));
-                let done = self.run(engine, Input::Tokens(&picked), logits);
-                self.tokens = picked;
-                done
+                self.source = Source::Tokens;
+                self.tokens.clear();
+                self.tokens.extend(rows.iter().map(|&row| tokens[row]));
             }
+            // Pictures with several axes are never taken apart.
             Segment::Image { embeddings, n, .. } => {
+                self.source = Source::Values;
                 let width = embeddings.len() / n;
-                let mut picked = std::mem::take(&mut self.values);
-                picked.clear();
+                self.values.clear();
                 for &row in rows {
-                    picked.extend_from_slice(&embeddings[row * width..(row + 1) * width]);
+                    let values = &embeddings[row * width..(row + 1) * width];
+                    self.values.extend_from_slice(values);
                 }
-                // Pictures with several axes are never taken apart.
-                let input = Input::Embeddings {
-                    data: &picked,
-                    n: rows.len(),
-                    mrope: None,
-                };
-                let done = self.run(engine, input, logits);
-                self.values = picked;
-                done
             }
         }
+        Ok(())
     }
 
-    /// One batch at `self.pos`, asked for `self.queries`.
-    pub fn run(
-        &mut self,
-        engine: &mut (dyn Engine + '_),
-        input: Input<'_>,
-        logits: bool,
-    ) -> Result<()> {
-        let batch = Batch {
-            seq: self.seq,
-            input,
-            pos: &self.pos,
-            queries: &self.queries,
-            logits,
-            lookup: self.looks_up.then_some(&self.lookup),
+    /// The batch as an engine takes it; `segment`: what it was cut of.
+    ///
+    /// # Errors
+    /// For rows of a segment that is not there.
+    pub fn part<'a>(&'a mut self, segment: Option<&'a Segment>) -> Result<Part<'a>> {
+        let n = self.pos.len();
+        let input = match self.source {
+            Source::Tokens => Input::Tokens(&self.tokens),
+            Source::Trial => Input::Trial(&self.from),
+            Source::Values => Input::Embeddings {
+                data: &self.values,
+                n,
+                mrope: None,
+            },
+            Source::Segment { first, end } => {
+                let missing = || Error::contract("rows of a prompt that is gone");
+                let segment = segment.ok_or_else(missing)?;
+                segment.rows(first, end, self.axes.as_deref())
+            }
         };
-        engine.decode(batch, &mut self.cells, &mut self.seen)?;
+        Ok(Part {
+            batch: Batch {
+                seq: self.seq,
+                input,
+                pos: &self.pos,
+                queries: &self.queries,
+                logits: self.logits,
+                lookup: self.looks_up.then_some(&self.lookup),
+            },
+            cells: &mut self.cells,
+            seen: &mut self.seen,
+        })
+    }
+
+    /// The batch through the model.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn run(&mut self, engine: &mut (dyn Engine + '_), segment: Option<&Segment>) -> Result<()> {
+        let Part { batch, cells, seen } = self.part(segment)?;
+        engine.decode(batch, cells, seen)
+    }
+
+    /// Checks what came of the batch, and notes the memory that it took.
+    ///
+    /// # Errors
+    /// [`Error::Contract`] when not every row has a cell, or a query row no attention.
+    pub fn check(&mut self, engine: &(dyn Engine + '_)) -> Result<()> {
+        self.looks_up = false;
         let bytes = engine.kv_bytes().allocated + self.beside;
         self.peak_bytes = self.peak_bytes.max(bytes);
-        let (rows, cells) = (input.len(), self.cells.len());
+        let (rows, cells) = (self.pos.len(), self.cells.len());
         if cells != rows {
             return Err(Error::contract(format!(
                 "{cells} cells for a batch of {rows} rows"

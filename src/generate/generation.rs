@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use super::Session;
 use super::answer::{Finish, Generated, Length, Timings};
-use super::prefill::Prefilled;
 use super::prompt::{Segment, count};
 use super::utf8::Utf8Stream;
 use crate::attend::Attended;
@@ -15,6 +14,9 @@ use crate::error::{Error, Result};
 /// What a step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Progress<'a> {
+    /// A batch of the prompt went in, and more are to come. `done` of `rows` rows are in, those of
+    /// evicted pictures that come back included.
+    Prompt { done: usize, rows: usize },
     /// A token was chosen. `text`: the characters that are whole with it, maybe none.
     Token {
         /// The token's id.
@@ -35,6 +37,7 @@ impl<'a> Progress<'a> {
     /// Text that is new.
     pub fn text(&self) -> &'a str {
         match self {
+            Progress::Prompt { .. } => "",
             Progress::Token { text, .. } | Progress::End { text, .. } => text,
         }
     }
@@ -45,11 +48,30 @@ impl<'a> Progress<'a> {
 enum State {
     /// The prompt is to come.
     Begin,
+    /// It is on its way.
+    Prompt,
     /// This token was said and is to go in.
     Feed(Token),
     /// Ends as soon as it is asked.
     Ending(Finish),
     Over(Finish),
+}
+
+/// What the first part of a step came to.
+pub(super) enum Want {
+    /// It is over already.
+    Nothing,
+    /// The step is done, without a batch of its own.
+    Told(Step),
+    /// A batch is to go in.
+    Batch,
+}
+
+/// [`Progress`], without the text.
+pub(super) enum Step {
+    Prompt { done: usize, rows: usize },
+    Token(Token),
+    End(Finish),
 }
 
 /// One turn of a [`Session`]: a prompt, then tokens until one ends the answer, it has its
@@ -96,12 +118,14 @@ impl<'p> Generation<'p> {
     /// The next step; `None` when it is over. The same session each time, which gets nothing else
     /// meanwhile.
     ///
-    /// 1. The first step takes the prompt in, as [`Session::prefill`] does, all of it at once: another
-    ///    session's batch would take the place of its logits. Cancelled on the way, it ends.
+    /// 1. The first steps take the prompt in, as [`Session::prefill`] does, a batch each; trial runs
+    ///    are part of the first. A prompt that goes on from its trial run goes in as a whole, since
+    ///    an engine has one such run. Cancelled on the way, it ends.
     /// 2. Each other one takes the token in that the step before has chosen, and lets the policy
     ///    act. Without a cell for it the answer ends.
     /// 3. It ends where `cancelled` says so, or where the answer has its length.
-    /// 4. It chooses the next token from the logits. One that ends the answer is not part of it.
+    /// 4. Behind the prompt it chooses the next token from the logits. One that ends the answer is not
+    ///    part of it.
     /// 5. It hands out the token with the text that is whole now. If the answer has its length with
     ///    it, the token does not go in: the next step is the last.
     ///
@@ -113,38 +137,145 @@ impl<'p> Generation<'p> {
         cancelled: &dyn Fn() -> bool,
         now: &dyn Fn() -> Duration,
     ) -> Result<Option<Progress<'_>>> {
+        let step = match self.want(session, cancelled, now)? {
+            Want::Nothing => return Ok(None),
+            Want::Told(step) => step,
+            Want::Batch => {
+                let decoded = session.decode(&self.prompt);
+                self.record(session, decoded)?;
+                self.act(session, cancelled, now)?
+            }
+        };
+        Ok(Some(self.progress(step)))
+    }
+
+    /// The first part of a step: until its batch is ready to go in ([`Session::part`]).
+    pub(super) fn want<E: Engine>(
+        &mut self,
+        session: &mut Session<E>,
+        cancelled: &dyn Fn() -> bool,
+        now: &dyn Fn() -> Duration,
+    ) -> Result<Want> {
         // Behind an error nothing can go on.
         let state = std::mem::replace(&mut self.state, State::Over(Finish::Cancelled));
         match state {
             State::Over(finish) => {
                 self.state = State::Over(finish);
-                return Ok(None);
+                return Ok(Want::Nothing);
             }
             State::Begin => {
-                if !self.take_in(session, cancelled, now)? {
-                    return Ok(Some(self.end(session, Finish::Cancelled, now)));
+                if !self.begin(session, cancelled, now)? {
+                    return Ok(self.take_back(session, now));
                 }
+                let intake = session.intake.as_ref();
+                if intake.is_none_or(|intake| intake.holds_trial() || !intake.goes_on()) {
+                    if !session.rest_of_prompt(&self.prompt, cancelled)? {
+                        return Ok(self.take_back(session, now));
+                    }
+                    self.prompt_is_in(now);
+                    return Ok(Want::Told(self.choose(session, cancelled, now)?));
+                }
+                self.want_rows(session, cancelled, now)
             }
-            State::Ending(finish) => return Ok(Some(self.end(session, finish, now))),
-            State::Feed(token) => match session.step(token) {
-                Ok(()) => self.timings.steps += 1,
-                Err(Error::ContextFull { .. }) => {
-                    self.pending = Some(token);
-                    return Ok(Some(self.end(session, Finish::Context, now)));
+            State::Prompt => self.want_rows(session, cancelled, now),
+            State::Ending(finish) => Ok(Want::Told(self.end(session, finish, now))),
+            State::Feed(token) => match session.want_token(token) {
+                Ok(()) => {
+                    self.state = State::Feed(token);
+                    Ok(Want::Batch)
                 }
-                Err(error) => return Err(error),
+                Err(error) => Ok(Want::Told(self.no_room(session, token, error, now)?)),
             },
         }
+    }
+
+    fn want_rows<E: Engine>(
+        &mut self,
+        session: &mut Session<E>,
+        cancelled: &dyn Fn() -> bool,
+        now: &dyn Fn() -> Duration,
+    ) -> Result<Want> {
         if cancelled() {
-            return Ok(Some(self.end(session, Finish::Cancelled, now)));
+            session.abandon()?;
+            return Ok(self.take_back(session, now));
+        }
+        session.want_rows(&self.prompt)?;
+        self.state = State::Prompt;
+        Ok(Want::Batch)
+    }
+
+    /// The second part of a step: writes down what came of its batch. Others that had theirs in
+    /// the same pass do so before any of them acts.
+    pub(super) fn record<E: Engine>(
+        &mut self,
+        session: &mut Session<E>,
+        decoded: Result<()>,
+    ) -> Result<()> {
+        let state = std::mem::replace(&mut self.state, State::Over(Finish::Cancelled));
+        // Of before the pass, when another made room for its own batch.
+        let decoded = session.follow_moves().and(decoded);
+        match state {
+            State::Prompt => session.record_rows(&self.prompt, decoded)?,
+            State::Feed(token) => match decoded {
+                Err(Error::ContextFull { .. }) => {
+                    self.pending = Some(token);
+                    self.state = State::Ending(Finish::Context);
+                    return Ok(());
+                }
+                decoded => session.record_token(token, decoded)?,
+            },
+            _ => return Err(Error::contract("a batch that was not wanted")),
+        }
+        self.state = state;
+        Ok(())
+    }
+
+    /// The last part of a step: lets the policy act, and chooses the next token.
+    pub(super) fn act<E: Engine>(
+        &mut self,
+        session: &mut Session<E>,
+        cancelled: &dyn Fn() -> bool,
+        now: &dyn Fn() -> Duration,
+    ) -> Result<Step> {
+        let state = std::mem::replace(&mut self.state, State::Over(Finish::Cancelled));
+        // Of others that were in the pass and have acted.
+        session.follow_moves()?;
+        match state {
+            State::Prompt => {
+                if let Some(intake) = session.intake.as_ref().filter(|intake| intake.goes_on()) {
+                    let (done, rows) = intake.rows();
+                    self.state = State::Prompt;
+                    return Ok(Step::Prompt { done, rows });
+                }
+                session.end_prompt(&self.prompt)?;
+                self.prompt_is_in(now);
+            }
+            State::Feed(_) => {
+                session.act()?;
+                self.timings.steps += 1;
+            }
+            State::Ending(finish) => return Ok(self.end(session, finish, now)),
+            _ => return Err(Error::contract("a batch that was not wanted")),
+        }
+        self.choose(session, cancelled, now)
+    }
+
+    fn choose<E: Engine>(
+        &mut self,
+        session: &mut Session<E>,
+        cancelled: &dyn Fn() -> bool,
+        now: &dyn Fn() -> Duration,
+    ) -> Result<Step> {
+        if cancelled() {
+            return Ok(self.end(session, Finish::Cancelled, now));
         }
         if let Some(finish) = self.length.ends(self.tokens.len()) {
-            return Ok(Some(self.end(session, finish, now)));
+            return Ok(self.end(session, finish, now));
         }
         let token = session.sample()?;
         self.decoding.get_or_insert_with(now);
         if session.vocabulary()?.is_eog(token) {
-            return Ok(Some(self.end(session, Finish::Eog, now)));
+            return Ok(self.end(session, Finish::Eog, now));
         }
         self.tokens.push(token);
         session.vocabulary()?.piece(token, &mut self.stream.held)?;
@@ -156,11 +287,11 @@ impl<'p> Generation<'p> {
             }
             None => State::Feed(token),
         };
-        let text = self.untold();
-        Ok(Some(Progress::Token { token, text }))
+        Ok(Step::Token(token))
     }
 
-    fn take_in<E: Engine>(
+    /// Decides what of the prompt goes in. False: cancelled.
+    fn begin<E: Engine>(
         &mut self,
         session: &mut Session<E>,
         cancelled: &dyn Fn() -> bool,
@@ -171,19 +302,39 @@ impl<'p> Generation<'p> {
         let to_come = self.length.expected().map(|n| n.saturating_sub(1));
         session.expected = session.expected.or(to_come);
         session.feed.attended = Attended::default();
-        let Prefilled { complete, probe } = session.prefill_timed(&self.prompt, cancelled, now)?;
-        self.timings.probe = probe;
-        self.timings.prefill = now().saturating_sub(self.start).saturating_sub(probe);
-        self.taken_back = !complete;
-        Ok(complete)
+        let probe = session.begin_prompt(&self.prompt, cancelled, now)?;
+        self.timings.probe = probe.unwrap_or_default();
+        Ok(probe.is_some())
     }
 
-    fn end<E>(
+    fn prompt_is_in(&mut self, now: &dyn Fn() -> Duration) {
+        let taken = now().saturating_sub(self.start);
+        self.timings.prefill = taken.saturating_sub(self.timings.probe);
+    }
+
+    /// Cancelled before all of the prompt was in.
+    fn take_back<E>(&mut self, session: &Session<E>, now: &dyn Fn() -> Duration) -> Want {
+        self.prompt_is_in(now);
+        self.taken_back = true;
+        Want::Told(self.end(session, Finish::Cancelled, now))
+    }
+
+    /// Ends where there is no place for the token.
+    fn no_room<E>(
         &mut self,
         session: &Session<E>,
-        finish: Finish,
+        token: Token,
+        error: Error,
         now: &dyn Fn() -> Duration,
-    ) -> Progress<'_> {
+    ) -> Result<Step> {
+        let Error::ContextFull { .. } = error else {
+            return Err(error);
+        };
+        self.pending = Some(token);
+        Ok(self.end(session, Finish::Context, now))
+    }
+
+    fn end<E>(&mut self, session: &Session<E>, finish: Finish, now: &dyn Fn() -> Duration) -> Step {
         self.state = State::Over(finish);
         self.stream.finish(&mut self.text);
         self.attended = session.feed.attended;
@@ -191,8 +342,26 @@ impl<'p> Generation<'p> {
             self.timings.first_token = Some(first.saturating_sub(self.start));
             self.timings.decode = now().saturating_sub(first);
         }
-        let text = self.untold();
-        Progress::End { finish, text }
+        Step::End(finish)
+    }
+
+    /// What a step did, with the text that is new.
+    pub(super) fn progress(&mut self, step: Step) -> Progress<'_> {
+        match step {
+            Step::Prompt { done, rows } => Progress::Prompt { done, rows },
+            Step::Token(token) => Progress::Token {
+                token,
+                text: self.untold(),
+            },
+            Step::End(finish) => Progress::End {
+                finish,
+                text: self.untold(),
+            },
+        }
+    }
+
+    pub(super) fn prompt(&self) -> &[Segment] {
+        &self.prompt
     }
 
     fn untold(&mut self) -> &str {
@@ -200,19 +369,26 @@ impl<'p> Generation<'p> {
         &self.text[from..]
     }
 
+    /// Whether no step is left.
+    pub fn is_over(&self) -> bool {
+        matches!(self.state, State::Over(_))
+    }
+
     /// What was said. Stopped before its end it counts as cancelled, and its last token is pending
-    /// if it had not gone in.
+    /// if it had not gone in. What is in of an unfinished prompt leaves with
+    /// [`Session::abandon`], or when the session gets something else.
     pub fn into_answer(self) -> Generated {
         let (finish, pending) = match self.state {
             State::Over(finish) | State::Ending(finish) => (finish, self.pending),
             State::Feed(token) => (Finish::Cancelled, Some(token)),
-            State::Begin => (Finish::Cancelled, None),
+            State::Begin | State::Prompt => (Finish::Cancelled, None),
         };
+        let is_in = !matches!(self.state, State::Begin | State::Prompt);
         Generated {
             text: self.text,
             tokens: self.tokens,
             finish,
-            taken_back: self.taken_back || self.state == State::Begin,
+            taken_back: self.taken_back || !is_in,
             pending,
             prompt: count(&self.prompt),
             attended: self.attended,

@@ -1,44 +1,77 @@
-//! Taking a prompt in: all of it, or what a trial run left of it, after calling back what the
-//! new question may need.
+//! Taking a prompt in, one batch at a time: all of it, or what a trial run left of it, after
+//! calling back what the new question may need.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
 use std::time::Duration;
 
-use super::feed::{Feed, Part};
-use super::history::Placed;
+use super::Session;
+use super::feed::{Cut, Wish};
+use super::history::{History, Placed};
+use super::order::Order;
 use super::prompt::{Segment, count};
-use super::trial::Trial;
-use super::{HostBin, Session};
-use crate::cache::{Cell, Modality, Pos};
-use crate::controller::Origin;
-use crate::engine::{Engine, TrialRuns};
+use crate::cache::Pos;
+use crate::engine::{Engine, Part, TrialRuns};
 use crate::error::{Error, Result};
-use crate::policy::{DapMode, Observe, Shift};
+use crate::policy::{DapMode, Observe};
 
-/// How a prefill went.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Prefilled {
-    /// False: cancelled on the way; what had gone in was taken out again.
-    pub complete: bool,
-    /// Time of the trial run.
-    pub probe: Duration,
+/// A prompt on its way in.
+pub(super) struct Intake {
+    order: Order,
+    /// What begins here is taken back if the prompt does not get in whole.
+    from: Pos,
+    /// Batches, in order: first those of evicted pictures, then the prompt's.
+    cuts: Vec<(Piece, Cut)>,
+    next: usize,
+    /// Rows of evicted text that the host puts back before the prompt; `None`: done.
+    text: Option<usize>,
 }
 
-/// What goes in, decided before anything does.
-#[derive(Default)]
-struct Order {
-    trial: Option<Trial>,
-    /// Positions of visual tokens, of any turn, that the new question does not need; sorted.
-    pruned: Vec<Pos>,
-    /// Evicted visual tokens that come back first; sorted.
-    recalled: Vec<Pos>,
+/// What a batch is cut of: a segment of the history, or of the prompt.
+#[derive(Clone, Copy)]
+enum Piece {
+    Past(usize),
+    New(usize),
 }
 
-impl Order {
-    /// The trial run that tokens go on from.
-    fn goes_on(&self) -> Option<&Trial> {
-        self.trial.as_ref().filter(|trial| trial.goes_on)
+impl Intake {
+    /// Rows that went in so far, and that will have.
+    pub fn rows(&self) -> (usize, usize) {
+        let rows = |cuts: &[(Piece, Cut)]| cuts.iter().map(|(_, cut)| cut.len()).sum();
+        (rows(&self.cuts[..self.next]), rows(&self.cuts))
+    }
+
+    /// Whether batches of it are to come.
+    pub fn goes_on(&self) -> bool {
+        self.next < self.cuts.len()
+    }
+
+    /// Whether it needs a trial run until it is in. An engine has one at a time.
+    pub fn holds_trial(&self) -> bool {
+        self.order.goes_on().is_some()
+    }
+
+    /// What the next batch is cut of.
+    fn segment<'a>(&self, history: &'a History, prompt: &'a [Segment]) -> Option<&'a Segment> {
+        match self.cuts.get(self.next)?.0 {
+            Piece::Past(i) => history.pieces().get(i).map(|p| p.segment.as_ref()),
+            Piece::New(i) => prompt.get(i),
+        }
+    }
+}
+
+fn absent() -> Error {
+    Error::contract("rows of a prompt that was not begun")
+}
+
+impl<E> Session<E> {
+    /// The batch that is wanted: of the prompt that is on its way, or a token.
+    ///
+    /// # Errors
+    /// [`Error::Contract`] for another prompt.
+    pub(super) fn part<'a>(&'a mut self, prompt: &'a [Segment]) -> Result<Part<'a>> {
+        let intake = self.intake.as_ref();
+        let segment = intake.and_then(|intake| intake.segment(&self.history, prompt));
+        self.feed.part(segment)
     }
 }
 
@@ -56,33 +89,62 @@ impl<E: Engine> Session<E> {
     /// policy that the engine cannot serve. The cache is unchanged in these cases, and after the
     /// engine's own errors if the engine can take tokens back.
     pub fn prefill(&mut self, prompt: &[Segment], cancelled: &dyn Fn() -> bool) -> Result<bool> {
-        let done = self.prefill_timed(prompt, cancelled, &|| Duration::ZERO)?;
-        Ok(done.complete)
-    }
-
-    pub(super) fn prefill_timed(
-        &mut self,
-        prompt: &[Segment],
-        cancelled: &dyn Fn() -> bool,
-        now: &dyn Fn() -> Duration,
-    ) -> Result<Prefilled> {
-        let done = self.decide_and_take_in(prompt, cancelled, now);
-        self.answer = self.controller.next_pos();
-        if self.controller.dap_mode() != DapMode::Midway {
-            return done;
+        match self.begin_prompt(prompt, cancelled, &|| Duration::ZERO)? {
+            Some(_) => self.rest_of_prompt(prompt, cancelled),
+            None => Ok(false),
         }
-        // A trial run that the prompt goes on from lasts as long as the prompt.
-        self.feed.beside = 0;
-        let ended = self.engine.trials().map_or(Ok(()), TrialRuns::end);
-        done.and_then(|done| ended.map(|()| done))
     }
 
-    fn decide_and_take_in(
+    /// All batches that are left of a prompt that was begun, and its end. False: cancelled, as in
+    /// [`Session::prefill`].
+    pub(super) fn rest_of_prompt(
+        &mut self,
+        prompt: &[Segment],
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<bool> {
+        while self.intake.as_ref().is_some_and(Intake::goes_on) {
+            if cancelled() {
+                self.abandon()?;
+                return Ok(false);
+            }
+            self.want_rows(prompt)?;
+            let decoded = self.decode(prompt);
+            self.record_rows(prompt, decoded)?;
+        }
+        self.end_prompt(prompt)?;
+        Ok(true)
+    }
+
+    /// Decides what goes in and makes room for it. Gives the time that a trial run took; `None`:
+    /// cancelled.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub(super) fn begin_prompt(
         &mut self,
         prompt: &[Segment],
         cancelled: &dyn Fn() -> bool,
         now: &dyn Fn() -> Duration,
-    ) -> Result<Prefilled> {
+    ) -> Result<Option<Duration>> {
+        self.abandon()?;
+        let begun = self.try_begin(prompt, cancelled, now);
+        if matches!(begun, Ok(Some(_))) {
+            return begun;
+        }
+        let ended = match self.intake {
+            Some(_) => self.abandon(),
+            None => self.leave_prompt(),
+        };
+        // The error of the prompt says more than one that follows from it.
+        begun.and_then(|begun| ended.map(|()| begun))
+    }
+
+    fn try_begin(
+        &mut self,
+        prompt: &[Segment],
+        cancelled: &dyn Fn() -> bool,
+        now: &dyn Fn() -> Duration,
+    ) -> Result<Option<Duration>> {
         let expected = self.expected.take();
         self.follow_moves()?;
         self.check(prompt)?;
@@ -96,138 +158,207 @@ impl<E: Engine> Session<E> {
         let prompt = placed(prompt, from);
         let start = self.controller.dap_mode().has_trial().then(now);
         let Some(order) = self.decide(&prompt, cancelled)? else {
-            return Ok(Prefilled::default());
+            return Ok(None);
         };
         let probe = start.map_or(Duration::ZERO, |start| now().saturating_sub(start));
         let added = self.check_room(&prompt, &order)?;
 
         self.controller.begin_turn();
-        let complete = self.take_in(&prompt, &order, added, cancelled);
-        if !matches!(complete, Ok(true)) {
-            let left = self.controller.rewind(from);
-            let rewound = self.engine.rewind(self.feed.seq, from, left);
-            // The error of the prompt says more than one that follows from it.
-            if complete.is_ok() {
-                rewound?;
-            }
-            return complete.map(|complete| Prefilled { complete, probe });
+        let cuts = self.cuts(&prompt, &order);
+        let text = self.make_ready(&order, added);
+        self.intake = Some(Intake {
+            order,
+            from,
+            cuts,
+            next: 0,
+            text: text.as_ref().ok().copied(),
+        });
+        text.map(|_| Some(probe))
+    }
+
+    /// Out with what the question does not need, and room for what it does. Gives the rows of
+    /// evicted text that come back.
+    fn make_ready(&mut self, order: &Order, added: usize) -> Result<usize> {
+        if self.remembers() && !self.history.pieces().is_empty() {
+            self.controller.reopen_pictures();
         }
+        self.drop_pruned(order)?;
+        let text = self.returning_text(added);
+        self.engine.make_room(added + text)?;
+        Ok(text)
+    }
+
+    /// The batches: evicted visual tokens at their old positions, then the prompt itself.
+    fn cuts(&self, prompt: &[Placed<'_>], order: &Order) -> Vec<(Piece, Cut)> {
+        let n_batch = self.engine.n_batch();
+        let mut cuts = Vec::new();
+        let history = self.history.pieces().iter().enumerate();
+        for (i, Placed { base, segment }) in history.filter(|(_, placed)| placed.is_picture()) {
+            let wish = Wish {
+                base: *base,
+                keep: &|pos| order.recalled.binary_search(&pos).is_ok(),
+                queries: None,
+                single_rows: 0,
+                behind: 0,
+                is_last: false,
+            };
+            let own = Cut::all(segment, &wish, n_batch).into_iter();
+            cuts.extend(own.map(|cut| (Piece::Past(i), cut)));
+        }
+        let queries = match (self.controller.observe(), &order.trial) {
+            (Observe::Layers { queries, .. }, None) => Some(*queries),
+            _ => None,
+        };
+        let last = prompt.iter().rposition(|p| !p.segment.is_empty());
+        let single_rows = self.controller.single_rows();
+        let mut behind: usize = prompt.iter().map(|p| p.segment.len()).sum();
+        for (i, Placed { base, segment }) in prompt.iter().enumerate() {
+            behind -= segment.len();
+            let wish = Wish {
+                base: *base,
+                keep: &|pos| order.pruned.binary_search(&pos).is_err(),
+                queries,
+                single_rows: single_rows.saturating_sub(behind),
+                behind,
+                is_last: Some(i) == last,
+            };
+            let own = Cut::all(segment, &wish, n_batch).into_iter();
+            cuts.extend(own.map(|cut| (Piece::New(i), cut)));
+        }
+        cuts
+    }
+
+    /// Makes the prompt's next batch ready to go in.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`]; the prompt is taken back then.
+    pub(super) fn want_rows(&mut self, prompt: &[Segment]) -> Result<()> {
+        let wanted = self.try_want_rows(prompt);
+        self.or_abandon(wanted)
+    }
+
+    fn try_want_rows(&mut self, prompt: &[Segment]) -> Result<()> {
+        self.follow_moves()?;
+        let intake = self.intake.as_ref().ok_or_else(absent)?;
+        if let Some((Piece::New(_), _)) = intake.cuts.get(intake.next) {
+            self.recall_texts(prompt)?;
+        }
+        let intake = self.intake.as_ref().ok_or_else(absent)?;
+        let segment = intake.segment(&self.history, prompt).ok_or_else(absent)?;
+        let cut = &intake.cuts[intake.next].1;
+        self.feed.cut(segment, cut, intake.order.goes_on())
+    }
+
+    /// Puts evicted text back from the host before the prompt begins.
+    fn recall_texts(&mut self, prompt: &[Segment]) -> Result<()> {
+        let intake = self.intake.as_mut().ok_or_else(absent)?;
+        let from = intake.from;
+        if let Some(text) = intake.text.take() {
+            self.recall_text(text)?;
+            self.tell_texts(&placed(prompt, from))?;
+        }
+        Ok(())
+    }
+
+    /// The batch that is wanted through the model.
+    pub(super) fn decode(&mut self, prompt: &[Segment]) -> Result<()> {
+        let intake = self.intake.as_ref();
+        let segment = intake.and_then(|intake| intake.segment(&self.history, prompt));
+        self.feed.run(&mut self.engine, segment)
+    }
+
+    /// Writes down what came of a batch of the prompt.
+    ///
+    /// # Errors
+    /// The batch's own, and as [`Session::prefill`]; the prompt is taken back then.
+    pub(super) fn record_rows(&mut self, prompt: &[Segment], decoded: Result<()>) -> Result<()> {
+        let recorded = decoded.and_then(|()| self.try_record_rows(prompt));
+        self.or_abandon(recorded)
+    }
+
+    fn try_record_rows(&mut self, prompt: &[Segment]) -> Result<()> {
+        let (feed, controller) = (&mut self.feed, &mut self.controller);
+        feed.check(&self.engine)?;
+        let intake = self.intake.as_mut().ok_or_else(absent)?;
+        let segment = intake.segment(&self.history, prompt).ok_or_else(absent)?;
+        let origin = segment.origin();
+        match intake.cuts[intake.next].0 {
+            Piece::Past(_) => {
+                controller.recalled(&feed.cells, &feed.pos, origin)?;
+                controller.mark_separators(&feed.cells, &feed.separators)?;
+            }
+            Piece::New(_) => {
+                controller.inserted(&feed.cells, &feed.pos, origin)?;
+                controller.mark_separators(&feed.cells, &feed.separators)?;
+                controller.observed(&feed.seen)?;
+            }
+        }
+        intake.next += 1;
+        Ok(())
+    }
+
+    /// After the prompt's last batch: lets the policy act.
+    ///
+    /// # Errors
+    /// The policy's own and the engine's.
+    pub(super) fn end_prompt(&mut self, prompt: &[Segment]) -> Result<()> {
+        let recalled = self.recall_texts(prompt);
+        self.or_abandon(recalled)?;
+        let intake = self.intake.take().ok_or_else(absent)?;
+        let done = self.try_end(&placed(prompt, intake.from), &intake);
+        let ended = self.leave_prompt();
+        done.and(ended)
+    }
+
+    fn try_end(&mut self, prompt: &[Placed<'_>], intake: &Intake) -> Result<()> {
         if self.remembers() {
-            for placed in &prompt {
+            for placed in prompt {
                 self.history.push(placed);
             }
         }
-        let judged = order.trial.is_some();
-        if let Some(trial) = &order.trial {
-            let new = order.pruned.partition_point(|&pos| pos < from);
-            self.controller.skipped(&order.pruned[new..]);
+        let Order { trial, pruned, .. } = &intake.order;
+        if let Some(trial) = trial {
+            let new = pruned.partition_point(|&pos| pos < intake.from);
+            self.controller.skipped(&pruned[new..]);
             let seen = trial.seen_by(self.controller.ledger());
             self.controller.observed(&seen)?;
         }
-        self.controller.after_prefill(judged)?;
-        self.remove_planned()?;
-        Ok(Prefilled {
-            complete: true,
-            probe,
-        })
+        self.controller.after_prefill(trial.is_some())?;
+        self.remove_planned()
     }
 
-    /// Cells that the conversation can have.
-    fn cells(&self) -> usize {
-        self.engine.cells_for(self.feed.seq)
-    }
-
-    /// Whether what goes in is remembered: where a later question can do something with it.
-    pub(super) fn remembers(&self) -> bool {
-        self.controller.recalls()
-            && *self.controller.observe() != Observe::Nothing
-            && self.engine.capabilities().any_position
-    }
-
-    /// Whether a prompt, with pictures of its own or not, is judged by a trial run, so that what
-    /// goes in may be less than it.
-    pub fn judges_first(&self, pictures: bool) -> bool {
-        let earlier = || self.history.pieces().iter().any(Placed::is_picture);
-        *self.controller.observe() != Observe::Nothing
-            && self.controller.dap_mode().has_trial()
-            && self.engine.capabilities().any_position
-            && (pictures || earlier())
-    }
-
-    /// Decides what goes in. `None`: cancelled.
-    fn decide(
-        &mut self,
-        prompt: &[Placed<'_>],
-        cancelled: &dyn Fn() -> bool,
-    ) -> Result<Option<Order>> {
-        let evicted = self.evicted_pictures();
-        let judges_first = self.judges_first(prompt.iter().any(Placed::is_picture));
-        let Observe::Layers { queries, .. } = *self.controller.observe() else {
-            return Ok(Some(Order::default()));
+    /// Takes out what is in of a prompt that was left before its end, if there is one. Whatever
+    /// goes in next does so first; who looks at the cache between may have to.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn abandon(&mut self) -> Result<()> {
+        let Some(Intake { from, .. }) = self.intake.take() else {
+            return Ok(());
         };
-        if judges_first {
-            let mode = self.controller.dap_mode();
-            let history = self.history.pieces();
-            // What goes on must have seen all that is before it.
-            let whole = self.history.positions() == i64::from(self.controller.next_pos());
-            let continues = self.engine.capabilities().continues_trials;
-            let goes_on = mode == DapMode::Midway && whole && continues;
-            let rows = |all: &[Placed<'_>]| all.iter().map(|p| p.segment.len()).sum::<usize>();
-            let n_cells = rows(history) + rows(prompt);
-            if let Some(trials) = self.engine.trials() {
-                let engine = trials.begin(n_cells, goes_on)?;
-                let trial = Trial::run(engine, history, prompt, queries, cancelled);
-                let ended = match goes_on {
-                    true => Ok(()),
-                    false => trials.end(),
-                };
-                // The run's own error says more than one that follows from it.
-                let Some(mut trial) = trial? else {
-                    return Ok(None);
-                };
-                ended?;
-                trial.goes_on = goes_on;
-                if goes_on {
-                    self.feed.beside = trial.bytes;
-                }
-                // Both caches were there at once.
-                let both = self.engine.kv_bytes().allocated + trial.bytes;
-                self.feed.peak_bytes = self.feed.peak_bytes.max(both);
-                let pruned = self.controller.prune(&trial.ledger)?;
-                let recalled = evicted
-                    .into_iter()
-                    .filter(|pos| pruned.binary_search(pos).is_err())
-                    .collect();
-                return Ok(Some(Order {
-                    trial: Some(trial),
-                    pruned,
-                    recalled,
-                }));
-            }
-        }
-        // All or none: a picture with arbitrary holes would be judged by chance.
-        let rows = prompt.iter().map(|p| p.segment.len()).sum::<usize>();
-        let held = self.controller.ledger().counts().cells();
-        let fits = held + evicted.len() + rows <= self.cells();
-        Ok(Some(Order {
-            recalled: if fits { evicted } else { Vec::new() },
-            ..Order::default()
-        }))
+        let followed = self.follow_moves();
+        let left = self.controller.rewind(from);
+        let rewound = self.engine.rewind(self.feed.seq, from, left);
+        let ended = self.leave_prompt();
+        followed.and(rewound).and(ended)
     }
 
-    /// Positions of visual tokens of earlier turns that are not in the cache, sorted.
-    fn evicted_pictures(&self) -> Vec<Pos> {
-        let ledger = self.controller.ledger();
-        if !self.remembers() || ledger.counts().evicted.vision == 0 {
-            return Vec::new();
+    fn or_abandon<T>(&mut self, done: Result<T>) -> Result<T> {
+        if done.is_err() {
+            // The error of the prompt says more than one that follows from it.
+            drop(self.abandon());
         }
-        let held: HashSet<Pos> = ledger.entries().map(|entry| entry.pos).collect();
-        let pictures = self.history.pieces().iter();
-        pictures
-            .filter(|placed| placed.is_picture())
-            .flat_map(|placed| placed.base..placed.end())
-            .filter(|pos| !held.contains(pos))
-            .collect()
+        done
+    }
+
+    /// No prompt is on its way any more: a trial run that it goes on from lasts as long as it.
+    fn leave_prompt(&mut self) -> Result<()> {
+        self.answer = self.controller.next_pos();
+        if self.controller.dap_mode() != DapMode::Midway {
+            return Ok(());
+        }
+        self.feed.beside = 0;
+        self.engine.trials().map_or(Ok(()), TrialRuns::end)
     }
 
     fn check(&self, prompt: &[Segment]) -> Result<()> {
@@ -250,80 +381,6 @@ impl<E: Engine> Session<E> {
         self.check_positions(rows)
     }
 
-    /// Whether everything that is to go in fits, before anything does; how much it is.
-    fn check_room(&self, prompt: &[Placed<'_>], order: &Order) -> Result<usize> {
-        let from = prompt.first().map_or(0, |placed| placed.base);
-        let split = order.pruned.partition_point(|&pos| pos < from);
-        let ledger = self.controller.ledger();
-        let dropped = ledger
-            .entries()
-            .filter(|entry| order.pruned[..split].binary_search(&entry.pos).is_ok())
-            .count();
-        let rows = prompt.iter().map(|p| p.segment.len()).sum::<usize>();
-        let added = rows - (order.pruned.len() - split) + order.recalled.len();
-        let needed = ledger.counts().cells() - dropped + added;
-        let n_ctx = self.cells();
-        if needed > n_ctx {
-            return Err(Error::PromptTooLong { needed, n_ctx });
-        }
-        Ok(added)
-    }
-
-    /// Out with what the question does not need, in with what it does, then the prompt itself.
-    /// False: cancelled.
-    fn take_in(
-        &mut self,
-        prompt: &[Placed<'_>],
-        order: &Order,
-        added: usize,
-        cancelled: &dyn Fn() -> bool,
-    ) -> Result<bool> {
-        let observe = match (self.controller.observe(), &order.trial) {
-            (Observe::Layers { queries, .. }, None) => Some(*queries),
-            _ => None,
-        };
-        if self.remembers() && !self.history.pieces().is_empty() {
-            self.controller.reopen_pictures();
-        }
-        self.drop_pruned(order)?;
-        let text = self.returning_text(added);
-        self.engine.make_room(added + text)?;
-        if !self.recall(order, cancelled)? {
-            return Ok(false);
-        }
-        self.recall_text(text)?;
-        self.tell_texts(prompt)?;
-        let last = prompt.iter().rposition(|p| !p.segment.is_empty());
-        let single_rows = self.controller.single_rows();
-        let mut behind: usize = prompt.iter().map(|p| p.segment.len()).sum();
-        for (i, Placed { base, segment }) in prompt.iter().enumerate() {
-            behind -= segment.len();
-            let part = Part {
-                segment,
-                behind,
-                base: *base,
-                keep: &|pos| order.pruned.binary_search(&pos).is_err(),
-                queries: observe,
-                trial: order.goes_on(),
-                single_rows: single_rows.saturating_sub(behind),
-                is_last: Some(i) == last,
-            };
-            let controller = &mut self.controller;
-            let mut sink = |feed: &Feed, origin: Origin| {
-                controller.inserted(&feed.cells, &feed.pos, origin)?;
-                controller.mark_separators(&feed.cells, &feed.separators)?;
-                controller.observed(&feed.seen)
-            };
-            if !self
-                .feed
-                .part(&mut self.engine, &part, cancelled, &mut sink)?
-            {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
     /// Tells a recorder what the prompt's tokens say.
     fn tell_texts(&mut self, prompt: &[Placed<'_>]) -> Result<()> {
         for placed in prompt {
@@ -335,140 +392,6 @@ impl<E: Engine> Session<E> {
         }
         Ok(())
     }
-
-    /// Removes visual tokens of earlier turns that a trial run found useless for this one.
-    fn drop_pruned(&mut self, order: &Order) -> Result<()> {
-        let newest = self.controller.ledger().newest();
-        let cells: Vec<Cell> = self
-            .controller
-            .ledger()
-            .entries()
-            .filter(|entry| order.pruned.binary_search(&entry.pos).is_ok())
-            .filter(|entry| Some(entry.pos) != newest)
-            .map(|entry| entry.cell)
-            .collect();
-        if cells.is_empty() {
-            return Ok(());
-        }
-        self.controller.remove(&cells)?;
-        self.remove_planned()
-    }
-
-    /// Decodes evicted visual tokens again, at their old positions. False: cancelled.
-    fn recall(&mut self, order: &Order, cancelled: &dyn Fn() -> bool) -> Result<bool> {
-        let recalled = &order.recalled;
-        if recalled.is_empty() {
-            return Ok(true);
-        }
-        for Placed { base, segment } in self.history.pieces() {
-            if segment.origin().modality == Modality::Text {
-                continue;
-            }
-            let part = Part {
-                segment,
-                base: *base,
-                keep: &|pos| recalled.binary_search(&pos).is_ok(),
-                queries: None,
-                trial: order.goes_on(),
-                single_rows: 0,
-                behind: 0,
-                is_last: false,
-            };
-            let controller = &mut self.controller;
-            let mut sink = |feed: &Feed, origin: Origin| {
-                controller.recalled(&feed.cells, &feed.pos, origin)?;
-                controller.mark_separators(&feed.cells, &feed.separators)
-            };
-            if !self
-                .feed
-                .part(&mut self.engine, &part, cancelled, &mut sink)?
-            {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// Rows of evicted text, the latest first, that the host has and that fit beside `added`
-    /// others.
-    fn returning_text(&self, added: usize) -> usize {
-        if !self.controller.recalls() {
-            return 0;
-        }
-        let taken = self.controller.ledger().counts().cells() + added;
-        let free = self.cells().saturating_sub(taken);
-        let mut rows = 0;
-        for saved in self.host_bin.saved().rev() {
-            if rows + saved.pos.len() > free {
-                break;
-            }
-            rows += saved.pos.len();
-        }
-        rows
-    }
-
-    /// Puts so many rows of evicted text back.
-    fn recall_text(&mut self, mut rows: usize) -> Result<()> {
-        while rows > 0
-            && let Some(saved) = self.host_bin.pop()
-        {
-            rows = rows.saturating_sub(saved.pos.len());
-            let restored = self.engine.restore_rows(
-                self.feed.seq,
-                &saved.pos,
-                &saved.rows,
-                &mut self.feed.cells,
-            );
-            match restored {
-                Ok(()) => {
-                    self.controller
-                        .recalled(&self.feed.cells, &saved.pos, Origin::TEXT)?;
-                }
-                Err(Error::ContextFull { .. }) => {
-                    self.host_bin.push(saved);
-                    return Ok(());
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes what the controller's last plan removed out of the engine, after saving what the
-    /// host keeps, and lets the engine move the rest together.
-    pub(super) fn remove_planned(&mut self) -> Result<()> {
-        let shift = self.controller.shift();
-        if self.controller.planned().is_empty() && shift.is_none() {
-            return Ok(());
-        }
-        if self.controller.recalls() {
-            keep_text(
-                &mut self.host_bin,
-                &mut self.engine,
-                self.controller.evicted(),
-            )?;
-        }
-        self.engine
-            .remove(self.feed.seq, self.controller.planned())?;
-        if let Some(Shift { from, by }) = shift {
-            self.engine.shift(self.feed.seq, from, by)?;
-        }
-        self.engine.compact(self.feed.seq, &mut self.moves)?;
-        self.controller.moved(&self.moves)
-    }
-}
-
-fn keep_text(
-    bin: &mut HostBin,
-    engine: &mut dyn Engine,
-    evicted: &[crate::controller::Evicted],
-) -> Result<()> {
-    if bin.is_off() {
-        return Ok(());
-    }
-    let text = evicted.iter().filter(|e| e.modality == Modality::Text);
-    let (cells, pos): (Vec<Cell>, Vec<Pos>) = text.map(|e| (e.cell, e.pos)).unzip();
-    bin.keep(engine, &cells, &pos)
 }
 
 /// The prompt's segments with their positions.

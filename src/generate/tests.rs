@@ -1,6 +1,7 @@
 use std::cell::Cell as Slot;
 
 mod sequences;
+mod together;
 
 use super::*;
 use crate::cache::PerModality;

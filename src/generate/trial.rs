@@ -1,7 +1,7 @@
 //! A trial run: the first layers of the model read a conversation as if nothing had ever been
 //! evicted, so that the policy can judge its visual tokens before they cost anything.
 
-use super::feed::{Feed, Part};
+use super::feed::{Cut, Feed, Wish};
 use super::history::Placed;
 use crate::cache::{Cell, Ledger, Pos};
 use crate::controller::Origin;
@@ -50,36 +50,41 @@ impl Trial {
             if queries.is_some() {
                 behind -= placed.segment.len();
             }
-            let part = Part {
-                behind,
-                segment: &placed.segment,
+            let wish = Wish {
                 base: placed.base,
                 keep: &|_| true,
                 queries,
-                trial: None,
                 single_rows: 0,
+                behind,
                 // It has no logits.
                 is_last: false,
             };
-            let mut sink = |feed: &Feed, origin: Origin| {
-                let ledger = &mut trial.ledger;
-                for (&cell, &pos) in feed.cells.iter().zip(&feed.pos) {
-                    ledger.insert(cell, pos, origin.modality, origin.image)?;
-                    trial.places.push((pos, cell));
+            for cut in Cut::all(&placed.segment, &wish, engine.n_batch()) {
+                if cancelled() {
+                    return Ok(None);
                 }
-                for (&cell, _) in feed.cells.iter().zip(&feed.separators).filter(|&(_, &s)| s) {
-                    ledger.mark_separator(cell)?;
-                }
-                trial.queries.extend_from_slice(&feed.seen.queries);
-                trial.ledger.observe(&feed.seen, 1.0)
-            };
-            if !feed.part(engine, &part, cancelled, &mut sink)? {
-                return Ok(None);
+                feed.cut(&placed.segment, &cut, None)?;
+                feed.run(engine, Some(&placed.segment))?;
+                feed.check(engine)?;
+                trial.record(&feed, placed.segment.origin())?;
             }
         }
         trial.places.sort_unstable();
         trial.bytes = feed.peak_bytes;
         Ok(Some(trial))
+    }
+
+    fn record(&mut self, feed: &Feed, origin: Origin) -> Result<()> {
+        let ledger = &mut self.ledger;
+        for (&cell, &pos) in feed.cells.iter().zip(&feed.pos) {
+            ledger.insert(cell, pos, origin.modality, origin.image)?;
+            self.places.push((pos, cell));
+        }
+        for (&cell, _) in feed.cells.iter().zip(&feed.separators).filter(|&(_, &s)| s) {
+            ledger.mark_separator(cell)?;
+        }
+        self.queries.extend_from_slice(&feed.seen.queries);
+        ledger.observe(&feed.seen, 1.0)
     }
 
     fn cell_at(&self, pos: Pos) -> Option<Cell> {

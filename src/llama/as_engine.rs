@@ -7,9 +7,20 @@ use super::sampler::Chain;
 use crate::attend::Attend;
 use crate::cache::{Cell, Pos};
 use crate::engine::{
-    Batch, Capabilities, Engine, KvBytes, Observation, Sampler, SeqId, TrialRuns, Vocabulary,
+    Batch, Capabilities, Engine, KvBytes, Observation, Part, Sampler, SeqId, TrialRuns, Vocabulary,
+    no_logits,
 };
 use crate::error::{Error, Result};
+
+const LOGITS: &str = "llama_get_logits_ith";
+
+impl LlamaEngine {
+    /// Of a row of the last batch that asked for them.
+    fn logits_at(&self, row: i32) -> Result<&[f32]> {
+        let logits = self.ctx.get_logits_ith(row).get(..self.model.n_vocab());
+        logits.ok_or_else(|| Error::llama(LOGITS, "no logits"))
+    }
+}
 
 impl Engine for LlamaEngine {
     fn decode(
@@ -18,29 +29,27 @@ impl Engine for LlamaEngine {
         cells: &mut Vec<Cell>,
         seen: &mut Observation,
     ) -> Result<()> {
-        self.run(batch, cells, seen)
+        self.run(&mut [Part { batch, cells, seen }])
+    }
+
+    fn decode_parts(&mut self, parts: &mut [Part<'_>]) -> Result<()> {
+        self.run(parts)
     }
 
     fn attend(&self) -> Option<&Attend> {
         (!self.options.attend.is_whole()).then_some(&self.options.attend)
     }
 
-    fn answered(&self) -> SeqId {
-        self.answered
+    fn logits(&self) -> Result<&[f32]> {
+        let missing = || Error::llama(LOGITS, "the last batch asked for no logits");
+        let &(_, row) = self.outputs.last().ok_or_else(missing)?;
+        self.logits_at(row)
     }
 
-    fn logits(&self) -> Result<&[f32]> {
-        let n_vocab = self.model.n_vocab();
-        if !self.has_logits {
-            return Err(Error::llama(
-                "llama_get_logits_ith",
-                "the last batch asked for no logits",
-            ));
-        }
-        let logits = self.ctx.get_logits_ith(-1);
-        logits
-            .get(..n_vocab)
-            .ok_or_else(|| Error::llama("llama_get_logits_ith", "no logits"))
+    fn logits_of(&self, seq: SeqId) -> Result<&[f32]> {
+        let own = self.outputs.iter().find(|(of, _)| *of == seq);
+        let &(_, row) = own.ok_or_else(|| no_logits(seq))?;
+        self.logits_at(row)
     }
 
     fn vocabulary(&self) -> Option<&(dyn Vocabulary + '_)> {

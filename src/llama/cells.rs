@@ -12,7 +12,7 @@ use llama_cpp_sys_2 as sys;
 use super::engine::LlamaEngine;
 use super::{log, memory};
 use crate::cache::{Cell, Pos};
-use crate::engine::{Batch, KvBytes, SeqId};
+use crate::engine::{KvBytes, Part, SeqId};
 use crate::error::{Error, Result};
 
 /// The one stream of a context whose sequences share its cells.
@@ -62,10 +62,11 @@ impl LlamaEngine {
     }
 
     /// The cells that a batch went to, in row order.
-    pub(super) fn cells_of(&self, batch: &Batch<'_>, cells: &mut Vec<Cell>) -> Result<()> {
-        if batch.input.len() <= self.n_ubatch() {
-            return self.batch_cells(cells);
-        }
+    pub(super) fn cells_of(&self, parts: &[Part<'_>], cells: &mut Vec<Cell>) -> Result<()> {
+        let batch = match parts {
+            [part] if part.batch.input.len() > self.n_ubatch() => &part.batch,
+            _ => return self.batch_cells(cells),
+        };
         // Several micro-batches, of which llama.cpp remembers the last: by position then.
         let map = self.cells()?;
         let own = map

@@ -9,7 +9,7 @@ use super::engine::{LlamaEngine, SMALLER};
 use super::rows::Takes;
 use super::{log, memory, taps};
 use crate::cache::{Cell, Pos};
-use crate::engine::{Batch, Engine, Input, Observation, SeqId};
+use crate::engine::{Batch, Engine, Input, Part, Pass, SeqId};
 use crate::error::{Error, Result};
 
 /// While it lives, the tokens of a batch attend to all of it.
@@ -32,46 +32,48 @@ impl Drop for NonCausal {
 }
 
 impl LlamaEngine {
-    /// As [`crate::engine::Engine::decode`].
-    pub(super) fn run(
-        &mut self,
-        batch: Batch<'_>,
-        cells: &mut Vec<Cell>,
-        seen: &mut Observation,
-    ) -> Result<()> {
-        self.check_seq("llama_decode", batch.seq)?;
-        self.check_queries(&batch)?;
+    /// As [`crate::engine::Engine::decode_parts`].
+    pub(super) fn run(&mut self, parts: &mut [Part<'_>]) -> Result<()> {
+        let n = Pass::check(parts, self.n_ubatch())?;
+        for part in parts.iter_mut() {
+            self.check_seq("llama_decode", part.batch.seq)?;
+            self.check_queries(&part.batch)?;
+            part.seen.clear();
+        }
+        // What is said of the first holds for all: of several, each is of tokens alone.
+        let Batch { input, lookup, .. } = parts[0].batch;
         let takes = Takes {
             n_batch: self.ctx.n_batch() as usize,
             n_vocab: self.model.n_vocab(),
             n_embd: self.model.n_embd(),
         };
         let hidden = self.trial.as_deref().and_then(|t| t.hidden.as_ref());
-        let raw = self.rows.batch(&batch, takes, hidden)?;
+        let raw = self.rows.batch(parts, takes, hidden)?;
+        self.outputs.clear();
         let non_causal =
-            self.options.non_causal_images && matches!(batch.input, Input::Embeddings { .. });
-        if non_causal && batch.input.len() > self.n_ubatch() {
+            self.options.non_causal_images && matches!(input, Input::Embeddings { .. });
+        if non_causal && n > self.n_ubatch() {
             return Err(Error::llama(
                 "llama_decode",
                 format!(
-                    "a picture of {} tokens that attend to all of it, in batches of {}",
-                    batch.input.len(),
+                    "a picture of {n} tokens that attend to all of it, in batches of {}",
                     self.n_ubatch()
                 ),
             ));
         }
         // Such a memory never fills, so llama.cpp would go on for ever.
-        let rows = batch.input.len();
-        if self.counted.is_some_and(|n| n as usize + rows > self.n_ctx) {
+        if self
+            .counted
+            .is_some_and(|held| held as usize + n > self.n_ctx)
+        {
             return Err(Error::ContextFull { n_ctx: self.n_ctx });
         }
-        self.grow(rows)?;
-        let tapped = self.begin_taps(&batch)?;
-        self.begin_lookup(batch.lookup)?;
-        self.observer.get_mut().begin(batch.queries);
-        (self.has_logits, self.answered) = (false, batch.seq);
+        self.grow(n)?;
+        let tapped = self.begin_taps()?;
+        self.begin_lookup(lookup)?;
+        self.observer.get_mut().begin(&self.rows.queries);
         // Until they are dropped, whatever happens meanwhile.
-        let first_layer = self.go_on(&batch.input)?;
+        let first_layer = self.go_on(&input)?;
         let attends_to_all = non_causal.then(|| NonCausal::new(self.raw));
         log::forget();
         // SAFETY: every pointer in the batch is null or points to n_tokens valid elements that
@@ -80,35 +82,41 @@ impl LlamaEngine {
         let status = unsafe { sys::llama_decode(self.ctx.as_mut_ptr(), raw) };
         drop(attends_to_all);
         drop(first_layer);
-        let observed = self.observer.get_mut().finish(cells, seen);
-        match status {
-            0 => {}
-            code => {
-                let reason = log::take_reason(&format!("status {code}"));
-                // No cell was found; looking for one takes memory, too.
-                if code == 1 && !memory::was_refused(&reason) {
-                    return Err(Error::ContextFull { n_ctx: self.n_ctx });
-                }
-                let what = format!("a batch of {rows} tokens beside {} cells", self.n_ctx);
-                return Err(Error::llama(
-                    "llama_decode",
-                    memory::explained(reason, &what, SMALLER),
-                ));
+        // The one with query rows, if there is one.
+        let asked = parts.iter().position(|p| !p.batch.queries.is_empty());
+        let asked = asked.unwrap_or(0);
+        let mut taken = std::mem::take(&mut self.taken);
+        let observed = self
+            .observer
+            .get_mut()
+            .finish(&mut taken, parts[asked].seen);
+        if status != 0 {
+            let reason = log::take_reason(&format!("status {status}"));
+            // No cell was found; looking for one takes memory, too.
+            if status == 1 && !memory::was_refused(&reason) {
+                return Err(Error::ContextFull { n_ctx: self.n_ctx });
             }
+            let what = format!("a batch of {n} tokens beside {} cells", self.n_ctx);
+            return Err(Error::llama(
+                "llama_decode",
+                memory::explained(reason, &what, SMALLER),
+            ));
         }
         let done = observed
             .map_err(|reason| Error::llama("llama_decode", reason))
             .and_then(|()| {
                 if tapped {
-                    taps::read(&mut self.ctx, seen)?;
+                    taps::read(&mut self.ctx, parts[asked].seen)?;
                 }
-                self.account(&batch, cells, seen)?;
-                self.pass_on(&batch.input, cells)?;
-                Ok(())
+                self.account(parts, &mut taken)?;
+                self.pass_on(&input, &taken)
             });
+        self.taken = taken;
         match done {
-            Ok(()) => self.has_logits = batch.logits,
-            Err(_) => self.discard(batch.seq, batch.pos),
+            Ok(()) => self.outputs.extend(self.rows.outputs(parts)),
+            Err(_) => parts
+                .iter()
+                .for_each(|part| self.discard(part.batch.seq, part.batch.pos)),
         }
         done
     }
@@ -130,48 +138,48 @@ impl LlamaEngine {
         Ok(())
     }
 
-    /// Tells the graph which rows to score; whether there will be scores to read.
-    fn begin_taps(&mut self, batch: &Batch<'_>) -> Result<bool> {
+    /// Tells the graph which rows to score; whether there will be scores to read. The graph sums
+    /// over all of them, so they are of one part: see [`Pass::takes`].
+    fn begin_taps(&mut self) -> Result<bool> {
         if !self.options.taps() {
             return Ok(false);
         }
-        let n_rows = u32::try_from(batch.queries.len()).unwrap_or(u32::MAX);
+        let n_rows = u32::try_from(self.rows.queries.len()).unwrap_or(u32::MAX);
         if n_rows > self.tap_rows {
             let n_rows = taps::rows_for(n_rows, self.n_ubatch());
             self.tap_rows = taps::set(&mut self.ctx, &self.options.score_layers, n_rows)?;
         }
-        taps::begin(&mut self.ctx, batch.queries)?;
-        Ok(!batch.queries.is_empty())
+        taps::begin(&mut self.ctx, &self.rows.queries)?;
+        Ok(n_rows > 0)
     }
 
     /// After a batch: which rows' attention was seen, and which cells its tokens took.
-    fn account(
-        &mut self,
-        batch: &Batch<'_>,
-        cells: &mut Vec<Cell>,
-        seen: &mut Observation,
-    ) -> Result<()> {
-        if !seen.sum.is_empty() {
-            let pos_of = |&row: &u32| batch.pos.get(row as usize);
-            seen.queries.extend(batch.queries.iter().filter_map(pos_of));
-        }
+    fn account(&mut self, parts: &mut [Part<'_>], taken: &mut Vec<Cell>) -> Result<()> {
+        let n = parts.iter().map(|part| part.batch.input.len()).sum();
         if let Some(next) = &mut self.counted {
-            cells.clear();
-            cells.extend((*next..).take(batch.input.len()));
-            *next += batch.input.len() as Cell;
+            taken.clear();
+            taken.extend((*next..).take(n));
+            *next += n as Cell;
         } else if !self.watched {
-            self.cells_of(batch, cells)?;
+            self.cells_of(parts, taken)?;
         }
-        self.room.filled(cells);
-        if cells.len() != batch.input.len() {
+        self.room.filled(taken);
+        if taken.len() != n {
             return Err(Error::llama(
                 "llama_decode",
-                format!(
-                    "{} cells reported for {} rows",
-                    cells.len(),
-                    batch.input.len()
-                ),
+                format!("{} cells reported for {n} rows", taken.len()),
             ));
+        }
+        let mut rest = taken.as_slice();
+        for Part { batch, cells, seen } in parts {
+            let (own, others) = rest.split_at(batch.input.len());
+            cells.clear();
+            cells.extend_from_slice(own);
+            rest = others;
+            if !seen.sum.is_empty() {
+                let pos_of = |&row: &u32| batch.pos.get(row as usize);
+                seen.queries.extend(batch.queries.iter().filter_map(pos_of));
+            }
         }
         Ok(())
     }

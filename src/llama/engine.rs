@@ -55,13 +55,14 @@ pub struct LlamaEngine {
     pub(super) hidden: Option<Hidden>,
     /// Query rows of a batch that the graph has buffers for.
     pub(super) tap_rows: u32,
-    /// Whether the last batch asked for logits: reading absent ones would end the process.
-    pub(super) has_logits: bool,
-    /// The sequence of the last batch.
-    pub(super) answered: SeqId,
+    /// Rows of the last batch that have logits, and whose they are: reading absent ones would end
+    /// the process.
+    pub(super) outputs: Vec<(SeqId, i32)>,
     /// Moves that their sequences have not asked for yet.
     pub(super) moved: Vec<(SeqId, (Cell, Cell))>,
     pub(super) rows: Rows,
+    /// Cells of the last batch, all parts. Reused.
+    pub(super) taken: Vec<Cell>,
     // Declared last, so dropped after the contexts that compute with them.
     pub(super) threads: Option<Arc<Threads>>,
 }
@@ -202,10 +203,10 @@ impl LlamaEngine {
             trial: None,
             hidden: None,
             tap_rows,
-            has_logits: false,
-            answered: 0,
+            outputs: Vec::new(),
             moved: Vec::new(),
             rows: Rows::default(),
+            taken: Vec::new(),
             threads,
         };
         engine.room.resizable = engine.options.kv_size.is_some() && engine.is_plain();

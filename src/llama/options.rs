@@ -161,6 +161,11 @@ impl ContextOptions {
         if self.n_seq_max == 1 {
             return Ok(());
         }
+        // llama.cpp keeps room for logits of every sequence, and asserts that a batch can have them.
+        if self.n_seq_max > self.n_batch {
+            let (n, rows) = (self.n_seq_max, self.n_batch);
+            return refused(format!("{n} sequences in batches of {rows} (`n_batch`)"));
+        }
         if let Some(why) = model.eviction_obstacle() {
             return refused(format!("this model's cache holds one sequence: {why}"));
         }

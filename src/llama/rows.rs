@@ -4,7 +4,7 @@ use llama_cpp_sys_2 as sys;
 
 use super::layers::Hidden;
 use crate::cache::Pos;
-use crate::engine::{Batch, Input, Token};
+use crate::engine::{Batch, Input, Part, SeqId, Token};
 use crate::error::{Error, Result};
 
 /// The largest position that a token can have: llama.cpp's masks add windows and padding to it.
@@ -16,9 +16,13 @@ pub(super) struct Rows {
     pos: Vec<sys::llama_pos>,
     n_seq_id: Vec<i32>,
     seq_id: Vec<*mut sys::llama_seq_id>,
-    /// What each `seq_id` points to.
-    seq: Box<sys::llama_seq_id>,
+    /// What each `seq_id` points to: one a part.
+    seqs: Vec<sys::llama_seq_id>,
     logits: Vec<i8>,
+    /// Tokens of several parts.
+    tokens: Vec<Token>,
+    /// Rows of the batch whose attention is wanted.
+    pub queries: Vec<u32>,
     /// What goes on from a trial run.
     hidden: Vec<f32>,
 }
@@ -56,11 +60,12 @@ fn in_range(pos: Pos) -> bool {
 }
 
 /// Positions as many as rows, ascending, each one that can be; query rows that there are, ascending.
-fn check_rows(batch: &Batch<'_>, most: usize) -> Result<i32> {
+fn check_rows(batch: &Batch<'_>, most: usize) -> Result<()> {
     let n = batch.input.len();
-    let n_tokens = i32::try_from(n).ok().filter(|_| n <= most);
-    let n_tokens = n_tokens
-        .ok_or_else(|| refused(format!("{n} rows in one batch, expected at most {most}")))?;
+    if n > most {
+        let reason = format!("{n} rows in one batch, expected at most {most}");
+        return Err(refused(reason));
+    }
     let ascending = batch.pos.windows(2).all(|pair| pair[0] <= pair[1]);
     let bounds = (batch.pos.first(), batch.pos.last());
     let possible =
@@ -74,62 +79,77 @@ fn check_rows(batch: &Batch<'_>, most: usize) -> Result<i32> {
     if !ascending || batch.queries.last().is_some_and(|&row| row as usize >= n) {
         return Err(refused(format!("query rows {:?} of {n}", batch.queries)));
     }
-    Ok(n_tokens)
+    Ok(())
 }
 
 impl Rows {
-    /// Fills the per-row arrays and returns a batch that points to them and to the input; that there
-    /// is such a sequence was checked. `hidden`:
-    /// what a trial run has kept.
+    /// Fills the per-row arrays and returns a batch that points to them and, if there is a single
+    /// part, to its input. That these can be the parts of a pass and that there are such sequences
+    /// was checked. `hidden`: what a trial run has kept.
     ///
     /// # Errors
     /// [`Error::Llama`] for tokens, positions, query rows or sizes that cannot be.
     pub fn batch(
         &mut self,
-        batch: &Batch<'_>,
+        parts: &[Part<'_>],
         takes: Takes,
         hidden: Option<&Hidden>,
     ) -> Result<sys::llama_batch> {
-        let n_tokens = check_rows(batch, takes.n_batch)?;
-        let n = batch.input.len();
-        self.pos.clear();
-        let (token, embd) = match batch.input {
-            Input::Tokens(tokens) => {
-                for &token in tokens {
-                    check_token("llama_decode", token, takes.n_vocab)?;
-                }
-                self.pos.extend(batch.pos);
-                (tokens.as_ptr().cast_mut(), std::ptr::null_mut())
+        self.clear();
+        self.seqs.extend(parts.iter().map(|part| part.batch.seq));
+        let (mut token, mut embd) = (std::ptr::null_mut(), std::ptr::null_mut());
+        for (part, seq) in parts.iter().zip(&mut self.seqs) {
+            let batch = &part.batch;
+            check_rows(batch, takes.n_batch)?;
+            let first = u32::try_from(self.logits.len()).unwrap_or(u32::MAX);
+            let rows = batch.queries.iter().map(|&row| first.saturating_add(row));
+            self.queries.extend(rows);
+            let n = self.logits.len() + batch.input.len();
+            self.n_seq_id.resize(n, 1);
+            self.seq_id.resize(n, &raw mut *seq);
+            self.logits.resize(n, 0);
+            if let (true, Some(last)) = (batch.logits, self.logits.last_mut()) {
+                *last = 1;
             }
-            Input::Embeddings { data, n, mrope } => {
-                let n_embd = takes.n_embd;
-                if n.checked_mul(n_embd) != Some(data.len()) {
-                    return Err(refused(format!(
-                        "{} values for {n} embeddings of width {n_embd}",
-                        data.len()
-                    )));
-                }
-                self.places(batch.pos, mrope)?;
-                (std::ptr::null_mut(), data.as_ptr().cast_mut())
-            }
-            Input::Trial(cells) => {
-                hidden
-                    .ok_or_else(Hidden::absent)?
-                    .take(cells, &mut self.hidden)?;
-                self.pos.extend(batch.pos);
-                (std::ptr::null_mut(), self.hidden.as_ptr().cast_mut())
-            }
-        };
-        *self.seq = batch.seq;
-        self.n_seq_id.clear();
-        self.n_seq_id.resize(n, 1);
-        self.seq_id.clear();
-        self.seq_id.resize(n, &raw mut *self.seq);
-        self.logits.clear();
-        self.logits.resize(n, 0);
-        if let (true, Some(last)) = (batch.logits, self.logits.last_mut()) {
-            *last = 1;
         }
+        for part in parts {
+            let batch = &part.batch;
+            match batch.input {
+                Input::Tokens(tokens) => {
+                    for &token in tokens {
+                        check_token("llama_decode", token, takes.n_vocab)?;
+                    }
+                    self.pos.extend(batch.pos);
+                    token = tokens.as_ptr().cast_mut();
+                    if parts.len() > 1 {
+                        self.tokens.extend(tokens);
+                    }
+                }
+                Input::Embeddings { data, n, mrope } => {
+                    let n_embd = takes.n_embd;
+                    if n.checked_mul(n_embd) != Some(data.len()) {
+                        return Err(refused(format!(
+                            "{} values for {n} embeddings of width {n_embd}",
+                            data.len()
+                        )));
+                    }
+                    self.places(batch.pos, mrope)?;
+                    embd = data.as_ptr().cast_mut();
+                }
+                Input::Trial(cells) => {
+                    hidden
+                        .ok_or_else(Hidden::absent)?
+                        .take(cells, &mut self.hidden)?;
+                    self.pos.extend(batch.pos);
+                    embd = self.hidden.as_ptr().cast_mut();
+                }
+            }
+        }
+        if parts.len() > 1 {
+            token = self.tokens.as_mut_ptr();
+        }
+        let n = self.logits.len();
+        let n_tokens = i32::try_from(n).map_err(|_| refused(format!("{n} rows in one batch")))?;
         Ok(sys::llama_batch {
             n_tokens,
             token,
@@ -138,6 +158,26 @@ impl Rows {
             n_seq_id: self.n_seq_id.as_mut_ptr(),
             seq_id: self.seq_id.as_mut_ptr(),
             logits: self.logits.as_mut_ptr(),
+        })
+    }
+
+    fn clear(&mut self) {
+        self.pos.clear();
+        self.n_seq_id.clear();
+        self.seq_id.clear();
+        self.seqs.clear();
+        self.logits.clear();
+        self.tokens.clear();
+        self.queries.clear();
+    }
+
+    /// The rows whose logits there are after the batch, each the last of its part.
+    pub fn outputs<'a>(&self, parts: &'a [Part<'_>]) -> impl Iterator<Item = (SeqId, i32)> + 'a {
+        let mut end = 0;
+        parts.iter().filter_map(move |part| {
+            end += part.batch.input.len();
+            let row = i32::try_from(end).ok()? - 1;
+            part.batch.logits.then_some((part.batch.seq, row))
         })
     }
 

@@ -23,8 +23,18 @@ pub use layers::Layers;
 pub struct Limits {
     /// Layers of the model.
     pub n_layer: u32,
-    /// Cells that its cache can hold at most.
+    /// Cells that the conversation can have at most: budgets have to fit in here.
     pub n_cells: usize,
+}
+
+impl Limits {
+    /// Those of one of so many conversations that share the cells equally.
+    pub fn shared_by(self, conversations: usize) -> Self {
+        Limits {
+            n_cells: self.n_cells / conversations.max(1),
+            ..self
+        }
+    }
 }
 
 /// Every parameter of every policy; a policy reads those it has ([`super::reads`]).

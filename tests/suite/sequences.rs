@@ -82,6 +82,7 @@ impl Talk {
         let cancelled = || turn.cancelled == Some(looks.replace(looks.get() + 1));
         let progress = generation.next(&mut session, &cancelled, &|| Duration::ZERO);
         match progress.unwrap() {
+            Some(Progress::Prompt { .. }) => {}
             Some(Progress::Token { token, .. }) => {
                 self.said.push(token);
                 self.logits.push(session.engine.logits().unwrap().to_vec());

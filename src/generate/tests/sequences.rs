@@ -178,6 +178,6 @@ fn logits_of_another_conversation_are_refused() {
     ask(1, false).unwrap();
     assert_eq!(
         ask(0, false).unwrap_err().to_string(),
-        "broken contract: logits of sequence 0 after a batch of 1"
+        "broken contract: the last batch has no logits of sequence 0"
     );
 }

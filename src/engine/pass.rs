@@ -1,0 +1,118 @@
+//! Which batches may go through the model in one pass.
+
+use super::{Batch, Input, Part};
+use crate::error::{Error, Result};
+
+/// The batches of one pass, asked one after the other whether they join it. One by itself always
+/// may. Several hold tokens, of a sequence each, and look nothing up.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pass {
+    parts: usize,
+    rows: usize,
+    /// A batch of it takes no other beside it.
+    alone: bool,
+    /// A batch of it has query rows.
+    asked: bool,
+}
+
+impl Pass {
+    /// Lets the batch join, if it can: `n_batch` rows go through at once.
+    pub fn takes(&mut self, batch: &Batch<'_>, n_batch: usize) -> bool {
+        let alone = batch.lookup.is_some() || !matches!(batch.input, Input::Tokens(_));
+        let asked = !batch.queries.is_empty();
+        let rows = self.rows.saturating_add(batch.input.len());
+        // Attention comes out as one sum over all query rows: those of two would be mixed up.
+        let mixed = asked && self.asked;
+        if self.parts > 0 && (self.alone || alone || mixed || rows > n_batch) {
+            return false;
+        }
+        *self = Pass {
+            parts: self.parts + 1,
+            rows,
+            alone,
+            asked: self.asked || asked,
+        };
+        true
+    }
+
+    /// Whether these can be the parts of a pass; how many rows they are.
+    ///
+    /// # Errors
+    /// [`Error::Contract`] for none, for several of one sequence, and for what [`Pass::takes`]
+    /// refuses.
+    pub fn check(parts: &[Part<'_>], n_batch: usize) -> Result<usize> {
+        let mut pass = Pass::default();
+        for (i, part) in parts.iter().enumerate() {
+            let seq = part.batch.seq;
+            if parts[..i].iter().any(|other| other.batch.seq == seq) {
+                return Err(Error::contract(format!("two parts of sequence {seq}")));
+            }
+            if !pass.takes(&part.batch, n_batch) {
+                let (n, rows) = (part.batch.input.len(), pass.rows);
+                let what = format!("{n} rows of sequence {seq} beside {rows} others");
+                return Err(Error::contract(what));
+            }
+        }
+        match parts.is_empty() {
+            true => Err(Error::contract("a pass without parts")),
+            false => Ok(pass.rows),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attend::Lookup;
+
+    #[test]
+    fn what_cannot_be_told_apart_goes_by_itself() {
+        let tokens = [1, 2, 3];
+        let plain = Batch {
+            seq: 0,
+            input: Input::Tokens(&tokens),
+            pos: &[0, 1, 2],
+            queries: &[],
+            logits: true,
+            lookup: None,
+        };
+        let asks = Batch {
+            queries: &[2],
+            ..plain
+        };
+        let lookup = Lookup::default();
+        let looks_up = Batch {
+            lookup: Some(&lookup),
+            ..plain
+        };
+        let picture = Batch {
+            input: Input::Embeddings {
+                data: &[0.0; 3],
+                n: 3,
+                mrope: None,
+            },
+            ..plain
+        };
+        let goes_on = Batch {
+            input: Input::Trial(&[0, 1, 2]),
+            ..plain
+        };
+        let taken = |batches: &[Batch<'_>], n_batch| {
+            let mut pass = Pass::default();
+            let taken = batches.iter().map(|batch| pass.takes(batch, n_batch));
+            taken.collect::<Vec<_>>()
+        };
+        for single in [plain, asks, looks_up, picture, goes_on] {
+            assert_eq!(taken(&[single], 2), [true]);
+        }
+        assert_eq!(
+            taken(&[plain, asks, asks, plain], 99),
+            [true, true, false, true]
+        );
+        assert_eq!(taken(&[plain, plain, plain], 8), [true, true, false]);
+        for alone in [looks_up, picture, goes_on] {
+            assert_eq!(taken(&[plain, alone, plain], 99), [true, false, true]);
+            assert_eq!(taken(&[alone, plain, asks], 99), [true, false, false]);
+        }
+    }
+}

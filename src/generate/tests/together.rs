@@ -1,0 +1,439 @@
+//! Conversations whose steps go through the model together, each as if it were alone.
+
+use super::*;
+use crate::engine::SeqId;
+use crate::engine::scripted::hashed;
+use crate::policy::DapMode;
+
+const N_CELLS: usize = 900;
+
+fn limits(n_cells: usize) -> Limits {
+    Limits {
+        n_layer: 2,
+        n_cells,
+    }
+}
+
+fn talk(
+    engine: &mut Scripted,
+    seq: SeqId,
+    (policy, options): (&str, &PolicyOptions),
+) -> Talk<'static> {
+    let n_cells = engine.n_cells();
+    let policy = policy::create(policy, options, limits(n_cells)).unwrap();
+    let session = Session::new(engine, Controller::new(policy, n_cells));
+    let session = session.with_sequence(seq).with_host_bin(1 << 10);
+    Talk::new(session.swap(()).0)
+}
+
+/// A step of each, and what each of them did.
+fn step(engine: &mut Scripted, talks: &mut [Talk<'_>]) -> Vec<(usize, String)> {
+    let mut did = Vec::new();
+    let hooks = StepHooks {
+        on_step: &mut |i, step| did.push((i, step.map_or_else(|e| e.to_string(), described))),
+        cancelled: &|_| false,
+        now: &|| Duration::ZERO,
+    };
+    assert_eq!(together(engine, talks, hooks), did.len());
+    did.sort();
+    did
+}
+
+fn described(progress: Progress<'_>) -> String {
+    match progress {
+        Progress::Prompt { done, rows } => format!("{done}/{rows}"),
+        Progress::Token { token, .. } => format!("token {token}"),
+        Progress::End { finish, .. } => format!("{finish:?}"),
+    }
+}
+
+fn saying() -> Scripted {
+    let says = |pos: Pos| if pos % 37 == 36 { 0 } else { 1 + pos % 7 };
+    Scripted::new(N_CELLS, 8).patched().with_says(says)
+}
+
+#[test]
+fn a_step_of_all_is_one_pass_unless_they_are_asked() {
+    let steps = |policy: &str| {
+        let mut engine = saying();
+        let options = PolicyOptions::default();
+        let make = |seq| talk(&mut engine, seq, (policy, &options));
+        let mut talks: Vec<_> = (0..3).map(make).collect();
+        for talk in &mut talks {
+            talk.begin(Generation::new(vec![tokens(2)], Some(5)));
+        }
+        let mut passes = Vec::new();
+        for _ in 0..4 {
+            let before = engine.passes;
+            assert_eq!(step(&mut engine, &mut talks).len(), 3);
+            passes.push(engine.passes - before);
+        }
+        passes
+    };
+    assert_eq!(steps("full"), [1, 1, 1, 1]);
+    // Only the prompt's last row is looked at.
+    assert_eq!(steps("hae"), [3, 1, 1, 1]);
+    assert_eq!(steps("h2o"), [3, 3, 3, 3]);
+}
+
+#[test]
+fn a_long_prompt_lets_others_go_on() {
+    let mut engine = saying();
+    let options = PolicyOptions::default();
+    let make = |seq| talk(&mut engine, seq, ("full", &options));
+    let mut talks: Vec<_> = (0..2).map(make).collect();
+    talks[0].begin(Generation::new(vec![tokens(2)], None));
+    step(&mut engine, &mut talks);
+    talks[1].begin(Generation::new(vec![tokens(9), picture(12)], None));
+    let mut did = Vec::new();
+    for _ in 0..5 {
+        did.push(
+            step(&mut engine, &mut talks)
+                .into_iter()
+                .map(|(_, did)| did),
+        );
+    }
+    let did: Vec<Vec<String>> = did.into_iter().map(Iterator::collect).collect();
+    assert_eq!(
+        did,
+        [
+            ["token 3", "8/21"],
+            ["token 4", "9/21"],
+            ["token 5", "17/21"],
+            ["token 6", "token 7"],
+            ["token 7", "token 1"],
+        ]
+    );
+}
+
+#[test]
+fn where_not_all_fit_those_that_do_go_on() {
+    let mut engine = Scripted::new(9, 8);
+    let options = PolicyOptions::default();
+    let make = |seq| talk(&mut engine, seq, ("full", &options));
+    let mut talks: Vec<_> = (0..3).map(make).collect();
+    for (i, talk) in talks.iter_mut().enumerate() {
+        talk.begin(Generation::new(vec![tokens(1 + i)], Some(4)));
+    }
+    let names = |did: Vec<(usize, String)>| did.into_iter().map(|(_, d)| d).collect::<Vec<_>>();
+    // Six cells for the prompts, three for a token of each.
+    for _ in 0..2 {
+        let did = names(step(&mut engine, &mut talks));
+        assert_eq!(did, ["token 1", "token 1", "token 1"]);
+    }
+    // The second gives its cells back.
+    let said = talks[1].end().unwrap();
+    assert_eq!((said.finish, said.pending), (Finish::Cancelled, Some(1)));
+    let gone = talks[1].with(&mut engine, |session| {
+        let left = session.controller.rewind(2);
+        session.engine.rewind(1, 2, left)
+    });
+    gone.unwrap();
+    let before = engine.passes;
+    let did = names(step(&mut engine, &mut talks));
+    assert_eq!(did, ["token 1", "Context"]);
+    assert_eq!(engine.passes - before, 1);
+    assert_eq!(talks[2].end().unwrap().pending, Some(1));
+    let held = |seq| engine.occupied_by(seq).len();
+    assert_eq!([0, 1, 2].map(held), [3, 2, 4]);
+}
+
+#[test]
+fn a_share_is_its_own() {
+    let mut engine = saying();
+    let shared = limits(60).shared_by(3);
+    assert_eq!(shared.n_cells, 20);
+    let budget = |cells| PolicyOptions {
+        kv_budget: Some(Amount::Cells(cells)),
+        sinks: 2,
+        ..PolicyOptions::default()
+    };
+    let error = policy::create("streaming_llm", &budget(21), shared).err();
+    let error = error.map(|e| e.to_string()).unwrap_or_default();
+    assert!(
+        error.contains("21 cells, but the context holds 20"),
+        "{error}"
+    );
+    let mut share = |seq, policy: &str, options: &PolicyOptions| {
+        let policy = policy::create(policy, options, shared).unwrap();
+        let session = Session::new(&mut engine, Controller::new(policy, N_CELLS));
+        let session = session.with_sequence(seq).with_share(shared.n_cells);
+        Talk::new(session.swap(()).0)
+    };
+    let full = PolicyOptions::default();
+    let mut talks = [
+        share(0, "full", &full),
+        share(1, "streaming_llm", &budget(20)),
+        share(2, "full", &full),
+    ];
+    for (talk, n) in talks.iter_mut().zip([12, 12, 21]) {
+        talk.begin(Generation::new(vec![tokens(n)], Some(20)));
+    }
+    let mut ends = Vec::new();
+    while let did = step(&mut engine, &mut talks)
+        && !did.is_empty()
+    {
+        let others = |(_, did): &(usize, String)| !did.starts_with("token") && !did.contains('/');
+        ends.extend(did.into_iter().filter(others));
+    }
+    let too_long = Error::PromptTooLong {
+        needed: 21,
+        n_ctx: 20,
+    };
+    let end = |i: usize, what: &str| (i, what.to_owned());
+    assert_eq!(
+        ends,
+        [
+            end(2, &too_long.to_string()),
+            end(0, "Context"),
+            end(1, "Length"),
+        ]
+    );
+    assert_eq!(engine.occupied_by(0).len(), 20);
+}
+
+#[test]
+fn a_prompt_that_is_left_on_its_way_leaves_the_cache() {
+    let mut engine = saying();
+    let options = PolicyOptions::default();
+    let mut talks = [talk(&mut engine, 0, ("full", &options))];
+    talks[0].begin(Generation::new(vec![tokens(3)], Some(2)));
+    while !step(&mut engine, &mut talks).is_empty() {}
+    let before = engine.occupied();
+    for again in [false, true] {
+        talks[0].begin(Generation::new(vec![tokens(30)], Some(2)));
+        step(&mut engine, &mut talks);
+        step(&mut engine, &mut talks);
+        assert_eq!(engine.occupied().len(), before.len() + 16);
+        let left = talks[0].end().unwrap();
+        assert!(left.taken_back && left.finish == Finish::Cancelled);
+        if !again {
+            talks[0].with(&mut engine, Session::abandon).unwrap();
+            assert_eq!(engine.occupied(), before);
+        }
+    }
+    // What comes next takes it out, too.
+    talks[0].begin(Generation::new(vec![tokens(5)], Some(1)));
+    step(&mut engine, &mut talks);
+    assert_eq!(engine.occupied().len(), before.len() + 5);
+    let next = talks[0].session().unwrap().controller.next_pos();
+    assert_eq!(next as usize, before.len() + 5);
+}
+
+/// What happens to a conversation beside its steps.
+#[derive(Clone, Copy, PartialEq)]
+enum Fate {
+    Nothing,
+    /// Its turn is left where it is.
+    Left,
+    /// It goes into a file and back.
+    Saved,
+    Cleared,
+}
+
+/// A conversation that draws its turns, and what becomes of them, by its seed: by itself as beside
+/// others.
+struct Life {
+    seed: u64,
+    seq: SeqId,
+    steps: Pos,
+    turns: Pos,
+    /// At which look the turn is cancelled, and looks so far.
+    cancelled: Option<usize>,
+    looks: Slot<usize>,
+    said: Vec<Generated>,
+    fates: [usize; 4],
+}
+
+const TURNS: Pos = 4;
+
+impl Life {
+    fn new(seed: u64, seq: SeqId) -> Self {
+        Life {
+            seed,
+            seq,
+            steps: 0,
+            turns: 0,
+            cancelled: None,
+            looks: Slot::new(0),
+            said: Vec::new(),
+            fates: [0; 4],
+        }
+    }
+
+    fn draw(&self, i: Pos, what: Pos, n: usize) -> usize {
+        (hashed(self.seed, i, what).to_bits() % n as u64) as usize
+    }
+
+    fn is_over(&self) -> bool {
+        self.turns > TURNS
+    }
+
+    /// Before a step: the next turn, if none is going on, or something else.
+    fn prepare(&mut self, talk: &mut Talk<'static>, engine: &mut Scripted) {
+        self.steps += 1;
+        let fate = match self.draw(self.steps, 0, 40) {
+            0 => Fate::Left,
+            1 => Fate::Saved,
+            2 if self.draw(self.steps, 1, 3) == 0 => Fate::Cleared,
+            _ => Fate::Nothing,
+        };
+        self.fates[fate as usize] += 1;
+        if fate != Fate::Nothing {
+            self.said.extend(talk.end());
+        }
+        let seq = self.seq;
+        let done = talk.with(engine, |session| match fate {
+            Fate::Saved => {
+                session.abandon()?;
+                put_back(session, true)
+            }
+            Fate::Cleared => put_back(session, false),
+            _ => Ok(()),
+        });
+        done.unwrap();
+        if talk.is_over() {
+            self.said.extend(talk.end());
+            self.turns += 1;
+            if self.is_over() {
+                return;
+            }
+            let i = 100 + self.turns;
+            let mut prompt = vec![tokens(3 + self.draw(i, 1, 20))];
+            if self.draw(i, 2, 2) == 0 {
+                prompt.push(picture(4 + self.draw(i, 3, 24)));
+                prompt.push(tokens(2));
+            }
+            self.looks.set(0);
+            self.cancelled = (self.draw(i, 4, 3) == 0).then(|| self.draw(i, 5, 12));
+            let length = Some(5 + self.draw(i, 6, 30));
+            talk.begin(Generation::new(prompt, length));
+        }
+        assert_eq!(talk.session().unwrap().sequence(), seq);
+    }
+
+    /// All that came of it, but for the cells: positions in the cache and on the host.
+    fn outcome(&self, talk: &Talk<'_>) -> (Vec<Generated>, Vec<Pos>, Vec<Pos>, String) {
+        let session = talk.session().unwrap();
+        let held = session.controller.ledger().entries();
+        let mut held: Vec<Pos> = held.map(|e| e.pos).collect();
+        held.sort_unstable();
+        let host = session.host_bin.saved().flat_map(|rows| rows.pos.clone());
+        let report = format!("{:?}", session.controller.report());
+        (self.said.clone(), held, host.collect(), report)
+    }
+}
+
+/// Empties the sequence; `again`: what it held comes back, as out of a file.
+fn put_back(session: &mut Session<&mut Scripted>, again: bool) -> Result<()> {
+    session.follow_moves()?;
+    let ledger = session.controller.ledger().save();
+    let (cells, pos): (Vec<Cell>, Vec<Pos>) =
+        ledger.entries.iter().map(|e| (e.cell, e.pos)).unzip();
+    let mut rows = Vec::new();
+    session.engine.save_rows(&cells, &mut rows)?;
+    let history = session.history.clone();
+    let host: Vec<Saved> = session.host_bin.saved().cloned().collect();
+    let seq = session.sequence();
+    session.engine.rewind(seq, 0, 0)?;
+    session.controller.clear();
+    session.forget();
+    if again {
+        let mut cells = Vec::new();
+        session.engine.restore_rows(seq, &pos, &rows, &mut cells)?;
+        session.controller.load(&ledger, &cells)?;
+        session.resume(history, host)?;
+    }
+    Ok(())
+}
+
+/// A step of some of them.
+fn live(lives: &mut [Life], talks: &mut [Talk<'static>], engine: &mut Scripted) {
+    for (life, talk) in lives.iter_mut().zip(talks.iter_mut()) {
+        if !life.is_over() {
+            life.prepare(talk, engine);
+        }
+    }
+    let lives: &[Life] = lives;
+    let cancelled = |i: usize| {
+        let Life {
+            looks, cancelled, ..
+        } = &lives[i];
+        *cancelled == Some(looks.replace(looks.get() + 1))
+    };
+    let hooks = StepHooks {
+        on_step: &mut |_, step| _ = step.unwrap(),
+        cancelled: &cancelled,
+        now: &|| Duration::ZERO,
+    };
+    together(engine, talks, hooks);
+}
+
+#[test]
+fn conversations_decoded_together_are_each_as_if_alone() {
+    let budget = |dap_mode| PolicyOptions {
+        kv_budget: Some(Amount::Cells(24)),
+        bin_size: 4,
+        sinks: 2,
+        recent: 3,
+        dap_mode,
+        ..PolicyOptions::default()
+    };
+    let (mut fates, mut saved, mut evicted, mut recalled) = ([0; 4], 0, 0, 0);
+    for seed in 0..30 {
+        for (policy, options) in [
+            ("full", PolicyOptions::default()),
+            ("h2o", budget(DapMode::Exact)),
+            ("hae", budget(DapMode::Exact)),
+            ("hae", budget(DapMode::Early)),
+            ("hae", budget(DapMode::Midway)),
+            ("snapkv", budget(DapMode::Exact)),
+        ] {
+            let life = |seq| Life::new(10 * seed + seq as u64, seq);
+            let alone = (0..4).map(|i| {
+                let mut engine = saying();
+                let mut talks = [talk(&mut engine, 0, (policy, &options))];
+                let mut lives = [Life { seq: 0, ..life(i) }];
+                while !lives[0].is_over() {
+                    live(&mut lives, &mut talks, &mut engine);
+                }
+                (lives[0].outcome(&talks[0]), engine.passes)
+            });
+            let alone: Vec<_> = alone.collect();
+            let mut engine = saying();
+            let mut lives: Vec<_> = (0..4).map(life).collect();
+            let make = |seq| talk(&mut engine, seq, (policy, &options));
+            let mut talks: Vec<_> = (0..4).map(make).collect();
+            let mut draws = 0;
+            while !lives.iter().all(Life::is_over) {
+                draws += 1;
+                let draw = |i| (hashed(seed, draws, i).to_bits() % 4) as usize;
+                let (a, b) = (draw(1), draw(2));
+                let some = a.min(b)..a.max(b) + 1;
+                live(&mut lives[some.clone()], &mut talks[some], &mut engine);
+                for (seq, talk) in (0..).zip(&mut talks) {
+                    talk.with(&mut engine, |session| {
+                        session.follow_moves()?;
+                        let held = session.controller.ledger().entries();
+                        let held: Vec<_> = held.map(|e| (e.cell, e.pos)).collect();
+                        assert_eq!(held, session.engine.occupied_by(seq));
+                        Ok(())
+                    })
+                    .unwrap();
+                }
+            }
+            for ((life, talk), (alone, _)) in lives.iter().zip(&talks).zip(&alone) {
+                assert_eq!(&life.outcome(talk), alone, "{policy} {seed}");
+                let report = talk.session().unwrap().controller.report();
+                evicted += report.cells.evicted.total();
+                recalled += report.recalled;
+                (0..4).for_each(|i| fates[i] += life.fates[i]);
+            }
+            let single: usize = alone.iter().map(|(_, passes)| passes).sum();
+            saved += single.saturating_sub(engine.passes);
+        }
+    }
+    assert!(fates.iter().all(|&n| n > 50), "{fates:?}");
+    assert!(saved > 1000, "{saved} passes saved");
+    assert!(evicted > 1000 && recalled > 100, "{evicted} {recalled}");
+}

@@ -1,0 +1,254 @@
+//! Rows of several sequences in one pass over the weights: each as in a batch by itself.
+//!
+//! In the same cells the sums over cells are the same. What differs is how a processor multiplies
+//! one row or several by a weight, in the order of its sums: the logits agree to rounding.
+
+use hae::Error;
+use hae::cache::{Cell, Pos};
+use hae::engine::scripted::hashed;
+use hae::engine::{Batch, Engine, Input, Observation, Part, SeqId, Token};
+use hae::llama::{ContextOptions, FlashAttention, LlamaEngine, ScoreSource};
+
+use crate::model::{converted, engine, exact, load};
+use crate::npz::max_abs_diff;
+
+/// Rows of one part.
+#[derive(Clone)]
+struct Rows {
+    seq: SeqId,
+    tokens: Vec<Token>,
+    pos: Vec<Pos>,
+    queries: Vec<u32>,
+    logits: bool,
+}
+
+impl Rows {
+    fn new(seq: SeqId, first: Pos, n: usize) -> Self {
+        let token = |i| 3 + (hashed(seq as u64, first, i as Pos).to_bits() % 900) as Token;
+        Rows {
+            seq,
+            tokens: (0..n).map(token).collect(),
+            pos: (first..).take(n).collect(),
+            queries: Vec::new(),
+            logits: true,
+        }
+    }
+
+    fn asking(self, queries: &[u32]) -> Self {
+        let queries = queries.to_vec();
+        Rows { queries, ..self }
+    }
+
+    fn batch(&self) -> Batch<'_> {
+        Batch {
+            seq: self.seq,
+            input: Input::Tokens(&self.tokens),
+            pos: &self.pos,
+            queries: &self.queries,
+            logits: self.logits,
+            lookup: None,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Came {
+    cells: Vec<Cell>,
+    seen: Observation,
+    logits: Option<Vec<f32>>,
+}
+
+fn together(engine: &mut LlamaEngine, all: &[Rows]) -> hae::Result<Vec<Came>> {
+    let mut came: Vec<_> = all
+        .iter()
+        .map(|_| (vec![7; 3], Observation::default()))
+        .collect();
+    let mut parts: Vec<_> = all
+        .iter()
+        .zip(&mut came)
+        .map(|(rows, (cells, seen))| Part {
+            batch: rows.batch(),
+            cells,
+            seen,
+        })
+        .collect();
+    engine.decode_parts(&mut parts)?;
+    let each = all.iter().zip(came).map(|(rows, (cells, seen))| Came {
+        cells,
+        seen,
+        logits: engine.logits_of(rows.seq).ok().map(<[f32]>::to_vec),
+    });
+    Ok(each.collect())
+}
+
+fn apart(engine: &mut LlamaEngine, all: &[Rows]) -> Vec<Came> {
+    let one = |rows: &Rows| {
+        together(engine, std::slice::from_ref(rows))
+            .unwrap()
+            .remove(0)
+    };
+    all.iter().map(one).collect()
+}
+
+fn several(flash_attention: FlashAttention, score_source: ScoreSource) -> ContextOptions {
+    ContextOptions {
+        flash_attention,
+        n_seq_max: 4,
+        n_ubatch: 64,
+        score_layers: vec![0, 1],
+        score_source,
+        kv_size: Some(256),
+        ..exact(512)
+    }
+}
+
+#[test]
+fn parts_of_a_pass_are_each_as_by_itself() {
+    let model = load(converted("f32").0);
+    for options in [
+        several(FlashAttention::Off, ScoreSource::Graph),
+        several(FlashAttention::On, ScoreSource::Graph),
+        several(FlashAttention::Off, ScoreSource::Callback),
+    ] {
+        let (flash, source) = (options.flash_attention, options.score_source);
+        let mut worst = (0.0f32, 0.0f32);
+        let (mut joint, mut single) = (
+            engine(&model, options.clone()),
+            engine(&model, options.clone()),
+        );
+        let mut quiet = Rows::new(3, 0, 5);
+        quiet.logits = false;
+        let passes = [
+            // Prompts beside each other, one of them asked and one without logits.
+            vec![
+                Rows::new(2, 0, 20),
+                Rows::new(0, 0, 30).asking(&[0, 28, 29]),
+                quiet,
+            ],
+            // Steps, and the end of a prompt.
+            vec![
+                Rows::new(0, 30, 1),
+                Rows::new(2, 20, 1).asking(&[0]),
+                Rows::new(1, 0, 17),
+                Rows::new(3, 5, 1),
+            ],
+            vec![Rows::new(3, 6, 1), Rows::new(1, 17, 1)],
+            vec![Rows::new(1, 18, 1)],
+        ];
+        for rows in passes {
+            let ours = together(&mut joint, &rows).unwrap();
+            let theirs = apart(&mut single, &rows);
+            for ((ours, theirs), rows) in ours.iter().zip(&theirs).zip(&rows) {
+                assert_eq!(ours.cells, theirs.cells);
+                assert_eq!(ours.logits.is_some(), rows.logits);
+                if let (Some(ours), Some(own)) = (&ours.logits, &theirs.logits) {
+                    worst.0 = worst.0.max(max_abs_diff(ours, own));
+                }
+                let asked = rows.queries.iter().map(|&row| rows.pos[row as usize]);
+                assert_eq!(ours.seen.queries, asked.collect::<Vec<_>>());
+                assert_eq!(ours.seen.sum.is_empty(), rows.queries.is_empty());
+                let of = |seen: &Observation, cell: usize| seen.sum.get(cell).copied();
+                for cell in 0..ours.seen.sum.len() {
+                    let theirs = of(&theirs.seen, cell).unwrap_or(0.0);
+                    let ours = ours.seen.sum[cell];
+                    worst.1 = worst.1.max((ours - theirs).abs());
+                }
+            }
+        }
+        for seq in 0..4 {
+            let cells = joint.cells_of_seq(seq).unwrap();
+            assert_eq!(cells, single.cells_of_seq(seq).unwrap());
+        }
+        println!(
+            "flash attention {flash:?}, {source:?}: logits {}, scores {}",
+            worst.0, worst.1
+        );
+        // Flash attention takes several rows in tiles and one by itself.
+        let bound = match flash {
+            FlashAttention::Off => 2e-5,
+            _ => 1e-2,
+        };
+        assert!(worst.0 < bound && worst.1 < 1e-5, "{worst:?}");
+    }
+}
+
+#[test]
+fn of_a_pass_that_does_not_fit_nothing_goes_in() {
+    let model = load(converted("f32").0);
+    for kv_size in [None, Some(256)] {
+        let options = ContextOptions {
+            kv_size,
+            ..several(FlashAttention::Off, ScoreSource::Graph)
+        };
+        let mut engine = engine(&model, options);
+        for i in 0..10 {
+            together(&mut engine, &[Rows::new(0, 50 * i, 50)]).unwrap();
+        }
+        let held = engine.cells_of_seq(0).unwrap();
+        let many = [Rows::new(1, 0, 10).asking(&[9]), Rows::new(2, 0, 3)];
+        let full = together(&mut engine, &many);
+        assert!(
+            matches!(full, Err(Error::ContextFull { n_ctx: 512 })),
+            "{full:?}"
+        );
+        assert_eq!(engine.cells_of_seq(0).unwrap(), held);
+        assert!(engine.cells_of_seq(1).unwrap().is_empty());
+        assert!(engine.logits_of(0).is_err() && engine.logits().is_err());
+        // One of them does.
+        together(&mut engine, &many[..1]).unwrap();
+        assert_eq!(engine.cells_of_seq(1).unwrap().len(), 10);
+    }
+}
+
+#[test]
+fn what_cannot_be_told_apart_is_refused() {
+    let model = load(converted("f32").0);
+    let mut engine = engine(&model, several(FlashAttention::Off, ScoreSource::Graph));
+    let (a, b) = (Rows::new(0, 0, 4), Rows::new(1, 0, 4));
+    let mut beyond = b.clone();
+    beyond.tokens[2] = Token::MAX;
+    for (parts, why) in [
+        (vec![], "without parts"),
+        (
+            vec![a.clone(), Rows::new(0, 4, 1)],
+            "two parts of sequence 0",
+        ),
+        (
+            vec![a.clone().asking(&[3]), b.clone().asking(&[3])],
+            "beside",
+        ),
+        (
+            vec![a.clone(), Rows::new(1, 0, 61)],
+            "61 rows of sequence 1 beside 4",
+        ),
+        (vec![a.clone(), Rows::new(4, 0, 2)], "sequence 4 of 4"),
+        (vec![a.clone(), beyond], "vocabulary"),
+        (vec![a.clone(), b.clone().asking(&[4])], "query rows"),
+    ] {
+        let error = together(&mut engine, &parts).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+    assert!((0..4).all(|seq| engine.cells_of_seq(seq).unwrap().is_empty()));
+    // An engine for one sequence takes one.
+    let mut single = crate::model::engine(&model, exact(64));
+    assert!(together(&mut single, &[a.clone(), b]).is_err());
+    together(&mut single, &[a]).unwrap();
+}
+
+#[test]
+fn there_are_as_many_sequences_as_rows_of_a_batch_at_most() {
+    let model = load(converted("f32").0);
+    let options = |n_batch| ContextOptions {
+        n_seq_max: 64,
+        n_batch,
+        n_ubatch: n_batch,
+        ..exact(512)
+    };
+    let refused = LlamaEngine::new(&model, options(63), &hae::llama::SamplerOptions::GREEDY);
+    let error = refused.err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(error.contains("64 sequences in batches of 63"), "{error}");
+    let mut engine = engine(&model, options(64));
+    let all: Vec<_> = (0..64).map(|seq| Rows::new(seq, 0, 1)).collect();
+    let came = together(&mut engine, &all).unwrap();
+    assert!(came.iter().all(|came| came.logits.is_some()));
+}
