@@ -15,9 +15,6 @@ use crate::cache::{Cell, Pos};
 use crate::engine::{KvBytes, Part, SeqId};
 use crate::error::{Error, Result};
 
-/// The one stream of a context whose sequences share its cells.
-const STREAM: u32 = 0;
-
 /// The error behind a negative status.
 fn reason(status: i64) -> String {
     let reason = match i32::try_from(status) {
@@ -112,12 +109,7 @@ impl LlamaEngine {
         let mut cells = vec![empty; n];
         // SAFETY: the context is alive, and `cells` has room for n cells.
         let status = unsafe {
-            sys::llama_hae_kv_cells(
-                self.raw.as_ptr(),
-                STREAM,
-                cells.as_mut_ptr(),
-                count(CALL, n)?,
-            )
+            sys::llama_hae_kv_cells(self.raw.as_ptr(), cells.as_mut_ptr(), count(CALL, n)?)
         };
         checked(CALL, status)?;
         Ok(cells)
@@ -170,7 +162,6 @@ impl LlamaEngine {
         let n = unsafe {
             sys::llama_hae_kv_compact(
                 self.raw.as_ptr(),
-                STREAM,
                 from.as_mut_ptr(),
                 to.as_mut_ptr(),
                 count(CALL, most)?,

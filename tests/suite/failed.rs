@@ -74,7 +74,7 @@ fn positions(ctx: &mut LlamaContext<'_>) -> Vec<i32> {
     };
     let mut cells = vec![empty; 512];
     // SAFETY: the array has room for as many cells as is said.
-    let n = unsafe { sys::llama_hae_kv_cells(ctx.as_mut_ptr(), 0, cells.as_mut_ptr(), 512) };
+    let n = unsafe { sys::llama_hae_kv_cells(ctx.as_mut_ptr(), cells.as_mut_ptr(), 512) };
     assert_eq!(n, 512);
     cells.iter().map(|cell| cell.pos).collect()
 }

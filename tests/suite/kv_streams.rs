@@ -1,6 +1,6 @@
-//! Caches of two sequences, which share cells or have a stream each: llama.cpp driven by hand,
-//! beside a twin that gets the same tokens, removals, copies and shifts, but no moves and no other
-//! size. And what every function refuses.
+//! Caches of two sequences, which share cells or keep apart: llama.cpp driven by hand, beside a twin
+//! that gets the same tokens, removals, copies and shifts, but no moves and no other size. And what
+//! every function refuses.
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -21,7 +21,9 @@ use crate::remake::Remake;
 
 #[derive(Clone, Copy, Debug)]
 struct Kind {
-    unified: bool,
+    /// Whether one sequence may take over the other's cells. Otherwise positions are shifted, which
+    /// would move the other's too.
+    shares: bool,
     flash: bool,
     /// Of K and V.
     types: (KvCacheType, KvCacheType),
@@ -34,7 +36,7 @@ const F16: (KvCacheType, KvCacheType) = (KvCacheType::F16, KvCacheType::F16);
 const Q8_0: (KvCacheType, KvCacheType) = (KvCacheType::Q8_0, KvCacheType::Q8_0);
 const Q4_0: (KvCacheType, KvCacheType) = (KvCacheType::Q4_0, KvCacheType::Q4_0);
 
-fn context(model: &LlamaModel, kind: Kind) -> LlamaContext<'_> {
+fn params(kind: Kind) -> LlamaContextParams {
     let mut params = LlamaContextParams::default()
         .with_n_ctx(std::num::NonZeroU32::new(kind.n_ctx))
         .with_n_batch(64)
@@ -45,9 +47,13 @@ fn context(model: &LlamaModel, kind: Kind) -> LlamaContext<'_> {
         .with_type_k(kind.types.0)
         .with_type_v(kind.types.1)
         .with_flash_attention_policy(i32::from(kind.flash));
-    params.as_raw_mut().kv_unified = kind.unified;
+    params.as_raw_mut().kv_unified = true;
     params.as_raw_mut().kv_size = kind.kv_size;
-    model.new_context(backend(), params).unwrap()
+    params
+}
+
+fn context(model: &LlamaModel, kind: Kind) -> LlamaContext<'_> {
+    model.new_context(backend(), params(kind)).unwrap()
 }
 
 fn memory(ctx: &mut LlamaContext<'_>) -> sys::llama_memory_t {
@@ -74,7 +80,7 @@ fn decode(ctx: &mut LlamaContext<'_>, seq: i32, tokens: &[i32]) -> Vec<f32> {
     ctx.get_logits_ith(-1).to_vec()
 }
 
-fn cells(ctx: &mut LlamaContext<'_>, stream: u32) -> Vec<sys::llama_hae_cell> {
+fn cells(ctx: &mut LlamaContext<'_>) -> Vec<sys::llama_hae_cell> {
     let none = sys::llama_hae_cell {
         pos: 0,
         n_seq: 0,
@@ -84,16 +90,16 @@ fn cells(ctx: &mut LlamaContext<'_>, stream: u32) -> Vec<sys::llama_hae_cell> {
     unsafe {
         let n = sys::llama_hae_kv_size(ctx.as_mut_ptr());
         let mut out = vec![none; n as usize];
-        let got = sys::llama_hae_kv_cells(ctx.as_mut_ptr(), stream, out.as_mut_ptr(), n as u32);
+        let got = sys::llama_hae_kv_cells(ctx.as_mut_ptr(), out.as_mut_ptr(), n as u32);
         assert_eq!(got, n);
         out
     }
 }
 
 /// Used cells by what they say, and how often.
-fn kinds(ctx: &mut LlamaContext<'_>, stream: u32) -> BTreeMap<(i32, i32, i32), usize> {
+fn kinds(ctx: &mut LlamaContext<'_>) -> BTreeMap<(i32, i32, i32), usize> {
     let mut out = BTreeMap::new();
-    for cell in cells(ctx, stream) {
+    for cell in cells(ctx) {
         if cell.pos >= 0 {
             *out.entry((cell.pos, cell.n_seq, cell.seq)).or_default() += 1;
         }
@@ -101,18 +107,10 @@ fn kinds(ctx: &mut LlamaContext<'_>, stream: u32) -> BTreeMap<(i32, i32, i32), u
     out
 }
 
-fn compact(ctx: &mut LlamaContext<'_>, stream: u32) -> i32 {
+fn compact(ctx: &mut LlamaContext<'_>) -> i32 {
     let (mut from, mut to) = (vec![0; 1024], vec![0; 1024]);
     // SAFETY: both arrays have room for 1024 moves.
-    unsafe {
-        sys::llama_hae_kv_compact(
-            ctx.as_mut_ptr(),
-            stream,
-            from.as_mut_ptr(),
-            to.as_mut_ptr(),
-            1024,
-        )
-    }
+    unsafe { sys::llama_hae_kv_compact(ctx.as_mut_ptr(), from.as_mut_ptr(), to.as_mut_ptr(), 1024) }
 }
 
 fn resize(ctx: &mut LlamaContext<'_>, n: u32) -> i32 {
@@ -131,24 +129,27 @@ fn shiftable() -> LlamaModel {
     load(&path)
 }
 
-/// Every cell of a stream, and K and V of those in use. What a row says of its place is left out:
+/// Every cell, and K and V of those in use. What a row says of its place is left out:
 /// llama.cpp's own states do not hold all of it.
-fn contents(ctx: &mut LlamaContext<'_>, stream: u32, hasher: &mut DefaultHasher) {
+fn contents(ctx: &mut LlamaContext<'_>, hasher: &mut DefaultHasher) {
     const PLACE: usize = 16;
-    let map = cells(ctx, stream);
+    let map = cells(ctx);
+    let mut used = Vec::new();
     for (cell, at) in map.iter().zip(0u32..) {
         (cell.pos, cell.n_seq, cell.seq).hash(hasher);
-        if cell.pos < 0 {
-            continue;
+        if cell.pos >= 0 {
+            used.push(at);
         }
-        let at = stream * map.len() as u32 + at;
-        // SAFETY: one cell, and a row as long as is said.
-        unsafe {
-            let size = sys::llama_hae_kv_rows_size(ctx.as_mut_ptr()) as usize;
-            let mut row = vec![0u8; size];
-            let data = row.as_mut_ptr().cast();
-            let got = sys::llama_hae_kv_rows_get(ctx.as_mut_ptr(), &raw const at, 1, data, size);
-            assert_eq!(got, 1);
+    }
+    // SAFETY: as many cells as are said, and as many bytes as their rows have.
+    unsafe {
+        let size = sys::llama_hae_kv_rows_size(ctx.as_mut_ptr()) as usize;
+        let mut rows = vec![0u8; size * used.len()];
+        let data = rows.as_mut_ptr().cast();
+        let n = used.len() as u32;
+        let got = sys::llama_hae_kv_rows_get(ctx.as_mut_ptr(), used.as_ptr(), n, data, rows.len());
+        assert_eq!(got, n as i32);
+        for row in rows.chunks(size) {
             row[PLACE..].hash(hasher);
         }
     }
@@ -160,11 +161,7 @@ fn walk(model: &LlamaModel, kind: Kind, seed: u64) -> (f32, u64) {
     let mut ctx = context(model, kind);
     let twin_kind = Kind { kv_size: 0, ..kind };
     let mut twin = context(model, twin_kind);
-    let (n_streams, n_max) = if kind.unified {
-        (1, kind.n_ctx)
-    } else {
-        (2, kind.n_ctx / 2)
-    };
+    let n_max = kind.n_ctx;
     let mut draws = 0;
     let mut draw = |n: i32| {
         draws += 1;
@@ -179,10 +176,8 @@ fn walk(model: &LlamaModel, kind: Kind, seed: u64) -> (f32, u64) {
             0..4 => {
                 let n = 1 + draw(24);
                 let tokens: Vec<i32> = (0..n).map(|_| 3 + draw(900)).collect();
-                let free = |ctx: &mut LlamaContext<'_>| {
-                    let stream = if kind.unified { 0 } else { seq as u32 };
-                    cells(ctx, stream).iter().filter(|c| c.pos < 0).count()
-                };
+                let free =
+                    |ctx: &mut LlamaContext<'_>| cells(ctx).iter().filter(|c| c.pos < 0).count();
                 if free(&mut ctx) < n as usize
                     && (resize(&mut ctx, n_max) < 0 || free(&mut ctx) < n as usize)
                 {
@@ -205,8 +200,8 @@ fn walk(model: &LlamaModel, kind: Kind, seed: u64) -> (f32, u64) {
                     }
                 }
                 // Now and then the rest moves up, which turns K of all of them at the next decode,
-                // or before the next compaction. With shared cells it would move the other's too.
-                if draw(3) == 0 && start < end && !kind.unified {
+                // or before the next compaction.
+                if draw(3) == 0 && start < end && !kind.shares {
                     for ctx in [&mut ctx, &mut twin] {
                         // SAFETY: as above.
                         unsafe {
@@ -215,7 +210,7 @@ fn walk(model: &LlamaModel, kind: Kind, seed: u64) -> (f32, u64) {
                     }
                 }
             }
-            6 => {
+            6 if kind.shares => {
                 for ctx in [&mut ctx, &mut twin] {
                     // SAFETY: the whole of one sequence becomes the other's.
                     unsafe {
@@ -224,21 +219,17 @@ fn walk(model: &LlamaModel, kind: Kind, seed: u64) -> (f32, u64) {
                     }
                 }
             }
-            7 | 8 => {
-                for stream in 0..n_streams {
-                    assert!(compact(&mut ctx, stream) >= 0);
-                    let map = cells(&mut ctx, stream);
-                    let used = map.iter().filter(|c| c.pos >= 0).count();
-                    assert!(map[used..].iter().all(|c| c.pos < 0), "step {step}");
-                }
+            6..9 => {
+                assert!(compact(&mut ctx) >= 0);
+                let map = cells(&mut ctx);
+                let used = map.iter().filter(|c| c.pos >= 0).count();
+                assert!(map[used..].iter().all(|c| c.pos < 0), "step {step}");
             }
             _ => {
                 let n = 256 * (1 + draw(n_max as i32 / 256)) as u32;
-                let needed = (0..n_streams).map(|s| {
-                    let map = cells(&mut ctx, s);
-                    map.iter().rposition(|c| c.pos >= 0).map_or(0, |i| i + 1)
-                });
-                let fits = needed.max().unwrap() <= n as usize;
+                let map = cells(&mut ctx);
+                let needed = map.iter().rposition(|c| c.pos >= 0).map_or(0, |i| i + 1);
+                let fits = needed <= n as usize;
                 let got = resize(&mut ctx, n);
                 let expected = if fits {
                     n as i32
@@ -248,26 +239,18 @@ fn walk(model: &LlamaModel, kind: Kind, seed: u64) -> (f32, u64) {
                 assert_eq!(got, expected, "step {step}");
             }
         }
-        for stream in 0..n_streams {
-            assert_eq!(
-                kinds(&mut ctx, stream),
-                kinds(&mut twin, stream),
-                "step {step}"
-            );
-        }
+        assert_eq!(kinds(&mut ctx), kinds(&mut twin), "step {step}");
     }
     assert!(!by_graph() || graphs() > before, "no graph moved a cell");
     let mut hasher = DefaultHasher::new();
-    for stream in 0..n_streams {
-        contents(&mut ctx, stream, &mut hasher);
-    }
+    contents(&mut ctx, &mut hasher);
     (worst, hasher.finish())
 }
 
 /// Two sequences that share cells.
-fn unified(flash: bool, types: (KvCacheType, KvCacheType)) -> Kind {
+fn together(flash: bool, types: (KvCacheType, KvCacheType)) -> Kind {
     Kind {
-        unified: true,
+        shares: true,
         flash,
         types,
         n_ctx: 1024,
@@ -275,13 +258,13 @@ fn unified(flash: bool, types: (KvCacheType, KvCacheType)) -> Kind {
     }
 }
 
-/// Two sequences with a stream each.
+/// Two sequences that keep apart.
 fn apart(flash: bool, types: (KvCacheType, KvCacheType), kv_size: u32) -> Kind {
     Kind {
-        unified: false,
+        shares: false,
         n_ctx: 2048,
         kv_size,
-        ..unified(flash, types)
+        ..together(flash, types)
     }
 }
 
@@ -298,7 +281,7 @@ fn check(model: &LlamaModel, kind: Kind, seed: u64) {
 }
 
 #[test]
-fn two_sequences_in_one_stream() {
+fn two_sequences_that_share_cells() {
     let model = shiftable();
     for (flash, types, seed) in [
         (false, F32, 1),
@@ -307,12 +290,12 @@ fn two_sequences_in_one_stream() {
         (true, Q8_0, 4),
         (true, Q4_0, 9),
     ] {
-        check(&model, unified(flash, types), seed);
+        check(&model, together(flash, types), seed);
     }
 }
 
 #[test]
-fn two_streams() {
+fn two_sequences_apart() {
     let model = shiftable();
     for (flash, types, kv_size, seed) in [
         (false, F32, 256, 5),
@@ -337,7 +320,7 @@ fn graphs_and_copies_leave_the_same_bits() {
         (true, Q8_0),
         (true, Q4_0),
     ] {
-        for kind in [unified(flash, types), apart(flash, types, 256)] {
+        for kind in [together(flash, types), apart(flash, types, 256)] {
             let (_, digest) = walk(&model, kind, 21);
             ours.push(format!("{kind:?} {digest:016x}"));
         }
@@ -351,11 +334,11 @@ fn mistakes_are_refused() {
     let model = load(text);
     let kind = Kind {
         kv_size: 300,
-        ..unified(true, F32)
+        ..together(true, F32)
     };
     let mut context = context(&model, kind);
     decode(&mut context, 0, &[5; 40]);
-    let map = kinds(&mut context, 0);
+    let map = kinds(&mut context);
     let ctx = context.as_mut_ptr();
     let (mut a, mut b) = ([0u32; 4], [0u32; 4]);
     let (pa, pb) = (a.as_mut_ptr(), b.as_mut_ptr());
@@ -374,18 +357,12 @@ fn mistakes_are_refused() {
             sys::llama_hae_kv_bytes(nothing, null.cast()),
             i64::from(UNSUPPORTED)
         );
-        assert_eq!(
-            sys::llama_hae_kv_cells(ctx, 1, null.cast(), 0),
-            ARGUMENT,
-            "no such stream"
-        );
-        assert_eq!(sys::llama_hae_kv_cells(ctx, 0, null.cast(), 1), ARGUMENT);
-        assert_eq!(sys::llama_hae_kv_cells(ctx, 0, null.cast(), 0), 512);
+        assert_eq!(sys::llama_hae_kv_cells(ctx, null.cast(), 1), ARGUMENT);
+        assert_eq!(sys::llama_hae_kv_cells(ctx, null.cast(), 0), 512);
         assert_eq!(sys::llama_hae_kv_batch_cells(ctx, null, 1), ARGUMENT);
         assert_eq!(sys::llama_hae_kv_batch_cells(ctx, pa, 4), 40);
         assert_eq!(a, [0, 1, 2, 3]);
-        assert_eq!(sys::llama_hae_kv_compact(ctx, 1, pa, pb, 4), ARGUMENT);
-        assert_eq!(sys::llama_hae_kv_compact(ctx, 0, null, null, 0), 0);
+        assert_eq!(sys::llama_hae_kv_compact(ctx, null, null, 0), 0);
         for n in [0, 1025, u32::MAX] {
             assert_eq!(sys::llama_hae_kv_resize(ctx, n), ARGUMENT);
         }
@@ -439,11 +416,49 @@ fn mistakes_are_refused() {
 
         // No place for what the moves were.
         sys::llama_memory_seq_rm(sys::llama_get_memory(ctx), 0, 3, 9);
-        assert_eq!(sys::llama_hae_kv_compact(ctx, 0, pa, pb, 4), NO_ROOM);
-        assert_eq!(sys::llama_hae_kv_compact(ctx, 0, null, null, 4), NO_ROOM);
-        assert_eq!(sys::llama_hae_kv_compact(ctx, 0, null, null, 6), ARGUMENT);
+        assert_eq!(sys::llama_hae_kv_compact(ctx, pa, pb, 4), NO_ROOM);
+        assert_eq!(sys::llama_hae_kv_compact(ctx, null, null, 4), NO_ROOM);
+        assert_eq!(sys::llama_hae_kv_compact(ctx, null, null, 6), ARGUMENT);
     }
     let mut left = map;
     left.retain(|&(pos, ..), _| !(3..9).contains(&pos));
-    assert_eq!(kinds(&mut context, 0), left);
+    assert_eq!(kinds(&mut context), left);
+}
+
+/// A stream for each sequence: no function takes such a cache, and none begins small.
+#[test]
+fn several_streams_are_refused() {
+    use sys::LLAMA_HAE_KV_UNSUPPORTED as UNSUPPORTED;
+    let model = shiftable();
+    let mut params = params(together(true, F32));
+    params.as_raw_mut().kv_unified = false;
+    assert!(model.new_context(backend(), params.clone()).is_err());
+    params.as_raw_mut().kv_size = 0;
+    let mut context = model.new_context(backend(), params.clone()).unwrap();
+    decode(&mut context, 0, &[5; 40]);
+    let mut other = model.new_context(backend(), params).unwrap();
+    decode(&mut other, 0, &[5; 40]);
+    let (ctx, other) = (context.as_mut_ptr(), other.as_mut_ptr());
+    let (mut a, mut b) = ([0u32; 4], [0u32; 4]);
+    let (pa, pb) = (a.as_mut_ptr(), b.as_mut_ptr());
+    let mut row = [0u8; 16];
+    let data = row.as_mut_ptr().cast();
+    let null: *mut u32 = std::ptr::null_mut();
+    // SAFETY: every array has as many elements as is said.
+    unsafe {
+        assert_eq!(sys::llama_hae_kv_size(ctx), UNSUPPORTED);
+        let unsupported = i64::from(UNSUPPORTED);
+        assert_eq!(sys::llama_hae_kv_bytes(ctx, null.cast()), unsupported);
+        assert_eq!(sys::llama_hae_kv_cells(ctx, null.cast(), 0), UNSUPPORTED);
+        assert_eq!(sys::llama_hae_kv_batch_cells(ctx, pa, 4), UNSUPPORTED);
+        assert_eq!(sys::llama_hae_kv_compact(ctx, pa, pb, 4), UNSUPPORTED);
+        assert_eq!(sys::llama_hae_kv_resize(ctx, 256), UNSUPPORTED);
+        assert_eq!(sys::llama_hae_kv_rows_size(ctx), unsupported);
+        let got = sys::llama_hae_kv_rows_get(ctx, pa, 1, data, 16);
+        assert_eq!(got, UNSUPPORTED);
+        let got = sys::llama_hae_kv_rows_set(ctx, 0, pa.cast(), 1, data, 16, pb);
+        assert_eq!(got, UNSUPPORTED);
+        let got = sys::llama_hae_kv_copy_layers(ctx, other, 1, pa, pb, 1);
+        assert_eq!(got, UNSUPPORTED);
+    }
 }

@@ -120,7 +120,7 @@ impl<'m> Twin<'m> {
         };
         let mut cells = vec![empty; N_CTX as usize];
         // SAFETY: the context is alive, the array has room for as many cells as is said.
-        let n = unsafe { sys::llama_hae_kv_cells(self.raw.as_ptr(), 0, cells.as_mut_ptr(), N_CTX) };
+        let n = unsafe { sys::llama_hae_kv_cells(self.raw.as_ptr(), cells.as_mut_ptr(), N_CTX) };
         assert_eq!(n, N_CTX as i32);
         let seen = cells.iter().zip(0..).filter(|(cell, _)| cell.seq == SEEN);
         seen.map(|(cell, at)| (cell.pos, at)).collect()

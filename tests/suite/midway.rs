@@ -7,7 +7,7 @@ use hae::generate::Segment;
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model};
 
 use crate::holes::step;
-use crate::kv_graphs::in_by_graph;
+use crate::kv_graphs::{by_graph, graphs, in_by_graph};
 use crate::masked::scenarios;
 use crate::model::{converted, engine, exact, goldens, load, load_vision, prefill};
 use crate::npz::max_abs_diff;
@@ -44,6 +44,7 @@ fn go_on(
         Pieces::Of(most) => most,
     };
     let n: usize = segments.iter().map(Segment::len).sum();
+    let before = if by_graph() { graphs() } else { 0 };
     assert!(engine.capabilities().continues_trials);
     let trial = engine.trials().unwrap().begin(n, true).unwrap();
     let (mut at, mut cells, mut seen) = (Vec::<Cell>::new(), Vec::new(), Observation::default());
@@ -88,6 +89,7 @@ fn go_on(
         engine.decode(batch, &mut cells, &mut seen).unwrap();
     }
     engine.trials().unwrap().end().unwrap();
+    assert!(!by_graph() || graphs() > before, "no graph copied a cell");
     n as Pos
 }
 
