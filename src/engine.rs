@@ -84,8 +84,11 @@ pub struct Batch<'a> {
 /// in [`Engine::decode`].
 #[derive(Debug)]
 pub struct Part<'a> {
+    /// What goes in.
     pub batch: Batch<'a>,
+    /// The cell of each of its rows: `[batch.input.len()]`.
     pub cells: &'a mut Vec<Cell>,
+    /// The attention of its query rows.
     pub seen: &'a mut Observation,
 }
 
@@ -108,6 +111,8 @@ pub struct Capabilities {
     pub shifts: bool,
     /// What went through a trial run can go on from there.
     pub continues_trials: bool,
+    /// Attention comes out part by part. Otherwise one part of a pass may have query rows.
+    pub scores_by_part: bool,
 }
 
 /// A model and its KV cache. The cells are shared by its sequences: each token lies in one cell,

@@ -5,8 +5,10 @@ use crate::error::{Error, Result};
 
 /// The batches of one pass, asked one after the other whether they join it. One by itself always
 /// may. Several hold tokens, of a sequence each, and look nothing up.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Pass {
+    n_batch: usize,
+    scores_by_part: bool,
     parts: usize,
     rows: usize,
     /// A batch of it takes no other beside it.
@@ -16,22 +18,33 @@ pub struct Pass {
 }
 
 impl Pass {
-    /// Lets the batch join, if it can: `n_batch` rows go through at once.
-    pub fn takes(&mut self, batch: &Batch<'_>, n_batch: usize) -> bool {
+    /// An empty one, of an engine through which `n_batch` rows go at once, and of which it may be
+    /// said that [`Capabilities::scores_by_part`](super::Capabilities::scores_by_part).
+    pub fn new(n_batch: usize, scores_by_part: bool) -> Self {
+        Pass {
+            n_batch,
+            scores_by_part,
+            parts: 0,
+            rows: 0,
+            alone: false,
+            asked: false,
+        }
+    }
+
+    /// Lets the batch join, if it can.
+    pub fn takes(&mut self, batch: &Batch<'_>) -> bool {
         let alone = batch.lookup.is_some() || !matches!(batch.input, Input::Tokens(_));
         let asked = !batch.queries.is_empty();
         let rows = self.rows.saturating_add(batch.input.len());
-        // Attention comes out as one sum over all query rows: those of two would be mixed up.
-        let mixed = asked && self.asked;
-        if self.parts > 0 && (self.alone || alone || mixed || rows > n_batch) {
+        // One sum over the query rows of two would mix them up.
+        let mixed = asked && self.asked && !self.scores_by_part;
+        if self.parts > 0 && (self.alone || alone || mixed || rows > self.n_batch) {
             return false;
         }
-        *self = Pass {
-            parts: self.parts + 1,
-            rows,
-            alone,
-            asked: self.asked || asked,
-        };
+        self.parts += 1;
+        self.rows = rows;
+        self.alone = alone;
+        self.asked |= asked;
         true
     }
 
@@ -40,14 +53,14 @@ impl Pass {
     /// # Errors
     /// [`Error::Contract`] for none, for several of one sequence, and for what [`Pass::takes`]
     /// refuses.
-    pub fn check(parts: &[Part<'_>], n_batch: usize) -> Result<usize> {
-        let mut pass = Pass::default();
+    pub fn check(mut self, parts: &[Part<'_>]) -> Result<usize> {
+        let pass = &mut self;
         for (i, part) in parts.iter().enumerate() {
             let seq = part.batch.seq;
             if parts[..i].iter().any(|other| other.batch.seq == seq) {
                 return Err(Error::contract(format!("two parts of sequence {seq}")));
             }
-            if !pass.takes(&part.batch, n_batch) {
+            if !pass.takes(&part.batch) {
                 let (n, rows) = (part.batch.input.len(), pass.rows);
                 let what = format!("{n} rows of sequence {seq} beside {rows} others");
                 return Err(Error::contract(what));
@@ -98,10 +111,12 @@ mod tests {
             ..plain
         };
         let taken = |batches: &[Batch<'_>], n_batch| {
-            let mut pass = Pass::default();
-            let taken = batches.iter().map(|batch| pass.takes(batch, n_batch));
+            let mut pass = Pass::new(n_batch, false);
+            let taken = batches.iter().map(|batch| pass.takes(batch));
             taken.collect::<Vec<_>>()
         };
+        let mut by_part = Pass::new(99, true);
+        assert!([plain, asks, asks].iter().all(|batch| by_part.takes(batch)));
         for single in [plain, asks, looks_up, picture, goes_on] {
             assert_eq!(taken(&[single], 2), [true]);
         }

@@ -318,7 +318,7 @@ impl Engine for Scripted {
         self.logits.clear();
         let each = parts.iter().map(|part| self.places(&part.batch));
         let places = each.collect::<Result<Vec<_>>>()?;
-        let rows = Pass::check(parts, self.n_batch)?;
+        let rows = Pass::new(self.n_batch, self.patched).check(parts)?;
         let free = (0..self.cells.len()).filter(|&cell| self.cells[cell].is_none());
         let free: Vec<usize> = free.take(rows).collect();
         if free.len() < rows {
@@ -395,6 +395,7 @@ impl Engine for Scripted {
             any_position: self.patched,
             shifts: self.shifts,
             continues_trials: self.patched,
+            scores_by_part: self.patched,
         }
     }
 

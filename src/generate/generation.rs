@@ -16,7 +16,12 @@ use crate::error::{Error, Result};
 pub enum Progress<'a> {
     /// A batch of the prompt went in, and more are to come. `done` of `rows` rows are in, those of
     /// evicted pictures that come back included.
-    Prompt { done: usize, rows: usize },
+    Prompt {
+        /// Rows that are in.
+        done: usize,
+        /// Rows in all.
+        rows: usize,
+    },
     /// A token was chosen. `text`: the characters that are whole with it, maybe none.
     Token {
         /// The token's id.
@@ -69,7 +74,12 @@ pub(super) enum Want {
 
 /// [`Progress`], without the text.
 pub(super) enum Step {
-    Prompt { done: usize, rows: usize },
+    Prompt {
+        /// Rows that are in.
+        done: usize,
+        /// Rows in all.
+        rows: usize,
+    },
     Token(Token),
     End(Finish),
 }

@@ -109,7 +109,7 @@ pub fn together<E: Engine>(
     talks: &mut [Talk<'_>],
     mut hooks: StepHooks<'_>,
 ) -> usize {
-    let n_batch = engine.n_batch();
+    let empty = Pass::new(engine.n_batch(), engine.capabilities().scores_by_part);
     let mut waiting = Vec::new();
     let mut steps = 0;
     for (i, talk) in talks.iter_mut().enumerate() {
@@ -126,10 +126,10 @@ pub fn together<E: Engine>(
         steps += 1;
     }
     while !waiting.is_empty() {
-        let mut pass = Pass::default();
+        let mut pass = empty;
         let joins = |&i: &usize| {
             let part = talks[i].part();
-            part.map_or(true, |part| pass.takes(&part.batch, n_batch))
+            part.map_or(true, |part| pass.takes(&part.batch))
         };
         let (group, rest): (Vec<usize>, Vec<usize>) = waiting.into_iter().partition(joins);
         take_pass(engine, talks, &group, &mut hooks);

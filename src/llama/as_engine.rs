@@ -79,6 +79,7 @@ impl Engine for LlamaEngine {
             continues_trials: any_position
                 && !self.options.calls_back()
                 && self.last_score_layer().is_some_and(|il| il > 0),
+            scores_by_part: self.options.taps(),
         }
     }
 

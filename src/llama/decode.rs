@@ -34,7 +34,7 @@ impl Drop for NonCausal {
 impl LlamaEngine {
     /// As [`crate::engine::Engine::decode_parts`].
     pub(super) fn run(&mut self, parts: &mut [Part<'_>]) -> Result<()> {
-        let n = Pass::check(parts, self.n_ubatch())?;
+        let n = Pass::new(self.n_ubatch(), self.options.taps()).check(parts)?;
         for part in parts.iter_mut() {
             self.check_seq("llama_decode", part.batch.seq)?;
             self.check_queries(&part.batch)?;
@@ -69,7 +69,7 @@ impl LlamaEngine {
             return Err(Error::ContextFull { n_ctx: self.n_ctx });
         }
         self.grow(n)?;
-        let tapped = self.begin_taps()?;
+        let tapped = self.begin_taps(parts)?;
         self.begin_lookup(lookup)?;
         self.observer.get_mut().begin(&self.rows.queries);
         // Until they are dropped, whatever happens meanwhile.
@@ -82,7 +82,7 @@ impl LlamaEngine {
         let status = unsafe { sys::llama_decode(self.ctx.as_mut_ptr(), raw) };
         drop(attends_to_all);
         drop(first_layer);
-        // The one with query rows, if there is one.
+        // What the callback sees is of the only one with query rows, if there is one.
         let asked = parts.iter().position(|p| !p.batch.queries.is_empty());
         let asked = asked.unwrap_or(0);
         let mut taken = std::mem::take(&mut self.taken);
@@ -106,7 +106,8 @@ impl LlamaEngine {
             .map_err(|reason| Error::llama("llama_decode", reason))
             .and_then(|()| {
                 if tapped {
-                    taps::read(&mut self.ctx, parts[asked].seen)?;
+                    let asked = parts.iter_mut().filter(|p| !p.batch.queries.is_empty());
+                    taps::read(&mut self.ctx, asked.map(|part| &mut *part.seen))?;
                 }
                 self.account(parts, &mut taken)?;
                 self.pass_on(&input, &taken)
@@ -138,9 +139,8 @@ impl LlamaEngine {
         Ok(())
     }
 
-    /// Tells the graph which rows to score; whether there will be scores to read. The graph sums
-    /// over all of them, so they are of one part: see [`Pass::takes`].
-    fn begin_taps(&mut self) -> Result<bool> {
+    /// Tells the graph which rows to score, part by part; whether there will be scores to read.
+    fn begin_taps(&mut self, parts: &[Part<'_>]) -> Result<bool> {
         if !self.options.taps() {
             return Ok(false);
         }
@@ -149,7 +149,8 @@ impl LlamaEngine {
             let n_rows = taps::rows_for(n_rows, self.n_ubatch());
             self.tap_rows = taps::set(&mut self.ctx, &self.options.score_layers, n_rows)?;
         }
-        taps::begin(&mut self.ctx, &self.rows.queries)?;
+        let asked = parts.iter().map(|part| part.batch.queries.len());
+        taps::begin(&mut self.ctx, &self.rows.queries, asked)?;
         Ok(n_rows > 0)
     }
 

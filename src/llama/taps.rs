@@ -1,8 +1,8 @@
 //! Attention scores out of llama.cpp's graph: nodes beside the attention of a layer, with flash
 //! attention on or off (the patch `score-taps`). Two numbers for each cell leave the device.
 //!
-//! They are sums over all query rows of a batch: rows of several sequences would be mixed up, so a
-//! batch holds rows of one. Cells of the other sequences are masked for these rows, and show 0.
+//! They are sums over the query rows of a sequence. Cells of the other sequences are masked for
+//! these rows, and show 0.
 
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_sys_2 as sys;
@@ -69,33 +69,76 @@ pub(super) fn set(ctx: &mut LlamaContext<'_>, layers: &[u32], max_rows: u32) -> 
     }
 }
 
-/// Asks for the rows of the batch that comes next, which is one micro-batch.
-pub(super) fn begin(ctx: &mut LlamaContext<'_>, rows: &[u32]) -> Result<()> {
+/// Asks for the rows of the batch that comes next, which is one micro-batch. `asked`: how many of
+/// them each part has, one behind the other.
+pub(super) fn begin(
+    ctx: &mut LlamaContext<'_>,
+    rows: &[u32],
+    asked: impl Iterator<Item = usize>,
+) -> Result<()> {
     let call = "llama_hae_taps_rows";
     // SAFETY: the context is alive, the pointer is to as many values as said. A row beyond
     // i32 becomes negative, which is refused as not ascending.
     let code =
         unsafe { sys::llama_hae_taps_rows(ctx.as_mut_ptr(), rows.as_ptr().cast(), rows.len()) };
-    if code == 0 {
-        Ok(())
-    } else {
-        Err(reason(call, code))
+    if code != 0 {
+        return Err(reason(call, code));
+    }
+    let mut asked = asked.filter(|&n| n > 0);
+    let Some(first) = asked.next().filter(|&n| n < rows.len()) else {
+        // Without groups they are one.
+        return Ok(());
+    };
+    let mut end = 0;
+    let ends = std::iter::once(first).chain(asked).map(|n| {
+        end += n;
+        i32::try_from(end).unwrap_or(i32::MAX)
+    });
+    let ends: Vec<i32> = ends.collect();
+    // SAFETY: the context is alive, the pointer is to as many values as said.
+    let code = unsafe { sys::llama_hae_taps_groups(ctx.as_mut_ptr(), ends.as_ptr(), ends.len()) };
+    match code {
+        0 => Ok(()),
+        code => Err(reason("llama_hae_taps_groups", code)),
     }
 }
 
-/// Waits for the batch and takes the scores of all cells in view.
-pub(super) fn read(ctx: &mut LlamaContext<'_>, seen: &mut Observation) -> Result<()> {
+/// Waits for the batch and takes the scores of all cells in view, for each part that asked.
+pub(super) fn read<'s>(
+    ctx: &mut LlamaContext<'_>,
+    parts: impl Iterator<Item = &'s mut Observation>,
+) -> Result<()> {
     let call = "llama_hae_taps_read";
     let count = |code: i32| usize::try_from(code).map_err(|_| reason(call, code));
     let none = std::ptr::null_mut();
     // SAFETY: the context is alive; without buffers it only says how many cells are in view.
     let n = count(unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), none, none, 0) })?;
-    seen.sum.resize(n, 0.0);
-    seen.max.resize(n, 0.0);
-    let (sum, max) = (seen.sum.as_mut_ptr(), seen.max.as_mut_ptr());
-    // SAFETY: the context is alive, both buffers hold n values.
-    let code = unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), sum, max, n) };
-    count(code).map(drop)
+    let mut take = |sum: &mut Vec<f32>, max: &mut Vec<f32>, n: usize| {
+        sum.resize(n, 0.0);
+        max.resize(n, 0.0);
+        let (sum, max) = (sum.as_mut_ptr(), max.as_mut_ptr());
+        // SAFETY: the context is alive, both buffers hold n values.
+        let code = unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), sum, max, n) };
+        count(code).map(drop)
+    };
+    let mut parts = parts.peekable();
+    let Some(first) = parts.next() else {
+        return Ok(());
+    };
+    if parts.peek().is_none() {
+        return take(&mut first.sum, &mut first.max, n);
+    }
+    let all: Vec<&mut Observation> = std::iter::once(first).chain(parts).collect();
+    let (mut sum, mut max) = (Vec::new(), Vec::new());
+    take(&mut sum, &mut max, n.saturating_mul(all.len()))?;
+    let each = sum.chunks(n.max(1)).zip(max.chunks(n.max(1)));
+    for (seen, (sum, max)) in all.into_iter().zip(each) {
+        seen.sum.clear();
+        seen.sum.extend_from_slice(sum);
+        seen.max.clear();
+        seen.max.extend_from_slice(max);
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -199,6 +199,7 @@ impl Engine for TapeEngine {
             any_position: true,
             shifts: true,
             continues_trials: false,
+            scores_by_part: false,
         }
     }
 
