@@ -102,6 +102,11 @@ fn several(flash_attention: FlashAttention, score_source: ScoreSource) -> Contex
     }
 }
 
+/// One row whose attention is wanted.
+fn asks(seq: SeqId, pos: Pos) -> Rows {
+    Rows::new(seq, pos, 1).asking(&[0])
+}
+
 #[test]
 fn parts_of_a_pass_are_each_as_by_itself() {
     let model = load(converted("f32").0);
@@ -118,7 +123,7 @@ fn parts_of_a_pass_are_each_as_by_itself() {
         );
         let mut quiet = Rows::new(3, 0, 5);
         quiet.logits = false;
-        let passes = [
+        let mut passes = vec![
             // Prompts beside each other, one of them asked and one without logits.
             vec![
                 Rows::new(2, 0, 20),
@@ -135,6 +140,27 @@ fn parts_of_a_pass_are_each_as_by_itself() {
             vec![Rows::new(3, 6, 1), Rows::new(1, 17, 1)],
             vec![Rows::new(1, 18, 1)],
         ];
+        if source == ScoreSource::Graph {
+            passes.extend([
+                vec![
+                    Rows::new(0, 31, 3).asking(&[0, 2]),
+                    Rows::new(2, 21, 1).asking(&[0]),
+                    Rows::new(3, 7, 2),
+                    Rows::new(1, 19, 4).asking(&[1, 2, 3]),
+                ],
+                // The graph of a step is used again, and not for other groups.
+                vec![asks(2, 22), asks(0, 34), asks(3, 9), asks(1, 23)],
+                vec![asks(1, 24), asks(2, 23), asks(0, 35), asks(3, 10)],
+                vec![
+                    Rows::new(1, 25, 2).asking(&[0, 1]),
+                    Rows::new(0, 36, 2).asking(&[0, 1]),
+                ],
+                vec![
+                    Rows::new(1, 27, 1).asking(&[0]),
+                    Rows::new(0, 38, 3).asking(&[0, 1, 2]),
+                ],
+            ]);
+        }
         for rows in passes {
             let ours = together(&mut joint, &rows).unwrap();
             let theirs = apart(&mut single, &rows);
@@ -147,11 +173,14 @@ fn parts_of_a_pass_are_each_as_by_itself() {
                 let asked = rows.queries.iter().map(|&row| rows.pos[row as usize]);
                 assert_eq!(ours.seen.queries, asked.collect::<Vec<_>>());
                 assert_eq!(ours.seen.sum.is_empty(), rows.queries.is_empty());
-                let of = |seen: &Observation, cell: usize| seen.sum.get(cell).copied();
-                for cell in 0..ours.seen.sum.len() {
-                    let theirs = of(&theirs.seen, cell).unwrap_or(0.0);
-                    let ours = ours.seen.sum[cell];
-                    worst.1 = worst.1.max((ours - theirs).abs());
+                for (ours, theirs) in [
+                    (&ours.seen.sum, &theirs.seen.sum),
+                    (&ours.seen.max, &theirs.seen.max),
+                ] {
+                    for (cell, ours) in ours.iter().enumerate() {
+                        let theirs = theirs.get(cell).copied().unwrap_or(0.0);
+                        worst.1 = worst.1.max((ours - theirs).abs());
+                    }
                 }
             }
         }
@@ -203,7 +232,7 @@ fn of_a_pass_that_does_not_fit_nothing_goes_in() {
 #[test]
 fn what_cannot_be_told_apart_is_refused() {
     let model = load(converted("f32").0);
-    let mut engine = engine(&model, several(FlashAttention::Off, ScoreSource::Graph));
+    let mut engine = engine(&model, several(FlashAttention::Off, ScoreSource::Callback));
     let (a, b) = (Rows::new(0, 0, 4), Rows::new(1, 0, 4));
     let mut beyond = b.clone();
     beyond.tokens[2] = Token::MAX;
