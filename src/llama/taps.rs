@@ -1,8 +1,9 @@
 //! Attention scores out of llama.cpp's graph: nodes beside the attention of a layer, with flash
 //! attention on or off (the patch `score-taps`). Two numbers for each cell leave the device.
 //!
-//! They are sums over all query rows of a batch: rows of several sequences would be mixed up, so a
-//! batch holds rows of one. Cells of the other sequences are masked for these rows, and show 0.
+//! They are sums over all query rows of a batch: those of several sequences would be mixed up, so of
+//! the parts of a batch one has query rows ([`crate::engine::Pass`]). Cells of the other sequences
+//! are masked for these rows, and show 0.
 
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_sys_2 as sys;
