@@ -2,7 +2,7 @@
 //!
 //! A [`Session`] is one conversation: an engine, the controller of its cache, and the buffers
 //! between them. [`Session::generate`] is one turn of it, and [`Generation`] the same turn one step
-//! at a time. [`Session::prefill`] and [`Session::step`] are its parts, for those who feed the
+//! at a time. [`together`] takes a step of several on one engine. [`Session::prefill`] and [`Session::step`] are its parts, for those who feed the
 //! tokens themselves.
 
 mod answer;
@@ -32,7 +32,7 @@ pub use generation::{Generation, Progress};
 pub use history::{History, Placed};
 pub use hostbin::{HostBin, Saved};
 pub use prompt::{Axes, Segment};
-pub use together::{StepHooks, Talk, together};
+pub use together::{Slot, StepHooks, together};
 
 /// What the loops ask of their surroundings.
 pub struct Hooks<'a> {

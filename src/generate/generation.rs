@@ -171,7 +171,7 @@ impl<'p> Generation<'p> {
         match state {
             State::Over(finish) => {
                 self.state = State::Over(finish);
-                return Ok(Want::Nothing);
+                Ok(Want::Nothing)
             }
             State::Begin => {
                 if !self.begin(session, cancelled, now)? {

@@ -9,18 +9,18 @@ use super::generation::{Generation, Progress, Step, Want};
 use crate::engine::{Engine, Part, Pass};
 use crate::error::{Error, Result};
 
-/// A conversation that shares an engine with others, and its turn. It has the engine for parts of
-/// a step; between them it does without.
-pub struct Talk<'p> {
+/// A conversation that shares an engine with others, and its turn (what llama.cpp's server calls a
+/// slot). It has the engine for parts of a step; between them it does without.
+pub struct Slot<'p> {
     /// Lost only if a call of it ended in a panic.
     session: Option<Session<()>>,
     generation: Option<Generation<'p>>,
 }
 
-impl<'p> Talk<'p> {
+impl<'p> Slot<'p> {
     /// A conversation that says nothing yet.
     pub fn new(session: Session<()>) -> Self {
-        Talk {
+        Slot {
             session: Some(session),
             generation: None,
         }
@@ -53,7 +53,7 @@ impl<'p> Talk<'p> {
     /// Lends it the engine, for what is not a step of a turn.
     ///
     /// # Errors
-    /// Those of `act`, and as [`Talk::session`].
+    /// Those of `act`, and as [`Slot::session`].
     pub fn with<'e, E: Engine, R>(
         &mut self,
         engine: &'e mut E,
@@ -75,7 +75,7 @@ impl<'p> Talk<'p> {
             return Ok(None);
         };
         let done = self.with(engine, |session| act(&mut generation, session));
-        self.generation = Some(generation);
+        self.generation = self.session.is_some().then_some(generation);
         done.map(Some)
     }
 
@@ -106,33 +106,33 @@ pub struct StepHooks<'a> {
 /// each goes by itself. Gives how many conversations had a step: none when all turns are over.
 pub fn together<E: Engine>(
     engine: &mut E,
-    talks: &mut [Talk<'_>],
+    slots: &mut [Slot<'_>],
     mut hooks: StepHooks<'_>,
 ) -> usize {
     let empty = Pass::new(engine.n_batch(), engine.capabilities().scores_by_part);
     let mut waiting = Vec::new();
     let mut steps = 0;
-    for (i, talk) in talks.iter_mut().enumerate() {
+    for (i, slot) in slots.iter_mut().enumerate() {
         let cancelled = || (hooks.cancelled)(i);
-        let wanted = talk.on(engine, |turn, session| {
+        let wanted = slot.on(engine, |turn, session| {
             turn.want(session, &cancelled, hooks.now)
         });
         match wanted {
             Ok(None | Some(Want::Nothing)) => continue,
             Ok(Some(Want::Batch)) => waiting.push(i),
-            Ok(Some(Want::Told(step))) => hooks.tell(i, talk, Ok(Some(step))),
-            Err(error) => hooks.tell(i, talk, Err(error)),
+            Ok(Some(Want::Told(step))) => hooks.tell(i, slot, Ok(Some(step))),
+            Err(error) => hooks.tell(i, slot, Err(error)),
         }
         steps += 1;
     }
     while !waiting.is_empty() {
         let mut pass = empty;
         let joins = |&i: &usize| {
-            let part = talks[i].part();
+            let part = slots[i].part();
             part.map_or(true, |part| pass.takes(&part.batch))
         };
         let (group, rest): (Vec<usize>, Vec<usize>) = waiting.into_iter().partition(joins);
-        take_pass(engine, talks, &group, &mut hooks);
+        take_pass(engine, slots, &group, &mut hooks);
         waiting = rest;
     }
     steps
@@ -141,24 +141,24 @@ pub fn together<E: Engine>(
 /// One pass of the batches of these conversations, which are ascending.
 fn take_pass<E: Engine>(
     engine: &mut E,
-    talks: &mut [Talk<'_>],
+    slots: &mut [Slot<'_>],
     group: &[usize],
     hooks: &mut StepHooks<'_>,
 ) {
-    let decoded = decode(engine, talks, group);
+    let decoded = decode(engine, slots, group);
     if decoded.is_ok() || group.len() == 1 {
-        return settle(engine, talks, group, decoded, hooks);
+        return settle(engine, slots, group, decoded, hooks);
     }
     for one in group.chunks(1) {
-        let decoded = decode(engine, talks, one);
-        settle(engine, talks, one, decoded, hooks);
+        let decoded = decode(engine, slots, one);
+        settle(engine, slots, one, decoded, hooks);
     }
 }
 
-fn decode<E: Engine>(engine: &mut E, talks: &mut [Talk<'_>], group: &[usize]) -> Result<()> {
-    let each = talks.iter_mut().enumerate();
+fn decode<E: Engine>(engine: &mut E, slots: &mut [Slot<'_>], group: &[usize]) -> Result<()> {
+    let each = slots.iter_mut().enumerate();
     let own = each.filter(|(i, _)| group.binary_search(i).is_ok());
-    let parts = own.map(|(_, talk)| talk.part());
+    let parts = own.map(|(_, slot)| slot.part());
     engine.decode_parts(&mut parts.collect::<Result<Vec<_>>>()?)
 }
 
@@ -166,7 +166,7 @@ fn decode<E: Engine>(engine: &mut E, talks: &mut [Talk<'_>], group: &[usize]) ->
 /// others' tokens. An error is that of a single one.
 fn settle<E: Engine>(
     engine: &mut E,
-    talks: &mut [Talk<'_>],
+    slots: &mut [Slot<'_>],
     group: &[usize],
     mut decoded: Result<()>,
     hooks: &mut StepHooks<'_>,
@@ -174,24 +174,24 @@ fn settle<E: Engine>(
     let mut recorded = Vec::with_capacity(group.len());
     for &i in group {
         let decoded = std::mem::replace(&mut decoded, Ok(()));
-        let done = talks[i].on(engine, |turn, session| turn.record(session, decoded));
+        let done = slots[i].on(engine, |turn, session| turn.record(session, decoded));
         match done {
             Ok(_) => recorded.push(i),
-            Err(error) => hooks.tell(i, &mut talks[i], Err(error)),
+            Err(error) => hooks.tell(i, &mut slots[i], Err(error)),
         }
     }
     for i in recorded {
         let cancelled = || (hooks.cancelled)(i);
-        let step = talks[i].on(engine, |turn, session| {
+        let step = slots[i].on(engine, |turn, session| {
             turn.act(session, &cancelled, hooks.now)
         });
-        hooks.tell(i, &mut talks[i], step);
+        hooks.tell(i, &mut slots[i], step);
     }
 }
 
 impl StepHooks<'_> {
-    fn tell(&mut self, i: usize, talk: &mut Talk<'_>, step: Result<Option<Step>>) {
-        match (step, &mut talk.generation) {
+    fn tell(&mut self, i: usize, slot: &mut Slot<'_>, step: Result<Option<Step>>) {
+        match (step, &mut slot.generation) {
             (Err(error), _) => (self.on_step)(i, Err(error)),
             (Ok(Some(step)), Some(turn)) => (self.on_step)(i, Ok(turn.progress(step))),
             _ => {}

@@ -41,8 +41,9 @@ pub struct ContextOptions {
     /// `None`: all of them, for good. Needs a plain cache (no
     /// windows, nothing recurrent), otherwise it is ignored.
     pub kv_size: Option<u32>,
-    /// Sequences that the cache holds at most, 1 or more. They share its cells. More than one needs a
-    /// plain cache, and decoding steps that attend to everything.
+    /// Sequences that the cache holds at most: 1 to 256, and no more than `n_batch`. They share its
+    /// cells. More than one needs a plain cache and decoding steps that attend to everything, and no
+    /// token can be moved to another position then.
     pub n_seq_max: u32,
     /// Rows of one decode call.
     pub n_batch: u32,

@@ -9,6 +9,7 @@
 use std::cell::Cell as Slot;
 use std::time::Duration;
 
+use hae::Error;
 use hae::cache::Pos;
 use hae::controller::Controller;
 use hae::engine::scripted::hashed;
@@ -357,5 +358,61 @@ fn sequences_that_there_are_not_are_refused() {
     for n in [0, 257] {
         let error = LlamaEngine::new(&model, several(&exact(256), n), &SamplerOptions::GREEDY);
         assert!(error.is_err_and(|e| e.to_string().contains("expected 1 to 256")));
+    }
+}
+
+#[test]
+fn a_sequence_comes_back_as_any_other() {
+    let model = load(converted("f32").0);
+    for kv_size in [None, Some(256)] {
+        let options = ContextOptions {
+            kv_size,
+            ..several(&exact(512), 3)
+        };
+        let mut engine = engine(&model, options);
+        decode(&mut engine, 0, &words(2, 30), 0);
+        decode(&mut engine, 1, &words(1, 60), 0);
+        decode(&mut engine, 2, &words(3, 30), 0);
+        // What comes behind it lies in its holes.
+        engine.remove(1, std::slice::from_ref(&(5..20))).unwrap();
+        let next = words(4, 1);
+        let expected = decode(&mut engine, 1, &next, 60);
+        engine.rewind(1, 60, 45).unwrap();
+        let held = engine.cells_of_seq(1).unwrap();
+        let pos: Vec<Pos> = held.iter().map(|&(_, pos)| pos).collect();
+        let state = engine.save_of(1).unwrap();
+        let others = |engine: &LlamaEngine| [0, 2].map(|seq| engine.cells_of_seq(seq).unwrap());
+        let beside = others(&engine);
+        for bad in [
+            &pos[1..],
+            &[&pos[1..], &[60]].concat(),
+            &[&pos[..], &[60]].concat(),
+        ] {
+            assert!(engine.restore_tokens_of(1, &state, bad).is_err());
+            assert!(engine.cells_of_seq(1).unwrap().is_empty());
+            assert_eq!(others(&engine), beside);
+        }
+        // Once in its own place, once in that of another.
+        for seq in [1, 2] {
+            let cells = engine.restore_tokens_of(seq, &state, &pos).unwrap();
+            let mut restored: Vec<_> = cells.into_iter().zip(pos.iter().copied()).collect();
+            restored.sort_unstable();
+            assert_eq!(engine.cells_of_seq(seq).unwrap(), restored);
+            let again = decode(&mut engine, seq, &next, 60);
+            let worst = max_abs_diff(&again, &expected);
+            println!("{kv_size:?}, sequence {seq}: {worst}");
+            assert!(worst < 2e-5, "{worst}");
+            engine.rewind(seq, 60, 45).unwrap();
+        }
+        engine.rewind(2, 0, 0).unwrap();
+        decode(&mut engine, 0, &words(5, 400), 30);
+        let full = engine.restore_tokens_of(2, &state, &pos);
+        assert!(matches!(full, Err(Error::ContextFull { .. })), "{full:?}");
+        assert!(engine.cells_of_seq(2).unwrap().is_empty());
+        assert_eq!(engine.cells_of_seq(1).unwrap().len(), 45);
+        for seq in [-1, 3] {
+            assert!(engine.save_of(seq).is_err());
+            assert!(engine.restore_tokens_of(seq, &state, &pos).is_err());
+        }
     }
 }

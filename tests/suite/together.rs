@@ -4,7 +4,7 @@
 //! Two things are otherwise than alone: its tokens lie in other cells, and its rows are multiplied
 //! by the weights beside others. Both change the order of sums, and nothing else.
 
-use std::cell::Cell as Slot;
+use std::cell::Cell as Looks;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use hae::controller::Controller;
 use hae::engine::scripted::hashed;
 use hae::engine::{Engine, Greedy, Sampler, SeqId, Token};
 use hae::generate::together;
-use hae::generate::{Finish, Generated, Generation, Saved, Segment, Session, StepHooks, Talk};
+use hae::generate::{Finish, Generated, Generation, Saved, Segment, Session, Slot, StepHooks};
 use hae::llama::{ContextOptions, LlamaEngine, Model};
 use hae::policy::{self, Amount, DapMode, Limits, PolicyOptions};
 
@@ -42,7 +42,7 @@ struct Life {
     turns: Pos,
     /// At which look the turn is cancelled, and looks so far.
     cancelled: Option<usize>,
-    looks: Slot<usize>,
+    looks: Looks<usize>,
     said: Vec<Generated>,
     heard: Listening,
     /// Turns that were left, and how often it was saved and cleared.
@@ -57,7 +57,7 @@ impl Life {
             steps: 0,
             turns: 0,
             cancelled: None,
-            looks: Slot::new(0),
+            looks: Looks::new(0),
             said: Vec::new(),
             heard: Listening::default(),
             fates: [0; 3],
@@ -68,7 +68,7 @@ impl Life {
         &self,
         engine: &mut LlamaEngine,
         (policy, options): (&str, &PolicyOptions),
-    ) -> Talk<'static> {
+    ) -> Slot<'static> {
         let limits = Limits {
             n_layer: engine.model().n_layer(),
             n_cells: engine.n_cells(),
@@ -79,7 +79,7 @@ impl Life {
             .with_sequence(self.seq)
             .with_host_bin(1 << 20);
         session.sampler = Box::new(self.heard.clone());
-        Talk::new(session.swap(()).0)
+        Slot::new(session.swap(()).0)
     }
 
     fn draw(&self, i: Pos, what: Pos, n: usize) -> usize {
@@ -113,7 +113,7 @@ impl Life {
     }
 
     /// Before a step: the next turn, if none is going on, or something else.
-    fn prepare(&mut self, talk: &mut Talk<'static>, engine: &mut LlamaEngine) {
+    fn prepare(&mut self, talk: &mut Slot<'static>, engine: &mut LlamaEngine) {
         self.steps += 1;
         let fate = self.draw(self.steps, 0, 30);
         if fate < 3 {
@@ -142,7 +142,7 @@ impl Life {
     }
 
     /// Positions in the cache, and on the host.
-    fn held(&self, talk: &Talk<'_>) -> (Vec<Pos>, Vec<Pos>) {
+    fn held(&self, talk: &Slot<'_>) -> (Vec<Pos>, Vec<Pos>) {
         let session = talk.session().unwrap();
         let held = session.controller.ledger().entries();
         let mut held: Vec<Pos> = held.map(|e| e.pos).collect();
@@ -174,7 +174,7 @@ fn put_back(session: &mut Session<&mut LlamaEngine>, again: bool) -> Result<()> 
 }
 
 /// A step of these, and a look at whether the books of all are right.
-fn live(lives: &mut [Life], talks: &mut [Talk<'static>], engine: &mut LlamaEngine) {
+fn live(lives: &mut [Life], talks: &mut [Slot<'static>], engine: &mut LlamaEngine) {
     for (life, talk) in lives.iter_mut().zip(talks.iter_mut()) {
         if !life.is_over() {
             life.prepare(talk, engine);
@@ -195,7 +195,7 @@ fn live(lives: &mut [Life], talks: &mut [Talk<'static>], engine: &mut LlamaEngin
     together(engine, talks, hooks);
 }
 
-fn check_books(talks: &mut [Talk<'_>], engine: &mut LlamaEngine) {
+fn check_books(talks: &mut [Slot<'_>], engine: &mut LlamaEngine) {
     for talk in talks {
         let checked = talk.with(engine, |session| {
             session.follow_moves()?;

@@ -3,6 +3,7 @@
 use super::*;
 use crate::engine::SeqId;
 use crate::engine::scripted::hashed;
+use crate::generate::Slot as Talk;
 use crate::policy::DapMode;
 
 const N_CELLS: usize = 900;
@@ -240,7 +241,7 @@ struct Life {
     turns: Pos,
     /// At which look the turn is cancelled, and looks so far.
     cancelled: Option<usize>,
-    looks: Slot<usize>,
+    looks: std::cell::Cell<usize>,
     said: Vec<Generated>,
     fates: [usize; 4],
 }
@@ -255,7 +256,7 @@ impl Life {
             steps: 0,
             turns: 0,
             cancelled: None,
-            looks: Slot::new(0),
+            looks: std::cell::Cell::new(0),
             said: Vec::new(),
             fates: [0; 4],
         }
