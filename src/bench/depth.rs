@@ -46,8 +46,9 @@ fn copy<E: Engine>(session: &mut Session<E>, mut n: usize) -> Result<()> {
         let first = session.controller.next_pos();
         let pos: Vec<Pos> = (first..).take(n.min(held.len())).collect();
         for (row, pos) in rows.chunks_mut(row).zip(&pos) {
-            let pos = pos.to_ne_bytes();
-            row[..pos.len()].copy_from_slice(&pos);
+            if let Some(place) = row.first_chunk_mut() {
+                *place = pos.to_ne_bytes();
+            }
         }
         let copied = &rows[..pos.len() * row];
         let seq = session.sequence();

@@ -69,7 +69,7 @@ impl LlamaEngine {
             return Err(Error::ContextFull { n_ctx: self.n_ctx });
         }
         self.grow(n)?;
-        let tapped = self.begin_taps(parts)?;
+        let tapped = self.begin_taps()?;
         self.begin_lookup(lookup)?;
         self.observer.get_mut().begin(&self.rows.queries);
         // Until they are dropped, whatever happens meanwhile.
@@ -106,8 +106,7 @@ impl LlamaEngine {
             .map_err(|reason| Error::llama("llama_decode", reason))
             .and_then(|()| {
                 if tapped {
-                    let asked = parts.iter_mut().filter(|p| !p.batch.queries.is_empty());
-                    taps::read(&mut self.ctx, asked.map(|part| &mut *part.seen))?;
+                    taps::read(&mut self.ctx, self.rows.ends.len(), parts)?;
                 }
                 self.account(parts, &mut taken)?;
                 self.pass_on(&input, &taken)
@@ -140,7 +139,7 @@ impl LlamaEngine {
     }
 
     /// Tells the graph which rows to score, part by part; whether there will be scores to read.
-    fn begin_taps(&mut self, parts: &[Part<'_>]) -> Result<bool> {
+    fn begin_taps(&mut self) -> Result<bool> {
         if !self.options.taps() {
             return Ok(false);
         }
@@ -149,8 +148,7 @@ impl LlamaEngine {
             let n_rows = taps::rows_for(n_rows, self.n_ubatch());
             self.tap_rows = taps::set(&mut self.ctx, &self.options.score_layers, n_rows)?;
         }
-        let asked = parts.iter().map(|part| part.batch.queries.len());
-        taps::begin(&mut self.ctx, &self.rows.queries, asked)?;
+        taps::begin(&mut self.ctx, &self.rows.queries, &self.rows.ends)?;
         Ok(n_rows > 0)
     }
 

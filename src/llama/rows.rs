@@ -23,6 +23,8 @@ pub(super) struct Rows {
     tokens: Vec<Token>,
     /// Rows of the batch whose attention is wanted.
     pub queries: Vec<u32>,
+    /// For each part that has some of these, how many there are up to its last.
+    pub ends: Vec<i32>,
     /// What goes on from a trial run.
     hidden: Vec<f32>,
 }
@@ -104,6 +106,10 @@ impl Rows {
             let first = u32::try_from(self.logits.len()).unwrap_or(u32::MAX);
             let rows = batch.queries.iter().map(|&row| first.saturating_add(row));
             self.queries.extend(rows);
+            if !batch.queries.is_empty() {
+                let end = i32::try_from(self.queries.len()).unwrap_or(i32::MAX);
+                self.ends.push(end);
+            }
             let n = self.logits.len() + batch.input.len();
             self.n_seq_id.resize(n, 1);
             self.seq_id.resize(n, &raw mut *seq);
@@ -169,6 +175,7 @@ impl Rows {
         self.logits.clear();
         self.tokens.clear();
         self.queries.clear();
+        self.ends.clear();
     }
 
     /// The rows whose logits there are after the batch, each the last of its part.

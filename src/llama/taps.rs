@@ -8,7 +8,7 @@ use llama_cpp_2::context::LlamaContext;
 use llama_cpp_sys_2 as sys;
 
 use super::{log, memory};
-use crate::engine::Observation;
+use crate::engine::Part;
 use crate::error::{Error, Result};
 
 /// Where attention scores come from.
@@ -69,13 +69,9 @@ pub(super) fn set(ctx: &mut LlamaContext<'_>, layers: &[u32], max_rows: u32) -> 
     }
 }
 
-/// Asks for the rows of the batch that comes next, which is one micro-batch. `asked`: how many of
-/// them each part has, one behind the other.
-pub(super) fn begin(
-    ctx: &mut LlamaContext<'_>,
-    rows: &[u32],
-    asked: impl Iterator<Item = usize>,
-) -> Result<()> {
+/// Asks for the rows of the batch that comes next, which is one micro-batch. `ends`: for each part
+/// that has some, how many there are up to its last.
+pub(super) fn begin(ctx: &mut LlamaContext<'_>, rows: &[u32], ends: &[i32]) -> Result<()> {
     let call = "llama_hae_taps_rows";
     // SAFETY: the context is alive, the pointer is to as many values as said. A row beyond
     // i32 becomes negative, which is refused as not ascending.
@@ -84,17 +80,10 @@ pub(super) fn begin(
     if code != 0 {
         return Err(reason(call, code));
     }
-    let mut asked = asked.filter(|&n| n > 0);
-    let Some(first) = asked.next().filter(|&n| n < rows.len()) else {
-        // Without groups they are one.
+    if ends.len() < 2 {
+        // Without groups the rows are one.
         return Ok(());
-    };
-    let mut end = 0;
-    let ends = std::iter::once(first).chain(asked).map(|n| {
-        end += n;
-        i32::try_from(end).unwrap_or(i32::MAX)
-    });
-    let ends: Vec<i32> = ends.collect();
+    }
     // SAFETY: the context is alive, the pointer is to as many values as said.
     let code = unsafe { sys::llama_hae_taps_groups(ctx.as_mut_ptr(), ends.as_ptr(), ends.len()) };
     match code {
@@ -103,41 +92,37 @@ pub(super) fn begin(
     }
 }
 
-/// Waits for the batch and takes the scores of all cells in view, for each part that asked.
-pub(super) fn read<'s>(
+/// Waits for the batch and takes the scores of all cells in view, for each of the `n_asked` parts
+/// that have query rows.
+pub(super) fn read(
     ctx: &mut LlamaContext<'_>,
-    parts: impl Iterator<Item = &'s mut Observation>,
+    n_asked: usize,
+    parts: &mut [Part<'_>],
 ) -> Result<()> {
     let call = "llama_hae_taps_read";
     let count = |code: i32| usize::try_from(code).map_err(|_| reason(call, code));
     let none = std::ptr::null_mut();
     // SAFETY: the context is alive; without buffers it only says how many cells are in view.
     let n = count(unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), none, none, 0) })?;
-    let mut take = |sum: &mut Vec<f32>, max: &mut Vec<f32>, n: usize| {
-        sum.resize(n, 0.0);
-        max.resize(n, 0.0);
-        let (sum, max) = (sum.as_mut_ptr(), max.as_mut_ptr());
-        // SAFETY: the context is alive, both buffers hold n values.
-        let code = unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), sum, max, n) };
-        count(code).map(drop)
-    };
-    let mut parts = parts.peekable();
-    let Some(first) = parts.next() else {
+    let asked = parts.iter_mut().filter(|p| !p.batch.queries.is_empty());
+    let mut asked = asked.map(|part| &mut *part.seen);
+    let Some(first) = asked.next() else {
         return Ok(());
     };
-    if parts.peek().is_none() {
-        return take(&mut first.sum, &mut first.max, n);
-    }
-    let all: Vec<&mut Observation> = std::iter::once(first).chain(parts).collect();
-    let (mut sum, mut max) = (Vec::new(), Vec::new());
-    take(&mut sum, &mut max, n.saturating_mul(all.len()))?;
-    let each = sum.chunks(n.max(1)).zip(max.chunks(n.max(1)));
-    for (seen, (sum, max)) in all.into_iter().zip(each) {
-        seen.sum.clear();
+    // The first one's buffers hold those of all meanwhile.
+    let all = n.saturating_mul(n_asked);
+    first.sum.resize(all, 0.0);
+    first.max.resize(all, 0.0);
+    let (sum, max) = (first.sum.as_mut_ptr(), first.max.as_mut_ptr());
+    // SAFETY: the context is alive, both buffers hold as many values as said.
+    count(unsafe { sys::llama_hae_taps_read(ctx.as_mut_ptr(), sum, max, all) })?;
+    let scores = first.sum.chunks(n.max(1)).zip(first.max.chunks(n.max(1)));
+    for (seen, (sum, max)) in asked.zip(scores.skip(1)) {
         seen.sum.extend_from_slice(sum);
-        seen.max.clear();
         seen.max.extend_from_slice(max);
     }
+    first.sum.truncate(n);
+    first.max.truncate(n);
     Ok(())
 }
 

@@ -3,7 +3,8 @@
 
 use hae::attend::{Attend, Kind, Lookup};
 use hae::engine::{Batch, Engine, Input, Observation};
-use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
+use hae::generate::Segment;
+use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model};
 use hae::policy::Amount;
 use serde::Deserialize;
 
@@ -170,16 +171,22 @@ fn lookups_equal_numpy() {
     );
 }
 
-/// The processor's own operations for each type of cache choose what llama.cpp's choose, and
-/// attend to it as they do.
-#[test]
-fn every_cache_type_is_looked_up_alike() {
+/// A prompt about a picture, and the model that it is for.
+fn story() -> (Model, Vec<Segment>) {
     let (text, vision) = converted("f32");
     let model = load(text);
     let mut vision = load_vision(vision, &model);
     let goldens = goldens();
     let golden = goldens.iter().find(|g| g.id() == "story0").unwrap();
     let segments = golden.segments(&model, &mut vision);
+    (model, segments)
+}
+
+/// The processor's own operations for each type of cache choose what llama.cpp's choose, and
+/// attend to it as they do.
+#[test]
+fn every_cache_type_is_looked_up_alike() {
+    let (model, segments) = story();
     for cache_type in [
         CacheType::F16,
         CacheType::Bf16,
@@ -234,12 +241,7 @@ fn every_cache_type_is_looked_up_alike() {
 /// is given more than there is.
 #[test]
 fn without_lookups_the_bits_are_those_of_a_plain_context() {
-    let (text, vision) = converted("f32");
-    let model = load(text);
-    let mut vision = load_vision(vision, &model);
-    let goldens = goldens();
-    let golden = goldens.iter().find(|g| g.id() == "story0").unwrap();
-    let segments = golden.segments(&model, &mut vision);
+    let (model, segments) = story();
     for flash_attention in [FlashAttention::Off, FlashAttention::On] {
         let base = ContextOptions {
             flash_attention,
