@@ -1,9 +1,11 @@
 //! Scores that the graph sums up: against PyTorch's attention, and against the weights that the
 //! evaluation callback reads from an untouched graph without flash attention.
 
+use hae::attend::{Attend, Kind, Lookup};
 use hae::cache::Pos;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ScoreSource};
+use hae::policy::Amount;
 
 use crate::model::{
     TEXT, converted, engine, exact, goldens, load, load_vision, prefill, repository,
@@ -378,6 +380,80 @@ fn other_kinds_of_attention_agree_with_the_callback() {
                 println!("model {i}, {flash:?}, layers {layers:?}: {error:.1e}");
                 let tolerance = precision::attention(tolerance);
                 assert!(error < tolerance, "{i} {flash:?} {layers:?}: {error}");
+            }
+        }
+    }
+}
+
+/// A layer that looks cells up hands over the weights that it chooses by: the scores of all cells
+/// in view, as without lookups. Layers before it attend to everything here, so that it is asked the
+/// same.
+#[test]
+fn a_lookups_own_weights_are_the_scores() {
+    let (text, vision) = converted("f32");
+    let model = load(text);
+    let mut vision = load_vision(vision, &model);
+    let golden = goldens().into_iter().find(|g| g.id() == "qa0").unwrap();
+    let segments = golden.segments(&model, &mut vision);
+    let scores = |options: ContextOptions, first_layer: Option<u32>, plain_lookups: bool| {
+        let attend = Attend {
+            vision: first_layer.map(|_| Amount::Cells(1)),
+            first_layer: first_layer.unwrap_or(0),
+            ..Attend::default()
+        };
+        let options = ContextOptions {
+            attend,
+            plain_lookups,
+            ..options
+        };
+        let mut engine = engine(&model, options);
+        let start = prefill(&mut engine, &segments, &mut Observation::default(), |_| {
+            false
+        });
+        let steps = (start..start + 4).map(|pos| {
+            let lookup = Lookup {
+                kinds: vec![Kind::Vision; pos as usize],
+                n_vision: 9,
+                n_text: 0,
+            };
+            let batch = Batch {
+                seq: 0,
+                input: Input::Tokens(&[7 + pos]),
+                pos: &[pos],
+                queries: &[0],
+                logits: true,
+                lookup: first_layer.map(|_| &lookup),
+            };
+            let mut seen = Observation::default();
+            engine.decode(batch, &mut Vec::new(), &mut seen).unwrap();
+            assert_eq!(seen.sum, seen.max);
+            let logits = engine.logits().unwrap().to_vec();
+            (seen.sum[..=pos as usize].to_vec(), logits)
+        });
+        steps.collect::<Vec<_>>()
+    };
+    for kinds in KINDS {
+        for (flash, plain) in [
+            (FlashAttention::On, false),
+            (FlashAttention::On, true),
+            (FlashAttention::Off, true),
+        ] {
+            if flash == FlashAttention::Off && kinds.1.is_quantized() {
+                continue;
+            }
+            for layers in [&[0][..], &[2], &[1, 2]] {
+                let options = tapped(flash, kinds, layers);
+                let last = layers.last().copied();
+                let looked_up = scores(options.clone(), last, plain);
+                let whole = scores(options, None, plain);
+                for (step, (ours, expected)) in looked_up.iter().zip(&whole).enumerate() {
+                    let at = format!("{kinds:?} {flash:?}, plain {plain}, {layers:?}, step {step}");
+                    let error = max_abs_diff(&ours.0, &expected.0);
+                    assert!(error < precision::attention(1e-3), "{at}: {error}");
+                    let sum: f32 = ours.0.iter().sum();
+                    assert!((sum - 1.0).abs() < 1e-3, "{at}: {sum}");
+                    assert_ne!(ours.1, expected.1, "{at}: nothing was looked up");
+                }
             }
         }
     }
