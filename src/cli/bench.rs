@@ -16,13 +16,13 @@ use super::options::{AttendArgs, PolicyArgs};
 use super::output::ContextReport;
 use super::polling::PollArgs;
 use super::{Done, interrupt, warn};
-use cases::{Case, Plan, Shape};
+use cases::{BenchPlan, Case, Shape};
 use hae::Error;
 use hae::bench::stats::Summary;
 use hae::bench::{self, Hardware, ModelInfo, Pulse, Record, Sample, Settings, Work};
 use hae::build::{Build, build};
 use hae::llama::{ContextOptions, Model, ModelOptions, Poll, Vision, VisionOptions};
-use hae::open::{Plan as Opening, Reach, RopeChoice, rope_name};
+use hae::open::{Plan, Reach, RopeChoice, rope_name};
 use print::{Format, Printer};
 
 /// Far beyond any context; keeps sums of lists small.
@@ -152,7 +152,7 @@ pub fn run(args: &Args) -> Result<Done> {
     if args.verbose {
         super::show_log();
     }
-    let plan = Plan::new(args)?;
+    let plan = BenchPlan::new(args)?;
     let mut bench = Bench {
         build: build(),
         hardware: Hardware::here()?,
@@ -180,7 +180,7 @@ fn bar(runs: usize) -> Result<ProgressBar> {
 }
 
 struct Bench<'a> {
-    plan: &'a Plan,
+    plan: &'a BenchPlan,
     build: Build,
     hardware: Hardware,
     printer: Printer<StdoutLock<'static>>,
@@ -262,7 +262,7 @@ impl Bench<'_> {
                         attend,
                         ..context.clone()
                     };
-                    let mut plan = Opening::new(model, vision.as_ref(), &context, &plan.policy(i))?;
+                    let mut plan = Plan::new(model, vision.as_ref(), &context, &plan.policy(i))?;
                     plan.choose_rope(RopeChoice::Auto, || Ok(Reach::Cache))?;
                     Ok((plan.context().clone(), plan.policy().params()))
                 });

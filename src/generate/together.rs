@@ -1,6 +1,7 @@
 //! Several conversations on one engine: a step of each, their batches in as few passes over the
 //! model's weights as can be.
 
+use std::borrow::BorrowMut;
 use std::time::Duration;
 
 use super::Session;
@@ -104,11 +105,13 @@ pub struct StepHooks<'a> {
 /// A step of every conversation whose turn is not over, each as [`Generation::next`] would take it.
 /// Batches that can go through the model together do ([`Pass`]); where these find no room or fail,
 /// each goes by itself. Gives how many conversations had a step: none when all turns are over.
-pub fn together<E: Engine>(
+pub fn together<'p, E: Engine>(
     engine: &mut E,
-    slots: &mut [Slot<'_>],
+    slots: &mut [impl BorrowMut<Slot<'p>>],
     mut hooks: StepHooks<'_>,
 ) -> usize {
+    let mut slots: Vec<&mut Slot<'p>> = slots.iter_mut().map(BorrowMut::borrow_mut).collect();
+    let slots = slots.as_mut_slice();
     let empty = Pass::new(engine.n_batch(), engine.capabilities().scores_by_part);
     let mut waiting = Vec::new();
     let mut steps = 0;
@@ -141,7 +144,7 @@ pub fn together<E: Engine>(
 /// One pass of the batches of these conversations, which are ascending.
 fn take_pass<E: Engine>(
     engine: &mut E,
-    slots: &mut [Slot<'_>],
+    slots: &mut [&mut Slot<'_>],
     group: &[usize],
     hooks: &mut StepHooks<'_>,
 ) {
@@ -155,7 +158,7 @@ fn take_pass<E: Engine>(
     }
 }
 
-fn decode<E: Engine>(engine: &mut E, slots: &mut [Slot<'_>], group: &[usize]) -> Result<()> {
+fn decode<E: Engine>(engine: &mut E, slots: &mut [&mut Slot<'_>], group: &[usize]) -> Result<()> {
     let each = slots.iter_mut().enumerate();
     let own = each.filter(|(i, _)| group.binary_search(i).is_ok());
     let parts = own.map(|(_, slot)| slot.part());
@@ -166,7 +169,7 @@ fn decode<E: Engine>(engine: &mut E, slots: &mut [Slot<'_>], group: &[usize]) ->
 /// others' tokens. An error is that of a single one.
 fn settle<E: Engine>(
     engine: &mut E,
-    slots: &mut [Slot<'_>],
+    slots: &mut [&mut Slot<'_>],
     group: &[usize],
     mut decoded: Result<()>,
     hooks: &mut StepHooks<'_>,
@@ -177,7 +180,7 @@ fn settle<E: Engine>(
         let done = slots[i].on(engine, |turn, session| turn.record(session, decoded));
         match done {
             Ok(_) => recorded.push(i),
-            Err(error) => hooks.tell(i, &mut slots[i], Err(error)),
+            Err(error) => hooks.tell(i, slots[i], Err(error)),
         }
     }
     for i in recorded {
@@ -185,7 +188,7 @@ fn settle<E: Engine>(
         let step = slots[i].on(engine, |turn, session| {
             turn.act(session, &cancelled, hooks.now)
         });
-        hooks.tell(i, &mut slots[i], step);
+        hooks.tell(i, slots[i], step);
     }
 }
 

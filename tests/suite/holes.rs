@@ -8,7 +8,7 @@ use hae::generate::Segment;
 use hae::llama::LlamaEngine;
 
 use crate::masked::{Expected, Scenario, scenarios};
-use crate::model::{converted, engine, exact, goldens, load, load_vision, prefill};
+use crate::model::{converted, engine, exact, golden_prompt, goldens, load, load_vision, prefill};
 use crate::npz::max_abs_diff;
 use crate::precision;
 
@@ -125,12 +125,7 @@ fn a_prompt_with_holes_is_one_with_these_positions_masked() {
 /// them are back: the answer is that of the whole prompt.
 #[test]
 fn evicted_tokens_come_back_to_their_old_places() {
-    let (text, vision) = converted("f32");
-    let model = load(text);
-    let mut vision = load_vision(vision, &model);
-    let goldens = goldens();
-    let golden = goldens.iter().find(|g| g.id() == "story0").unwrap();
-    let segments = golden.segments(&model, &mut vision);
+    let (model, segments) = golden_prompt("story0");
     let (whole, expected) = scenario("story0_full");
     for (name, most) in [
         ("story0_thirds", 512),
@@ -164,12 +159,7 @@ fn evicted_tokens_come_back_to_their_old_places() {
 /// What cannot be is refused, and leaves the memory as it was.
 #[test]
 fn taken_decreasing_and_negative_positions_are_refused() {
-    let (text, vision) = converted("f32");
-    let model = load(text);
-    let mut vision = load_vision(vision, &model);
-    let goldens = goldens();
-    let golden = goldens.iter().find(|g| g.id() == "story0").unwrap();
-    let segments = golden.segments(&model, &mut vision);
+    let (model, segments) = golden_prompt("story0");
     let (whole, expected) = scenario("story0_full");
     let mut engine = engine(&model, exact(1024));
     let start = prefill(&mut engine, &segments, &mut Observation::default(), |_| {

@@ -41,6 +41,7 @@ mod kv_session;
 mod kv_state;
 mod kv_streams;
 mod kv_twin;
+mod lives;
 mod lookup;
 mod masked;
 mod midway;

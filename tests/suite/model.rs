@@ -140,6 +140,16 @@ pub fn goldens() -> Vec<Golden> {
     goldens_of("tiny-phi3v")
 }
 
+/// The tiny model in F32, and a golden prompt of it.
+pub fn golden_prompt(id: &str) -> (Model, Vec<Segment>) {
+    let (text, vision) = converted("f32");
+    let model = load(text);
+    let mut vision = load_vision(vision, &model);
+    let golden = goldens().into_iter().find(|g| g.id() == id).unwrap();
+    let segments = golden.segments(&model, &mut vision);
+    (model, segments)
+}
+
 /// The same of `tiny-phi3v` or `small-phi3v`.
 pub fn goldens_of(model: &str) -> Vec<Golden> {
     let index = std::fs::read_to_string(golden(&format!("{model}/index.json"))).unwrap();

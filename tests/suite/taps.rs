@@ -8,7 +8,7 @@ use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, 
 use hae::policy::Amount;
 
 use crate::model::{
-    TEXT, converted, engine, exact, goldens, load, load_vision, prefill, repository,
+    TEXT, converted, engine, exact, golden_prompt, goldens, load, load_vision, prefill, repository,
 };
 use crate::npz::{max_abs_diff, read};
 use crate::precision;
@@ -390,11 +390,7 @@ fn other_kinds_of_attention_agree_with_the_callback() {
 /// same.
 #[test]
 fn a_lookups_own_weights_are_the_scores() {
-    let (text, vision) = converted("f32");
-    let model = load(text);
-    let mut vision = load_vision(vision, &model);
-    let golden = goldens().into_iter().find(|g| g.id() == "qa0").unwrap();
-    let segments = golden.segments(&model, &mut vision);
+    let (model, segments) = golden_prompt("qa0");
     let scores = |options: ContextOptions, first_layer: Option<u32>, plain_lookups: bool| {
         let attend = Attend {
             vision: first_layer.map(|_| Amount::Cells(1)),

@@ -39,7 +39,7 @@ impl Case {
 
 /// All that is to be measured: every combination.
 #[derive(Debug)]
-pub struct Plan {
+pub struct BenchPlan {
     pub files: Vec<Files>,
     pub gpu_layers: Vec<GpuLayers>,
     pub threads: Vec<i32>,
@@ -57,7 +57,7 @@ pub struct Plan {
     pub seed: u64,
 }
 
-impl Plan {
+impl BenchPlan {
     /// The policy at this place of the list.
     pub fn policy(&self, i: usize) -> PolicySpec {
         PolicySpec::of(self.policies[i], &self.policy_options)
@@ -83,7 +83,7 @@ impl Plan {
             let reason = "no test shows a picture to cut, expected --images";
             return Err(Error::option("--num-crops", reason).into());
         }
-        Ok(Plan {
+        Ok(BenchPlan {
             gpu_layers: values("-ngl", &args.gpu_layers, gpu_layers)?,
             threads,
             poll: args.poll.level(),
