@@ -5,7 +5,9 @@ mod chart;
 mod overview;
 mod page;
 mod prompt;
+mod seen;
 mod story;
+mod told;
 
 use std::path::{Path, PathBuf};
 
@@ -15,6 +17,7 @@ use crate::eval::results;
 use crate::trace::{self, Cut, Reader};
 
 pub use story::{Fate, Image, Moment, Story, Token, stories};
+pub use told::Sentence;
 
 /// Results of one file.
 #[derive(Clone, Debug)]

@@ -3,12 +3,14 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use super::told::{Look, Sentence, Told};
+use crate::attend::Attended;
 use crate::cache::{Cell, Modality, Pos};
 use crate::controller::After;
 use crate::error::{Error, Result};
 use crate::image::hd;
 use crate::replay::Player;
-use crate::trace::{Jpeg, Record};
+use crate::trace::{Counts, Jpeg, Record};
 
 /// Where a token is at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,9 @@ pub struct Token {
     pub left_at: usize,
     /// Whether it was decoded, not part of a prompt.
     pub answer: bool,
+    /// Of a visual token that layers chose: by sentence, how many did, added up over steps. Sentences
+    /// behind the last have 0.
+    pub looked: Vec<u32>,
 }
 
 /// A picture that was shown.
@@ -66,6 +71,9 @@ pub struct Moment {
     pub evicted: usize,
     /// So far.
     pub restored: usize,
+    /// What the token's step attended to, if it looked something up. A cell counts once for each
+    /// layer that chose.
+    pub attended: Attended,
 }
 
 /// A conversation.
@@ -83,6 +91,10 @@ pub struct Story {
     pub peak: usize,
     /// The most cells at once after a prompt was pruned.
     pub peak_decoding: usize,
+    /// The first sentences of its answers, where anything was looked up.
+    pub sentences: Vec<Sentence>,
+    /// Sentences behind these.
+    pub sentences_left_out: usize,
 }
 
 impl Story {
@@ -134,6 +146,10 @@ struct Open {
     texts: HashMap<Pos, Vec<u8>>,
     /// Of visual tokens that never went in.
     skipped: Vec<Pos>,
+    /// What steps looked up.
+    looks: Vec<Look>,
+    /// Of the newest step.
+    attended: Attended,
     /// Steps decoded so far.
     step: usize,
     decoding: bool,
@@ -188,6 +204,7 @@ impl Teller {
                     open.add(Some(cell), entry.pos, entry.modality, entry.image);
                 }
             }
+            Record::Looked { layers, counts } => open.look(*layers, counts),
             Record::Skipped(pos) => open.skipped.extend(pos),
             Record::Removed(cells) => open.leave(cells, Fate::Pruned),
             Record::Moved(moves) => {
@@ -231,6 +248,7 @@ impl Teller {
     fn note(&mut self) {
         let report = self.player.controller().report();
         let counts = report.cells;
+        let attended = std::mem::take(&mut self.open.attended);
         let story = &mut self.open.story;
         story.peak = counts.peak;
         story.peak_decoding = report.peak_decoding;
@@ -240,11 +258,13 @@ impl Teller {
             binned: counts.binned.total(),
             evicted: counts.evicted.total(),
             restored: counts.restored.total(),
+            attended,
         });
     }
 
     fn close(&mut self) {
         let mut open = std::mem::take(&mut self.open);
+        open.tell_sentences();
         open.add_skipped();
         if !open.story.moments.is_empty() {
             self.done.push(open.story);
@@ -263,6 +283,7 @@ impl Open {
             fate: Fate::Kept,
             left_at: 0,
             answer: self.decoding,
+            looked: Vec::new(),
         });
         self.by_pos.insert(pos, i);
         if let Some(cell) = cell {
@@ -294,6 +315,56 @@ impl Open {
         self.by_pos.retain(|_, i| *i < first);
         self.texts.clear();
         self.skipped.retain(|&pos| pos < from);
+        self.looks.retain(|look| look.token < first);
+    }
+
+    fn look(&mut self, layers: u32, counts: &Counts) {
+        let counts: Vec<Option<u32>> = counts.iter().collect();
+        let mut chosen = Vec::new();
+        let seen = &mut self.attended;
+        seen.steps = 1;
+        for (&cell, &i) in &self.cells {
+            let count = counts.get(cell as usize).copied().flatten();
+            let by = u64::from(count.unwrap_or(layers));
+            seen.in_view += u64::from(layers);
+            seen.attended += by;
+            if self.story.tokens[i].modality == Modality::Vision {
+                seen.in_view_vision += u64::from(layers);
+                seen.attended_vision += by;
+                chosen.extend(count.filter(|&n| n > 0).map(|n| (i, n)));
+            }
+        }
+        self.looks.push(Look {
+            token: self.story.tokens.len().saturating_sub(1),
+            layers,
+            counts: chosen,
+        });
+    }
+
+    /// Divides what was looked at among the sentences of the answers.
+    fn tell_sentences(&mut self) {
+        if self.looks.is_empty() {
+            return;
+        }
+        let mut told = Told::default();
+        let mut looked = Vec::new();
+        let mut first = 0;
+        for run in self.story.tokens.chunk_by(|a, b| a.answer == b.answer) {
+            if run[0].answer {
+                let words = run.iter().map(|token| token.bytes.as_slice());
+                told.answer(first, words, &self.looks, |token, sentence, layers| {
+                    looked.push((token, sentence, layers));
+                });
+            }
+            first += run.len();
+        }
+        for (token, sentence, layers) in looked {
+            let by = &mut self.story.tokens[token].looked;
+            by.resize(by.len().max(sentence + 1), 0);
+            by[sentence] = by[sentence].saturating_add(layers);
+        }
+        self.story.sentences = told.sentences;
+        self.story.sentences_left_out = told.left_out;
     }
 
     /// Visual tokens that never went in belong to the picture that they lie in.
@@ -320,6 +391,7 @@ impl Open {
                 fate: Fate::Pruned,
                 left_at: 0,
                 answer: false,
+                looked: Vec::new(),
             })
             .collect();
         self.story.tokens.extend(lost);
