@@ -267,8 +267,8 @@ impl<E: Engine> Session<E> {
     fn record_token(&mut self, token: Token, decoded: Result<()>) -> Result<()> {
         decoded?;
         let feed = &mut self.feed;
-        let told = feed.looks_up && self.controller.is_recorded();
-        if told {
+        let looked_up = feed.looks_up && self.controller.is_recorded();
+        if looked_up {
             feed.looked.begin(&feed.lookup);
             self.engine.sets(&mut |set| feed.looked.add(set))?;
         }
@@ -279,7 +279,7 @@ impl<E: Engine> Session<E> {
         self.controller.observed(&feed.seen)?;
         self.tell_text(pos, token)?;
         let Looked { layers, ref counts } = self.feed.looked;
-        if told && layers > 0 {
+        if looked_up && layers > 0 {
             self.controller.tell(Event::Looked { layers, counts });
         }
         if self.remembers() {

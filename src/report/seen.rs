@@ -34,6 +34,15 @@ struct Shown<'a> {
     tokens: Vec<&'a Token>,
 }
 
+impl Shown<'_> {
+    /// Columns and rows of tokens that are drawn in their order: about as many.
+    fn grid(&self) -> (usize, usize) {
+        let n = self.tokens.len().max(1);
+        let cols = (n as f64).sqrt().ceil() as usize;
+        (cols, n.div_ceil(cols))
+    }
+}
+
 /// The name of a picture on the page; `story` is that of the conversation.
 pub fn id(story: &str, image: u32) -> String {
     format!("{story}-{image}")
@@ -112,17 +121,18 @@ fn figure(shown: &[Shown<'_>], number: usize, sentence: &Sentence, name: &str) -
     html! {
         figure {
             @for (shown, heat) in order.iter().zip(&heats) {
-                (picture(shown, heat, most, name))
+                (picture(shown, (sentence.steps > 0).then(|| heat.png(most)), name))
             }
             figcaption {
                 (shortened(&sentence.text))
-                @if most > 0.0 {
+                @if sentence.steps == 0 {
+                    div.soft { "every layer attended to everything" }
+                } @else {
                     div.soft {
                         @if many { "Pictures " @for (i, s) in order.iter().enumerate() { @if i > 0 { ", " } (s.number + 1) } ". " }
-                        (sentence.steps) " tokens; at most " (percent(most)) " of layers on a patch"
+                        (sentence.steps) " token" @if sentence.steps > 1 { "s" }
+                        "; at most " (percent(most)) " of layers on a patch"
                     }
-                } @else {
-                    div.soft { "everything" }
                 }
             }
         }
@@ -140,10 +150,11 @@ fn shortened(text: &str) -> String {
     }
 }
 
-fn picture(shown: &Shown<'_>, heat: &Heat, most: f64, name: &str) -> Markup {
+/// `mask`: the address of what lies over the picture.
+fn picture(shown: &Shown<'_>, mask: Option<String>, name: &str) -> Markup {
     let (width, height) = match &shown.page {
-        Some((page, _)) => (f64::from(page.width), f64::from(page.height)),
-        None => (heat.cols as f64, heat.rows() as f64),
+        Some((page, _)) => (page.width as usize, page.height as usize),
+        None => shown.grid(),
     };
     html! {
         svg.seen viewBox={ "0 0 " (width) " " (height) } role="img"
@@ -152,9 +163,8 @@ fn picture(shown: &Shown<'_>, heat: &Heat, most: f64, name: &str) -> Markup {
             @if shown.page.is_some() && shown.drawn {
                 use href={ "#" (id(name, shown.number)) } {}
             }
-            @if most > 0.0 {
-                image x="0" y="0" width=(width) height=(height) preserveAspectRatio="none"
-                    href=(heat.png(most)) {}
+            @if let Some(mask) = mask {
+                image x="0" y="0" width=(width) height=(height) preserveAspectRatio="none" href=(mask) {}
             }
         }
     }
@@ -175,13 +185,14 @@ impl Heat {
             f64::from(looked) / layers
         };
         let Some((page, layout)) = &shown.page else {
-            let values: Vec<f64> = shown.tokens.iter().map(|token| value(token)).collect();
-            let cols = (values.len() as f64).sqrt().ceil() as usize;
-            return Heat::whole(cols.max(1), values);
+            let (cols, rows) = shown.grid();
+            let mut values: Vec<f64> = shown.tokens.iter().map(|token| value(token)).collect();
+            values.resize(cols * rows, 0.0);
+            return Heat { cols, values };
         };
         let n = layout.cut.tokens as usize;
         let (cols, rows) = (page.cols as usize * n, page.rows as usize * n);
-        let mut heat = Heat::whole(cols, vec![0.0; cols * rows]);
+        let mut values = vec![0.0; cols * rows];
         let (wide, high) = (f64::from(page.width), f64::from(page.height));
         for (place, token) in layout.places().iter().zip(&shown.tokens) {
             let Place::Patch(_, rect) = place else {
@@ -190,33 +201,24 @@ impl Heat {
             let part = |at: f64, of: f64, n: usize| ((at / of * n as f64).round() as usize).min(n);
             let right = part(rect.x + rect.width, wide, cols);
             for row in part(rect.y, high, rows)..part(rect.y + rect.height, high, rows) {
-                for at in &mut heat.values[row * cols..][part(rect.x, wide, cols)..right] {
-                    *at = at.max(value(token));
+                for at in &mut values[row * cols..][part(rect.x, wide, cols)..right] {
+                    *at = f64::max(*at, value(token));
                 }
             }
         }
-        heat
-    }
-
-    /// Fills the last row up.
-    fn whole(cols: usize, mut values: Vec<f64>) -> Self {
-        values.resize(values.len().next_multiple_of(cols), 0.0);
         Heat { cols, values }
-    }
-
-    fn rows(&self) -> usize {
-        self.values.len() / self.cols
     }
 
     /// A pixel for each part, darker the less it was looked at, as a PNG's address. Empty where it
     /// cannot be made.
     fn png(&self, most: f64) -> String {
         let pixels = self.values.iter().flat_map(|&value| {
-            let dark = (1.0 - (value / most).clamp(0.0, 1.0)) * DARK;
+            let seen = if most > 0.0 { value / most } else { 0.0 };
+            let dark = (1.0 - seen.clamp(0.0, 1.0)) * DARK;
             [8, dark as u8]
         });
         let side = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let (cols, rows) = (side(self.cols), side(self.rows()));
+        let (cols, rows) = (side(self.cols), side(self.values.len() / self.cols));
         let mask = image::GrayAlphaImage::from_raw(cols, rows, pixels.collect());
         let mut bytes = Vec::new();
         let encoder = image::codecs::png::PngEncoder::new(&mut bytes);
