@@ -7,6 +7,7 @@ mod page;
 mod prompt;
 mod seen;
 mod story;
+mod teller;
 mod told;
 
 use std::path::{Path, PathBuf};
@@ -16,7 +17,8 @@ use crate::eval::record::{Answer, Header};
 use crate::eval::results;
 use crate::trace::{self, Cut, Reader};
 
-pub use story::{Fate, Image, Moment, Story, Token, stories};
+pub use story::{Fate, Image, Moment, Story, Token};
+pub use teller::stories;
 pub use told::Sentence;
 
 /// Results of one file.

@@ -54,13 +54,17 @@ pub fn strip(story: &Story, name: &str) -> Markup {
     if shown.is_empty() {
         return html! {};
     }
-    let ordered = shown.iter().any(|shown| shown.page.is_none());
     html! {
         h3 { "What was looked at, sentence by sentence" }
         p.soft {
-            "Bright: patches that layers chose while the sentence was told, the mean over its tokens and over "
-            "layers, against the most of the sentence. Of the two views of a patch the one that was chosen more counts."
-            @if ordered { " Where tokens lie on their picture is not known: they are drawn row by row, in their order." }
+            "The brighter a patch, the more layers chose it while the sentence was told: the mean over its tokens, "
+            "against the brightest. "
+            @if shown.iter().any(|shown| shown.page.is_some()) {
+                "A patch is in two views of its picture; the one that was chosen more counts. "
+            }
+            @if shown.iter().any(|shown| shown.page.is_none()) {
+                "Where tokens lie on a picture is not known for this model: they are drawn row by row, in their order."
+            }
         }
         div.strip {
             @for (i, sentence) in story.sentences.iter().enumerate() {
@@ -126,12 +130,12 @@ fn figure(shown: &[Shown<'_>], number: usize, sentence: &Sentence, name: &str) -
             figcaption {
                 (shortened(&sentence.text))
                 @if sentence.steps == 0 {
-                    div.soft { "every layer attended to everything" }
+                    div.soft { "every layer saw everything" }
                 } @else {
                     div.soft {
                         @if many { "Pictures " @for (i, s) in order.iter().enumerate() { @if i > 0 { ", " } (s.number + 1) } ". " }
                         (sentence.steps) " token" @if sentence.steps > 1 { "s" }
-                        "; at most " (percent(most)) " of layers on a patch"
+                        ", up to " (percent(most)) " of layers"
                     }
                 }
             }
