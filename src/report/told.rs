@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn a_long_answer_is_shown_in_part() {
-        let words = vec![&b"Yes."[..], b" "].repeat(30);
+        let words = [&b"Yes."[..], b" "].repeat(30);
         let mut told = Told::default();
         for _ in 0..2 {
             told.answer(0, words.iter().copied(), &[], |_, _, _| {});
