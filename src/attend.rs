@@ -4,7 +4,7 @@
 //! [`Attend::plan`] says of each cell whether it may be left out. The engine does the choosing, layer
 //! by layer, by the attention that the layer's heads would pay to all cells in view (their mean).
 
-use crate::cache::{Entry, Ledger, Modality, Pos};
+use crate::cache::{Cell, Entry, Ledger, Modality, Pos};
 use crate::error::{Error, Result};
 use crate::policy::Amount;
 
@@ -59,6 +59,37 @@ pub struct Lookup {
     pub n_vision: usize,
     /// The same of text.
     pub n_text: usize,
+}
+
+/// What one step attended to, added up over the layers that chose.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Looked {
+    /// Layers that chose.
+    pub layers: u32,
+    /// `[cells]`, by cell: how many of these layers attended to it. `None`: it was not theirs to
+    /// choose, and all did; so for cells behind the last.
+    pub counts: Vec<Option<u32>>,
+}
+
+impl Looked {
+    /// Begins a step with these choices.
+    pub fn begin(&mut self, lookup: &Lookup) {
+        self.layers = 0;
+        self.counts.clear();
+        let choices = lookup.kinds.iter();
+        self.counts
+            .extend(choices.map(|&kind| (kind != Kind::Always).then_some(0)));
+    }
+
+    /// Adds the cells that one layer attended to.
+    pub fn add(&mut self, set: &[Cell]) {
+        self.layers += 1;
+        for &cell in set {
+            if let Some(Some(count)) = self.counts.get_mut(cell as usize) {
+                *count += 1;
+            }
+        }
+    }
 }
 
 /// Cells in view and cells attended to, added up over steps.
@@ -239,5 +270,23 @@ mod tests {
         assert_eq!(attended.in_view, 41);
         assert_eq!(attended.attended, 41 - 15 - 1);
         assert_eq!((attended.in_view_vision, attended.attended_vision), (20, 5));
+    }
+
+    #[test]
+    fn sets_add_up_over_layers_where_there_was_a_choice() {
+        let lookup = Lookup {
+            kinds: vec![Kind::Always, Kind::Vision, Kind::Text, Kind::Vision],
+            n_vision: 1,
+            n_text: 1,
+        };
+        let mut looked = Looked::default();
+        for _ in 0..2 {
+            looked.begin(&lookup);
+            looked.add(&[0, 1, 2, 4]);
+            looked.add(&[0, 2, 3, 4]);
+            looked.add(&[0, 2, 3, 4]);
+            assert_eq!(looked.layers, 3);
+            assert_eq!(looked.counts, [None, Some(1), Some(3), Some(2)]);
+        }
     }
 }

@@ -154,6 +154,15 @@ pub trait Engine {
         None
     }
 
+    /// Gives the cells that each layer which chose attended to in the last batch, ascending, one
+    /// layer after the other. Nothing where the engine keeps none. Only after a batch with a lookup.
+    ///
+    /// # Errors
+    /// The engine's own.
+    fn sets(&mut self, _each: &mut dyn FnMut(&[Cell])) -> Result<()> {
+        Ok(())
+    }
+
     /// Logits of the last row of the last batch, if it asked for them: `[n_vocab]`. Of several
     /// parts, those of the last that asked.
     ///

@@ -20,6 +20,7 @@ mod utf8;
 
 use std::time::Duration;
 
+use crate::attend::Looked;
 use crate::cache::{Cell, Pos};
 use crate::controller::{Controller, Event, Origin};
 use crate::engine::{Engine, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary};
@@ -266,12 +267,21 @@ impl<E: Engine> Session<E> {
     fn record_token(&mut self, token: Token, decoded: Result<()>) -> Result<()> {
         decoded?;
         let feed = &mut self.feed;
+        let looked_up = feed.looks_up && self.controller.is_recorded();
+        if looked_up {
+            feed.looked.begin(&feed.lookup);
+            self.engine.sets(&mut |set| feed.looked.add(set))?;
+        }
         feed.check(&self.engine)?;
         let pos = self.controller.next_pos();
         self.controller
             .inserted(&feed.cells, &feed.pos, Origin::TEXT)?;
         self.controller.observed(&feed.seen)?;
         self.tell_text(pos, token)?;
+        let Looked { layers, ref counts } = self.feed.looked;
+        if looked_up && layers > 0 {
+            self.controller.tell(Event::Looked { layers, counts });
+        }
         if self.remembers() {
             self.history.push_token(pos, token);
         }

@@ -116,12 +116,13 @@ impl Plan {
         &*self.policy
     }
 
-    /// Lets the attention of the layers that `options` name be read under a policy that asks for none:
-    /// a trace of it holds what any other policy would have seen.
+    /// Lets a trace see more: the attention of the layers that `options` name under a policy that
+    /// asks for none, which is what any other policy would have seen, and what lookups choose.
     ///
     /// # Errors
     /// [`Error::Option`] for layers that are not there, or a model whose cells cannot be told apart.
     pub fn read_for_trace(&mut self, options: &PolicyOptions) -> Result<()> {
+        self.context.keep_sets = !self.context.attend.is_whole();
         if self.policy.evicts() {
             return Ok(());
         }

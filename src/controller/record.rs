@@ -59,6 +59,14 @@ pub enum Event<'a> {
     },
     /// Attention of the batch that just went in.
     Observed(&'a Observation),
+    /// What the layers chose to attend to in the step that just went in.
+    Looked {
+        /// Layers that chose.
+        layers: u32,
+        /// `[cells]`, by cell: how many of them attended to it. `None`: it was not theirs to choose,
+        /// and all did; so for cells behind the last.
+        counts: &'a [Option<u32>],
+    },
     /// A trial run was judged: visual tokens at these positions are not needed.
     Judged {
         /// The ledger of the trial run, with its scores.

@@ -27,6 +27,10 @@ impl<E: Engine + ?Sized> Engine for &mut E {
         (**self).attend()
     }
 
+    fn sets(&mut self, each: &mut dyn FnMut(&[Cell])) -> Result<()> {
+        (**self).sets(each)
+    }
+
     fn logits(&self) -> Result<&[f32]> {
         (**self).logits()
     }

@@ -2,7 +2,7 @@
 
 use super::prompt::Segment;
 use super::trial::Trial;
-use crate::attend::{Attended, Lookup};
+use crate::attend::{Attended, Looked, Lookup};
 use crate::cache::{Cell, Modality, Pos};
 use crate::engine::{Batch, Engine, Input, Observation, Part, SeqId, Token};
 use crate::error::{Error, Result};
@@ -27,6 +27,8 @@ pub(super) struct Feed {
     pub looks_up: bool,
     /// What batches with a lookup attended to.
     pub attended: Attended,
+    /// What the layers chose in the last batch, for a recorder.
+    pub looked: Looked,
     /// Bytes of another cache that is there meanwhile.
     pub beside: u64,
     /// The most bytes that caches were ever allocated, after a batch.

@@ -40,6 +40,16 @@ impl Engine for LlamaEngine {
         (!self.options.attend.is_whole()).then_some(&self.options.attend)
     }
 
+    fn sets(&mut self, each: &mut dyn FnMut(&[Cell])) -> Result<()> {
+        if !self.options.keep_sets {
+            return Ok(());
+        }
+        for layer in self.options.attend.first_layer..self.model.n_layer() {
+            each(&self.looked_up(layer)?);
+        }
+        Ok(())
+    }
+
     fn logits(&self) -> Result<&[f32]> {
         let missing = || Error::llama(LOGITS, "the last batch asked for no logits");
         let &(_, row) = self.outputs.last().ok_or_else(missing)?;

@@ -156,7 +156,11 @@ impl Player {
             }
             Record::Cleared => controller.clear(),
             Record::Loaded { saved, cells } => controller.load(saved, cells)?,
-            Record::Header(_) | Record::Text { .. } | Record::Shown { .. } | Record::End => {}
+            Record::Header(_)
+            | Record::Text { .. }
+            | Record::Shown { .. }
+            | Record::Looked { .. }
+            | Record::End => {}
         }
         Ok(None)
     }

@@ -112,7 +112,10 @@ impl Builder {
         done: &mut Vec<Tape>,
     ) -> Result<(), String> {
         match record {
-            Record::Text { .. } | Record::Shown { .. } | Record::Expected(_) => {}
+            Record::Text { .. }
+            | Record::Shown { .. }
+            | Record::Looked { .. }
+            | Record::Expected(_) => {}
             Record::Turn => {
                 self.drop_prompt();
                 self.prompt = Some((Vec::new(), self.tape.len()));

@@ -5,7 +5,10 @@ mod chart;
 mod overview;
 mod page;
 mod prompt;
+mod seen;
 mod story;
+mod teller;
+mod told;
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +17,9 @@ use crate::eval::record::{Answer, Header};
 use crate::eval::results;
 use crate::trace::{self, Cut, Reader};
 
-pub use story::{Fate, Image, Moment, Story, Token, stories};
+pub use story::{Fate, Image, Moment, Story, Token};
+pub use teller::stories;
+pub use told::Sentence;
 
 /// Results of one file.
 #[derive(Clone, Debug)]

@@ -7,6 +7,7 @@ use maud::{Markup, PreEscaped, html};
 
 use super::Traced;
 use super::chart::{self, Axes, Ink, Line};
+use super::seen;
 use super::story::{Fate, Image, Story, Token};
 use crate::cache::Modality;
 use crate::error::Result;
@@ -24,6 +25,7 @@ pub fn section(traced: &Traced, number: usize) -> Result<Markup> {
     let mut out = String::new();
     for (i, story) in traced.stories.iter().enumerate() {
         let many = traced.stories.len() > 1;
+        let name = format!("p{number}-{i}");
         let text = html! {
             h2 { (traced.path.display()) @if many { " #" (i + 1) } }
             p.soft {
@@ -32,8 +34,10 @@ pub fn section(traced: &Traced, number: usize) -> Result<Markup> {
                 @if !traced.complete { ". The run did not come to its end." }
             }
             (counts(story))
-            @for image in &story.images { (picture(story, image, &format!("p{number}-{i}-{}", image.image))) }
+            @for image in &story.images { (picture(story, image, &seen::id(&name, image.image))) }
             (words(story))
+            (seen::strip(story, &name))
+            (seen::shares(story)?)
             (charts(story)?)
         };
         out.push_str(&text.into_string());

@@ -1,3 +1,5 @@
+mod seen;
+
 use std::path::Path;
 
 use serde_bytes::ByteBuf;

@@ -1,6 +1,6 @@
 //! What a record may hold, whatever was before it: readers allocate and count by it.
 
-use super::{Header, Record, Values};
+use super::{Counts, Header, Record, Values};
 use crate::cache::{Cell, LAST_POS, Pos};
 
 impl Record {
@@ -20,6 +20,7 @@ impl Record {
                 attention(header, sum)?;
                 max.as_ref().map_or(Ok(()), |max| attention(header, max))
             }
+            Record::Looked { layers, counts } => looked(header, *layers, counts),
             Record::Judged {
                 trial,
                 latest,
@@ -101,6 +102,20 @@ fn attention(header: &Header, values: &Values) -> Result<(), String> {
     }
     match values.iter().find(|x| !(x.is_finite() && *x >= 0.0)) {
         Some(value) => Err(format!("attention of {value}")),
+        None => Ok(()),
+    }
+}
+
+fn looked(header: &Header, layers: u32, counts: &Counts) -> Result<(), String> {
+    if !(1..=header.n_layer).contains(&layers) {
+        return Err(format!("{layers} layers chose, of {}", header.n_layer));
+    }
+    if counts.len() > header.n_cells {
+        let n = header.n_cells;
+        return Err(format!("choices among {} cells of {n}", counts.len()));
+    }
+    match counts.iter().flatten().find(|&count| count > layers) {
+        Some(count) => Err(format!("a cell that {count} of {layers} layers chose")),
         None => Ok(()),
     }
 }

@@ -21,13 +21,15 @@ use crate::policy::{Limits, PolicyOptions, PolicySpec, evicts_nothing};
 
 pub use read::{Cut, Reader, read};
 pub use record::{Jpeg, Record};
-pub use values::{Precision, Values};
+pub use values::{Counts, Precision, Values};
 pub use write::{Writer, check as check_target};
 
 const MAGIC: &[u8; 8] = b"HAE-TRAC";
 
-/// The version that is written, and the only one that is read.
-pub const VERSION: u32 = 1;
+/// The version that is written. Version 1, which is read as well, has no [`Record::Looked`].
+pub const VERSION: u32 = 2;
+
+const OLDEST: u32 = 1;
 
 /// Rows at the end of a prompt that are seen one by one while `full` is recorded: enough for
 /// every observation window in use.

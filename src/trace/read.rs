@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::block::{self, Broken};
-use super::{Header, MAGIC, Record, VERSION};
+use super::{Header, MAGIC, OLDEST, Record, VERSION};
 use crate::error::{Error, Result};
 
 /// What to do with a file that ends in the middle of a block.
@@ -63,9 +63,9 @@ impl Reader {
         let Some(version) = rest.first_chunk().map(|bytes| u32::from_le_bytes(*bytes)) else {
             return Err(bad("is no trace of hae: too short".into()));
         };
-        if version != VERSION {
+        if !(OLDEST..=VERSION).contains(&version) {
             return Err(bad(format!(
-                "is a trace of version {version}, expected {VERSION}"
+                "is a trace of version {version}, expected {OLDEST} to {VERSION}"
             )));
         }
         let mut reader = Reader {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-use super::{Header, Precision, Values};
+use super::{Counts, Header, Precision, Values};
 use crate::cache::{Cell, Observation, Pos, SavedLedger};
 use crate::controller::{After, Event, Origin};
 use crate::image::{Picture, hd};
@@ -117,6 +117,13 @@ pub enum Record {
     },
     /// The last, when the run came to its end.
     End,
+    /// As [`Event::Looked`].
+    Looked {
+        /// Layers that chose.
+        layers: u32,
+        /// By cell.
+        counts: Counts,
+    },
 }
 
 impl Record {
@@ -147,6 +154,10 @@ impl Record {
                 Record::Separators(marked.map(|(&cell, _)| cell).collect())
             }
             Event::Observed(seen) => observed(seen, precision),
+            Event::Looked { layers, counts } => Record::Looked {
+                layers,
+                counts: Counts::new(counts),
+            },
             Event::Judged { trial, pruned } => Record::Judged {
                 trial: trial.save(),
                 latest: trial.entries().map(|entry| entry.latest).collect(),

@@ -71,6 +71,11 @@ fn sample(policy: &str, steps: usize) -> (Vec<u8>, Vec<Record>) {
             max: row,
             queries: vec![pos],
         }));
+        let counts = [None, Some(0), Some(step as u32 % 7), None];
+        tell(Event::Looked {
+            layers: 6,
+            counts: &counts,
+        });
         let plan = Plan {
             bin: vec![step as u32],
             ..Plan::default()
@@ -186,9 +191,52 @@ fn headers_that_lie() {
     other[8] = 9;
     let line = parsed(&other, Cut::Refuse).unwrap_err().to_string();
     assert!(
-        line.ends_with("is a trace of version 9, expected 1"),
+        line.ends_with("is a trace of version 9, expected 1 to 2"),
         "{line}"
     );
+}
+
+#[test]
+fn older_traces_are_read() {
+    let (bytes, records) = sample("hae", 3);
+    for version in OLDEST..=VERSION {
+        let mut other = bytes.clone();
+        other[8..12].copy_from_slice(&version.to_le_bytes());
+        assert_eq!(parsed(&other, Cut::Refuse).unwrap().1, records);
+    }
+}
+
+#[test]
+fn choices_that_cannot_be() {
+    let refused = |layers: u32, counts: &[Option<u32>]| {
+        let counts = Counts::new(counts);
+        let mut records = postcard::to_stdvec(&Record::Header(Box::new(header("hae")))).unwrap();
+        records.extend(postcard::to_stdvec(&Record::Looked { layers, counts }).unwrap());
+        let read = parsed(&with_records(&records), Cut::Refuse);
+        read.map_err(|error| error.to_string())
+    };
+    assert!(refused(6, &[Some(6), None, Some(0)]).is_ok());
+    assert!(refused(6, &[Some(0); 512]).is_ok());
+    for (layers, counts, reason) in [
+        (0, vec![], "0 layers chose, of 6"),
+        (7, vec![], "7 layers chose, of 6"),
+        (6, vec![Some(0); 513], "choices among 513 cells of 512"),
+        (5, vec![None, Some(6)], "a cell that 6 of 5 layers chose"),
+        (6, vec![Some(u32::MAX)], "a cell that 65534 of 6 layers"),
+    ] {
+        let line = refused(layers, &counts).unwrap_err();
+        assert!(line.contains(reason), "{line}");
+    }
+}
+
+#[test]
+fn counts_are_kept() {
+    let counts = [None, Some(0), Some(1), None, Some(300), Some(4096), None];
+    let kept = Counts::new(&counts);
+    // Behind the last choice there is none.
+    assert!(kept.iter().eq(counts[..6].iter().copied()));
+    assert_eq!(kept.len(), 6);
+    assert!(Counts::new(&[None, None]).is_empty());
 }
 
 /// A small file cannot ask for much memory: a block that promises 256 MiB, and a vector that

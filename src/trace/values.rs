@@ -62,6 +62,41 @@ impl Values {
     }
 }
 
+/// Of each cell, how many layers attended to it, if it was theirs to choose.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Counts(ByteBuf);
+
+impl Counts {
+    /// Two bytes a cell, in the order of [`Values`]: 0 where there was no choice, otherwise 1 more
+    /// than the count. Cells without a choice behind the last with one are left out.
+    pub fn new(counts: &[Option<u32>]) -> Self {
+        let used = counts.iter().rposition(Option::is_some);
+        let counts = &counts[..used.map_or(0, |last| last + 1)];
+        let number = |count: &Option<u32>| {
+            let kept = count.map_or(0, |count| count.saturating_add(1));
+            u16::try_from(kept).unwrap_or(u16::MAX).to_le_bytes()
+        };
+        Counts(planes(counts.iter().map(number)))
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len() / 2
+    }
+
+    /// Whether there was no choice at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// By cell; what follows them is `None`.
+    pub fn iter(&self) -> impl Iterator<Item = Option<u32>> + '_ {
+        let n = self.len();
+        let number = move |i| u16::from_le_bytes(gathered(&self.0, n, i));
+        (0..n).map(move |i| u32::from(number(i)).checked_sub(1))
+    }
+}
+
 fn planes<const N: usize>(values: impl ExactSizeIterator<Item = [u8; N]>) -> ByteBuf {
     let n = values.len();
     let mut bytes = vec![0; n * N];

@@ -67,6 +67,7 @@ mod replay;
 mod room;
 mod rope;
 mod runtime;
+mod seen;
 mod separators;
 mod sequences;
 mod session;
