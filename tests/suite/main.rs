@@ -42,6 +42,7 @@ mod kv_state;
 mod kv_streams;
 mod kv_twin;
 mod lookup;
+mod lookup_mrope;
 mod masked;
 mod midway;
 mod model;
