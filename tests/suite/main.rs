@@ -43,6 +43,7 @@ mod kv_streams;
 mod kv_twin;
 mod lookup;
 mod lookup_mrope;
+mod lookup_runs;
 mod lookup_shapes;
 mod masked;
 mod midway;

@@ -32,7 +32,7 @@ fn picture() -> String {
 }
 
 /// Two questions in two processes, and in one chat: the same answers.
-fn assert_goes_on(args: &[&str]) -> Value {
+pub fn assert_goes_on(args: &[&str]) -> Value {
     use std::io::Write;
     use std::process::{Command, Stdio};
 
