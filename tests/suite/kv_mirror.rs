@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 
-use hae::attend::Attend;
+use hae::attend::{Attend, Kind, Lookup};
 use hae::cache::{Cell, Pos};
 use hae::engine::{
     Batch, Capabilities, Engine, Input, KvBytes, Observation, Sampler, SeqId, TrialRuns, Vocabulary,
@@ -97,10 +97,13 @@ impl Mirrored<'_> {
     }
 
     /// What the layers of the last step attended to, by position.
-    fn compare_sets(&mut self) {
+    fn compare_sets(&mut self, lookup: &Lookup) {
         let Some(twin) = &self.twin else {
             return;
         };
+        let of = |kind| lookup.kinds.iter().filter(|&&k| k == kind).count();
+        // What reports count.
+        let left_out = of(Kind::Vision) - lookup.n_vision + of(Kind::Text) - lookup.n_text;
         let mut tally = self.tally.borrow_mut();
         tally.looked_up += 1;
         for layer in 0..self.engine.model().n_layer() {
@@ -108,7 +111,8 @@ impl Mirrored<'_> {
             let pos = |&cell: &Cell| self.cells.cells[cell as usize].unwrap();
             let ours: BTreeSet<Pos> = cells.iter().map(pos).collect();
             let theirs = twin.looked_up(layer);
-            assert_eq!(ours.len(), theirs.len());
+            assert_eq!(ours.len(), self.cells.used() - left_out);
+            assert_eq!(theirs.len(), ours.len());
             if self.is_exact && self.alike && !precision::on_gpu() {
                 assert_eq!(ours, theirs);
             }
@@ -184,8 +188,8 @@ impl Engine for Mirrored<'_> {
         }
         self.check("a batch");
         self.compare(batch.logits)?;
-        if batch.lookup.is_some() {
-            self.compare_sets();
+        if let Some(lookup) = batch.lookup {
+            self.compare_sets(lookup);
         }
         Ok(())
     }
