@@ -6,11 +6,11 @@ use hae::policy::Amount;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::bin::refusal;
-use crate::model::{TEXT, exact, load, repository};
+use crate::bin::{answer, refusal};
+use crate::model::{PICTURE, STORY, TEXT, exact, load, repository};
 use crate::others::{gemma3_text, mamba, qwen2vl};
 use crate::random_llama::bloom;
-use crate::session::assert_goes_on;
+use crate::session::{assert_goes_on, assert_goes_on_from};
 
 fn number(report: &Value, pointer: &str) -> f64 {
     report.pointer(pointer).and_then(Value::as_f64).unwrap()
@@ -68,20 +68,47 @@ fn lookups_serve_what_eviction_and_recall_leave() {
         // A quarter of 38, beside 2.
         assert_attended(&second, 12.0);
     }
-    // Answers evict as they go, so that cells leave between lookups.
-    let second = assert_goes_on(&[
+}
+
+/// Cells leave while an answer is written, into the bin and out of the cache, and lookups go on.
+#[test]
+fn lookups_go_on_while_answers_evict() {
+    let flags = [
         "--kv-policy",
         "hae",
         "--kv-budget",
-        "120",
+        "200",
         "--attend",
-        "0.5",
+        "0.3",
         "--attend-text",
         "0.5",
-    ]);
+    ];
+    let second = assert_goes_on_from(STORY, &flags);
     assert_eq!(number(&second, "/attended/steps"), fed(&second));
-    assert!(number(&second, "/kv/cells/evicted/vision") > 0.0);
-    assert!(number(&second, "/attended/vision") < 0.7);
+
+    let picture = repository(PICTURE);
+    let run = [
+        "run",
+        "--image",
+        picture.to_str().unwrap(),
+        "-p",
+        STORY,
+        "-n",
+        "150",
+        "--temp",
+        "0",
+        "-t",
+        "1",
+        "-o",
+        "json",
+    ];
+    let story = serde_json::from_str(&answer(&[&run[..], &flags].concat())).unwrap();
+    assert_eq!(number(&story, "/attended/steps"), fed(&story));
+    assert!(number(&story, "/evicted/in_decoding") > 100.0, "{story}");
+    assert!(number(&story, "/evicted/restores") > 0.0, "{story}");
+    // What is always looked at is part of these: two cells of the picture, half of the text.
+    assert!((0.3..0.4).contains(&number(&story, "/attended/vision")));
+    assert!((0.5..0.7).contains(&number(&story, "/attended/all")));
 }
 
 #[test]
