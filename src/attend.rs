@@ -8,7 +8,7 @@ use crate::cache::{Cell, Entry, Ledger, Modality, Pos};
 use crate::error::{Error, Result};
 use crate::policy::Amount;
 
-/// Text tokens at the end of a prompt that count as the question: always attended to.
+/// Positions at the end of a prompt whose text counts as the question: always attended to.
 const QUESTION: Pos = 64;
 
 /// What decoding steps attend to. The default is everything.
@@ -55,7 +55,7 @@ pub enum Kind {
 pub struct Lookup {
     /// `[cells]`, by cell; cells behind it are attended to always.
     pub kinds: Vec<Kind>,
-    /// Visual cells that a layer attends to, of those that may be left out.
+    /// Visual cells that a layer attends to, of those that may be left out: no more than there are.
     pub n_vision: usize,
     /// The same of text.
     pub n_text: usize,
@@ -167,8 +167,12 @@ impl Attend {
         lookup.kinds.resize(ledger.span(), Kind::Always);
         let next = ledger.newest().map_or(0, |newest| newest + 1);
         let (mut vision, mut text) = (0, 0);
+        let mut ends = Ends::new(self, ledger, next);
         for entry in ledger.entries() {
-            let kind = self.kind(&entry, answer, next);
+            let kind = match ends.holds(entry.pos) {
+                true => Kind::Always,
+                false => self.kind(&entry, answer),
+            };
             match kind {
                 Kind::Always => continue,
                 Kind::Vision => vision += 1,
@@ -195,21 +199,57 @@ impl Attend {
         true
     }
 
-    fn kind(&self, entry: &Entry, answer: Pos, next: Pos) -> Kind {
-        let sinks = Pos::try_from(self.sinks).unwrap_or(Pos::MAX);
-        let recent = Pos::try_from(self.recent).unwrap_or(Pos::MAX);
-        let pos = entry.pos;
-        if pos < sinks || pos >= next.saturating_sub(recent) {
-            return Kind::Always;
-        }
+    /// Of a cell at neither end.
+    fn kind(&self, entry: &Entry, answer: Pos) -> Kind {
+        let question = answer.saturating_sub(QUESTION)..answer;
         match entry.modality {
             Modality::Vision if self.vision.is_some() => Kind::Vision,
-            Modality::Text if (answer.saturating_sub(QUESTION)..answer).contains(&pos) => {
-                Kind::Always
-            }
+            Modality::Text if question.contains(&entry.pos) => Kind::Always,
             Modality::Text if self.text.is_some() => Kind::Text,
             _ => Kind::Always,
         }
+    }
+}
+
+/// The cells of the first positions and of the last ones, asked for in the order of cells.
+///
+/// A position is one cell, except in pictures with several axes (M-RoPE), most of whose rows share
+/// their last position. Of these no more cells are held than positions were asked for, or a question
+/// shorter than the recent positions would hold a whole picture. Nothing is removed or moved in
+/// such a cache, so that its cells are in the order of the tokens.
+struct Ends {
+    /// Positions before this one are the first.
+    first: Pos,
+    /// Cells of them that are still to be held.
+    n_first: usize,
+    /// From this position on they are the last.
+    last: Pos,
+    /// Cells of them that come before those that are held.
+    n_skipped: usize,
+}
+
+impl Ends {
+    fn new(attend: &Attend, ledger: &Ledger, next: Pos) -> Self {
+        let number = |n: usize| Pos::try_from(n).unwrap_or(Pos::MAX);
+        let last = next.saturating_sub(number(attend.recent));
+        let n_last = ledger.entries().filter(|entry| entry.pos >= last).count();
+        Ends {
+            first: number(attend.sinks),
+            n_first: attend.sinks,
+            last,
+            n_skipped: n_last.saturating_sub(attend.recent),
+        }
+    }
+
+    fn holds(&mut self, pos: Pos) -> bool {
+        let take = |left: &mut usize| {
+            let any = *left > 0;
+            *left -= usize::from(any);
+            any
+        };
+        let first = pos < self.first && take(&mut self.n_first);
+        let last = pos >= self.last && !take(&mut self.n_skipped);
+        first || last
     }
 }
 
@@ -288,5 +328,41 @@ mod tests {
             assert_eq!(looked.layers, 3);
             assert_eq!(looked.counts, [None, Some(1), Some(3), Some(2)]);
         }
+    }
+
+    /// Two pictures of 12 rows on 3 positions each, between texts of 2.
+    #[test]
+    fn rows_that_share_a_position_are_not_all_at_an_end() {
+        let mut ledger = Ledger::new(64);
+        ledger.begin_turn();
+        let (mut cell, mut next) = (0, 0);
+        for segment in 0..5 {
+            let image = (segment % 2 == 1).then_some(segment);
+            for row in 0..if image.is_some() { 12 } else { 2 } {
+                let pos = next + row.min(2);
+                let placed = match (image, row) {
+                    (Some(_), 3..) => ledger.insert_shared(cell, pos, image),
+                    (Some(_), _) => ledger.insert(cell, pos, Modality::Vision, image),
+                    (None, _) => ledger.insert(cell, pos, Modality::Text, None),
+                };
+                assert!(placed.is_ok());
+                cell += 1;
+            }
+            next += if image.is_some() { 3 } else { 2 };
+        }
+        let attend = Attend {
+            vision: Some(Amount::Cells(1)),
+            recent: 4,
+            sinks: 5,
+            ..Attend::default()
+        };
+        let (mut lookup, mut attended) = (Lookup::default(), Attended::default());
+        assert!(attend.plan(&ledger, next, &mut lookup, &mut attended));
+        // Text 0 and 1 and three rows of the first picture; two rows of the second and the last text.
+        let chosen_from = |cell: &usize| lookup.kinds[*cell] == Kind::Vision;
+        let cells: Vec<usize> = (0..30).filter(chosen_from).collect();
+        let expected: Vec<usize> = (5..14).chain(16..26).collect();
+        assert_eq!(cells, expected);
+        assert_eq!((attended.in_view, attended.attended), (31, 31 - 18));
     }
 }

@@ -4,9 +4,11 @@
 //! ([`crate::kv_twin`]), where there is one.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 
+use hae::attend::{Attend, Kind, Lookup};
 use hae::cache::{Cell, Pos};
 use hae::engine::{
     Batch, Capabilities, Engine, Input, KvBytes, Observation, Sampler, SeqId, TrialRuns, Vocabulary,
@@ -39,6 +41,11 @@ pub struct Tally {
     pub pruned_early: usize,
     /// Rows that went on from a trial run.
     pub went_on: usize,
+    /// Steps that looked something up.
+    pub looked_up: usize,
+    /// Cells that layers attended to in them, and those that the twin's layers did, too.
+    pub chosen: usize,
+    pub chosen_by_both: usize,
     /// Logits that had to have the same bits.
     pub exact: usize,
     /// The largest difference of the others.
@@ -87,6 +94,31 @@ impl Mirrored<'_> {
             (live..live + 6 * 4096).contains(&bytes.allocated),
             "{bytes:?}"
         );
+    }
+
+    /// What the layers of the last step attended to, by position.
+    fn compare_sets(&mut self, lookup: &Lookup) {
+        let Some(twin) = &self.twin else {
+            return;
+        };
+        let of = |kind| lookup.kinds.iter().filter(|&&k| k == kind).count();
+        // What reports count.
+        let left_out = of(Kind::Vision) - lookup.n_vision + of(Kind::Text) - lookup.n_text;
+        let mut tally = self.tally.borrow_mut();
+        tally.looked_up += 1;
+        for layer in 0..self.engine.model().n_layer() {
+            let cells = self.engine.looked_up(layer).unwrap();
+            let pos = |&cell: &Cell| self.cells.cells[cell as usize].unwrap();
+            let ours: BTreeSet<Pos> = cells.iter().map(pos).collect();
+            let theirs = twin.looked_up(layer);
+            assert_eq!(ours.len(), self.cells.used() - left_out);
+            assert_eq!(theirs.len(), ours.len());
+            if self.is_exact && self.alike && !precision::on_gpu() {
+                assert_eq!(ours, theirs);
+            }
+            tally.chosen += ours.len();
+            tally.chosen_by_both += ours.intersection(&theirs).count();
+        }
     }
 
     /// Of a batch that was just computed.
@@ -149,10 +181,21 @@ impl Engine for Mirrored<'_> {
         }
         drop(tally);
         if let Some(twin) = &mut self.twin {
+            if let Some(lookup) = batch.lookup {
+                twin.look_up(lookup, &self.cells.cells);
+            }
             twin.decode(batch);
         }
         self.check("a batch");
-        self.compare(batch.logits)
+        self.compare(batch.logits)?;
+        if let Some(lookup) = batch.lookup {
+            self.compare_sets(lookup);
+        }
+        Ok(())
+    }
+
+    fn attend(&self) -> Option<&Attend> {
+        self.engine.attend()
     }
 
     fn logits(&self) -> Result<&[f32]> {

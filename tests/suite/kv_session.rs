@@ -8,13 +8,14 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use hae::Error;
+use hae::attend::Attend;
 use hae::cache::Pos;
 use hae::controller::Controller;
 use hae::engine::Token;
 use hae::engine::scripted::hashed;
 use hae::generate::{Segment, Session};
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model};
-use hae::policy::{DapMode, Limits, Observe, PolicyOptions, create};
+use hae::policy::{Amount, DapMode, Limits, Observe, PolicyOptions, create};
 use hae::prompt::Transcript;
 use hae::saved::{ModelIdentity, Saved, Storage};
 use proptest::prelude::*;
@@ -255,11 +256,45 @@ fn twinned() -> impl Strategy<Value = DapMode> {
     prop_oneof![Just(DapMode::Early), Just(DapMode::Exact)]
 }
 
+/// Few cells of each kind, so that most steps leave some out.
+fn lookups() -> impl Strategy<Value = Attend> {
+    let amount = || {
+        prop_oneof![
+            (0.05..0.6).prop_map(Amount::Share),
+            (1..40usize).prop_map(Amount::Cells)
+        ]
+    };
+    let drawn = (
+        prop::option::weighted(0.8, amount()),
+        amount(),
+        0..20usize,
+        0..6usize,
+    );
+    drawn.prop_map(|(vision, text, recent, sinks)| Attend {
+        vision,
+        text: Some(text),
+        recent,
+        sinks,
+        first_layer: 0,
+    })
+}
+
 /// Random conversations with a cache of this kind; what they did.
 fn conversations(
     flash: bool,
     kind: CacheType,
     mode: impl Strategy<Value = DapMode>,
+    cases: u32,
+) -> Tally {
+    conversations_with(flash, kind, mode, Just(Attend::default()), cases)
+}
+
+/// The same, whose answers look cells up.
+fn conversations_with(
+    flash: bool,
+    kind: CacheType,
+    mode: impl Strategy<Value = DapMode>,
+    attend: impl Strategy<Value = Attend>,
     cases: u32,
 ) -> Tally {
     let (text, _) = converted("f32");
@@ -295,22 +330,30 @@ fn conversations(
         host,
         turns(),
         any::<u64>(),
+        attend,
     );
-    let done = runner.run(&drawn, |(options, dap_mode, recall, host, turns, seed)| {
-        let run = Run {
-            model: &model,
-            policy: PolicyOptions {
-                dap_mode,
-                recall,
-                ..options
-            },
-            context: context.clone(),
-            host_bytes: host * row_bytes,
-            tally: Rc::clone(&tally),
-        };
-        run.converse(&twins, &turns, seed);
-        Ok(())
-    });
+    let done = runner.run(
+        &drawn,
+        |(options, dap_mode, recall, host, turns, seed, attend)| {
+            let run = Run {
+                model: &model,
+                policy: PolicyOptions {
+                    dap_mode,
+                    recall,
+                    ..options
+                },
+                context: ContextOptions {
+                    attend,
+                    keep_sets: true,
+                    ..context.clone()
+                },
+                host_bytes: host * row_bytes,
+                tally: Rc::clone(&tally),
+            };
+            run.converse(&twins, &turns, seed);
+            Ok(())
+        },
+    );
     done.unwrap_or_else(|e| panic!("{e}"));
     let tally = std::mem::take(&mut *tally.borrow_mut());
     println!("flash {flash}, {kind:?}: {tally:?}");
@@ -367,5 +410,36 @@ fn conversations_midway() {
         ] {
             assert!(n > 0, "nothing {what}");
         }
+    }
+}
+
+/// Lookups from cells that were moved, resized, saved and put back choose the positions that the twin
+/// chooses, by the plain operations and by the processor's own.
+#[test]
+fn conversations_that_look_up() {
+    let run = |flash, kind, cases| conversations_with(flash, kind, twinned(), lookups(), cases);
+    let tally = run(false, CacheType::F32, 16);
+    for (n, what) in [
+        (tally.removed, "removed"),
+        (tally.moved, "moved"),
+        (tally.grown, "grown"),
+        (tally.shrunk, "shrunk"),
+        (tally.recalled, "recalled"),
+        (tally.from_host, "from the host"),
+        (tally.reopened, "reopened"),
+    ] {
+        assert!(n > 0, "nothing {what}");
+    }
+    assert!(tally.looked_up > 500);
+    assert!(tally.worst < precision::logits(1e-4), "{}", tally.worst);
+    if !precision::on_gpu() {
+        assert_eq!(tally.chosen, tally.chosen_by_both);
+    }
+    // Rounded products let near ones change places.
+    for (kind, cases, bound) in [(CacheType::F16, 6, 5e-2), (CacheType::Q8_0, 4, 1.0)] {
+        let tally = run(true, kind, cases);
+        let (chosen, both) = (tally.chosen, tally.chosen_by_both);
+        assert!(both * 1000 > chosen * 999, "{kind:?}: {both} of {chosen}");
+        assert!(tally.worst < bound, "{kind:?}: {}", tally.worst);
     }
 }

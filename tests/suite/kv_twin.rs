@@ -2,10 +2,11 @@
 //! sequence to which evicted tokens change over. The first one's attention does not see them there,
 //! and a token that comes back from host memory changes back, with the bits that it had.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use hae::attend::{Kind, Lookup};
 use hae::cache::Pos;
 use hae::engine::{Batch, Input};
 use hae::llama::{CacheType, ContextOptions, FlashAttention};
@@ -50,6 +51,16 @@ impl<'m> Twin<'m> {
             .with_flash_attention_policy(i32::from(flash));
         params.as_raw_mut().kv_unified = true;
         let mut ctx = model.new_context(backend(), params).unwrap();
+        if !like.attend.is_whole() {
+            let params = sys::llama_hae_attend_params {
+                first_layer: like.attend.first_layer,
+                keep_sets: true,
+                plain_ops: like.plain_lookups,
+            };
+            // SAFETY: the context is alive, the parameters live during the call.
+            let code = unsafe { sys::llama_hae_attend_set(ctx.as_mut_ptr(), &raw const params) };
+            assert_eq!(code, 0);
+        }
         Twin {
             raw: NonNull::new(ctx.as_mut_ptr()).unwrap(),
             ctx,
@@ -87,6 +98,45 @@ impl<'m> Twin<'m> {
         // only reads them.
         let status = unsafe { sys::llama_decode(self.ctx.as_mut_ptr(), raw) };
         assert_eq!(status, 0);
+    }
+
+    /// Lets the next token look up what `lookup` says of cells that hold these positions.
+    pub fn look_up(&mut self, lookup: &Lookup, positions: &[Option<Pos>]) {
+        let own = self.cells();
+        let mut kinds = vec![Kind::Always; N_CTX as usize];
+        for (kind, pos) in lookup.kinds.iter().zip(positions) {
+            if let Some(cell) = pos.and_then(|pos| own.get(&pos)) {
+                kinds[*cell] = *kind;
+            }
+        }
+        // SAFETY: the context is alive; the kinds are bytes, as many as said.
+        let code = unsafe {
+            sys::llama_hae_attend_cells(
+                self.raw.as_ptr(),
+                kinds.as_ptr().cast(),
+                kinds.len(),
+                lookup.n_vision as i32,
+                lookup.n_text as i32,
+            )
+        };
+        assert_eq!(code, 0);
+    }
+
+    /// The positions that a layer attended to in the last step.
+    pub fn looked_up(&self, layer: u32) -> BTreeSet<Pos> {
+        let mut cells = vec![0; N_CTX as usize];
+        // SAFETY: the context is alive, the array has room for as many cells as is said.
+        let n = unsafe {
+            sys::llama_hae_attend_read(self.raw.as_ptr(), layer, cells.as_mut_ptr(), cells.len())
+        };
+        let chosen = &cells[..usize::try_from(n).unwrap()];
+        let held = self.cells();
+        let positions: BTreeMap<usize, Pos> =
+            held.iter().map(|(&pos, &cell)| (cell, pos)).collect();
+        chosen
+            .iter()
+            .map(|&cell| positions[&(cell as usize)])
+            .collect()
     }
 
     pub fn logits(&self) -> &[f32] {

@@ -73,7 +73,7 @@ fn scenarios() -> Vec<(Scenario, Expected)> {
 }
 
 /// A context that may look up, and lets the sets be read.
-fn looking(options: ContextOptions, first_layer: u32, plain_lookups: bool) -> ContextOptions {
+pub fn looking(options: ContextOptions, first_layer: u32, plain_lookups: bool) -> ContextOptions {
     ContextOptions {
         attend: Attend {
             vision: Some(Amount::Cells(1)),

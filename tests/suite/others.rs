@@ -2,7 +2,7 @@
 //! families that mtmd knows. What they say means nothing; that they run, or are refused with the
 //! reason, and what they count, does.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use hae::llama::gguf::Value;
 use hae::policy;
@@ -14,7 +14,7 @@ use crate::model::{PICTURE, TEXT, VISION, repository};
 use crate::remake::{Remake, Tensor};
 
 /// A text model and its vision file in a folder.
-struct Pair(TempDir);
+pub struct Pair(TempDir);
 
 impl Pair {
     fn new(text: Option<&Remake>, vision: &Remake) -> Self {
@@ -46,7 +46,13 @@ impl Pair {
         args
     }
 
-    fn json(&self, more: &str) -> Json {
+    /// `text.gguf` or `vision.gguf`.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// The report of a run.
+    pub fn json(&self, more: &str) -> Json {
         serde_json::from_str(&answer(&self.args(more))).unwrap()
     }
 }
@@ -176,9 +182,16 @@ fn tower(projector: &str, image_size: u32) -> Remake {
     file
 }
 
-/// Qwen2-VL: all tokens of a picture share positions on the first axis (M-RoPE).
-fn qwen2vl() -> Pair {
+/// Qwen2-VL: all tokens of a picture share positions on the first axis (M-RoPE). Queries and keys are
+/// scaled: the larger they are, the sharper is attention.
+pub fn qwen2vl(scale: f32) -> Pair {
     let mut text = text("qwen2vl");
+    for block in 0..2 {
+        for part in ["attn_q", "attn_k"] {
+            text.tensor(&format!("blk.{block}.{part}.weight"))
+                .scale(scale);
+        }
+    }
     let sections = [4, 6, 6, 0].map(Value::Signed).to_vec();
     text.set("qwen2vl.rope.dimension_sections", Value::Array(sections));
     let mut vision = tower("qwen2vl_merger", 560);
@@ -194,7 +207,7 @@ fn qwen2vl() -> Pair {
 
 #[test]
 fn m_rope_runs_under_full_and_is_refused_for_the_others() {
-    let pair = qwen2vl();
+    let pair = qwen2vl(1.0);
     let full = pair.json("");
     // 336 / 28 merged patches a side.
     assert_eq!(count(&full, "/tokens/prompt/vision"), 144);
@@ -274,7 +287,7 @@ fn sliding_windows_run_under_full_and_are_refused_for_the_others() {
 }
 
 /// Mamba: a state instead of a cache. There is no vision file for it.
-fn mamba() -> Remake {
+pub fn mamba() -> Remake {
     let mut text = text("mamba");
     for (key, value) in [
         ("conv_kernel", 4),

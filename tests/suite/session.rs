@@ -31,8 +31,13 @@ fn picture() -> String {
     repository(PICTURE).to_str().unwrap().to_owned()
 }
 
-/// Two questions in two processes, and in one chat: the same answers.
-fn assert_goes_on(args: &[&str]) -> Value {
+/// Two questions in two processes, and in one chat: the same answers. What the second one reports.
+pub fn assert_goes_on(args: &[&str]) -> Value {
+    assert_goes_on_from(FIRST, args)
+}
+
+/// The same with another first question.
+pub fn assert_goes_on_from(question: &str, args: &[&str]) -> Value {
     use std::io::Write;
     use std::process::{Command, Stdio};
 
@@ -40,7 +45,7 @@ fn assert_goes_on(args: &[&str]) -> Value {
     let file = dir.path().join("chat.session");
     let picture = picture();
     let with_picture: Vec<&str> = ["--image", &picture].iter().chain(args).copied().collect();
-    let first = ask(&file, FIRST, &with_picture).unwrap();
+    let first = ask(&file, question, &with_picture).unwrap();
     let second = ask(&file, SECOND, args).unwrap();
 
     let mut chat = Command::new(hae().get_program())
@@ -51,7 +56,7 @@ fn assert_goes_on(args: &[&str]) -> Value {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let lines = format!("{FIRST}\n{SECOND}\n");
+    let lines = format!("{question}\n{SECOND}\n");
     let mut stdin = chat.stdin.take().unwrap();
     stdin.write_all(lines.as_bytes()).unwrap();
     drop(stdin);
