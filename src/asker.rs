@@ -15,10 +15,11 @@ use crate::bench::Pulse;
 use crate::error::Result;
 use crate::eval::distance::{self, AttentiveFull, Followed, Places, Said};
 use crate::eval::question::Question;
+use crate::eval::reading::{Reading, Window};
 use crate::eval::record::{self, Distance};
-use crate::generate::{Finish, Hooks};
+use crate::generate::{Finish, Hooks, Segment, Session};
 use crate::image::Picture;
-use crate::llama::{ContextOptions, Model, SamplerOptions, Vision};
+use crate::llama::{ContextOptions, LlamaEngine, Model, SamplerOptions, Vision};
 use crate::open::{Opened, Plan, Reach, RopeChoice};
 use crate::policy::{Amount, PolicyOptions, PolicySpec};
 use crate::prompt::Transcript;
@@ -239,6 +240,66 @@ impl Asker {
         Ok(Some((distances, Evicted::of(&report))))
     }
 
+    /// What the full cache predicts of a window of a text, attending to everything. `None`:
+    /// cancelled.
+    ///
+    /// # Errors
+    /// Those of the engine.
+    pub fn read_in_full(
+        &mut self,
+        context: &ContextOptions,
+        window: &Window,
+        watch: Pulse<'_>,
+    ) -> Result<Option<Said>> {
+        let context = ContextOptions {
+            attend: Attend::default(),
+            ..context.clone()
+        };
+        let session = self.opened_for(&context, &PolicySpec::full(), window)?;
+        let prompt = [Segment::Tokens(window.prompt.clone())];
+        distance::read(session, &prompt, &window.text, watch.cancelled)
+    }
+
+    /// The same window under a policy; `said` is what the full cache predicted. `None`: cancelled.
+    ///
+    /// # Errors
+    /// Those of the engine and the policy.
+    pub fn read(
+        &mut self,
+        contender: &Contender,
+        (number, window): (usize, &Window),
+        said: &Said,
+        watch: Pulse<'_>,
+    ) -> Result<Option<Reading>> {
+        let session = self.opened_for(&contender.context, &contender.policy, window)?;
+        session.expect(said.fed().len());
+        let prompt = [Segment::Tokens(window.prompt.clone())];
+        let mut places = Places::default();
+        let followed = distance::follow(session, &prompt, said, &mut places, watch.cancelled)?;
+        let distance = followed.and_then(|followed| followed.distance());
+        Ok(distance.map(|distance| Reading {
+            window: number,
+            contender: contender.record.name.clone(),
+            distance,
+            attended: session.attended().shares(),
+            cells: session.controller.ledger().counts().cells(),
+        }))
+    }
+
+    /// An empty session for a window.
+    fn opened_for(
+        &mut self,
+        context: &ContextOptions,
+        policy: &PolicySpec,
+        window: &Window,
+    ) -> Result<&mut Session<LlamaEngine>> {
+        let mut plan = self.plan(context, policy)?;
+        let positions = window.prompt.len() + window.text.len();
+        plan.choose_rope(self.rope, || Ok(Reach::Positions(positions)))?;
+        let stage = self.opened(plan)?;
+        Ok(&mut self.stages[stage].session)
+    }
+
     fn plan(&self, context: &ContextOptions, policy: &PolicySpec) -> Result<Plan> {
         Plan::new(&self.model, self.prompts.vision(), context, policy)
     }
@@ -264,16 +325,21 @@ impl Asker {
             Some(turn) => turn::reach(&self.model, &self.prompts, &talk, turn),
             None => Ok(Reach::Cache),
         })?;
+        Ok((self.opened(plan)?, talk))
+    }
+
+    /// The place of an empty context as planned.
+    fn opened(&mut self, plan: Plan) -> Result<usize> {
         if let Some(at) = self.stages.iter().position(|opened| plan.fits(opened)) {
             plan.reopen(&mut self.stages[at])?;
-            return Ok((at, talk));
+            return Ok(at);
         }
         // One that differs in its rope factors alone gives its memory back.
         self.stages.retain(|opened| !plan.fits_but_for_rope(opened));
         let mut opened = plan.open(&SamplerOptions::GREEDY)?;
         opened.warm_up()?;
         self.stages.push(opened);
-        Ok((self.stages.len() - 1, talk))
+        Ok(self.stages.len() - 1)
     }
 
     /// A turn of a question; pictures come with its first.

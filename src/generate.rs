@@ -20,7 +20,7 @@ mod utf8;
 
 use std::time::Duration;
 
-use crate::attend::Looked;
+use crate::attend::{Attended, Looked};
 use crate::cache::{Cell, Pos};
 use crate::controller::{Controller, Event, Origin};
 use crate::engine::{Engine, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary};
@@ -123,6 +123,11 @@ impl<E> Session<E> {
     /// Evicted text that waits in host memory.
     pub fn host_bin(&self) -> &HostBin {
         &self.host_bin
+    }
+
+    /// What decoding steps attended to, since the turn began or all was forgotten.
+    pub fn attended(&self) -> Attended {
+        self.feed.attended
     }
 }
 
@@ -232,6 +237,7 @@ impl<E: Engine> Session<E> {
         self.host_bin.clear();
         self.intake = None;
         self.feed.peak_bytes = 0;
+        self.feed.attended = Attended::default();
     }
 
     /// Takes one token in, and lets the policy act.

@@ -9,9 +9,11 @@ mod evaluation;
 mod print;
 mod questions;
 mod run;
+mod text;
 
 pub use args::{InferenceArgs, Loaded};
 pub use evaluation::{Evaluation, EvaluationArgs};
 pub use print::{Format, percent, print_answers, print_json, print_summary, summary_text, write};
 pub use questions::{QuestionArgs, Questions};
 pub use run::{Runner, progress_bar};
+pub use text::TextArgs;

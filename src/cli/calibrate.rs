@@ -105,7 +105,7 @@ pub fn run(args: &Args) -> Result<Done> {
     let questions = [&tune.questions[..], &held_out.questions].concat();
     let mut in_use = args
         .inference
-        .in_use(Some(args.questions.path()), &questions);
+        .in_use(Some(args.questions.path()?), &questions);
     in_use.writes("--out", &path)?;
     // Better refused now than after the search.
     let out = Calibration::create(&path)?;

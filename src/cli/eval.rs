@@ -1,8 +1,11 @@
-//! `hae eval`: how many questions a model answers under several cache policies.
+//! `hae eval`: how many questions a model answers, or how well it predicts a text, under several
+//! cache policies.
 
 use anyhow::Result;
 
-use super::asking::{Evaluation, EvaluationArgs, Format, QuestionArgs, print_json, print_summary};
+use super::asking::{
+    Evaluation, EvaluationArgs, Format, QuestionArgs, TextArgs, print_json, print_summary,
+};
 use super::{Done, warn};
 use hae::Error;
 use hae::eval::split::Part;
@@ -38,6 +41,8 @@ pub struct Args {
     #[arg(long, value_name = "NATS")]
     max_kl: Option<f64>,
     #[command(flatten)]
+    text: TextArgs,
+    #[command(flatten)]
     pub evaluation: EvaluationArgs,
 }
 
@@ -49,6 +54,18 @@ pub fn run(args: &Args) -> Result<Done> {
     if let Some(x) = args.max_kl.filter(|x| !(x.is_finite() && *x >= 0.0)) {
         let reason = format!("{x}, expected a number of at least 0");
         return Err(Error::option("--max-kl", reason).into());
+    }
+    if let Some(path) = &args.text.text {
+        let limit = args.questions.limit();
+        let read = args.text.run(path, limit, &args.evaluation)?;
+        let rows = read.rows.iter();
+        let misses: Vec<String> = rows
+            .filter_map(|row| too_far(args, &row.contender, row.kl_mean))
+            .collect();
+        return match read.done {
+            Done::Whole => Ok(told(&misses)),
+            done => Ok(done),
+        };
     }
     let num_crops = args.questions.crops.num_crops()?;
     let file = args.questions.read()?;
@@ -63,7 +80,7 @@ pub fn run(args: &Args) -> Result<Done> {
     let evaluation = Evaluation {
         args: &args.evaluation,
         command: "eval",
-        file: Some(args.questions.path()),
+        file: Some(args.questions.path()?),
         set,
         questions: &questions,
         num_crops,
@@ -82,31 +99,38 @@ pub fn run(args: &Args) -> Result<Done> {
     }
 }
 
-/// Whether a threshold was missed, which stderr then says.
+/// Whether a threshold was missed.
 fn missed(args: &Args, summary: &Summary) -> Done {
-    let mut done = Done::Whole;
-    let mut miss = |text: String| {
-        warn(&text);
-        done = Done::Missed;
-    };
+    let mut misses = Vec::new();
     for row in summary.overall() {
         let name = &row.contender;
         for (what, value) in [("accuracy", row.accuracy), ("share of facts", row.recall)] {
             if let (Some(least), Some(value)) = (args.min_accuracy, value)
                 && value < least
             {
-                miss(format!(
+                misses.push(format!(
                     "{name}: its {what} is {value:.4}, below --min-accuracy {least}"
                 ));
             }
         }
-        if let (Some(most), Some(value)) = (args.max_kl, row.kl_mean)
-            && value > most
-        {
-            miss(format!(
-                "{name}: its mean KL is {value:.6}, above --max-kl {most}"
-            ));
-        }
+        misses.extend(row.kl_mean.and_then(|kl| too_far(args, name, kl)));
     }
-    done
+    told(&misses)
+}
+
+fn too_far(args: &Args, name: &str, kl: f64) -> Option<String> {
+    let most = args.max_kl.filter(|&most| kl > most)?;
+    let text = format!("{name}: its mean KL is {kl:.6}, above --max-kl {most}");
+    Some(text)
+}
+
+/// Says on stderr what was missed.
+fn told(misses: &[String]) -> Done {
+    for text in misses {
+        warn(text);
+    }
+    match misses {
+        [] => Done::Whole,
+        _ => Done::Missed,
+    }
 }

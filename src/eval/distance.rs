@@ -2,7 +2,8 @@
 //!
 //! The full cache answers greedily ([`listen`]); a policy is then fed the same tokens
 //! ([`follow`]), so that both predict every token from the same text, whatever the policy would
-//! have said itself. What they predict is compared position by position.
+//! have said itself. What they predict is compared position by position. The text can also be one
+//! that is there ([`read()`]).
 
 mod attentive;
 
@@ -61,6 +62,31 @@ pub fn listen<E: Engine>(
     n_predict: usize,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Option<Said>> {
+    tell(session, prompt, n_predict, cancelled, &|_| None)
+}
+
+/// Lets the full cache read a text, whatever it would have said. `None`: cancelled.
+///
+/// # Errors
+/// The session's own.
+pub fn read<E: Engine>(
+    session: &mut Session<E>,
+    prompt: &[Segment],
+    text: &[Token],
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Option<Said>> {
+    let given = |i: usize| text.get(i).copied();
+    tell(session, prompt, text.len(), cancelled, &given)
+}
+
+/// Tokens as given by number, or the likeliest, whose end is the answer's.
+fn tell<E: Engine>(
+    session: &mut Session<E>,
+    prompt: &[Segment],
+    n_predict: usize,
+    cancelled: &dyn Fn() -> bool,
+    given: &dyn Fn(usize) -> Option<Token>,
+) -> Result<Option<Said>> {
     let mut said = Said::default();
     if !session.prefill(prompt, cancelled)? {
         return Ok(None);
@@ -81,10 +107,11 @@ pub fn listen<E: Engine>(
             }
         }
         let logits = session.engine.logits()?.to_vec();
-        let token = likeliest(&logits)?;
+        let given = given(said.tokens.len());
+        let token = given.map_or_else(|| likeliest(&logits), Ok)?;
         said.logits.push(logits);
         said.tokens.push(token);
-        if session.vocabulary()?.is_eog(token) {
+        if given.is_none() && session.vocabulary()?.is_eog(token) {
             said.ended = true;
             break;
         }
@@ -217,7 +244,7 @@ impl Places {
 }
 
 impl Followed {
-    /// One prediction; `token` is the full cache's own.
+    /// One prediction; `token` is what comes next.
     fn add(&mut self, full: &[f32], policy: &[f32], token: Token) -> Result<()> {
         if full.len() != policy.len() {
             let (n, m) = (full.len(), policy.len());
@@ -230,7 +257,7 @@ impl Followed {
         };
         self.log_prob_full += own;
         self.log_prob += other;
-        self.same.push(likeliest(policy)? == token);
+        self.same.push(likeliest(policy)? == likeliest(full)?);
         self.kl.push(kl(&p, &q));
         Ok(())
     }

@@ -140,6 +140,34 @@ pub fn bootstrap(pairs: &[Pair], seed: u64) -> Option<Difference> {
     })
 }
 
+/// Where a mean lies, with 95 %.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Interval {
+    /// Lower end.
+    pub low: f64,
+    /// Upper end.
+    pub high: f64,
+}
+
+/// The bootstrap: where the mean had come to lie, had the values been others of the same kind.
+/// `None` of fewer than two, which have no spread.
+pub fn of_mean(values: &[f64], seed: u64) -> Option<Interval> {
+    if values.len() < 2 {
+        return None;
+    }
+    let mut noise = Noise::new(seed);
+    let mut draw = || {
+        let drawn = (0..values.len()).map(|_| values[noise.below(values.len())]);
+        drawn.sum::<f64>() / values.len() as f64
+    };
+    let mut draws: Vec<f64> = (0..RESAMPLES).map(|_| draw()).collect();
+    draws.sort_by(f64::total_cmp);
+    Some(Interval {
+        low: quantile(&draws, 0.025),
+        high: quantile(&draws, 0.975),
+    })
+}
+
 /// 0 of none.
 pub fn mean(values: &[f64]) -> f64 {
     match values.len() {
@@ -200,6 +228,27 @@ mod tests {
             assert!((a - b).abs() < 1e-12, "{adjusted:?}");
         }
         assert!(holm(&[]).is_empty());
+    }
+
+    /// Of two values a draw is the one, the other or their middle; of many normal ones the interval
+    /// is the textbook's.
+    #[test]
+    fn means_lie_where_theory_says() {
+        let two = of_mean(&[1.0, 3.0], 7).unwrap();
+        assert_eq!((two.low, two.high), (1.0, 3.0));
+        let mut noise = Noise::new(5);
+        let values: Vec<f64> = (0..400).map(|_| f64::from(noise.normal())).collect();
+        let interval = of_mean(&values, 7).unwrap();
+        let middle = mean(&values);
+        let deviation = values.iter().map(|x| (x - middle).powi(2)).sum::<f64>() / 400.0;
+        let half = Z * (deviation / 400.0).sqrt();
+        for (ours, theirs) in [
+            (interval.low, middle - half),
+            (interval.high, middle + half),
+        ] {
+            assert!((ours - theirs).abs() < 0.01, "{ours} {theirs}");
+        }
+        assert_eq!(of_mean(&values[..1], 7), None);
     }
 
     /// With few stories every sample can be counted: all draws of two out of two.

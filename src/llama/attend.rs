@@ -35,7 +35,7 @@ pub(super) fn allow(ctx: &mut LlamaContext<'_>, options: &ContextOptions) -> Res
         0 => Ok(()),
         sys::LLAMA_HAE_ATTEND_ERR_MEMORY => Err(Error::option(
             "attend",
-            "this model's attention cannot look cells up: its cache has windows or is none, or its attention has sinks, a cap or ALiBi",
+            "this model's attention cannot look cells up: its cache has windows or is none, or its attention has sinks, a cap or ALiBi, or one K and V for all heads",
         )),
         code => Err(reason("llama_hae_attend_set", code)),
     }

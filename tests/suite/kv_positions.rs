@@ -6,6 +6,7 @@ use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, RopeFac
 
 use crate::model::{converted, engine, exact, load};
 use crate::npz::max_abs_diff;
+use crate::precision;
 use crate::remake::Remake;
 
 fn decode(engine: &mut LlamaEngine, tokens: &[i32], pos: Pos) {
@@ -87,7 +88,7 @@ fn cross(ours: &mut LlamaEngine, twin: &mut LlamaEngine) -> Vec<f32> {
     println!("up to position 4299 in 256 cells, {moved} moves: {worst:.1e}");
     assert_eq!(ours.cells_now().unwrap(), 256);
     assert!(moved > 300);
-    assert!(worst < 1e-4, "{worst}");
+    assert!(worst < precision::logits(1e-4), "{worst}");
     ours.logits().unwrap().to_vec()
 }
 

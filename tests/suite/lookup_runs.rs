@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use crate::bin::{answer, refusal};
 use crate::model::{PICTURE, STORY, TEXT, exact, load, repository};
 use crate::others::{gemma3_text, mamba, qwen2vl};
-use crate::random_llama::bloom;
+use crate::random_llama::{bloom, grok};
 use crate::session::{assert_goes_on, assert_goes_on_from};
 
 fn number(report: &Value, pointer: &str) -> f64 {
@@ -153,7 +153,8 @@ fn models_whose_attention_is_another_are_refused() {
     gemma3_text().write(&path("gemma3"));
     mamba().write(&path("mamba"));
     bloom(&path("bloom"), 2, 2);
-    for name in ["gemma3", "mamba", "bloom"] {
+    grok(&path("grok"), 2);
+    for name in ["gemma3", "mamba", "bloom", "grok"] {
         let path = path(name);
         let args = [
             "run",

@@ -20,6 +20,7 @@ use hae::policy::{self, Amount, Limits, PolicyOptions};
 
 use crate::model::{converted, engine, exact, load};
 use crate::npz::max_abs_diff;
+use crate::precision;
 
 /// One user turn: its prompt, the tokens asked for, and at which look at it it is cancelled.
 #[derive(Clone)]
@@ -228,7 +229,7 @@ fn conversations_in_one_cache_are_each_as_if_alone() {
                 let (alone, together) = alone_and_together(&model, &options, policy, seed);
                 let worst = compare(&alone, &together);
                 println!("{policy:?} {kv_size:?}: {worst}", policy = policy.0);
-                assert!(worst < 2e-5, "{worst}");
+                assert!(worst < precision::logits(2e-5), "{worst}");
                 let ends = together.iter().flat_map(|talk| &talk.finished);
                 cancelled += ends.filter(|&&end| end == Finish::Cancelled).count();
                 recalled += together.iter().map(Talk::recalled).sum::<usize>();
@@ -254,6 +255,8 @@ fn flash_attention_and_other_types_agree_to_their_rounding() {
         let (alone, together) = alone_and_together(&model, &options, ("full", &none), 5);
         let worst = compare(&alone, &together);
         println!("{kind:?}: {worst}");
+        // Quantized keys double what a GPU rounds.
+        let bound = 2.0 * precision::logits(bound / 2.0);
         assert!(worst < bound, "{kind:?}: {worst}");
     }
 }
@@ -401,7 +404,7 @@ fn a_sequence_comes_back_as_any_other() {
             let again = decode(&mut engine, seq, &next, 60);
             let worst = max_abs_diff(&again, &expected);
             println!("{kv_size:?}, sequence {seq}: {worst}");
-            assert!(worst < 2e-5, "{worst}");
+            assert!(worst < precision::logits(2e-5), "{worst}");
             engine.rewind(seq, 60, 45).unwrap();
         }
         engine.rewind(2, 0, 0).unwrap();

@@ -34,7 +34,7 @@ pub struct EvaluationArgs {
     )]
     kv_policy: Vec<String>,
     #[command(flatten)]
-    policy: PolicyArgs,
+    pub policy: PolicyArgs,
     #[command(flatten)]
     pub inference: InferenceArgs,
     /// Save each answer as it comes, or go on
@@ -75,9 +75,9 @@ pub struct Outcome {
 }
 
 impl EvaluationArgs {
-    /// Every policy at every budget; `full` has none. What can be wrong with a budget without a
-    /// model is found here.
-    fn contenders(&self) -> Result<Vec<(PolicySpec, Option<Amount>)>> {
+    /// Every policy at every budget, with its name; `full` has none. What can be wrong with a
+    /// budget without a model is found here.
+    pub fn contenders(&self) -> Result<Vec<(String, PolicySpec, Option<Amount>)>> {
         let policies = policies(&self.kv_policy, false)?;
         let budgets = self.policy.budgets();
         if let Some(i) = (0..budgets.len()).find(|&i| budgets[..i].contains(&budgets[i])) {
@@ -102,7 +102,8 @@ impl EvaluationArgs {
             };
             for budget in budgets {
                 let options = self.policy.options_at(budget)?;
-                all.push((PolicySpec::of(policy, &options), budget));
+                let name = record::Contender::name_of(policy, budget);
+                all.push((name, PolicySpec::of(policy, &options), budget));
             }
         }
         Ok(all)
@@ -114,17 +115,14 @@ impl Evaluation<'_> {
         let args = self.args;
         args.inference.check()?;
         let contenders = args.contenders()?;
-        let name =
-            |(policy, budget): &(PolicySpec, _)| record::Contender::name_of(&policy.name, *budget);
-        let names: Vec<String> = contenders.iter().map(name).collect();
+        let names: Vec<String> = contenders.iter().map(|(name, ..)| name.clone()).collect();
         self.check_files(&names)?;
         let files = Files::find(&args.inference.model)?;
         let questions = self.questions.iter();
         let loaded = args.inference.load(&files, questions, self.num_crops)?;
-        let mut contenders = names
+        let mut contenders = contenders
             .into_iter()
-            .zip(contenders)
-            .map(|(name, (policy, budget))| loaded.contender(name, policy, budget))
+            .map(|(name, policy, budget)| loaded.contender(name, policy, budget))
             .collect::<Result<Vec<_>>>()?;
         if let Some(dir) = &args.trace {
             std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;

@@ -155,7 +155,7 @@ fn with_interval(row: &Row) -> String {
     }
 }
 
-fn shown(value: Option<f64>, show: impl Fn(f64) -> String) -> String {
+pub fn shown(value: Option<f64>, show: impl Fn(f64) -> String) -> String {
     value.map_or_else(String::new, show)
 }
 

@@ -7,6 +7,7 @@ use anyhow::Result;
 use crate::cli::crops::CropArgs;
 use crate::cli::named::named;
 use crate::cli::output::FileReport;
+use hae::Error;
 use hae::eval::files::{self, Source};
 use hae::eval::question::{Expected, Question};
 use hae::eval::record::{FileId, QuestionSet};
@@ -21,7 +22,7 @@ const N_PREDICT_STORY: usize = 1536;
 pub struct QuestionArgs {
     /// Questions with known answers
     #[arg(value_name = "FILE")]
-    questions: PathBuf,
+    questions: Option<PathBuf>,
     /// jsonl, gqa, scienceqa, mmbench or mmmu
     ///
     /// [default: told by the file]
@@ -53,21 +54,28 @@ pub struct QuestionFile {
 }
 
 impl QuestionArgs {
-    pub fn path(&self) -> &Path {
-        &self.questions
+    pub fn path(&self) -> Result<&Path> {
+        let reason = "is missing, expected a file of questions";
+        let path = self.questions.as_deref();
+        Ok(path.ok_or_else(|| Error::option("FILE", reason))?)
+    }
+
+    /// The most questions, or windows of a text.
+    pub fn limit(&self) -> Option<usize> {
+        self.limit.map(|n| n as usize)
     }
 
     pub fn read(&self) -> Result<QuestionFile> {
+        let path = self.path()?;
         let source = Source {
-            path: self.questions.clone(),
+            path: path.to_owned(),
             format: self.format,
             image_dir: self.image_dir.clone(),
             subset: self.subset.clone(),
             unanswered: false,
         };
         let (format, all) = source.read()?;
-        let FileReport { file, sha256 } =
-            FileReport::read(&self.questions, &self.questions.display().to_string())?;
+        let FileReport { file, sha256 } = FileReport::read(path, &path.display().to_string())?;
         Ok(QuestionFile {
             id: FileId { file, sha256 },
             format,
@@ -80,7 +88,7 @@ impl QuestionArgs {
         let selection = Selection {
             part,
             every: self.every as usize,
-            limit: self.limit.map(|n| n as usize),
+            limit: self.limit(),
         };
         let questions = selection.of(file.all.clone());
         let set = QuestionSet {

@@ -1,0 +1,202 @@
+//! Texts that a model reads: windows of one, and how well what stands there is predicted.
+//!
+//! Each window is a prompt, which goes in at once, and the text behind it, which is fed token by
+//! token, whatever the model would have said: decoding, where a policy evicts and layers look up.
+//! With a prompt of half the window and one token more this is what llama.cpp's `perplexity` scores.
+
+use serde::Serialize;
+
+use super::record::Distance;
+use super::stats::{Interval, mean, of_mean};
+use crate::attend::Shares;
+use crate::engine::Token;
+use crate::quantile::quantile;
+
+/// A part of a text, as token ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// What goes in first.
+    pub prompt: Vec<Token>,
+    /// What is predicted.
+    pub text: Vec<Token>,
+}
+
+/// How a text is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Tokens of a prompt, what the model wants in front of it among them.
+    pub prompt: usize,
+    /// Tokens that are predicted behind it.
+    pub predict: usize,
+}
+
+impl Cut {
+    /// Windows one behind the other, without what is left at the end. Each begins with `front`,
+    /// which is the token that begins texts, where the model wants one.
+    pub fn windows(self, text: &[Token], front: &[Token]) -> Vec<Window> {
+        let own = self.prompt.saturating_sub(front.len());
+        let whole = text.chunks_exact((own + self.predict).max(1));
+        whole
+            .map(|tokens| {
+                let (prompt, text) = tokens.split_at(own);
+                Window {
+                    prompt: [front, prompt].concat(),
+                    text: text.to_vec(),
+                }
+            })
+            .collect()
+    }
+}
+
+/// One window under one policy.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Reading {
+    /// From 0.
+    pub window: usize,
+    /// The policy, as tables name it.
+    pub contender: String,
+    /// To the full cache that attends to everything, which read the same.
+    pub distance: Distance,
+    /// What decoding steps attended to, where they looked cells up.
+    pub attended: Option<Shares>,
+    /// Cells that were in use at the end.
+    pub cells: usize,
+}
+
+/// All windows under one policy.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// The policy, as tables name it.
+    pub contender: String,
+    /// How many.
+    pub windows: usize,
+    /// Tokens that were predicted.
+    pub tokens: usize,
+    /// Perplexity of the text.
+    pub ppl: f64,
+    /// The same over that of the full cache.
+    pub ppl_ratio: f64,
+    /// Kullback-Leibler divergence of the predictions from the full cache's, in nats: the mean.
+    pub kl_mean: f64,
+    /// Of `kl_mean`, by drawing the windows anew. None of a single window.
+    pub kl_interval: Option<Interval>,
+    /// The median.
+    pub kl_median: f64,
+    /// The 99th percentile.
+    pub kl_p99: f64,
+    /// The largest.
+    pub kl_max: f64,
+    /// Share of the predictions whose likeliest token is the full cache's.
+    pub top1: f64,
+    /// Cells that a looking layer attended to, of all in view: the mean over windows.
+    pub attended: Option<f64>,
+    /// Cells in use at the end of a window: the mean.
+    pub cells: f64,
+}
+
+impl Row {
+    /// `None` where this policy read nothing. `seed` draws the windows anew.
+    pub fn of(contender: &str, readings: &[Reading], seed: u64) -> Option<Self> {
+        let own: Vec<&Reading> = readings
+            .iter()
+            .filter(|reading| reading.contender == contender)
+            .collect();
+        let windows = own.len();
+        let distances = || own.iter().map(|reading| &reading.distance);
+        let tokens: usize = distances().map(|d| d.n_tokens).sum();
+        if tokens == 0 {
+            return None;
+        }
+        let n = tokens as f64;
+        let log_prob: f64 = distances().map(|d| d.log_prob).sum();
+        let full: f64 = distances().map(|d| d.log_prob_full).sum();
+        let mut kl: Vec<f64> = distances()
+            .flat_map(|d| d.kl.iter().map(|&kl| f64::from(kl)))
+            .collect();
+        kl.sort_by(f64::total_cmp);
+        let means: Vec<f64> = distances().map(|d| d.kl_mean).collect();
+        let same: f64 = distances().map(|d| d.top1 * d.n_tokens as f64).sum();
+        let shares: Vec<f64> = own
+            .iter()
+            .filter_map(|reading| reading.attended.map(|shares| shares.all))
+            .collect();
+        let cells: Vec<f64> = own.iter().map(|reading| reading.cells as f64).collect();
+        Some(Row {
+            contender: contender.to_owned(),
+            windows,
+            tokens,
+            ppl: (-log_prob / n).exp(),
+            ppl_ratio: ((full - log_prob) / n).exp(),
+            kl_mean: mean(&kl),
+            kl_interval: of_mean(&means, seed),
+            kl_median: quantile(&kl, 0.5),
+            kl_p99: quantile(&kl, 0.99),
+            kl_max: kl.last().copied().unwrap_or_default(),
+            top1: same / n,
+            attended: (!shares.is_empty()).then(|| mean(&shares)),
+            cells: mean(&cells),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_follow_each_other_and_begin_as_the_model_wants() {
+        let text: Vec<Token> = (10..30).collect();
+        let cut = Cut {
+            prompt: 4,
+            predict: 3,
+        };
+        let windows = cut.windows(&text, &[1]);
+        let prompts: Vec<&[Token]> = windows.iter().map(|w| &w.prompt[..]).collect();
+        assert_eq!(prompts, [[1, 10, 11, 12], [1, 16, 17, 18], [1, 22, 23, 24]]);
+        assert_eq!(windows[2].text, [25, 26, 27]);
+        assert_eq!(cut.windows(&text, &[])[1].prompt, [17, 18, 19, 20]);
+        assert!(cut.windows(&text[..5], &[1]).is_empty());
+    }
+
+    #[test]
+    fn rows_are_over_tokens() {
+        let distance = |kl: &[f32], log_prob: f64, top1: f64| Distance {
+            kl_mean: kl.iter().map(|&x| f64::from(x)).sum::<f64>() / kl.len() as f64,
+            kl_median: 0.0,
+            kl_p99: 0.0,
+            top1,
+            ppl_ratio: 1.0,
+            attention_lost: None,
+            first_differing: None,
+            kl: kl.to_vec(),
+            lost: Vec::new(),
+            log_prob_full: -2.0 * kl.len() as f64,
+            log_prob,
+            n_tokens: kl.len(),
+        };
+        let reading = |window, distance| Reading {
+            window,
+            contender: "h2o".into(),
+            distance,
+            attended: None,
+            cells: 10 * window,
+        };
+        let readings = [
+            reading(1, distance(&[0.0, 0.5, 0.25, 0.25], -9.0, 0.75)),
+            reading(2, distance(&[1.0], -3.0, 0.0)),
+        ];
+        assert_eq!(Row::of("full", &readings, 1), None);
+        let row = Row::of("h2o", &readings, 1).unwrap();
+        assert_eq!((row.windows, row.tokens), (2, 5));
+        let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
+        near(row.ppl, (12f64 / 5.0).exp());
+        near(row.ppl_ratio, (2f64 / 5.0).exp());
+        near(row.kl_mean, 0.4);
+        near(row.kl_max, 1.0);
+        near(row.kl_median, 0.25);
+        near(row.top1, 0.6);
+        near(row.cells, 15.0);
+        let interval = row.kl_interval.unwrap();
+        assert!(interval.low < 0.4 && 0.4 < interval.high);
+    }
+}
