@@ -20,6 +20,7 @@ mod eval;
 mod eval_distance;
 mod eval_files;
 mod eval_score;
+mod eval_text;
 mod failed;
 mod files;
 mod fixture;

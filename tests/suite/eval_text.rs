@@ -1,0 +1,153 @@
+//! `hae eval --text`: what it says of a text against probabilities that are summed up here.
+
+use std::fs;
+
+use hae::engine::{Batch, Engine, Input, Observation, Token};
+use hae::llama::{CacheType, ContextOptions};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::bin::{answer, refusal};
+use crate::model::{TEXT, engine, exact, load, repository};
+
+const PROMPT: usize = 96;
+const PREDICT: usize = 32;
+
+/// A text in the small model's words, longer than two windows.
+fn text() -> String {
+    let places = ["Row 1, column 2", "Row 3, column 4", "Row 2, column 2"];
+    let line = |i: usize| format!("Where is the red heart? {}. ", places[i % 3]);
+    (0..28).map(line).collect()
+}
+
+/// Logarithms of the probabilities of the tokens behind a prompt, all in one batch.
+fn log_probs(tokens: &[Token]) -> f64 {
+    let model = load(&repository(TEXT));
+    let options = ContextOptions {
+        type_k: CacheType::F16,
+        type_v: CacheType::F16,
+        ..exact(1024)
+    };
+    let mut engine = engine(&model, options);
+    let mut sum = 0.0;
+    for (pos, pair) in (0..).zip(tokens.windows(2)) {
+        let batch = Batch {
+            seq: 0,
+            input: Input::Tokens(&pair[..1]),
+            pos: &[pos],
+            queries: &[],
+            logits: true,
+            lookup: None,
+        };
+        let mut seen = Observation::default();
+        engine.decode(batch, &mut Vec::new(), &mut seen).unwrap();
+        if pos as usize + 1 < PROMPT {
+            continue;
+        }
+        let logits = engine.logits().unwrap();
+        let exp: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+        sum += f64::from(logits[pair[1] as usize]) - exp.ln();
+    }
+    sum
+}
+
+#[test]
+fn perplexity_is_that_of_the_tokens_themselves() {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("text.txt");
+    fs::write(&file, text()).unwrap();
+    let read = |flags: &str| -> Value {
+        let args = format!(
+            "eval --text {} --text-prompt {PROMPT} --text-predict {PREDICT} -t 1 -fa off -c 1024 -o json {flags}",
+            file.display()
+        );
+        let args: Vec<&str> = args.split_whitespace().collect();
+        serde_json::from_str(&answer(&args)).unwrap()
+    };
+
+    let all = read("--kv-policy full,h2o,streaming_llm --kv-budget 0.4");
+    let rows = all["summary"].as_array().unwrap();
+    let names: Vec<&str> = rows
+        .iter()
+        .map(|r| r["contender"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["full", "h2o@0.4", "streaming_llm@0.4"]);
+
+    let model = load(&repository(TEXT));
+    let tokens = model.tokenize(&text(), false, false).unwrap();
+    let front = model.tokenize("", true, false).unwrap();
+    let own = PROMPT - front.len();
+    let windows: Vec<Vec<Token>> = tokens
+        .chunks_exact(own + PREDICT)
+        .map(|window| [&front, window].concat())
+        .collect();
+    assert!(windows.len() >= 2);
+    assert_eq!(all["header"]["windows"], windows.len());
+    let n = (windows.len() * PREDICT) as f64;
+    let sum: f64 = windows.iter().map(|window| log_probs(window)).sum();
+    let expected = (-sum / n).exp();
+    let ppl = rows[0]["ppl"].as_f64().unwrap();
+    assert!(
+        (ppl / expected - 1.0).abs() < 1e-3,
+        "{ppl}, expected {expected}"
+    );
+
+    let of = |row: &Value, key: &str| row[key].as_f64().unwrap();
+    let full = &rows[0];
+    assert_eq!((of(full, "kl_max"), of(full, "top1")), (0.0, 1.0));
+    assert_eq!(of(full, "ppl_ratio"), 1.0);
+    // The last token that is predicted does not go in.
+    assert_eq!(of(full, "cells"), (PROMPT + PREDICT - 1) as f64);
+    assert!(full["attended"].is_null());
+    for row in &rows[1..] {
+        assert_eq!(of(row, "tokens"), n);
+        assert!(of(row, "kl_mean") > 1e-4, "{row}");
+        let ratio = of(row, "ppl") / ppl;
+        assert!((ratio - of(row, "ppl_ratio")).abs() < 1e-9);
+        assert!(of(row, "cells") < 0.6 * PROMPT as f64);
+        assert!(of(row, "kl_median") <= of(row, "kl_p99"));
+        assert!(of(row, "kl_p99") <= of(row, "kl_max"));
+    }
+
+    // Lookups are measured against a cache that is attended to in full.
+    let all = read("--kv-policy full --attend-text 4 --attend-recent 4 --limit 2 -fa on");
+    let row = &all["summary"][0];
+    assert_eq!(of(row, "windows"), 2.0);
+    assert!(of(row, "kl_mean") > 0.0);
+    let attended = of(row, "attended");
+    assert!(0.5 < attended && attended < 0.95, "{attended}");
+}
+
+#[test]
+fn texts_that_cannot_be_read_are_refused() {
+    let dir = TempDir::new().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (short, bytes, long) = (path("short"), path("bytes"), path("long"));
+    fs::write(&short, "Where?").unwrap();
+    fs::write(&bytes, [0xff, 0xfe, b'a']).unwrap();
+    fs::write(&long, text()).unwrap();
+    let missing = path("missing");
+    for (args, reason) in [
+        (vec![&short[..]], "tokens, a window has 1280"),
+        (vec![&bytes], "is no UTF-8"),
+        (vec![&missing], "No such file"),
+        (vec![&long, "--text-prompt", "128", "-c", "140"], "-c: "),
+        (
+            vec![
+                &long,
+                "--text-prompt",
+                "96",
+                "--text-predict",
+                "8",
+                "-o",
+                "csv",
+            ],
+            "-o: csv, expected md, json or jsonl with --text",
+        ),
+    ] {
+        let line = refusal(&[&["eval", "--text"], &args[..]].concat());
+        assert!(line.contains(reason), "{line}");
+    }
+    let line = refusal(&["eval"]);
+    assert!(line.contains("FILE: is missing"), "{line}");
+}
