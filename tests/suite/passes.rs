@@ -198,7 +198,8 @@ fn parts_of_a_pass_are_each_as_by_itself() {
             FlashAttention::Off => 2e-5,
             _ => 1e-2,
         };
-        let bounds = (precision::logits(bound), precision::attention(1e-5));
+        // With AVX-512 sums over F16 keys go in another order: 2.3e-5.
+        let bounds = (precision::logits(bound), precision::attention(1e-4));
         assert!(worst.0 < bounds.0 && worst.1 < bounds.1, "{worst:?}");
     }
 }
