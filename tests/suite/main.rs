@@ -42,6 +42,7 @@ mod kv_session;
 mod kv_state;
 mod kv_streams;
 mod kv_twin;
+mod levels;
 mod lives;
 mod lookup;
 mod lookup_mrope;
