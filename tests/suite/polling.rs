@@ -83,7 +83,7 @@ mod libgomp {
             found.sort();
             // The model is mapped or read by then: whatever was to happen before has happened.
             let maps = std::fs::read_to_string(format!("/proc/{}/maps", chat.id())).unwrap();
-            if maps.contains(".gguf") || start.elapsed() > Duration::from_secs(100) {
+            if maps.contains("small-phi3v") || start.elapsed() > Duration::from_secs(100) {
                 break found;
             }
             std::thread::sleep(Duration::from_millis(5));
