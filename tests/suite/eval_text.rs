@@ -55,7 +55,8 @@ fn log_probs(tokens: &[Token]) -> f64 {
 fn perplexity_is_that_of_the_tokens_themselves() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("text.txt");
-    fs::write(&file, text()).unwrap();
+    // As some editors write it: the mark is no part of the text.
+    fs::write(&file, format!("\u{feff}{}", text())).unwrap();
     let read = |flags: &str| -> Value {
         let args = format!(
             "eval --text {} --text-prompt {PROMPT} --text-predict {PREDICT} -t 1 -fa off -c 1024 -o json {flags}",
@@ -129,7 +130,7 @@ fn texts_that_cannot_be_read_are_refused() {
     let missing = path("missing");
     for (args, reason) in [
         (vec![&short[..]], "tokens, a window has 1280"),
-        (vec![&bytes], "is no UTF-8"),
+        (vec![&bytes], "is UTF-16, expected UTF-8"),
         (vec![&missing], "No such file"),
         (vec![&long, "--text-prompt", "128", "-c", "140"], "-c: "),
         (

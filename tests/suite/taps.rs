@@ -1,12 +1,12 @@
 //! Scores that the graph sums up: against PyTorch's attention, and against the weights that the
 //! evaluation callback reads from an untouched graph without flash attention.
 
-use hae::attend::{Attend, Kind, Lookup};
+use hae::attend::{Kind, Lookup};
 use hae::cache::Pos;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ScoreSource};
-use hae::policy::Amount;
 
+use crate::lookup::looking;
 use crate::model::{
     TEXT, converted, engine, exact, golden_prompt, goldens, load, load_vision, prefill, repository,
 };
@@ -392,15 +392,9 @@ fn other_kinds_of_attention_agree_with_the_callback() {
 fn a_lookups_own_weights_are_the_scores() {
     let (model, segments) = golden_prompt("qa0");
     let scores = |options: ContextOptions, first_layer: Option<u32>, plain_lookups: bool| {
-        let attend = Attend {
-            vision: first_layer.map(|_| Amount::Cells(1)),
-            first_layer: first_layer.unwrap_or(0),
-            ..Attend::default()
-        };
-        let options = ContextOptions {
-            attend,
-            plain_lookups,
-            ..options
+        let options = match first_layer {
+            Some(first) => looking(options, first, plain_lookups),
+            None => options,
         };
         let mut engine = engine(&model, options);
         let start = prefill(&mut engine, &segments, &mut Observation::default(), |_| {

@@ -148,6 +148,16 @@ impl Loaded {
     ) -> Result<Contender> {
         Ok(self.asker.contender(name, policy, budget, &self.context)?)
     }
+
+    /// The same of several.
+    pub fn contenders(
+        &self,
+        all: Vec<(String, PolicySpec, Option<Amount>)>,
+    ) -> Result<Vec<Contender>> {
+        let all = all.into_iter();
+        all.map(|(name, policy, budget)| self.contender(name, policy, budget))
+            .collect()
+    }
 }
 
 /// Pictures and numbers of crops that the model cannot take are better refused now.

@@ -120,10 +120,7 @@ impl Evaluation<'_> {
         let files = Files::find(&args.inference.model)?;
         let questions = self.questions.iter();
         let loaded = args.inference.load(&files, questions, self.num_crops)?;
-        let mut contenders = contenders
-            .into_iter()
-            .map(|(name, policy, budget)| loaded.contender(name, policy, budget))
-            .collect::<Result<Vec<_>>>()?;
+        let mut contenders = loaded.contenders(contenders)?;
         if let Some(dir) = &args.trace {
             std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
             let layers = args.policy.options_at(None)?.layers;

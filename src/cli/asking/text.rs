@@ -13,11 +13,11 @@ use crate::cli::output::FileReport;
 use crate::cli::table::Columns;
 use crate::cli::{Done, interrupt};
 use hae::Error;
-use hae::asker::Contender;
 use hae::bench::Pulse;
 use hae::eval::question::Question;
 use hae::eval::reading::{Cut, Reading, Row, Window};
 use hae::llama::Model;
+use hae::text;
 
 const HEADING: &str = "Text";
 
@@ -48,11 +48,14 @@ impl TextArgs {
     /// Reads at most so many windows under every policy and prints what came of it.
     pub fn run(&self, path: &Path, limit: Option<usize>, args: &EvaluationArgs) -> Result<Read> {
         args.inference.check()?;
+        if args.output == Format::Csv {
+            let reason = "csv, expected md, json or jsonl with --text";
+            return Err(Error::option("-o", reason).into());
+        }
         let contenders = args.contenders()?;
         let files = Files::find(&args.inference.model)?;
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        let text = String::from_utf8(bytes)
-            .map_err(|e| Error::file(path, format!("is no UTF-8: {}", e.utf8_error())))?;
+        let text = text::decode(path, bytes)?;
         let loaded = args
             .inference
             .load(&files, std::iter::empty::<&Question>(), None)?;
@@ -63,10 +66,7 @@ impl TextArgs {
             let reason = format!("{n_ctx} cells, a window has {needed} tokens");
             return Err(Error::option("-c", reason).into());
         }
-        let contenders = contenders
-            .into_iter()
-            .map(|(name, policy, budget)| loaded.contender(name, policy, budget))
-            .collect::<Result<Vec<Contender>>>()?;
+        let contenders = loaded.contenders(contenders)?;
         let seed = args.policy.options_at(None)?.seed;
         let header = json!({
             "model": files.model_report()?,
@@ -143,7 +143,8 @@ fn print(
     readings: &[Reading],
 ) -> Result<()> {
     let text = match format {
-        Format::Md => format!("{}\n", table(rows)),
+        // A row has an interval within it, which is no cell: csv is refused before.
+        Format::Md | Format::Csv => format!("{}\n", table(rows)),
         Format::Json => {
             let all = json!({ "header": header, "windows": readings, "summary": rows });
             format!("{}\n", serde_json::to_string_pretty(&all)?)
@@ -151,10 +152,6 @@ fn print(
         Format::Jsonl => rows.iter().try_fold(String::new(), |text, row| {
             Ok::<_, serde_json::Error>(format!("{text}{}\n", serde_json::to_string(row)?))
         })?,
-        Format::Csv => {
-            let reason = "csv, expected md, json or jsonl with --text";
-            return Err(Error::option("-o", reason).into());
-        }
     };
     write(&text)
 }
