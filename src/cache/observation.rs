@@ -11,6 +11,10 @@ pub struct Observation {
     pub sum: Vec<f32>,
     /// Per cell: maximum over query rows of the same average.
     pub max: Vec<f32>,
+    /// The sums of each scoring layer by itself, averaged over heads: layer behind layer, in ascending
+    /// order, each with as many values as `sum`. Their mean over layers is `sum`, to rounding. Empty
+    /// unless the context was asked for them.
+    pub layers: Vec<f32>,
     /// Positions of the query rows, ascending.
     pub queries: Vec<Pos>,
 }
@@ -20,6 +24,7 @@ impl Observation {
     pub fn clear(&mut self) {
         self.sum.clear();
         self.max.clear();
+        self.layers.clear();
         self.queries.clear();
     }
 }

@@ -111,6 +111,7 @@ impl Trial {
             sum: vec![0.0; cache.span()],
             max: vec![0.0; cache.span()],
             queries: self.queries.clone(),
+            ..Observation::default()
         };
         for entry in cache.entries() {
             let cell = self.cell_at(entry.pos);

@@ -106,7 +106,12 @@ impl LlamaEngine {
             .map_err(|reason| Error::llama("llama_decode", reason))
             .and_then(|()| {
                 if tapped {
-                    taps::read(&mut self.ctx, self.rows.ends.len(), parts)?;
+                    let n_asked = self.rows.ends.len();
+                    taps::read(&mut self.ctx, n_asked, parts)?;
+                    if self.options.scores_by_layer {
+                        let n_layers = self.options.score_layers.len();
+                        taps::read_layers(&mut self.ctx, n_layers, n_asked, parts)?;
+                    }
                 }
                 self.account(parts, &mut taken)?;
                 self.pass_on(&input, &taken)

@@ -175,7 +175,10 @@ impl LlamaEngine {
         let mut ctx: LlamaContext<'static> = unsafe { std::mem::transmute(ctx) };
         // As many query rows as most policies have, the last one; a batch with more asks for more.
         let tap_rows = match options.taps() {
-            true => taps::set(&mut ctx, &options.score_layers, 1)?,
+            true => {
+                taps::by_layer(&mut ctx, options.scores_by_layer)?;
+                taps::set(&mut ctx, &options.score_layers, 1)?
+            }
             false => 0,
         };
         if !options.attend.is_whole() && n_layer_first.is_none() {

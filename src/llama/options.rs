@@ -63,6 +63,8 @@ pub struct ContextOptions {
     pub type_v: CacheType,
     /// Layers whose attention is read (sorted).
     pub score_layers: Vec<u32>,
+    /// Whether [`crate::cache::Observation::layers`] is read as well, by [`ScoreSource::Graph`] alone.
+    pub scores_by_layer: bool,
     /// How attention is read.
     pub score_source: ScoreSource,
     /// Pictures attend to all of themselves (a property of the vision model).
@@ -95,6 +97,7 @@ impl Default for ContextOptions {
             type_k: CacheType::F16,
             type_v: CacheType::F16,
             score_layers: Vec::new(),
+            scores_by_layer: false,
             score_source: ScoreSource::default(),
             non_causal_images: false,
             rope_factors: RopeFactors::default(),
@@ -120,6 +123,7 @@ impl ContextOptions {
                 ),
             ));
         }
+        self.check_by_layer()?;
         self.attend.check(model.n_layer())?;
         let flash = self.effective_flash_attention();
         if self.type_v.is_quantized() && flash == FlashAttention::Off {
@@ -149,6 +153,18 @@ impl ContextOptions {
             self.type_v,
         )?;
         Ok(())
+    }
+
+    /// What is read by layer comes in the layers' order, once each.
+    fn check_by_layer(&self) -> Result<()> {
+        let refused = |reason: &str| Err(Error::option("scores_by_layer", reason));
+        match self.scores_by_layer {
+            true if self.calls_back() => refused("the evaluation callback reads no sums by layer"),
+            true if !self.score_layers.is_sorted_by(|a, b| a < b) => {
+                refused("expected `score_layers` in ascending order, each once")
+            }
+            _ => Ok(()),
+        }
     }
 
     fn check_sequences(&self, model: &Model) -> Result<()> {

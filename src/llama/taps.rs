@@ -69,6 +69,15 @@ pub(super) fn set(ctx: &mut LlamaContext<'_>, layers: &[u32], max_rows: u32) -> 
     }
 }
 
+/// Whether the sums of each layer are read as well; before [`set`].
+pub(super) fn by_layer(ctx: &mut LlamaContext<'_>, on: bool) -> Result<()> {
+    // SAFETY: the context is alive.
+    match unsafe { sys::llama_hae_taps_by_layer(ctx.as_mut_ptr(), on) } {
+        0 => Ok(()),
+        code => Err(reason("llama_hae_taps_by_layer", code)),
+    }
+}
+
 /// Asks for the rows of the batch that comes next, which is one micro-batch. `ends`: for each part
 /// that has some, how many there are up to its last.
 pub(super) fn begin(ctx: &mut LlamaContext<'_>, rows: &[u32], ends: &[i32]) -> Result<()> {
@@ -123,6 +132,31 @@ pub(super) fn read(
     }
     first.sum.truncate(n);
     first.max.truncate(n);
+    Ok(())
+}
+
+/// The same for the sums of each of the `n_layers` by itself.
+pub(super) fn read_layers(
+    ctx: &mut LlamaContext<'_>,
+    n_layers: usize,
+    n_asked: usize,
+    parts: &mut [Part<'_>],
+) -> Result<()> {
+    let Some(n) = parts.iter().map(|part| part.seen.sum.len()).max() else {
+        return Ok(());
+    };
+    let mut all = vec![0.0f32; n.saturating_mul(n_asked).saturating_mul(n_layers)];
+    // SAFETY: the context is alive, the buffer holds as many values as said.
+    let code =
+        unsafe { sys::llama_hae_taps_read_layers(ctx.as_mut_ptr(), all.as_mut_ptr(), all.len()) };
+    if usize::try_from(code).ok() != Some(n) {
+        return Err(reason("llama_hae_taps_read_layers", code));
+    }
+    let asked = parts.iter_mut().filter(|p| !p.batch.queries.is_empty());
+    for (group, part) in asked.enumerate() {
+        let of_group = all.chunks_exact(n.max(1)).skip(group).step_by(n_asked);
+        of_group.for_each(|sums| part.seen.layers.extend_from_slice(sums));
+    }
     Ok(())
 }
 

@@ -31,9 +31,13 @@ fn cache(kinds: &str, attention: &[f32]) -> Ledger {
 fn look(ledger: &mut Ledger, attention: &[f32]) {
     let (sum, max) = (attention.to_vec(), attention.to_vec());
     let queries = vec![ledger.newest().unwrap()];
-    ledger
-        .observe(&Observation { sum, max, queries }, 1.0)
-        .unwrap();
+    let seen = Observation {
+        sum,
+        max,
+        queries,
+        ..Observation::default()
+    };
+    ledger.observe(&seen, 1.0).unwrap();
 }
 
 fn options() -> PolicyOptions {

@@ -219,6 +219,7 @@ impl Record {
             sum,
             max,
             queries: queries.to_vec(),
+            ..Observation::default()
         }
     }
 }

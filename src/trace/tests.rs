@@ -70,6 +70,7 @@ fn sample(policy: &str, steps: usize) -> (Vec<u8>, Vec<Record>) {
             sum: row.clone(),
             max: row,
             queries: vec![pos],
+            ..Observation::default()
         }));
         let counts = [None, Some(0), Some(step as u32 % 7), None];
         tell(Event::Looked {

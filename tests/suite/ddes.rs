@@ -87,7 +87,7 @@ proptest! {
             scores[i * 37 % 64] = f32::from(*score) / 256.0;
         }
         let queries = vec![tokens.len() as Pos - 1];
-        let seen = Observation { sum: scores.clone(), max: scores.clone(), queries };
+        let seen = Observation { sum: scores.clone(), max: scores.clone(), queries, ..Observation::default() };
         ledger.observe(&seen, 1.0).unwrap();
         let open = |i: usize| i >= sinks && i + recent.max(1) < tokens.len();
         let binnable = (0..tokens.len()).filter(|&i| tokens[i].2 && open(i));

@@ -204,6 +204,80 @@ fn parts_of_a_pass_are_each_as_by_itself() {
     }
 }
 
+/// In every part: as where this layer alone is scored, and their mean is the sum over layers.
+#[test]
+fn every_layer_has_sums_of_its_own() {
+    let model = load(converted("f32").0);
+    let layers = vec![0, 2, 5];
+    for flash in [FlashAttention::On, FlashAttention::Off] {
+        let scoring = |score_layers: Vec<u32>| ContextOptions {
+            scores_by_layer: score_layers.len() > 1,
+            score_layers,
+            ..several(flash, ScoreSource::Graph)
+        };
+        let mut all = engine(&model, scoring(layers.clone()));
+        let mut each: Vec<_> = layers
+            .iter()
+            .map(|&il| engine(&model, scoring(vec![il])))
+            .collect();
+        for rows in [
+            vec![Rows::new(0, 0, 40).asking(&[39])],
+            vec![
+                Rows::new(0, 40, 5).asking(&[0, 3, 4]),
+                Rows::new(1, 0, 20),
+                Rows::new(2, 0, 30).asking(&[7, 29]),
+            ],
+            // The same graph twice, and one of other groups.
+            vec![asks(0, 45), asks(1, 20), asks(2, 30)],
+            vec![asks(2, 31), asks(0, 46), asks(1, 21)],
+            vec![Rows::new(0, 47, 2).asking(&[0, 1]), asks(1, 22)],
+            vec![Rows::new(1, 23, 4)],
+        ] {
+            let ours = together(&mut all, &rows).unwrap();
+            let alone = each.iter_mut().map(|one| together(one, &rows).unwrap());
+            let alone: Vec<_> = alone.collect();
+            for (part, came) in ours.iter().enumerate() {
+                let seen = &came.seen;
+                let n = seen.sum.len();
+                assert_eq!(n == 0, rows[part].queries.is_empty());
+                assert_eq!(seen.layers.len(), n * layers.len());
+                let mut mean = vec![0.0; n];
+                for (i, alone) in alone.iter().enumerate() {
+                    let layer = &seen.layers[i * n..][..n];
+                    let error = max_abs_diff(layer, &alone[part].seen.sum);
+                    assert!(error < 1e-5, "{flash:?} layer {}: {error}", layers[i]);
+                    assert!(alone[part].seen.layers.is_empty());
+                    let share = layer.iter().map(|a| a / layers.len() as f32);
+                    mean.iter_mut().zip(share).for_each(|(mean, a)| *mean += a);
+                }
+                assert!(max_abs_diff(&mean, &seen.sum) < 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_by_layer_need_layers_in_order_and_the_graph() {
+    let model = load(converted("f32").0);
+    let by_layer = |score_layers: &[u32], source| ContextOptions {
+        scores_by_layer: true,
+        score_layers: score_layers.to_vec(),
+        ..several(FlashAttention::Off, source)
+    };
+    for (options, why) in [
+        (by_layer(&[0, 1], ScoreSource::Callback), "callback"),
+        (by_layer(&[1, 0], ScoreSource::Graph), "ascending"),
+        (by_layer(&[1, 1], ScoreSource::Graph), "ascending"),
+    ] {
+        let made = LlamaEngine::new(&model, options, &hae::llama::SamplerOptions::GREEDY);
+        let error = made.err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(
+            error.contains("scores_by_layer") && error.contains(why),
+            "{error}"
+        );
+    }
+}
+
 #[test]
 fn of_a_pass_that_does_not_fit_nothing_goes_in() {
     let model = load(converted("f32").0);

@@ -38,6 +38,11 @@ fn tap_rows(ctx: &mut LlamaContext<'_>, layers: &[i32], max_rows: u32) -> i32 {
     unsafe { sys::llama_hae_taps_set(ctx.as_mut_ptr(), layers.as_ptr(), layers.len(), max_rows) }
 }
 
+fn tap_by_layer(ctx: &mut LlamaContext<'_>, on: bool) -> i32 {
+    // SAFETY: as above.
+    unsafe { sys::llama_hae_taps_by_layer(ctx.as_mut_ptr(), on) }
+}
+
 fn ask(ctx: &mut LlamaContext<'_>, rows: &[i32]) -> i32 {
     // SAFETY: as above.
     unsafe { sys::llama_hae_taps_rows(ctx.as_mut_ptr(), rows.as_ptr(), rows.len()) }
@@ -100,8 +105,14 @@ fn the_largest_graphs_fit_what_is_reserved() {
     llama(&path, shape);
     let model = load(&path);
     let spread = |n: i32| -> Vec<i32> { (0..n).map(|i| i * 32 / n).collect() };
-    for (n_ctx, flash) in [(8192, true), (512, true), (2048, false)] {
+    for (n_ctx, flash, by_layer) in [
+        (8192, true, false),
+        (8192, true, true),
+        (512, true, true),
+        (2048, false, false),
+    ] {
         let mut ctx = context(&model, n_ctx, flash, |_| {});
+        assert_eq!(tap_by_layer(&mut ctx, by_layer), 0);
         // Each reserves its worst graph.
         for n in [1, 2, 3, 5, 9, 16, 17, 31, 32] {
             assert_eq!(tap(&mut ctx, &spread(n)), 0, "{n} layers, {n_ctx} cells");
@@ -109,15 +120,63 @@ fn the_largest_graphs_fit_what_is_reserved() {
     }
     let rows: Vec<i32> = (0..511).collect();
     let mut ctx = context(&model, 8192, true, |_| {});
-    for (start, n) in [(0, 32), (512, 32), (1024, 32), (1536, 3), (2048, 1)] {
+    let mut start = 0;
+    for (by_layer, n, times) in [(false, 32, 1), (true, 32, 2), (true, 3, 1), (false, 1, 1)] {
+        assert_eq!(tap(&mut ctx, &[]), 0);
+        assert_eq!(tap_by_layer(&mut ctx, by_layer), 0);
         assert_eq!(tap(&mut ctx, &spread(n)), 0);
-        let total = scores(&mut ctx, start, &rows);
-        // The scores of a row add up to one.
-        assert!(
-            (total - 511.0).abs() < 0.05,
-            "{n} layers at {start}: {total}"
-        );
+        // The graph is built, and used again.
+        for _ in 0..times {
+            let total = scores(&mut ctx, start, &rows);
+            start += N_UBATCH as i32;
+            // The scores of a row add up to one.
+            let what = format!("{n} layers at {start}, by layer: {by_layer}");
+            assert!((total - 511.0).abs() < 0.05, "{what}: {total}");
+            let mut sums = vec![0.0f32; 32 * 8192];
+            // SAFETY: the context is alive, the buffer holds as many values as said.
+            let n_kv = unsafe {
+                sys::llama_hae_taps_read_layers(ctx.as_mut_ptr(), sums.as_mut_ptr(), sums.len())
+            };
+            if !by_layer {
+                assert_eq!(n_kv, sys::LLAMA_HAE_TAPS_ERR_NOTHING, "{what}");
+                continue;
+            }
+            let layers = sums.chunks_exact(n_kv as usize);
+            for layer in layers.take(n as usize) {
+                let total: f64 = layer.iter().map(|&a| f64::from(a)).sum();
+                assert!((total - 511.0).abs() < 0.05, "{what}: {total}");
+            }
+        }
     }
+}
+
+#[test]
+fn sums_by_layer_are_asked_for_before_anything_is_tapped() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = small(&dir);
+    let mut ctx = context(&model, 1024, true, |_| {});
+    assert_eq!(tap(&mut ctx, &[0, 2]), 0);
+    let refused = sys::LLAMA_HAE_TAPS_ERR_ARGUMENT;
+    assert_eq!(tap_by_layer(&mut ctx, true), refused);
+    assert_eq!(tap_by_layer(&mut ctx, false), 0);
+    assert_eq!(tap(&mut ctx, &[]), 0);
+    assert_eq!(tap_by_layer(&mut ctx, true), 0);
+    assert_eq!(tap(&mut ctx, &[0, 2]), 0);
+    let rows: Vec<i32> = (0..7).collect();
+    scores(&mut ctx, 0, &rows);
+    let mut sums = vec![0.0f32; 2 * 512];
+    let n = sums.len();
+    // SAFETY: the context is alive, the buffers hold as many values as said, or nothing is written.
+    let [none, few, all] = unsafe {
+        let ctx = ctx.as_mut_ptr();
+        let values = sums.as_mut_ptr();
+        let few = sys::llama_hae_taps_read_layers(ctx, values, n - 1);
+        let none = sys::llama_hae_taps_read_layers(ctx, std::ptr::null_mut(), n);
+        [none, few, sys::llama_hae_taps_read_layers(ctx, values, n)]
+    };
+    assert_eq!(none, refused);
+    assert_eq!(few, sys::LLAMA_HAE_TAPS_ERR_CAPACITY);
+    assert_eq!(all, 512);
 }
 
 /// A context of the first layers builds no others: asking for their scores is a mistake, not a

@@ -16,10 +16,11 @@ use crate::{pin, setup, steps, vendor};
 
 /// What is run when nothing is named: copies of a quantized cache on the device, and cells that are
 /// moved, resized, saved and restored at random, also those of several sequences; prompts that go on
-/// behind the first layers; taps; batches that fail or are refused; positions with holes. Others can be
+/// behind the first layers; taps; batches that fail or are refused; positions with holes; several
+/// sequences in one pass; lookups. Others can be
 /// named, but for `kv_memory`, which limits the address space and measures what a process holds: the
 /// sanitizer's shadow memory is more than either.
-const TESTS: [&str; 8] = [
+const TESTS: [&str; 10] = [
     "kv_state::",
     "kv_cells::cells_f",
     "kv_streams::",
@@ -28,6 +29,8 @@ const TESTS: [&str; 8] = [
     "failed::",
     "refused::",
     "holes::",
+    "passes::",
+    "lookup::",
 ];
 
 const SANITIZERS: &str = "-fsanitize=address,undefined";
@@ -153,7 +156,7 @@ mod tests {
     fn states_on_the_device_midway_and_several_sequences_are_among_the_usual_ones() {
         let target = host().unwrap();
         let usual = arguments(&target, &[]);
-        for module in ["kv_state::", "midway::", "kv_streams::"] {
+        for module in ["kv_state::", "midway::", "kv_streams::", "passes::", "lookup::"] {
             assert!(usual.contains(&module.to_owned()), "{module}");
         }
         let at = usual.iter().position(|arg| arg == "--").unwrap();

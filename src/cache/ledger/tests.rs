@@ -6,6 +6,7 @@ fn observation(sum: &[f32], max: &[f32], queries: &[Pos]) -> Observation {
         sum: sum.to_vec(),
         max: max.to_vec(),
         queries: queries.to_vec(),
+        ..Observation::default()
     }
 }
 
