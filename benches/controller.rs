@@ -60,6 +60,7 @@ fn attention(pos: Pos, n: usize) -> Observation {
         sum: row.clone(),
         max: row,
         queries: vec![pos],
+        ..Observation::default()
     }
 }
 

@@ -156,7 +156,13 @@ mod tests {
     fn states_on_the_device_midway_and_several_sequences_are_among_the_usual_ones() {
         let target = host().unwrap();
         let usual = arguments(&target, &[]);
-        for module in ["kv_state::", "midway::", "kv_streams::", "passes::", "lookup::"] {
+        for module in [
+            "kv_state::",
+            "midway::",
+            "kv_streams::",
+            "passes::",
+            "lookup::",
+        ] {
             assert!(usual.contains(&module.to_owned()), "{module}");
         }
         let at = usual.iter().position(|arg| arg == "--").unwrap();
