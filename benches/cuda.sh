@@ -5,13 +5,13 @@
 #   cargo test --release --features cuda --test suite --no-run
 #   benches/cuda.sh PROGRAMS OUT [PART...]
 #
-# PROGRAMS is a folder with hae, suite, full_model and kv. PART: parity, sanitizer, speed, memory; all of
-# them without one. Results: OUT/*.jsonl (one line a test), OUT/*.txt. On a CPU it runs too, only slower.
+# PROGRAMS is a folder with hae, suite, full_model and kv. PART: parity, sanitizer, speed, lookups, memory;
+# all of them without one. Results: OUT/*.jsonl (one line a test), OUT/*.txt. On a CPU it runs too, only slower.
 set -u
 programs=$(realpath "$1") out=$2
 shift 2
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(parity sanitizer speed memory)
+[ ${#parts[@]} -gt 0 ] || parts=(parity sanitizer speed lookups memory)
 rounds=${ROUNDS:-3} models=${MODELS:-/tmp/full} depths=${DEPTHS:-1024,4096,16384,65536}
 cd "$(dirname "$0")/.." || exit 2
 mkdir -p "$out" "$models"
@@ -40,7 +40,7 @@ bench() { # FILE ARGUMENTS...
 parity() {
     say parity
     "$programs/suite" --test-threads "${JOBS:-4}" parity:: masked:: taps:: early:: holes:: recall:: session:: \
-        stock:: rope:: kv_ taps_ two_questions:: --skip kv_graphs:: --skip kv_memory:: \
+        stock:: rope:: kv_ taps_ two_questions:: lookup passes:: sequences:: together:: --skip kv_graphs:: --skip kv_memory:: \
         --skip taps_oracle::scores_of_deep_layers \
         >"$out/parity.txt" 2>&1
     grep -E '^test result|FAILED|panicked' "$out/parity.txt" | sort | uniq | tail -n 40
@@ -53,6 +53,23 @@ sanitizer() {
         >"$out/sanitizer.txt" 2>&1
     echo "exit code $?"
     grep -E 'ERROR SUMMARY|Invalid|Row' "$out/sanitizer.txt" | tail -n 5
+    # The kernels of lookups, every type and shape. cuBLAS's refused queries are no errors of ours.
+    local tool
+    for tool in memcheck racecheck; do
+        timeout 300 compute-sanitizer --tool $tool --report-api-errors no "$programs/suite" --test-threads 1 \
+            lookup_shapes:: >"$out/sanitizer-lookups-$tool.txt" 2>&1
+        grep -E 'SUMMARY|Invalid|test result' "$out/sanitizer-lookups-$tool.txt" | tail -n 5
+    done
+}
+
+# Looked up against attended to in full, by turns.
+lookups() {
+    local q4 type
+    q4=$(model q4_0)
+    for type in f16 q8_0 q4_0; do
+        bench "lookups-$type" -m "$q4" -ngl 99 -t 4 -p 0 -n 64 -d 4864,16384,65536 --depth-copies -fa on \
+            -ctk $type -ctv $type --kv-policy full,full --attend 0.15 --attend-text 0.25
+    done
 }
 
 speed() {
@@ -95,9 +112,9 @@ memory() {
 
 for part in "${parts[@]}"; do
     case $part in
-        parity | sanitizer | speed | memory) "$part" ;;
+        parity | sanitizer | speed | lookups | memory) "$part" ;;
         *)
-            echo "$part: expected parity, sanitizer, speed or memory" >&2
+            echo "$part: expected parity, sanitizer, speed, lookups or memory" >&2
             exit 2
             ;;
     esac

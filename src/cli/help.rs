@@ -4,10 +4,10 @@
 
 use anyhow::{Context, Result};
 use clap::builder::StyledStr;
-use clap::{Arg, ArgAction, Command};
+use clap::{Arg, ArgAction, Args, Command};
 
-use super::Done;
 use super::options::{POLICY, TUNING};
+use super::{Done, run};
 
 const OUTPUT: &str = "Output";
 
@@ -45,10 +45,11 @@ const POLICIES: [(&str, &str); 13] = [
 
 /// The commands with help in two sizes.
 pub fn in_two_sizes(program: Command) -> Command {
-    let policies = policies(&program);
+    // Only when it is asked for: it takes as long to write as all flags to read.
+    let policies = |command: Command| command.override_help(policies());
     program
         .mut_subcommands(two_sizes)
-        .mut_subcommand("policies", |command| command.override_help(policies))
+        .mut_subcommand("policies", |command| command.defer(policies))
 }
 
 fn two_sizes(command: Command) -> Command {
@@ -83,14 +84,14 @@ fn two_sizes(command: Command) -> Command {
 }
 
 /// Every policy in a line, and every flag of `hae run` that tunes one.
-fn policies(program: &Command) -> StyledStr {
+fn policies() -> StyledStr {
     let names = POLICIES.map(|(name, does)| format!("  {name:<13}  {does}\n"));
     let before = format!(
         "What leaves the KV cache: hae run --kv-policy NAME\n\n{}\n\
          A policy reads those flags below that it has. docs/policies.md says more.",
         names.concat()
     );
-    let run = program.find_subcommand("run").cloned().unwrap_or_default();
+    let run = run::Args::augment_args(Command::new("run"));
     run.mut_args(|arg| {
         let heading = arg.get_help_heading().unwrap_or_default();
         let shown = heading == POLICY || TUNING.contains(&heading);

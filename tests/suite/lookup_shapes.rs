@@ -161,6 +161,9 @@ fn run(model: &Model, base: &ContextOptions, layer: u32, sum: &mut Apart) {
     };
     let mut ways = [false, true].map(|plain| engine(model, looking(base.clone(), 0, plain)));
     let mut whole = engine(model, base);
+    // Since two near cells changed places, everything behind them differs. Only a GPU rounds so
+    // differently that nothing can be said from then on.
+    let mut parted = false;
     const N: usize = 249;
     for engine in ways.iter_mut().chain([&mut whole]) {
         feed(engine, &tokens(0, N), 0, None);
@@ -171,23 +174,32 @@ fn run(model: &Model, base: &ContextOptions, layer: u32, sum: &mut Apart) {
         let dense = feed(&mut whole, &token, pos, None);
         let [ours, theirs] = ways.each_mut().map(|engine| {
             let seen = feed(engine, &token, pos, lookup.as_ref());
-            let set = engine.looked_up(layer);
-            assert_eq!(set.is_ok(), lookup.is_some());
-            (set.unwrap_or_default(), seen)
+            let sets = (0..=layer).map(|layer| {
+                let set = engine.looked_up(layer);
+                assert_eq!(set.is_ok(), lookup.is_some());
+                set.unwrap_or_default()
+            });
+            (sets.collect::<Vec<_>>(), seen)
         });
         // What the first layer sees does not depend on what any layer attends to.
         let scores = if layer == 0 { dense } else { theirs.1 };
-        let (ours, theirs) = (ours.0, theirs.0);
-        if let Some(lookup) = &lookup {
+        let ([below @ .., ours], [theirs_below @ .., theirs]) = (&ours.0[..], &theirs.0[..]) else {
+            unreachable!("a set for each layer");
+        };
+        parted |= precision::on_gpu() && below != theirs_below;
+        if let (Some(lookup), false) = (&lookup, parted) {
             let at = format!("{:?}, layer {layer}, at {pos}", whole.options().type_k);
-            for set in [&ours, &theirs] {
+            for set in [ours, theirs] {
                 sum.disorder = sum.disorder.max(disorder(set, lookup, &scores.sum, &at));
             }
         }
         sum.chosen += ours.len();
         sum.both += ours.iter().filter(|cell| theirs.contains(cell)).count();
+        parted |= precision::on_gpu() && ours != theirs;
         let [ours, theirs] = ways.each_ref().map(|engine| engine.logits().unwrap());
-        sum.logits = sum.logits.max(max_abs_diff(ours, theirs));
+        if !parted {
+            sum.logits = sum.logits.max(max_abs_diff(ours, theirs));
+        }
         sum.effect = sum.effect.max(max_abs_diff(ours, whole.logits().unwrap()));
     }
 }
@@ -232,7 +244,8 @@ fn every_shape_and_type_is_looked_up_alike() {
             sum.disorder < precision::attention(1e-3),
             "{types:?}: {sum:?}"
         );
-        assert!(sum.both * 1000 > sum.chosen * 998, "{types:?}: {sum:?}");
+        let alike = precision::sets_alike(0.998) * sum.chosen as f64;
+        assert!(sum.both as f64 > alike, "{types:?}: {sum:?}");
     }
 }
 

@@ -24,3 +24,15 @@ pub fn logits(cpu: f32) -> f32 {
 pub fn attention(cpu: f32) -> f32 {
     if on_gpu() { cpu.max(1e-2) } else { cpu }
 }
+
+/// Bound on the difference of logits where two cells with nearly the same weight may have changed places;
+/// `wrong` is what wrong cells do to logits.
+pub fn near_sets(cpu: f32, wrong: f32) -> f32 {
+    if on_gpu() { cpu.max(0.4 * wrong) } else { cpu }
+}
+
+/// Least share of two ways' sets that is the same. A GPU's products round a query to eight bits beside a
+/// quantized cache, its own operations do not.
+pub fn sets_alike(cpu: f64) -> f64 {
+    if on_gpu() { cpu.min(0.95) } else { cpu }
+}
