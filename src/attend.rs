@@ -4,6 +4,8 @@
 //! [`Attend::plan`] says of each cell whether it may be left out. The engine does the choosing, layer
 //! by layer, by the attention that the layer's heads would pay to all cells in view (their mean).
 
+use std::ops::AddAssign;
+
 use crate::cache::{Cell, Entry, Ledger, Modality, Pos};
 use crate::error::{Error, Result};
 use crate::policy::Amount;
@@ -12,7 +14,7 @@ use crate::policy::Amount;
 const QUESTION: Pos = 64;
 
 /// What decoding steps attend to. The default is everything.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Attend {
     /// Visual cells that a layer attends to: a number, or a share of those in view. `None`: all.
     pub vision: Option<Amount>,
@@ -119,6 +121,18 @@ pub struct Shares {
 }
 
 impl Attended {
+    /// What came since `earlier`, which this sum goes on from.
+    #[must_use]
+    pub fn since(self, earlier: Attended) -> Attended {
+        Attended {
+            steps: self.steps - earlier.steps,
+            in_view: self.in_view - earlier.in_view,
+            attended: self.attended - earlier.attended,
+            in_view_vision: self.in_view_vision - earlier.in_view_vision,
+            attended_vision: self.attended_vision - earlier.attended_vision,
+        }
+    }
+
     /// `None` where no step looked anything up.
     pub fn shares(&self) -> Option<Shares> {
         let share = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
@@ -130,7 +144,22 @@ impl Attended {
     }
 }
 
+impl AddAssign for Attended {
+    fn add_assign(&mut self, other: Attended) {
+        self.steps += other.steps;
+        self.in_view += other.in_view;
+        self.attended += other.attended;
+        self.in_view_vision += other.in_view_vision;
+        self.attended_vision += other.attended_vision;
+    }
+}
+
 impl Attend {
+    /// Itself, where a step may attend to less than everything.
+    pub fn if_any(self) -> Option<Attend> {
+        (!self.is_whole()).then_some(self)
+    }
+
     /// Whether every step attends to everything.
     pub fn is_whole(&self) -> bool {
         self.vision.is_none() && self.text.is_none()

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::attend::Attended;
 use crate::cache::{Counts, PerModality};
 use crate::engine::{Engine, KvBytes, Token};
 use crate::error::Result;
@@ -152,6 +153,8 @@ pub struct Sample {
     pub prompt: PerModality,
     /// Tokens decoded.
     pub steps: usize,
+    /// What these attended to, where they looked cells up.
+    pub attended: Attended,
     /// The ledger's counts at the end.
     pub cells: Counts,
     /// The engine's memory at the end.
@@ -216,6 +219,7 @@ pub fn measure<E: Engine>(
         decode: Duration::ZERO,
         prompt: PerModality::default(),
         steps: 0,
+        attended: Attended::default(),
         cells: Counts::default(),
         kv: KvBytes::default(),
         allocated_peak: 0,
@@ -251,6 +255,7 @@ pub fn measure<E: Engine>(
             sample.prompt.vision += prompt.vision;
         }
 
+        let earlier = session.attended();
         let start = now();
         for _ in 0..turn.n_gen {
             if cancelled() {
@@ -261,6 +266,7 @@ pub fn measure<E: Engine>(
             sample.steps += 1;
         }
         sample.decode += now().saturating_sub(start);
+        sample.attended += session.attended().since(earlier);
     }
     sample.cells = session.controller.ledger().counts();
     sample.kv = session.engine.kv_bytes();

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::stats::{Summary, ratio};
 use super::{Pictures, Sample, Test};
+use crate::attend::{Attend, Attended, Shares};
 use crate::build::Build;
 use crate::error::Result;
 use crate::llama::{CacheType, FlashAttention, Model, Poll, devices};
@@ -114,6 +115,8 @@ pub struct Record {
     pub policy: &'static str,
     /// Every parameter of the policy with its value.
     pub params: Value,
+    /// What decoded tokens were to attend to; `None`: everything.
+    pub attend: Option<Attend>,
     /// When the last repetition ended.
     pub time: SystemTime,
     /// One for each repetition, in their order.
@@ -219,6 +222,10 @@ impl Fields {
         self.add(Kind::Integer, name, json!(value));
     }
 
+    fn real(&mut self, name: &str, value: impl Serialize) {
+        self.add(Kind::Real, name, json!(value));
+    }
+
     fn summary(&mut self, name: &str, summary: Option<Summary>) {
         for (part, value) in [
             ("median", summary.map(|s| s.median)),
@@ -317,6 +324,7 @@ impl Record {
         all.text("rope_factors", s.rope_factors);
         all.text("kv_policy", self.policy);
         all.text("kv_params", &self.params);
+        all.text("attend", self.attend);
         all.text("test", self.test.name());
         all.integer("n_prompt", self.test.n_prompt());
         all.integer("n_gen", self.test.n_gen());
@@ -358,6 +366,10 @@ impl Record {
         all.integer("kv_bytes_peak", middle(Sample::bytes_peak));
         all.integer("kv_bytes_allocated", middle(|s| s.kv.allocated));
         all.integer("kv_bytes_allocated_peak", middle(|s| s.allocated_peak));
+        let shares = self.attended();
+        let vision = shares.and_then(|shares| shares.vision);
+        all.real("attended", shares.map(|shares| shares.all));
+        all.real("attended_vision", vision);
         all.integer("evicted_text", middle(|s| s.cells.evicted.text as u64));
         all.integer("evicted_vision", middle(|s| s.cells.evicted.vision as u64));
         all.integer("peak_rss_bytes", self.peak_rss());
@@ -369,6 +381,15 @@ impl Record {
             self.ratio(|s| s.ttft().map(|_| ms(s.total()))),
         );
         all.integer("noisy", u8::from(self.noisy().next().is_some()));
+    }
+
+    /// What decoded tokens attended to over all repetitions, where they looked cells up.
+    pub fn attended(&self) -> Option<Shares> {
+        let mut all = Attended::default();
+        for sample in &self.samples {
+            all += sample.attended;
+        }
+        all.shares()
     }
 
     /// The most that any repetition held.

@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use hae::Error;
 use hae::answer::Answer;
+use hae::attend::Attend;
 use hae::build::Build;
 use hae::llama::{CacheType, ContextOptions, FlashAttention, Poll, SamplerOptions};
 
@@ -36,6 +37,9 @@ pub struct ContextReport {
     pub type_k: CacheType,
     pub type_v: CacheType,
     pub rope_factors: &'static str,
+    /// What decoding steps attend to; absent: everything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attend: Option<Attend>,
 }
 
 impl ContextReport {
@@ -51,6 +55,7 @@ impl ContextReport {
             type_k: options.type_k,
             type_v: options.type_v,
             rope_factors,
+            attend: options.attend.if_any(),
         }
     }
 }

@@ -205,16 +205,12 @@ fn mismatch(found: &Header, header: &Header) -> Option<String> {
 /// The field inside that differs, if they are objects.
 fn inner(name: &str, was: &Value, is: &Value) -> (String, String, String) {
     if let (Value::Object(was), Value::Object(is)) = (was, is) {
-        let differs = is
-            .iter()
-            .find(|(field, value)| was.get(*field) != Some(value));
-        if let Some((field, value)) = differs {
-            let then = was.get(field).unwrap_or(&Value::Null);
-            return (
-                format!("{name}.{field}"),
-                then.to_string(),
-                value.to_string(),
-            );
+        // Either may have a field that the other does not.
+        let mut fields = is.keys().chain(was.keys());
+        let differs = fields.find(|&field| was.get(field) != is.get(field));
+        if let Some(field) = differs {
+            let [then, now] = [was, is].map(|side| side.get(field).unwrap_or(&Value::Null));
+            return (format!("{name}.{field}"), then.to_string(), now.to_string());
         }
     }
     if let (Value::Array(was), Value::Array(is)) = (was, is) {

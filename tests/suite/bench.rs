@@ -385,3 +385,30 @@ fn few_repetitions_are_called_few() {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(stderr.contains("fewer than 3 repetitions"), "{stderr}");
 }
+
+/// Which of two rows of the same policy looked cells up, and how many.
+#[test]
+fn rows_say_what_was_looked_at() {
+    let case = "-p 0 -n 4 -d 300 --kv-policy full,full --attend-text 0.1";
+    let rows = rows(case);
+    let [whole, looked] = &rows[..] else {
+        panic!("{rows:?}");
+    };
+    check(whole);
+    check(looked);
+    assert!(whole["attend"].is_null() && whole["attended"].is_null());
+    assert_eq!(looked["attend"]["text"]["share"], 0.1);
+    assert!(looked["attend"]["vision"].is_null());
+    // Of 301 to 304 cells the first 4, what stands for the question (64), and a tenth of the others; this
+    // token and those before it are among the last 16.
+    let share = number(looked, "attended");
+    let expected = (4.0 + 64.0 + 23.0 + 2.5) / 302.5;
+    assert!((share - expected).abs() < 0.005, "{share}, {expected}");
+    assert!(looked["attended_vision"].is_null());
+
+    let table = answer(&words(case));
+    assert!(table.contains("| attended |"), "{table}");
+    assert!(table.contains(&format!(" {share:.2} |")), "{table}");
+    let plain = answer(&words("-p 0 -n 4 -d 300 --kv-policy full"));
+    assert!(!plain.contains("attended"), "{plain}");
+}

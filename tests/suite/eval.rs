@@ -156,6 +156,11 @@ fn questions_are_scored_and_saved() {
         out,
     ));
     assert!(error.contains("r.jsonl: was begun with contenders full,hae@0.3,hae@0.6,random@0.3,random@0.6, this run has full"), "{error}");
+    // So are answers of the same policies that looked at something else.
+    let error = refusal(&words(&format!("{args} --attend 0.5"), out));
+    let expected =
+        r#"r.jsonl: was begun with context.attend null, this run has {"vision":{"share":0.5},"#;
+    assert!(error.contains(expected), "{error}");
 }
 
 /// Every answer names a trace: of decisions that hold, of the full cache for others to replay, and

@@ -162,6 +162,10 @@ fn table(records: &[Record]) -> Table {
         }
     }
     add("kv policy", false, &|r| r.policy.to_owned());
+    add("attended", true, &|r| {
+        let shares = r.attended();
+        shares.map_or_else(String::new, |shares| format!("{:.2}", shares.all))
+    });
     add("test", false, &|r| r.test.name());
     for metric in &METRICS {
         let title = match metric.name {
