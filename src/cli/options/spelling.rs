@@ -33,7 +33,6 @@ pub fn llama_spelling(
     args: impl Iterator<Item = OsString>,
     mut program: Command,
 ) -> Result<Vec<OsString>, Error> {
-    program.build();
     let mut args = args.peekable();
     let mut out: Vec<OsString> = args.next().into_iter().collect();
     let name = args.peek().and_then(|name| name.to_str());
@@ -42,10 +41,11 @@ pub fn llama_spelling(
         let reason = "is missing, expected one before the flags, as in hae run -p hello";
         return Err(Error::option("a command", reason));
     }
-    let Some(command) = name.and_then(|name| program.find_subcommand(name)) else {
+    let Some(command) = name.and_then(|name| program.find_subcommand_mut(name)) else {
         out.extend(args);
         return Ok(out);
     };
+    command.build();
     out.extend(args.next());
     while let Some(arg) = args.next() {
         if arg == "--" {
