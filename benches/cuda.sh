@@ -53,7 +53,7 @@ sanitizer() {
         >"$out/sanitizer.txt" 2>&1
     echo "exit code $?"
     grep -E 'ERROR SUMMARY|Invalid|Row' "$out/sanitizer.txt" | tail -n 5
-    # The kernels of lookups, every type and shape. cuBLAS's refused queries are no errors of ours.
+    # The kernels of lookups, every type and shape; what they read and write, not which calls returned an error.
     local tool
     for tool in memcheck racecheck; do
         timeout 300 compute-sanitizer --tool $tool --report-api-errors no "$programs/suite" --test-threads 1 \

@@ -14,7 +14,7 @@ use crate::policy::Amount;
 const QUESTION: Pos = 64;
 
 /// What decoding steps attend to. The default is everything.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Attend {
     /// Visual cells that a layer attends to: a number, or a share of those in view. `None`: all.
     pub vision: Option<Amount>,
@@ -121,18 +121,6 @@ pub struct Shares {
 }
 
 impl Attended {
-    /// What came since `earlier`, which this sum goes on from.
-    #[must_use]
-    pub fn since(self, earlier: Attended) -> Attended {
-        Attended {
-            steps: self.steps - earlier.steps,
-            in_view: self.in_view - earlier.in_view,
-            attended: self.attended - earlier.attended,
-            in_view_vision: self.in_view_vision - earlier.in_view_vision,
-            attended_vision: self.attended_vision - earlier.attended_vision,
-        }
-    }
-
     /// `None` where no step looked anything up.
     pub fn shares(&self) -> Option<Shares> {
         let share = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
@@ -220,11 +208,13 @@ impl Attend {
         let counts = ledger.counts();
         let in_view = counts.cells() as u64 + 1;
         let in_view_vision = (counts.live.vision + counts.binned.vision) as u64;
-        attended.steps += 1;
-        attended.in_view += in_view;
-        attended.attended += in_view - left_out - left_out_text;
-        attended.in_view_vision += in_view_vision;
-        attended.attended_vision += in_view_vision - left_out;
+        *attended += Attended {
+            steps: 1,
+            in_view,
+            attended: in_view - left_out - left_out_text,
+            in_view_vision,
+            attended_vision: in_view_vision - left_out,
+        };
         true
     }
 

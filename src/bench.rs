@@ -255,7 +255,6 @@ pub fn measure<E: Engine>(
             sample.prompt.vision += prompt.vision;
         }
 
-        let earlier = session.attended();
         let start = now();
         for _ in 0..turn.n_gen {
             if cancelled() {
@@ -266,7 +265,7 @@ pub fn measure<E: Engine>(
             sample.steps += 1;
         }
         sample.decode += now().saturating_sub(start);
-        sample.attended += session.attended().since(earlier);
+        sample.attended += session.attended();
     }
     sample.cells = session.controller.ledger().counts();
     sample.kv = session.engine.kv_bytes();

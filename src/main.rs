@@ -84,7 +84,7 @@ fn main() -> ExitCode {
         2
     });
     let mut program = help::in_two_sizes(Cli::command());
-    let args = match options::spelling::llama_spelling(std::env::args_os(), program.clone()) {
+    let args = match options::spelling::llama_spelling(std::env::args_os(), &program) {
         Ok(args) => args,
         Err(e) => {
             cli::warn(&e.to_string());

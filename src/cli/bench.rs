@@ -352,7 +352,7 @@ impl Bench<'_> {
                 image_tokens: checked.image_tokens,
                 policy,
                 params: checked.params[i].clone(),
-                attend: plan.attend(i).if_any(),
+                attend: context.attend.if_any(),
                 time,
                 samples,
                 first: (i > 0).then(|| (plan.policies[0], first.clone())),

@@ -45,11 +45,12 @@ const POLICIES: [(&str, &str); 13] = [
 
 /// The commands with help in two sizes.
 pub fn in_two_sizes(program: Command) -> Command {
-    // Only when it is asked for: it takes as long to write as all flags to read.
-    let policies = |command: Command| command.override_help(policies());
     program
         .mut_subcommands(two_sizes)
-        .mut_subcommand("policies", |command| command.defer(policies))
+        .mut_subcommand("policies", |command| {
+            // Only when it is asked for: it takes as long to write as all flags to read.
+            command.defer(|command| command.override_help(policies()))
+        })
 }
 
 fn two_sizes(command: Command) -> Command {

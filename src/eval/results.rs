@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::record::{Answer, Header, Record, VERSION};
 use crate::error::{Error, Result};
@@ -191,27 +191,30 @@ fn mismatch(found: &Header, header: &Header) -> Option<String> {
     };
     let (was, is) = (fields(found), fields(header));
     let (was, is) = (was.as_object()?, is.as_object()?);
-    let differs = is
-        .iter()
-        .find(|(name, value)| was.get(*name) != Some(value));
-    let (name, now) = differs?;
-    let then = was.get(name).unwrap_or(&Value::Null);
+    let (name, then, now) = first_difference(was, is)?;
     let (name, then, now) = inner(name, then, now);
     Some(format!(
         "was begun with {name} {then}, this run has {now}: expected the same, or another `out`"
     ))
 }
 
+/// The first field that is not the same, of which either may have none.
+fn first_difference<'a>(
+    was: &'a Map<String, Value>,
+    is: &'a Map<String, Value>,
+) -> Option<(&'a str, &'a Value, &'a Value)> {
+    let mut names = is.keys().chain(was.keys());
+    let name = names.find(|&name| was.get(name) != is.get(name))?;
+    let [then, now] = [was, is].map(|side| side.get(name).unwrap_or(&Value::Null));
+    Some((name, then, now))
+}
+
 /// The field inside that differs, if they are objects.
 fn inner(name: &str, was: &Value, is: &Value) -> (String, String, String) {
-    if let (Value::Object(was), Value::Object(is)) = (was, is) {
-        // Either may have a field that the other does not.
-        let mut fields = is.keys().chain(was.keys());
-        let differs = fields.find(|&field| was.get(field) != is.get(field));
-        if let Some(field) = differs {
-            let [then, now] = [was, is].map(|side| side.get(field).unwrap_or(&Value::Null));
-            return (format!("{name}.{field}"), then.to_string(), now.to_string());
-        }
+    if let (Value::Object(was), Value::Object(is)) = (was, is)
+        && let Some((field, then, now)) = first_difference(was, is)
+    {
+        return (format!("{name}.{field}"), then.to_string(), now.to_string());
     }
     if let (Value::Array(was), Value::Array(is)) = (was, is) {
         let names = |list: &[Value]| {

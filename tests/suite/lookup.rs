@@ -232,9 +232,9 @@ fn every_cache_type_is_looked_up_alike() {
             );
         }
         // Near ones change places: llama.cpp rounds queries to the type of the products.
-        let alike = precision::sets_alike(0.97);
+        let alike = precision::sets_alike(970);
         assert!(
-            both as f64 > chosen as f64 * alike,
+            both * 1000 > chosen * alike,
             "{cache_type:?}: {both} of {chosen}"
         );
     }

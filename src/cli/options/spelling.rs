@@ -31,7 +31,7 @@ const ONE_DASH: [(&str, &str); 11] = [
 /// [`Error::Option`] for an option of llama.cpp's that the command does not have, with what to do.
 pub fn llama_spelling(
     args: impl Iterator<Item = OsString>,
-    mut program: Command,
+    program: &Command,
 ) -> Result<Vec<OsString>, Error> {
     let mut args = args.peekable();
     let mut out: Vec<OsString> = args.next().into_iter().collect();
@@ -41,7 +41,7 @@ pub fn llama_spelling(
         let reason = "is missing, expected one before the flags, as in hae run -p hello";
         return Err(Error::option("a command", reason));
     }
-    let Some(command) = name.and_then(|name| program.find_subcommand_mut(name)) else {
+    let Some(mut command) = name.and_then(|name| program.find_subcommand(name).cloned()) else {
         out.extend(args);
         return Ok(out);
     };
@@ -70,7 +70,7 @@ pub fn llama_spelling(
             (Some((_, long)), Some(value)) => out.push(format!("{long}={value}").into()),
             (Some((_, long)), None) => out.push((*long).into()),
             (None, _) => {
-                if let Some((name, answer)) = elsewhere(flag, command) {
+                if let Some((name, answer)) = elsewhere(flag, &command) {
                     return Err(Error::option(name, answer));
                 }
                 out.push(match (respelled, value) {
@@ -80,7 +80,7 @@ pub fn llama_spelling(
                 });
             }
         }
-        if value.is_none() && takes_any(flag, command) {
+        if value.is_none() && takes_any(flag, &command) {
             out.extend(args.next());
         }
     }
@@ -151,7 +151,7 @@ mod tests {
 
     fn spelled(args: &[&str]) -> Result<Vec<String>, Error> {
         let args = args.iter().map(|&arg| arg.into());
-        let spelled = llama_spelling(args, program())?;
+        let spelled = llama_spelling(args, &program())?;
         Ok(spelled
             .into_iter()
             .map(|arg| arg.into_string().unwrap())
@@ -286,7 +286,7 @@ mod tests {
         assert!(all.len() > 200, "{}", all.len());
         for option in all {
             let args = ["hae", "run", &option].map(Into::into);
-            let Ok(args) = llama_spelling(args.into_iter(), program.clone()) else {
+            let Ok(args) = llama_spelling(args.into_iter(), &program) else {
                 continue;
             };
             let args: Vec<_> = args
