@@ -44,7 +44,7 @@ impl Engine for LlamaEngine {
         if !self.options.keep_sets {
             return Ok(());
         }
-        for layer in self.options.attend.first_layer..self.model.n_layer() {
+        for layer in self.looking_layers() {
             each(&self.looked_up(layer)?);
         }
         Ok(())

@@ -35,7 +35,7 @@ pub(super) fn allow(ctx: &mut LlamaContext<'_>, options: &ContextOptions) -> Res
         0 => Ok(()),
         sys::LLAMA_HAE_ATTEND_ERR_MEMORY => Err(Error::option(
             "attend",
-            "this model's attention cannot look cells up: its cache has windows or is none, or its attention has sinks, a cap or ALiBi, or one K and V for all heads",
+            "this model's attention cannot look cells up: it has no cache, windows in every layer, sinks, a cap or ALiBi, or one K and V for all heads",
         )),
         code => Err(reason("llama_hae_attend_set", code)),
     }
@@ -63,6 +63,20 @@ impl LlamaEngine {
             0 => Ok(()),
             code => Err(reason("llama_hae_attend_cells", code)),
         }
+    }
+
+    /// The layers that look up, ascending: not those before [`Attend::first_layer`], and not those with
+    /// windows, which attend to all that they keep.
+    ///
+    /// [`Attend::first_layer`]: crate::attend::Attend::first_layer
+    pub fn looking_layers(&self) -> Vec<u32> {
+        let mut layers = vec![0; self.model.n_layer() as usize];
+        // SAFETY: the context is alive, the buffer holds as many values as said.
+        let n = unsafe {
+            sys::llama_hae_attend_layers(self.raw.as_ptr(), layers.as_mut_ptr(), layers.len())
+        };
+        layers.truncate(usize::try_from(n).unwrap_or(0));
+        layers
     }
 
     /// The cells that a layer attended to in the last step, ascending. Only where

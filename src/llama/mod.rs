@@ -16,6 +16,8 @@ mod decode;
 mod devices;
 mod engine;
 mod exhausted;
+#[cfg(test)]
+mod flash;
 pub mod gguf;
 mod hparams;
 mod layers;

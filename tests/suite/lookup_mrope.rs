@@ -17,7 +17,7 @@ use crate::others::{Pair, qwen2vl};
 use crate::precision;
 
 /// Two pictures, one of them wide, with a short question behind the second.
-fn prompt_of(pair: &Pair, model: &Model) -> Vec<Segment> {
+pub fn prompt_of(pair: &Pair, model: &Model) -> Vec<Segment> {
     let mut vision = load_vision(&pair.file("vision.gguf"), model);
     let pictures = [PICTURE, "tests/golden/small-phi3v/wide0_1.png"]
         .map(|path| image::load(&repository(path), &Sizes::default()).unwrap());
@@ -35,7 +35,11 @@ fn prompt_of(pair: &Pair, model: &Model) -> Vec<Segment> {
 }
 
 /// A conversation that the prompt has gone into.
-fn session(model: &Model, prompt: &[Segment], options: &ContextOptions) -> Session<LlamaEngine> {
+pub fn session(
+    model: &Model,
+    prompt: &[Segment],
+    options: &ContextOptions,
+) -> Session<LlamaEngine> {
     let n_cells = options.n_ctx as usize;
     let limits = Limits {
         n_layer: model.n_layer(),
@@ -50,11 +54,11 @@ fn session(model: &Model, prompt: &[Segment], options: &ContextOptions) -> Sessi
     session
 }
 
-fn logits(session: &Session<LlamaEngine>) -> Vec<f32> {
+pub fn logits(session: &Session<LlamaEngine>) -> Vec<f32> {
     session.engine.logits().unwrap().to_vec()
 }
 
-fn looking(type_k: CacheType, plain_lookups: bool, attend: Attend) -> ContextOptions {
+pub fn looking(type_k: CacheType, plain_lookups: bool, attend: Attend) -> ContextOptions {
     ContextOptions {
         flash_attention: FlashAttention::On,
         type_k,

@@ -48,6 +48,7 @@ mod lookup;
 mod lookup_mrope;
 mod lookup_runs;
 mod lookup_shapes;
+mod lookup_windows;
 mod masked;
 mod midway;
 mod model;

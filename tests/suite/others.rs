@@ -230,6 +230,11 @@ fn every_policy_is_refused(pair: &Pair, reason: &str) {
 
 /// Gemma 3: a sliding window in every other layer here.
 pub fn gemma3_text() -> Remake {
+    gemma3_scaled(1.0)
+}
+
+/// The larger queries and keys are, the sharper is attention.
+fn gemma3_scaled(scale: f32) -> Remake {
     let mut text = text("gemma3");
     for (key, value) in [
         ("key_length", 32),
@@ -249,12 +254,17 @@ pub fn gemma3_text() -> Remake {
             let name = format!("blk.{block}.{part}.weight");
             text.tensors.push(Tensor::ones(&name, n));
         }
+        // Norms make queries and keys as long as these say.
+        for part in ["attn_q_norm", "attn_k_norm"] {
+            text.tensor(&format!("blk.{block}.{part}.weight"))
+                .scale(scale);
+        }
     }
     text
 }
 
 /// With pictures that attend to all of themselves.
-fn gemma3() -> Pair {
+pub fn gemma3(scale: f32) -> Pair {
     let mut vision = tower("gemma3", 224);
     vision.set_u32("clip.vision.projector.scale_factor", 2);
     vision.tensors.extend([
@@ -263,12 +273,12 @@ fn gemma3() -> Pair {
         Tensor::random("mm.input_projection.weight", &[64, 64]),
         Tensor::ones("mm.soft_emb_norm.weight", 64),
     ]);
-    Pair::new(Some(&gemma3_text()), &vision)
+    Pair::new(Some(&gemma3_scaled(scale)), &vision)
 }
 
 #[test]
 fn sliding_windows_run_under_full_and_are_refused_for_the_others() {
-    let pair = gemma3();
+    let pair = gemma3(1.0);
     let full = pair.json("");
     // 224 / 28 merged patches a side.
     assert_eq!(count(&full, "/tokens/prompt/vision"), 64);

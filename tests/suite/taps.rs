@@ -110,12 +110,18 @@ fn every_cache_type_agrees_with_the_callback() {
     let segments = golden.segments(&model, &mut vision);
     let behind = |pos: Pos| pos > 202 && pos % 3 != 0;
     for kinds in KINDS {
+        let quantized = kinds.0.is_quantized();
         for (flash, layers, tolerance) in [
             // The input of layer 0 does not depend on any attention.
             (FlashAttention::On, &[0][..], 1e-5),
             (FlashAttention::Off, &[0], 1e-5),
-            // Deeper ones differ by what flash attention, and the type of V, make of the values.
-            (FlashAttention::On, &[0, 2, 5], 2e-2),
+            // Deeper ones differ by what flash attention, and the type of V, make of the values. Without it
+            // queries of a prompt are rounded to the eight bits of a quantized K.
+            (
+                FlashAttention::On,
+                &[0, 2, 5],
+                if quantized { 5e-2 } else { 2e-2 },
+            ),
             (FlashAttention::Off, &[0, 2, 5], 1e-5),
         ] {
             // The callback cannot read with a quantized V, which deeper layers depend on.
