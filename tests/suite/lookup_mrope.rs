@@ -127,7 +127,12 @@ fn both_ways_choose_the_same_rows_of_m_rope_pictures() {
             let apart = max_abs_diff(&ours.0, &theirs.0);
             let effect = max_abs_diff(&ours.0, &logits(&whole));
             println!("{at}: {apart:.1e}, {both} of {chosen}, against all {effect:.1e}");
-            assert!(apart < precision::logits(bound), "{at}: {apart}");
+            let most = match both == chosen {
+                true => precision::logits(bound),
+                // What wrong rows do here.
+                false => precision::near_sets(bound, 0.3),
+            };
+            assert!(apart < most, "{at}: {apart}");
         }
         assert!(both * 100 > chosen * 98, "{type_k:?}: {both} of {chosen}");
     }

@@ -174,7 +174,7 @@ fn run(model: &Model, base: &ContextOptions, layer: u32, sum: &mut Apart) {
         let dense = feed(&mut whole, &token, pos, None);
         let [ours, theirs] = ways.each_mut().map(|engine| {
             let seen = feed(engine, &token, pos, lookup.as_ref());
-            let sets = (0..=layer).map(|layer| {
+            let sets = (0..N_LAYER).map(|layer| {
                 let set = engine.looked_up(layer);
                 assert_eq!(set.is_ok(), lookup.is_some());
                 set.unwrap_or_default()
@@ -183,10 +183,9 @@ fn run(model: &Model, base: &ContextOptions, layer: u32, sum: &mut Apart) {
         });
         // What the first layer sees does not depend on what any layer attends to.
         let scores = if layer == 0 { dense } else { theirs.1 };
-        let ([below @ .., ours], [theirs_below @ .., theirs]) = (&ours.0[..], &theirs.0[..]) else {
-            unreachable!("a set for each layer");
-        };
-        parted |= precision::on_gpu() && below != theirs_below;
+        let (all, at_layer) = ((ours.0, theirs.0), layer as usize);
+        let [ours, theirs] = [&all.0, &all.1].map(|sets| &sets[at_layer]);
+        parted |= precision::on_gpu() && all.0[..at_layer] != all.1[..at_layer];
         if let (Some(lookup), false) = (&lookup, parted) {
             let at = format!("{:?}, layer {layer}, at {pos}", whole.options().type_k);
             for set in [ours, theirs] {
@@ -195,7 +194,7 @@ fn run(model: &Model, base: &ContextOptions, layer: u32, sum: &mut Apart) {
         }
         sum.chosen += ours.len();
         sum.both += ours.iter().filter(|cell| theirs.contains(cell)).count();
-        parted |= precision::on_gpu() && ours != theirs;
+        parted |= precision::on_gpu() && all.0 != all.1;
         let [ours, theirs] = ways.each_ref().map(|engine| engine.logits().unwrap());
         if !parted {
             sum.logits = sum.logits.max(max_abs_diff(ours, theirs));
