@@ -71,7 +71,7 @@ pub fn looking(type_k: CacheType, plain_lookups: bool, attend: Attend) -> Contex
     }
 }
 
-const STEPS: i32 = 24;
+pub const STEPS: i32 = 24;
 
 /// More than the question, so that the last rows of a picture are among them for some steps.
 const RECENT: usize = 32;
@@ -138,7 +138,22 @@ fn both_ways_choose_the_same_rows_of_m_rope_pictures() {
     }
 }
 
-/// More than there is: the bits of a context that cannot look up.
+/// Two conversations behind a prompt, bit for bit the same: `able` looks up more than there is, `whole` cannot look up.
+pub fn assert_enough_is_whole(
+    model: &Model,
+    prompt: &[Segment],
+    able: &ContextOptions,
+    whole: &ContextOptions,
+) {
+    let [mut able, mut whole] = [able, whole].map(|options| session(model, prompt, options));
+    assert_eq!(logits(&able), logits(&whole));
+    for token in 0..STEPS {
+        able.step(token).unwrap();
+        whole.step(token).unwrap();
+        assert_eq!(logits(&able), logits(&whole), "step {token}");
+    }
+}
+
 #[test]
 fn enough_is_the_whole_m_rope_picture() {
     let pair = qwen2vl(6.0);
@@ -149,14 +164,8 @@ fn enough_is_the_whole_m_rope_picture() {
         text: Some(Amount::Share(1.0)),
         ..Attend::default()
     };
-    let [mut able, mut whole] = [all, Attend::default()]
-        .map(|a| session(&model, &prompt, &looking(CacheType::F16, false, a)));
-    assert_eq!(logits(&able), logits(&whole));
-    for token in 0..STEPS {
-        able.step(token).unwrap();
-        whole.step(token).unwrap();
-        assert_eq!(logits(&able), logits(&whole), "step {token}");
-    }
+    let [able, whole] = [all, Attend::default()].map(|a| looking(CacheType::F16, false, a));
+    assert_enough_is_whole(&model, &prompt, &able, &whole);
 }
 
 /// What a user sees. The question is shorter than the recent positions.

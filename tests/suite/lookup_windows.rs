@@ -7,7 +7,7 @@ use hae::generate::Session;
 use hae::llama::{CacheType, ContextOptions, LlamaEngine};
 use hae::policy::Amount;
 
-use crate::lookup_mrope::{logits, looking, prompt_of, session};
+use crate::lookup_mrope::{STEPS, assert_enough_is_whole, logits, looking, prompt_of, session};
 use crate::model::load;
 use crate::npz::max_abs_diff;
 use crate::others::gemma3;
@@ -15,8 +15,6 @@ use crate::precision;
 
 /// The layer without a window.
 const LOOKS: u32 = 1;
-
-const STEPS: i32 = 24;
 
 fn options(type_k: CacheType, plain_lookups: bool, attend: Attend) -> ContextOptions {
     ContextOptions {
@@ -92,20 +90,14 @@ fn both_ways_choose_the_same_cells_of_the_layers_without_windows() {
     }
 }
 
-/// More than there is: the bits of a context that cannot look up.
 #[test]
 fn enough_is_the_whole_cache_beside_windows() {
     let pair = gemma3(2.0);
     let model = load(&pair.file("text.gguf"));
     let prompt = prompt_of(&pair, &model);
-    let [mut able, mut whole] = [attend(1000, 1000), Attend::default()]
-        .map(|a| session(&model, &prompt, &options(CacheType::F16, false, a)));
-    assert_eq!(logits(&able), logits(&whole));
-    for token in 0..STEPS {
-        able.step(token).unwrap();
-        whole.step(token).unwrap();
-        assert_eq!(logits(&able), logits(&whole), "step {token}");
-    }
+    let [able, whole] =
+        [attend(1000, 1000), Attend::default()].map(|a| options(CacheType::F16, false, a));
+    assert_enough_is_whole(&model, &prompt, &able, &whole);
 }
 
 /// Cells are counted, not read, beside windows: what is taken back must be counted back.

@@ -31,8 +31,8 @@ pub fn near_sets(cpu: f32, wrong: f32) -> f32 {
     if on_gpu() { cpu.max(0.4 * wrong) } else { cpu }
 }
 
-/// Of a thousand cells of two ways' sets, how many are the same at least. A GPU's products round a query to eight bits beside a
-/// quantized cache, its own operations do not.
+/// Of a thousand cells of two ways' sets, how many are the same at least. A GPU's products round a
+/// query to eight bits beside a quantized cache, its own operations do not.
 pub fn sets_alike(cpu: usize) -> usize {
     if on_gpu() { cpu.min(950) } else { cpu }
 }
