@@ -5,10 +5,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::attend::Shares;
-use crate::cache::{Counts, PerModality};
+use crate::cache::{BinStore, Counts, PerModality};
 use crate::controller::Report;
 use crate::engine::Engine;
-use crate::generate::{self, Finish, Session};
+use crate::generate::{self, Finish, RowStore, Session, Traffic};
 
 /// An answer with its costs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -31,6 +31,9 @@ pub struct Answer {
     pub timings: Timings,
     /// What has left the cache so far.
     pub evicted: Evicted,
+    /// Where rows of it wait, where some did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bin: Option<Bin>,
     /// The policy that it was given under.
     pub policy: PolicyReport,
 }
@@ -68,7 +71,7 @@ pub struct Kv {
     pub bytes_allocated: u64,
     /// The most that these ever were, trial runs included.
     pub bytes_allocated_peak: u64,
-    /// Bytes of evicted text that waits in host memory.
+    /// Bytes of evicted rows that wait in main memory, outside of the cache.
     #[serde(default)]
     pub bytes_host: u64,
 }
@@ -88,8 +91,52 @@ impl Kv {
             bytes_peak_decoding: bytes.per_cell * peak_decoding as u64,
             bytes_allocated: bytes.allocated,
             bytes_allocated_peak: session.peak_bytes().max(bytes.allocated),
-            bytes_host: session.host_bin().bytes() as u64,
+            bytes_host: session.store().bytes_in_ram(),
         }
+    }
+}
+
+/// Rows of evicted tokens outside of the cache, over the whole conversation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Bin {
+    /// Where they wait.
+    pub store: BinStore,
+    /// Rows that wait there now.
+    pub rows: usize,
+    /// Their bytes. Those in main memory are in [`Kv::bytes_host`], too.
+    pub bytes: u64,
+    /// Rows that went there.
+    pub rows_out: u64,
+    /// Rows that came back from there.
+    pub rows_back: u64,
+    /// Visual tokens that came back by going through the model again.
+    pub rows_decoded: u64,
+    /// Rows that made room for others, or were lost.
+    pub rows_dropped: u64,
+    /// Milliseconds that copying took, both ways.
+    pub ms: f64,
+    /// Why it keeps nothing any more, where something went wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+}
+
+impl Bin {
+    /// `None` where nothing ever left for it or came back.
+    pub fn of(store: &RowStore) -> Option<Self> {
+        let traffic = store.traffic();
+        let trouble = store.trouble().map(str::to_owned);
+        let idle = traffic == Traffic::default() && store.rows() == 0 && trouble.is_none();
+        (!idle).then(|| Bin {
+            store: store.kind(),
+            rows: store.rows(),
+            bytes: store.bytes(),
+            rows_out: traffic.rows_out,
+            rows_back: traffic.rows_back,
+            rows_decoded: traffic.rows_decoded,
+            rows_dropped: traffic.rows_dropped,
+            ms: traffic.time.as_secs_f64() * 1e3,
+            trouble,
+        })
     }
 }
 

@@ -16,10 +16,10 @@ use crate::error::Result;
 use crate::eval::distance::{self, AttentiveFull, Followed, Places, Said};
 use crate::eval::question::Question;
 use crate::eval::reading::{Reading, Window};
-use crate::eval::record::{self, Distance};
+use crate::eval::record::{self, CacheReport, Distance};
 use crate::generate::{Finish, Hooks, Segment, Session};
 use crate::image::Picture;
-use crate::llama::{ContextOptions, LlamaEngine, Model, SamplerOptions, Vision};
+use crate::llama::{ByPolicy, ContextOptions, LlamaEngine, Model, SamplerOptions, Vision};
 use crate::open::{Opened, Plan, Reach, RopeChoice};
 use crate::policy::{Amount, PolicyOptions, PolicySpec};
 use crate::prompt::Transcript;
@@ -88,6 +88,11 @@ impl Asker {
                 policy: policy.name.clone(),
                 budget,
                 params: plan.policy().params(),
+                cache: (context.by_policy != ByPolicy::default()).then(|| CacheReport {
+                    type_k: plan.context().type_k.name().into(),
+                    type_v: plan.context().type_v.name().into(),
+                    attend: plan.context().attend.if_any(),
+                }),
             },
             policy,
             context: context.clone(),

@@ -14,7 +14,7 @@ use crate::policy::Amount;
 const QUESTION: Pos = 64;
 
 /// What decoding steps attend to. The default is everything.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Attend {
     /// Visual cells that a layer attends to: a number, or a share of those in view. `None`: all.
     pub vision: Option<Amount>,
@@ -143,6 +143,15 @@ impl AddAssign for Attended {
 }
 
 impl Attend {
+    /// As few as the answers of the development set allow (docs/lookups.md).
+    pub const FEW: Attend = Attend {
+        vision: Some(Amount::Share(0.15)),
+        text: Some(Amount::Share(0.25)),
+        recent: 16,
+        sinks: 4,
+        first_layer: 0,
+    };
+
     /// Itself, where a step may attend to less than everything.
     pub fn if_any(self) -> Option<Attend> {
         (!self.is_whole()).then_some(self)

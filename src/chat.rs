@@ -6,11 +6,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::answer::{Answer, Kv};
+use crate::attend::Attend;
 use crate::cache::Pos;
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::Hooks;
 use crate::image::Picture;
-use crate::llama::{ContextOptions, Model, RopeFactors, SamplerOptions, Vision};
+use crate::llama::{ByPolicy, ContextOptions, Model, RopeFactors, SamplerOptions, Vision};
 use crate::open::{Opened, Plan, Reach, RopeChoice, rope_name};
 use crate::policy::PolicySpec;
 use crate::prompt::{Template, Transcript};
@@ -22,7 +24,7 @@ const NO_VISION: &str = "pictures need a vision file, give one with `mmproj`";
 
 /// How to chat. The defaults are llama.cpp's, but for the policy `full`'s name and greedy answers,
 /// which are the same every time.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct ChatOptions {
     /// How the cache is made; the policy adds what it needs.
     pub context: ContextOptions,
@@ -36,8 +38,22 @@ pub struct ChatOptions {
     pub template: Template,
     /// Goes before the first turn. Needs a template with such a role.
     pub system_prompt: Option<String>,
-    /// Bytes of host memory for evicted text, to be put back for the next question.
-    pub host_bin: usize,
+}
+
+impl Default for ChatOptions {
+    fn default() -> Self {
+        ChatOptions {
+            context: ContextOptions {
+                by_policy: ByPolicy::ALL,
+                ..ContextOptions::default()
+            },
+            rope: RopeChoice::default(),
+            policy: PolicySpec::default(),
+            sampler: SamplerOptions::default(),
+            template: Template::default(),
+            system_prompt: None,
+        }
+    }
 }
 
 /// What is known when a chat is opened of what it will hold.
@@ -90,13 +106,15 @@ impl Chat {
         begin: Begin<'_>,
     ) -> Result<Self> {
         let ChatOptions { policy, .. } = options;
-        let mut plan = Plan::new(model, vision.as_ref(), &options.context, policy)?;
+        let mut context = options.context.clone();
+        if let Some(saved) = begin.saved.filter(|_| context.by_policy.types) {
+            // Nobody says anything else.
+            (context.type_k, context.type_v) = (saved.storage.type_k, saved.storage.type_v);
+            context.by_policy.types = false;
+        }
+        let mut plan = Plan::new(model, vision.as_ref(), &context, policy)?;
         if begin.trace.is_some() {
             plan.read_for_trace(&policy.options)?;
-        }
-        if options.host_bin > 0 && !plan.policy().recalls() {
-            let reason = "wants a policy that calls evicted tokens back: hae, without `no_recall`";
-            return Err(Error::option("bin_host_mib", reason));
         }
         let system_prompt = options.system_prompt.as_deref();
         let template = options.template.of(model, system_prompt)?;
@@ -116,7 +134,6 @@ impl Chat {
         })?;
         let (limits, layers) = (plan.limits(), plan.context().score_layers.clone());
         let mut opened = plan.open(&options.sampler)?;
-        opened.session = opened.session.with_host_bin(options.host_bin);
         if let Some((path, name)) = begin.trace {
             let header = trace::Header::new(name.to_owned(), limits, policy, layers);
             trace::record(&mut opened.session.controller, path, header)?;
@@ -205,6 +222,11 @@ impl Chat {
     /// How its context was made.
     pub fn context(&self) -> &ContextOptions {
         self.opened.session.engine.options()
+    }
+
+    /// What its decoding steps attend to; `None`: everything.
+    pub fn attend(&self) -> Option<Attend> {
+        self.opened.session.engine.attend().copied()
     }
 
     /// The set of rope factors: `short`, `long`, or `none` for models without two sets.

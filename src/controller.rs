@@ -77,7 +77,7 @@ pub struct Report {
 }
 
 /// A token that was just removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evicted {
     /// The cell that it lay in, free now.
     pub cell: Cell,
@@ -85,6 +85,8 @@ pub struct Evicted {
     pub pos: Pos,
     /// What it was.
     pub modality: Modality,
+    /// The attention that it had, a mean over the queries that could see it.
+    pub asked: f32,
 }
 
 /// Books and policy of one sequence: what its tokens are, and which of them go.
@@ -339,6 +341,11 @@ impl Controller {
         Ok(())
     }
 
+    /// Whether what was pruned for the question should come back: `said` tokens of the answer are in.
+    pub fn asks_back(&self, said: Pos) -> bool {
+        usize::try_from(said).is_ok_and(|said| self.policy.asks_back(said))
+    }
+
     /// Marks visual tokens that separate parts of a picture: `separators[i]` is that of `cells[i]`,
     /// none where it is empty.
     ///
@@ -440,13 +447,14 @@ impl Controller {
         self.positions.clear();
         self.evicted.clear();
         for &cell in &self.plan.evict {
-            let modality = self.ledger.get(cell).map(|entry| entry.modality);
+            let entry = self.ledger.get(cell);
             let pos = self.ledger.remove(cell)?;
             self.positions.push(pos);
             self.evicted.push(Evicted {
                 cell,
                 pos,
-                modality: modality.unwrap_or(Modality::Text),
+                modality: entry.map_or(Modality::Text, |entry| entry.modality),
+                asked: entry.map_or(0.0, |entry| entry.sum / entry.seen.max(1.0)),
             });
         }
         for &cell in &self.plan.restore {
@@ -478,6 +486,13 @@ impl Controller {
     pub fn rewind(&mut self, from: Pos) -> usize {
         self.ledger.rewind(from);
         self.tell(Event::Rewound(from));
+        self.ledger.counts().cells()
+    }
+
+    /// The same for tokens of an answer that go through the model again, at the same positions.
+    pub fn read_again(&mut self, from: Pos) -> usize {
+        self.ledger.rewind(from);
+        self.tell(Event::Again(from));
         self.ledger.counts().cells()
     }
 

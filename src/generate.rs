@@ -10,10 +10,11 @@ mod evict;
 mod feed;
 mod generation;
 mod history;
-mod hostbin;
 mod order;
 mod prefill;
 mod prompt;
+mod recall;
+mod store;
 mod together;
 mod trial;
 mod utf8;
@@ -21,7 +22,7 @@ mod utf8;
 use std::time::Duration;
 
 use crate::attend::{Attended, Looked};
-use crate::cache::{Cell, Pos};
+use crate::cache::{BinOptions, Cell, Pos};
 use crate::controller::{Controller, Event, Origin};
 use crate::engine::{Engine, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary};
 use crate::error::{Error, Result};
@@ -31,8 +32,8 @@ use prefill::Intake;
 pub use answer::{Finish, Generated, Length, Timings};
 pub use generation::{Generation, Progress};
 pub use history::{History, Placed};
-pub use hostbin::{HostBin, Saved};
 pub use prompt::{Axes, Segment};
+pub use store::{RowStore, Saved, Traffic};
 pub use together::{Slot, StepHooks, together};
 
 /// What the loops ask of their surroundings.
@@ -54,7 +55,7 @@ pub struct Session<E> {
     /// Chooses the conversation's tokens.
     pub sampler: Box<dyn Sampler>,
     history: History,
-    host_bin: HostBin,
+    store: RowStore,
     feed: Feed,
     /// The prompt that is going in.
     intake: Option<Intake>,
@@ -65,6 +66,8 @@ pub struct Session<E> {
     expected: Option<usize>,
     /// The position that the newest answer began at.
     answer: Pos,
+    /// Whether what it asked for was called back.
+    has_recalled: bool,
 }
 
 impl<E> Session<E> {
@@ -76,26 +79,28 @@ impl<E> Session<E> {
             controller,
             sampler,
             history,
-            host_bin,
+            store,
             feed,
             intake,
             moves,
             most,
             expected,
             answer,
+            has_recalled,
         } = self;
         let session = Session {
             engine,
             controller,
             sampler,
             history,
-            host_bin,
+            store,
             feed,
             intake,
             moves,
             most,
             expected,
             answer,
+            has_recalled,
         };
         (session, own)
     }
@@ -120,9 +125,9 @@ impl<E> Session<E> {
         &self.feed.seen
     }
 
-    /// Evicted text that waits in host memory.
-    pub fn host_bin(&self) -> &HostBin {
-        &self.host_bin
+    /// Rows of evicted tokens that wait outside of the cache.
+    pub fn store(&self) -> &RowStore {
+        &self.store
     }
 
     /// What decoding steps attended to, since the turn began or all was forgotten.
@@ -139,13 +144,14 @@ impl<E: Engine> Session<E> {
             engine,
             controller,
             history: History::default(),
-            host_bin: HostBin::default(),
+            store: RowStore::default(),
             feed: Feed::default(),
             intake: None,
             moves: Vec::new(),
             most: usize::MAX,
             expected: None,
             answer: 0,
+            has_recalled: false,
         }
     }
 
@@ -210,23 +216,28 @@ impl<E: Engine> Session<E> {
         self.expected = Some(tokens);
     }
 
-    /// Keeps evicted text in this much host memory, to be put back for a later question.
-    pub fn with_host_bin(mut self, max_bytes: usize) -> Self {
-        self.host_bin = HostBin::new(max_bytes);
+    /// Keeps rows of what is evicted, to be put back when it is asked for.
+    pub fn with_store(mut self, options: BinOptions) -> Self {
+        self.keep_rows_as(options);
         self
+    }
+
+    /// The same for a conversation that begins anew.
+    pub(crate) fn keep_rows_as(&mut self, options: BinOptions) {
+        self.store = RowStore::new(options);
     }
 
     /// Goes on with what went in earlier; the engine and the controller hold its cache.
     ///
     /// # Errors
     /// [`Error::Contract`] or [`Error::Option`] for what cannot have gone in, or left.
-    pub fn resume(&mut self, history: History, saved: Vec<Saved>) -> Result<()> {
+    pub fn resume(&mut self, history: History, saved: &[Saved]) -> Result<()> {
         let next = self.controller.next_pos();
         history.check(next)?;
         let held = self.controller.ledger().entries().map(|entry| entry.pos);
-        hostbin::check(&saved, next, held.collect())?;
+        store::check(saved, next, held.collect())?;
         self.history = history;
-        saved.into_iter().for_each(|rows| self.host_bin.push(rows));
+        saved.iter().for_each(|rows| self.store.push(rows));
         Ok(())
     }
 
@@ -234,7 +245,7 @@ impl<E: Engine> Session<E> {
     pub fn forget(&mut self) {
         self.sampler.reset();
         self.history.clear();
-        self.host_bin.clear();
+        self.store.clear();
         self.intake = None;
         self.feed.peak_bytes = 0;
         self.feed.attended = Attended::default();
@@ -255,10 +266,11 @@ impl<E: Engine> Session<E> {
     fn want_token(&mut self, token: Token) -> Result<()> {
         self.abandon()?;
         self.check_positions(1)?;
+        self.follow_moves()?;
+        self.recall_for_answer()?;
         if self.controller.ledger().counts().cells() >= self.most {
             return Err(Error::ContextFull { n_ctx: self.most });
         }
-        self.follow_moves()?;
         let pos = self.controller.next_pos();
         let feed = &mut self.feed;
         feed.token(token, pos, self.controller.observes_decoding());

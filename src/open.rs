@@ -2,11 +2,16 @@
 //! attention is read, the rope factors and how far they reach, the trial runs. Every command and the
 //! library open a model here, by one rule.
 
+use crate::attend::Attend;
+use crate::cache::BinOptions;
 use crate::controller::Controller;
 use crate::engine::{Batch, Engine, Input, Observation};
 use crate::error::{Error, Result};
 use crate::generate::Session;
-use crate::llama::{ContextOptions, LlamaEngine, Model, RopeFactors, SamplerOptions, Vision};
+use crate::llama::{
+    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, RopeFactors, SamplerOptions,
+    Vision,
+};
 use crate::policy::{EvictionPolicy, Limits, Observe, PolicyOptions, PolicySpec};
 
 /// Cells that a cache with eviction begins with.
@@ -72,7 +77,7 @@ impl Plan {
         context: &ContextOptions,
         policy: &PolicySpec,
     ) -> Result<Self> {
-        let mut context = sized(context, model)?;
+        let mut context = sized(&decided(context, model, &policy.name), model)?;
         let limits = Limits {
             n_layer: model.n_layer(),
             n_cells: padded(context.n_ctx) as usize,
@@ -211,6 +216,7 @@ impl Plan {
         opened.empty()?;
         let session = &mut opened.session;
         session.controller = Controller::new(self.policy, session.engine.n_cells());
+        session.keep_rows_as(kept(&session.controller, &self.context));
         session.forget();
         opened.reach = self.reach;
         Ok(())
@@ -223,12 +229,41 @@ impl Plan {
     pub fn open(self, sampler: &SamplerOptions) -> Result<Opened> {
         let engine = LlamaEngine::new(&self.model, self.context, sampler)?;
         let controller = Controller::new(self.policy, engine.n_cells());
-        let mut session = Session::new(engine, controller);
+        let bin = kept(&controller, engine.options());
+        let mut session = Session::new(engine, controller).with_store(bin);
         session.prepare()?;
         Ok(Opened {
             session,
             reach: self.reach,
         })
+    }
+}
+
+/// What was left to the policy. `hae` does best with a quantized cache of which each layer looks up
+/// what it needs (docs/defaults.md has the figures); the others are as llama.cpp.
+fn decided(context: &ContextOptions, model: &Model, policy: &str) -> ContextOptions {
+    let mut context = context.clone();
+    if policy != "hae" {
+        return context;
+    }
+    let small = CacheType::Q8_0;
+    let fits = model.takes_cache(small) && context.flash_attention != FlashAttention::Off;
+    if context.by_policy.types && fits {
+        (context.type_k, context.type_v) = (small, small);
+    }
+    // What a step looks up is said by cell, and other sequences' cells are among them.
+    let alone = context.n_seq_max == 1 && context.flash_attention != FlashAttention::Off;
+    if context.by_policy.attend && alone {
+        context.attend = Attend::FEW;
+    }
+    context
+}
+
+/// Where rows of evicted tokens wait: nowhere under a policy that never asks for them.
+fn kept(controller: &Controller, context: &ContextOptions) -> BinOptions {
+    match controller.recalls() {
+        true => context.bin,
+        false => BinOptions::OFF,
     }
 }
 

@@ -7,7 +7,7 @@ mod prompts;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::answer::{Answer, Evicted, Kv, PolicyReport, Timings, Tokens};
+use crate::answer::{Answer, Bin, Evicted, Kv, PolicyReport, Timings, Tokens};
 use crate::controller::{Controller, Event};
 use crate::engine::{Engine, Token};
 use crate::error::{Error, Result};
@@ -132,6 +132,7 @@ fn say(
         attended: generated.attended.shares(),
         timings: Timings::of(&generated.timings, prompt.encode),
         evicted: Evicted::of(&report),
+        bin: Bin::of(session.store()),
         policy: PolicyReport::of(report),
         text: generated.text,
     })

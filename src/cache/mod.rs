@@ -3,12 +3,14 @@
 //! llama.cpp's cells span all layers, so one entry here stands for a token's K and V in every
 //! layer, and removing it removes the token from every layer (the paper's index broadcasting).
 
+mod bin;
 mod counts;
 mod entry;
 mod ledger;
 mod observation;
 pub mod ranges;
 
+pub use bin::{BinOptions, BinStore};
 pub use counts::{Counts, PerModality};
 pub use entry::{Entries, Entry};
 pub use ledger::{Ledger, SavedLedger};

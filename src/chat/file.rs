@@ -43,7 +43,7 @@ impl Chat {
             },
             host_bin: match shifts {
                 true => Vec::new(),
-                false => self.opened.session.host_bin().saved().cloned().collect(),
+                false => self.opened.session.store().texts()?,
             },
         };
         saved.write(path)
@@ -87,7 +87,7 @@ impl Chat {
         };
         self.opened.session.sampler.resume(&saved.sampled)?;
         self.opened.session.controller.load(&saved.ledger, &cells)?;
-        self.opened.session.resume(saved.history, saved.host_bin)?;
+        self.opened.session.resume(saved.history, &saved.host_bin)?;
         self.talk.transcript = saved.transcript;
         self.talk.pending = saved.pending;
         self.talk.images = saved.images;

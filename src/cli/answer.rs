@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 
@@ -44,6 +45,18 @@ pub fn answer(chat: &mut Chat, turn: Turn<'_>, stream: bool) -> Result<Answer> {
         writeln!(out).context("stdout")?;
     }
     Ok(answer)
+}
+
+/// Says on stderr, once, why rows of evicted tokens are not kept.
+pub fn warn_about_bin(answer: &Answer) {
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    let trouble = answer.bin.as_ref().and_then(|bin| bin.trouble.as_ref());
+    if let Some(trouble) = trouble.filter(|_| !TOLD.swap(true, Ordering::Relaxed)) {
+        let text = format!(
+            "--bin-store: {trouble}: from now on evicted visual tokens come back by decoding them again, evicted text not at all"
+        );
+        warn(&text);
+    }
 }
 
 /// Says on stderr why an answer is shorter than the model wanted it.

@@ -109,10 +109,14 @@ pub struct Args {
     #[arg(long, alias = "fa", value_name = "WHEN", default_value = "auto")]
     flash_attn: Vec<String>,
     /// -ctk: types of K, list
-    #[arg(long, alias = "ctk", value_name = "TYPE", default_value = "f16")]
+    ///
+    /// [default: f16; hae: q8_0]
+    #[arg(long, alias = "ctk", value_name = "TYPE")]
     cache_type_k: Vec<String>,
     /// -ctv: types of V, list
-    #[arg(long, alias = "ctv", value_name = "TYPE", default_value = "f16")]
+    ///
+    /// [default: f16; hae: q8_0]
+    #[arg(long, alias = "ctv", value_name = "TYPE")]
     cache_type_v: Vec<String>,
     /// Threads, list [default: physical cores]
     #[arg(short, long, value_name = "N")]
@@ -260,6 +264,7 @@ impl Bench<'_> {
                     let attend = plan.attend(i);
                     let context = ContextOptions {
                         attend,
+                        by_policy: plan.by_policy,
                         ..context.clone()
                     };
                     let mut plan = Plan::new(model, vision.as_ref(), &context, &plan.policy(i))?;
@@ -392,7 +397,7 @@ fn context(shape: Shape, cells: usize, n_threads: i32, poll: Poll) -> Result<Con
 
 fn settings(asked: Shape, context: &ContextOptions, model: &Model) -> Settings {
     let rope_factors = rope_name(model, context);
-    let report = ContextReport::new(context, rope_factors);
+    let report = ContextReport::new(context, context.attend.if_any(), rope_factors);
     Settings {
         n_ctx: report.n_ctx,
         kv_size: context.kv_size,

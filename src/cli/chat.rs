@@ -7,7 +7,7 @@ use std::io::ErrorKind;
 use anyhow::Result;
 use rustyline::error::ReadlineError;
 
-use super::answer::{answer, warn_about_end};
+use super::answer::{answer, warn_about_bin, warn_about_end};
 use super::crops::crops;
 use super::inputs::{dropped, picture};
 use super::{interrupt, note, warn};
@@ -192,6 +192,7 @@ impl Prompting<'_> {
                     warn("the context is full: /clear starts again");
                 } else {
                     warn_about_end(&answer);
+                    warn_about_bin(&answer);
                 }
                 self.last = Some(answer);
             }

@@ -2,6 +2,7 @@
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
+use hae::cache::BinStore;
 use hae::convert::OutType;
 use hae::eval::files::Format;
 use hae::llama::{CacheType, FlashAttention};
@@ -77,6 +78,14 @@ impl Named for Format {
         (Format::ScienceQa, &["scienceqa"]),
         (Format::MmBench, &["mmbench"]),
         (Format::Mmmu, &["mmmu"]),
+    ];
+}
+
+impl Named for BinStore {
+    const NAMES: &'static [(Self, &'static [&'static str])] = &[
+        (BinStore::File, &["file"]),
+        (BinStore::Ram, &["ram"]),
+        (BinStore::Off, &["off"]),
     ];
 }
 

@@ -20,7 +20,7 @@ pub const POLICY: &str = "KV cache policy";
 const PRUNING: &str = "Which visual tokens leave after a prompt";
 const SCORES: &str = "How attention becomes a score";
 const DECODING: &str = "What leaves while an answer is written";
-pub const QUESTIONS: &str = "What a new question finds";
+const QUESTIONS: &str = "What a new question finds";
 pub const PRESETS: &str = "Where values come from";
 const ONE_POLICY: &str = "What one policy alone reads";
 

@@ -43,7 +43,12 @@ pub struct ContextReport {
 }
 
 impl ContextReport {
-    pub fn new(options: &ContextOptions, rope_factors: &'static str) -> Self {
+    /// `attend`: what its decoding steps attend to, where that is not everything.
+    pub fn new(
+        options: &ContextOptions,
+        attend: Option<Attend>,
+        rope_factors: &'static str,
+    ) -> Self {
         ContextReport {
             n_ctx: options.n_ctx,
             n_batch: options.n_batch,
@@ -55,7 +60,7 @@ impl ContextReport {
             type_k: options.type_k,
             type_v: options.type_v,
             rope_factors,
-            attend: options.attend.if_any(),
+            attend,
         }
     }
 }

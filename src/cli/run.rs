@@ -7,15 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
-use super::answer::{answer, warn_about_end};
+use super::answer::{answer, warn_about_bin, warn_about_end};
 use super::calibration::CalibrationArgs;
 use super::chat::Start;
 use super::crops::CropArgs;
 use super::inputs::{self, EscapeArgs, check_stdin};
 use super::load::{self, Files, Setup};
-use super::options::{
-    ContextArgs, ModelArgs, POLICY, PolicyArgs, QUESTIONS, SamplerArgs, TemplateArgs,
-};
+use super::options::{ContextArgs, ModelArgs, POLICY, PolicyArgs, SamplerArgs, TemplateArgs};
 use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, is_of_output, note, session};
 use hae::Error;
@@ -97,15 +95,6 @@ pub struct Args {
     policy: PolicyArgs,
     #[command(flatten)]
     calibration: CalibrationArgs,
-    /// Host memory for text that a budget evicts, in MiB. The next question gets it back. For
-    /// policies that call evicted tokens back
-    #[arg(
-        long,
-        default_value_t = 0,
-        value_name = "N",
-        help_heading = QUESTIONS
-    )]
-    bin_host_mib: u32,
     /// Write what the cache did, for hae report
     ///
     /// FILE holds what the cache saw and decided, the text and the pictures. hae replay reads it,
@@ -162,17 +151,18 @@ pub fn run(args: &Args) -> Result<Done> {
         Some(calibrated) => calibrated.options.clone(),
         None => policy_options,
     };
+    let policy = PolicySpec::new(&args.kv_policy, policy_options);
+    args.context.refuse_unread(&policy)?;
     let setup = Setup {
         files: &files,
         model: &args.model,
         options: ChatOptions {
             context: args.context.options()?,
             rope: args.model.rope_factors,
-            policy: PolicySpec::new(&args.kv_policy, policy_options),
+            policy,
             sampler: args.sampler.options(load::clock_seed())?,
             template,
             system_prompt: args.system_prompt.clone(),
-            host_bin: usize::try_from(args.bin_host_mib).unwrap_or(0) << 20,
         },
         num_crops,
     };
@@ -234,6 +224,7 @@ fn one(
     let mut answer = answered?;
     answer.policy.calibration = calibration;
     warn_about_end(&answer);
+    warn_about_bin(&answer);
     if args.output == Format::Json {
         print_json(&answer, chat, setup, load)?;
     }
@@ -279,7 +270,7 @@ fn print_json(answer: &Answer, chat: &Chat, setup: &Setup<'_>, load: Duration) -
     let report = Report {
         answer,
         sampling: setup.options.sampler,
-        context: ContextReport::new(chat.context(), chat.rope_factors()),
+        context: ContextReport::new(chat.context(), chat.attend(), chat.rope_factors()),
         model: setup.files.model_report()?,
         mmproj: setup.files.mmproj_report()?,
         load_ms: load.as_secs_f64() * 1e3,

@@ -100,6 +100,9 @@ pub enum Event<'a> {
     Moved(&'a [(Cell, Cell)]),
     /// Tokens from this position on were taken back.
     Rewound(Pos),
+    /// Tokens of an answer from this position on leave their cells and go through the model again:
+    /// they are inserted anew.
+    Again(Pos),
     /// The cache was emptied.
     Cleared,
     /// An earlier conversation goes on.

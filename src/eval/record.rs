@@ -4,8 +4,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{Evicted, Kv, Timings, Tokens};
-use crate::attend::Shares;
+use crate::answer::{Bin, Evicted, Kv, Timings, Tokens};
+use crate::attend::{Attend, Shares};
 use crate::generate::Finish;
 use crate::policy::Amount;
 
@@ -89,6 +89,21 @@ pub struct Contender {
     pub budget: Option<Amount>,
     /// Its parameters, as reports show them.
     pub params: Value,
+    /// How its cache is made, where the policy decides that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheReport>,
+}
+
+/// How a cache is made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CacheReport {
+    /// What K is stored as, as `-ctk` spells it.
+    pub type_k: String,
+    /// What V is stored as.
+    pub type_v: String,
+    /// What decoding steps attend to; absent: everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attend: Option<Attend>,
 }
 
 impl Contender {
@@ -145,6 +160,9 @@ pub struct Answer {
     pub timings: Timings,
     /// What left the cache, and came back.
     pub evicted: Evicted,
+    /// Where rows of it wait, where some did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bin: Option<Bin>,
     /// To the full cache's predictions, where they were compared.
     pub distance: Option<Distance>,
     /// A trace of the decisions, if one was written.

@@ -214,7 +214,7 @@ fn inner(name: &str, was: &Value, is: &Value) -> (String, String, String) {
     if let (Value::Object(was), Value::Object(is)) = (was, is)
         && let Some((field, then, now)) = first_difference(was, is)
     {
-        return (format!("{name}.{field}"), then.to_string(), now.to_string());
+        return inner(&format!("{name}.{field}"), then, now);
     }
     if let (Value::Array(was), Value::Array(is)) = (was, is) {
         let names = |list: &[Value]| {
@@ -226,6 +226,10 @@ fn inner(name: &str, was: &Value, is: &Value) -> (String, String, String) {
         let (then, now) = (names(was), names(is));
         if then != now {
             return (name.to_owned(), then, now);
+        }
+        if let Some((was, is)) = was.iter().zip(is).find(|(was, is)| was != is) {
+            let one = was["name"].as_str().unwrap_or(name);
+            return inner(one, was, is);
         }
     }
     (name.to_owned(), was.to_string(), is.to_string())

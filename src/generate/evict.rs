@@ -1,11 +1,11 @@
-//! What leaves the cache and what comes back from the host: plans carried out.
+//! What leaves the cache: plans carried out.
 
+use super::Session;
 use super::order::Order;
-use super::{HostBin, Session};
-use crate::cache::{Cell, Modality, Pos};
-use crate::controller::{Evicted, Origin};
+use super::store::Leaving;
+use crate::cache::{Cell, Modality};
 use crate::engine::Engine;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::policy::Shift;
 
 impl<E: Engine> Session<E> {
@@ -27,51 +27,6 @@ impl<E: Engine> Session<E> {
         self.remove_planned()
     }
 
-    /// Rows of evicted text, the latest first, that the host has and that fit beside `added`
-    /// others.
-    pub(super) fn returning_text(&self, added: usize) -> usize {
-        if !self.controller.recalls() {
-            return 0;
-        }
-        let taken = self.controller.ledger().counts().cells() + added;
-        let free = self.cells().saturating_sub(taken);
-        let mut rows = 0;
-        for saved in self.host_bin.saved().rev() {
-            if rows + saved.pos.len() > free {
-                break;
-            }
-            rows += saved.pos.len();
-        }
-        rows
-    }
-
-    /// Puts so many rows of evicted text back.
-    pub(super) fn recall_text(&mut self, mut rows: usize) -> Result<()> {
-        while rows > 0
-            && let Some(saved) = self.host_bin.pop()
-        {
-            rows = rows.saturating_sub(saved.pos.len());
-            let restored = self.engine.restore_rows(
-                self.feed.seq,
-                &saved.pos,
-                &saved.rows,
-                &mut self.feed.cells,
-            );
-            match restored {
-                Ok(()) => {
-                    self.controller
-                        .recalled(&self.feed.cells, &saved.pos, Origin::TEXT)?;
-                }
-                Err(Error::ContextFull { .. }) => {
-                    self.host_bin.push(saved);
-                    return Ok(());
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
     /// Takes what the controller's last plan removed out of the engine, after saving what the
     /// host keeps, and lets the engine move the rest together.
     pub(super) fn remove_planned(&mut self) -> Result<()> {
@@ -80,11 +35,7 @@ impl<E: Engine> Session<E> {
             return Ok(());
         }
         if self.controller.recalls() {
-            keep_text(
-                &mut self.host_bin,
-                &mut self.engine,
-                self.controller.evicted(),
-            )?;
+            self.keep_evicted()?;
         }
         self.engine
             .remove(self.feed.seq, self.controller.planned())?;
@@ -94,13 +45,22 @@ impl<E: Engine> Session<E> {
         self.engine.compact(self.feed.seq, &mut self.moves)?;
         self.controller.moved(&self.moves)
     }
-}
 
-fn keep_text(bin: &mut HostBin, engine: &mut dyn Engine, evicted: &[Evicted]) -> Result<()> {
-    if bin.is_off() {
-        return Ok(());
+    /// Copies what the controller's last plan removed to the store.
+    fn keep_evicted(&mut self) -> Result<()> {
+        for is_text in [true, false] {
+            let evicted = self.controller.evicted().iter();
+            let leaving = evicted.filter(|e| (e.modality == Modality::Text) == is_text);
+            let leaving = leaving.map(|e| Leaving {
+                cell: e.cell,
+                pos: e.pos,
+                asked: e.asked,
+            });
+            self.store
+                .keep(&mut self.engine, leaving.collect(), is_text)?;
+        }
+        self.feed.waiting = self.store.bytes_in_ram();
+        self.feed.note_bytes(&self.engine);
+        Ok(())
     }
-    let text = evicted.iter().filter(|e| e.modality == Modality::Text);
-    let (cells, pos): (Vec<Cell>, Vec<Pos>) = text.map(|e| (e.cell, e.pos)).unzip();
-    bin.keep(engine, &cells, &pos)
 }

@@ -31,6 +31,8 @@ pub(super) struct Feed {
     pub looked: Looked,
     /// Bytes of another cache that is there meanwhile.
     pub beside: u64,
+    /// Bytes of evicted rows that wait in main memory.
+    pub waiting: u64,
     /// The most bytes that caches were ever allocated, after a batch.
     pub peak_bytes: u64,
     /// Whether the logits of the last row are wanted.
@@ -233,14 +235,19 @@ impl Feed {
         engine.decode(batch, cells, seen)
     }
 
+    /// Notes the memory that is taken now.
+    pub fn note_bytes(&mut self, engine: &(dyn Engine + '_)) {
+        let bytes = engine.kv_bytes().allocated + self.beside + self.waiting;
+        self.peak_bytes = self.peak_bytes.max(bytes);
+    }
+
     /// Checks what came of the batch, and notes the memory that it took.
     ///
     /// # Errors
     /// [`Error::Contract`] when not every row has a cell, or a query row no attention.
     pub fn check(&mut self, engine: &(dyn Engine + '_)) -> Result<()> {
         self.looks_up = false;
-        let bytes = engine.kv_bytes().allocated + self.beside;
-        self.peak_bytes = self.peak_bytes.max(bytes);
+        self.note_bytes(engine);
         let (rows, cells) = (self.pos.len(), self.cells.len());
         if cells != rows {
             return Err(Error::contract(format!(

@@ -94,6 +94,15 @@ impl History {
         });
     }
 
+    /// The tokens of text from this position to the end, where it is text.
+    pub(super) fn last_tokens(&self, from: Pos) -> Option<&[Token]> {
+        let last = self.pieces.last()?;
+        let Segment::Tokens(tokens) = last.segment.as_ref() else {
+            return None;
+        };
+        tokens.get(usize::try_from(from - last.base).ok()?..)
+    }
+
     pub(super) fn clear(&mut self) {
         self.pieces.clear();
     }

@@ -112,7 +112,7 @@ impl<E: Engine> Session<E> {
     }
 
     /// Positions of visual tokens of earlier turns that are not in the cache, sorted.
-    fn evicted_pictures(&self) -> Vec<Pos> {
+    pub(super) fn evicted_pictures(&self) -> Vec<Pos> {
         let ledger = self.controller.ledger();
         if !self.remembers() || ledger.counts().evicted.vision == 0 {
             return Vec::new();

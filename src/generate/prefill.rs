@@ -164,8 +164,12 @@ impl<E: Engine> Session<E> {
         let added = self.check_room(&prompt, &order)?;
 
         self.controller.begin_turn();
-        let cuts = self.cuts(&prompt, &order);
         let text = self.make_ready(&order, added);
+        let decoded = match text {
+            Ok(_) => self.restore_pictures(&order.recalled)?,
+            Err(_) => Vec::new(),
+        };
+        let cuts = self.cuts(&prompt, &order, &decoded);
         self.intake = Some(Intake {
             order,
             from,
@@ -188,23 +192,11 @@ impl<E: Engine> Session<E> {
         Ok(text)
     }
 
-    /// The batches: evicted visual tokens at their old positions, then the prompt itself.
-    fn cuts(&self, prompt: &[Placed<'_>], order: &Order) -> Vec<(Piece, Cut)> {
+    /// The batches: evicted visual tokens that are decoded again, then the prompt itself.
+    fn cuts(&self, prompt: &[Placed<'_>], order: &Order, decoded: &[Pos]) -> Vec<(Piece, Cut)> {
         let n_batch = self.engine.n_batch();
-        let mut cuts = Vec::new();
-        let history = self.history.pieces().iter().enumerate();
-        for (i, Placed { base, segment }) in history.filter(|(_, placed)| placed.is_picture()) {
-            let wish = Wish {
-                base: *base,
-                keep: &|pos| order.recalled.binary_search(&pos).is_ok(),
-                queries: None,
-                single_rows: 0,
-                behind: 0,
-                is_last: false,
-            };
-            let own = Cut::all(segment, &wish, n_batch).into_iter();
-            cuts.extend(own.map(|cut| (Piece::Past(i), cut)));
-        }
+        let past = self.past_cuts(decoded).into_iter();
+        let mut cuts: Vec<_> = past.map(|(i, cut)| (Piece::Past(i), cut)).collect();
         let queries = match (self.controller.observe(), &order.trial) {
             (Observe::Layers { queries, .. }, None) => Some(*queries),
             _ => None,
@@ -284,6 +276,7 @@ impl<E: Engine> Session<E> {
         let origin = segment.origin();
         match intake.cuts[intake.next].0 {
             Piece::Past(_) => {
+                self.store.decoded(feed.pos.len());
                 controller.recalled(&feed.cells, &feed.pos, origin)?;
                 controller.mark_separators(&feed.cells, &feed.separators)?;
             }
@@ -354,6 +347,7 @@ impl<E: Engine> Session<E> {
     /// No prompt is on its way any more: a trial run that it goes on from lasts as long as it.
     fn leave_prompt(&mut self) -> Result<()> {
         self.answer = self.controller.next_pos();
+        self.has_recalled = false;
         if self.controller.dap_mode() != DapMode::Midway {
             return Ok(());
         }

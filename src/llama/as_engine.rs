@@ -37,7 +37,7 @@ impl Engine for LlamaEngine {
     }
 
     fn attend(&self) -> Option<&Attend> {
-        (!self.options.attend.is_whole()).then_some(&self.options.attend)
+        self.looks_up.then_some(&self.options.attend)
     }
 
     fn sets(&mut self, each: &mut dyn FnMut(&[Cell])) -> Result<()> {

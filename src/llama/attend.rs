@@ -3,7 +3,8 @@
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_sys_2 as sys;
 
-use super::{ContextOptions, LlamaEngine};
+use super::devices::{self, Device};
+use super::{ContextOptions, LlamaEngine, Model};
 use crate::attend::Lookup;
 use crate::cache::Cell;
 use crate::error::{Error, Result};
@@ -19,11 +20,33 @@ fn reason(call: &'static str, code: i32) -> Error {
     Error::llama(call, text)
 }
 
-/// Lets the context look up from now on.
+/// Lets the context look up from now on, if that was asked for. Where it is the policy's wish, it is
+/// done where it is known to pay: on a CPU and by CUDA, for a model that can. Gives whether it is.
 ///
 /// # Errors
 /// [`Error::Option`] for a model whose attention cannot be cut down to some cells.
-pub(super) fn allow(ctx: &mut LlamaContext<'_>, options: &ContextOptions) -> Result<()> {
+pub(super) fn begin(
+    ctx: &mut LlamaContext<'_>,
+    model: &Model,
+    options: &ContextOptions,
+) -> Result<bool> {
+    if options.attend.is_whole() {
+        return Ok(false);
+    }
+    let wish = options.by_policy.attend;
+    if wish && model.may_use_gpu() {
+        let pays = |device: &Device| !device.is_gpu || device.name.starts_with("CUDA");
+        if !devices::devices()?.iter().all(pays) {
+            return Ok(false);
+        }
+    }
+    match allow(ctx, options) {
+        Err(Error::Option { .. }) if wish => Ok(false),
+        allowed => allowed.map(|()| true),
+    }
+}
+
+fn allow(ctx: &mut LlamaContext<'_>, options: &ContextOptions) -> Result<()> {
     let params = sys::llama_hae_attend_params {
         first_layer: options.attend.first_layer,
         keep_sets: options.keep_sets,

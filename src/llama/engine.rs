@@ -58,6 +58,8 @@ pub struct LlamaEngine {
     /// Rows of the last batch that have logits, and whose they are: reading absent ones would end
     /// the process.
     pub(super) outputs: Vec<(SeqId, i32)>,
+    /// Whether decoding steps may attend to less than everything.
+    pub(super) looks_up: bool,
     /// Moves that their sequences have not asked for yet.
     pub(super) moved: Vec<(SeqId, (Cell, Cell))>,
     pub(super) rows: Rows,
@@ -181,9 +183,7 @@ impl LlamaEngine {
             }
             false => 0,
         };
-        if !options.attend.is_whole() && n_layer_first.is_none() {
-            attend::allow(&mut ctx, &options)?;
-        }
+        let looks_up = n_layer_first.is_none() && attend::begin(&mut ctx, model, &options)?;
         drop(blocks);
         if let Some(threads) = &threads {
             threads.attach(&mut ctx);
@@ -207,6 +207,7 @@ impl LlamaEngine {
             hidden: None,
             tap_rows,
             outputs: Vec::new(),
+            looks_up,
             moved: Vec::new(),
             rows: Rows::default(),
             taken: Vec::new(),

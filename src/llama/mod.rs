@@ -45,7 +45,7 @@ pub use devices::{Device, devices};
 pub use engine::LlamaEngine;
 pub use exhausted::OrExit;
 pub use model::{Model, ModelOptions};
-pub use options::{ContextOptions, FlashAttention};
+pub use options::{ByPolicy, ContextOptions, FlashAttention};
 pub use rope::RopeFactors;
 pub use rows::MAX_POS;
 pub use sampler::SamplerOptions;

@@ -8,6 +8,7 @@ use llama_cpp_2::model::{LlamaModel, RopeType};
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2 as sys;
 
+use super::cache_type::CacheType;
 use super::gguf::{Gguf, c_path};
 use super::rows::check_token;
 use super::{backend, devices, hparams, log, weights};
@@ -35,6 +36,8 @@ pub struct Model {
     arch: String,
     /// Positions that the short rope factors were trained for, when the model has two sets.
     long_rope_from: Option<u32>,
+    /// Values of a head, of K and of V, where all layers have the same.
+    head: Option<[u64; 2]>,
 }
 
 impl std::fmt::Debug for Model {
@@ -95,6 +98,7 @@ impl Model {
             inner: Arc::new(inner),
             path: path.to_owned(),
             options: options.clone(),
+            head: head(&meta, &arch),
             arch,
             long_rope_from,
         })
@@ -142,6 +146,16 @@ impl Model {
     /// Positions after which a longrope model needs its long factors; `None` for other models.
     pub fn long_rope_from(&self) -> Option<u32> {
         self.long_rope_from
+    }
+
+    /// Whether a cache of this type can hold its heads: a quantized one holds whole blocks of them. False
+    /// where that is not known.
+    pub fn takes_cache(&self, kind: CacheType) -> bool {
+        // SAFETY: a type that ggml knows.
+        let block = unsafe { sys::ggml_blck_size(kind.raw().into()) };
+        let block = u64::try_from(block).unwrap_or(u64::MAX);
+        let whole = |head: [u64; 2]| head.iter().all(|n| n.is_multiple_of(block));
+        block == 1 || self.head.is_some_and(whole)
     }
 
     /// Transformer layers.
@@ -286,6 +300,15 @@ impl Model {
             .ok()
             .and_then(|t| t.to_string().ok())
     }
+}
+
+/// Values of a head as llama.cpp reads them (`load_hparams`): of K and of V.
+fn head(meta: &Gguf, arch: &str) -> Option<[u64; 2]> {
+    let number = |key: &str| meta.unsigned(&format!("{arch}.{key}")).ok();
+    let (width, heads) = (number("embedding_length")?, number("attention.head_count")?);
+    let usual = width.checked_div(heads);
+    let own = |key| number(key).or(usual);
+    Some([own("attention.key_length")?, own("attention.value_length")?])
 }
 
 impl Vocabulary for Model {

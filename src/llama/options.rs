@@ -5,6 +5,7 @@ use super::taps::ScoreSource;
 use super::threads::Poll;
 use super::{Model, RopeFactors, memory};
 use crate::attend::Attend;
+use crate::cache::BinOptions;
 use crate::error::{Error, Result};
 
 /// `-fa`.
@@ -29,6 +30,24 @@ impl FlashAttention {
             FlashAttention::Off => "off",
         }
     }
+}
+
+/// What is left to the policy ([`crate::open`]), since nobody has said it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ByPolicy {
+    /// [`ContextOptions::type_k`] and [`ContextOptions::type_v`].
+    pub types: bool,
+    /// [`ContextOptions::attend`]. A model that cannot look up then attends to everything, where it
+    /// is refused otherwise.
+    pub attend: bool,
+}
+
+impl ByPolicy {
+    /// Everything.
+    pub const ALL: ByPolicy = ByPolicy {
+        types: true,
+        attend: true,
+    };
 }
 
 /// How to make a context.
@@ -73,6 +92,10 @@ pub struct ContextOptions {
     pub rope_factors: RopeFactors,
     /// What decoding steps attend to.
     pub attend: Attend,
+    /// Which of these the policy decides.
+    pub by_policy: ByPolicy,
+    /// Where rows of evicted tokens wait, under a policy that calls them back.
+    pub bin: BinOptions,
     /// Lets [`super::LlamaEngine::looked_up`] read what layers attended to, at the cost of memory.
     pub keep_sets: bool,
     /// Looks up by operations that every backend has, also where there is a faster way.
@@ -102,6 +125,8 @@ impl Default for ContextOptions {
             non_causal_images: false,
             rope_factors: RopeFactors::default(),
             attend: Attend::default(),
+            by_policy: ByPolicy::default(),
+            bin: BinOptions::default(),
             keep_sets: false,
             plain_lookups: false,
         }

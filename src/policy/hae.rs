@@ -24,7 +24,7 @@ pub(super) const POLICY: Registered = Registered {
     name: "hae",
     reads: &[
         SCORES,
-        &[OptionKey::NoDap, OptionKey::Recall],
+        &[OptionKey::NoDap, OptionKey::Recall, OptionKey::RecallAfter],
         dap::READS,
         BUDGET,
         GUARD,
@@ -144,6 +144,12 @@ impl EvictionPolicy for Hae {
 
     fn recalls(&self) -> bool {
         self.options.recall
+    }
+
+    fn asks_back(&self, said: usize) -> bool {
+        let asks = self.options.recall && self.policy.reads(OptionKey::RecallAfter);
+        // A budget leaves no room for what comes back.
+        asks && self.ddes.is_none() && said >= self.options.recall_after
     }
 
     fn expect(&mut self, tokens: Option<usize>) {

@@ -203,6 +203,12 @@ pub trait EvictionPolicy: Send {
         false
     }
 
+    /// Whether an answer of which `said` tokens are in needs what the pruning for its question took. Asked
+    /// before each token.
+    fn asks_back(&self, _said: usize) -> bool {
+        false
+    }
+
     /// Makes room for a prompt of `rows` that goes in next, where it does not fit otherwise.
     /// Called if it [`EvictionPolicy::shifts`].
     ///

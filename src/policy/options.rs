@@ -73,6 +73,8 @@ pub struct PolicyOptions {
     /// Whether a new turn's question judges evicted tokens again: visual ones are decoded again
     /// from their embeddings, text comes from host memory if it was kept there.
     pub recall: bool,
+    /// Tokens of an answer after which what was pruned for its question comes back.
+    pub recall_after: usize,
     /// Recent window of `h2o`, in cells or as a share of the budget.
     pub h2o_recent: Amount,
     /// Read by `snapkv` alone.
@@ -80,6 +82,9 @@ pub struct PolicyOptions {
     /// Of the policies that draw by lot.
     pub seed: u64,
 }
+
+/// Short answers end before, on the development set.
+const RECALL_AFTER: usize = 12;
 
 /// Our setting.
 impl Default for PolicyOptions {
@@ -100,6 +105,7 @@ impl Default for PolicyOptions {
             hysteresis: ddes::HYSTERESIS,
             restore: true,
             recall: true,
+            recall_after: RECALL_AFTER,
             h2o_recent: h2o::RECENT,
             snapkv: SnapkvOptions::default(),
             seed: random::SEED,

@@ -154,6 +154,9 @@ impl Player {
             Record::Rewound(from) => {
                 controller.rewind(*from);
             }
+            Record::Again(from) => {
+                controller.read_again(*from);
+            }
             Record::Cleared => controller.clear(),
             Record::Loaded { saved, cells } => controller.load(saved, cells)?,
             Record::Header(_)

@@ -158,6 +158,7 @@ impl Builder {
             | Record::Recalled { .. }
             | Record::Reopened
             | Record::Moved(_)
+            | Record::Again(_)
             | Record::End => return Err("it holds what no full cache does".into()),
         }
         Ok(())

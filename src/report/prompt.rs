@@ -56,8 +56,9 @@ fn parameters(traced: &Traced) -> String {
 }
 
 fn counts(story: &Story) -> Markup {
-    const FATES: [(&str, &[Fate]); 4] = [
+    const FATES: [(&str, &[Fate]); 5] = [
         ("kept", &[Fate::Kept]),
+        ("gone and back", &[Fate::Back]),
         ("in the recycle bin", &[Fate::Binned]),
         ("pruned after a prompt", &[Fate::Pruned]),
         ("evicted while decoding", &[Fate::Evicted]),
@@ -81,6 +82,7 @@ fn counts(story: &Story) -> Markup {
 fn class(fate: Fate) -> &'static str {
     match fate {
         Fate::Kept => "kept",
+        Fate::Back => "back",
         Fate::Binned => "binned",
         Fate::Pruned => "pruned",
         Fate::Evicted => "evicted",
@@ -90,6 +92,11 @@ fn class(fate: Fate) -> &'static str {
 fn told(token: &Token) -> String {
     match token.fate {
         Fate::Kept => "kept".into(),
+        Fate::Back if token.back_at == 0 => "pruned, and back for a question".into(),
+        Fate::Back => format!(
+            "pruned, and back before token {} of the answer",
+            token.back_at
+        ),
         Fate::Binned => "in the recycle bin".into(),
         Fate::Pruned => "pruned after the prompt".into(),
         Fate::Evicted => format!("evicted after token {}", token.left_at),
@@ -130,7 +137,7 @@ fn picture(story: &Story, shown: &Image, id: &str) -> Markup {
         let own: Vec<_> = own.collect();
         let kept = own
             .iter()
-            .filter(|(_, token, _)| token.fate == Fate::Kept)
+            .filter(|(_, token, _)| matches!(token.fate, Fate::Kept | Fate::Back))
             .count();
         let Rect {
             x,
@@ -171,6 +178,7 @@ fn picture(story: &Story, shown: &Image, id: &str) -> Markup {
         h3 { "Picture " (shown.image + 1) }
         div.legend {
             span { span.chip style="background:#0b1016;border:1px solid var(--line)" {} "pruned after the prompt" }
+            @if lost(Fate::Back) { span { span.chip style="background:#2563eb" {} "pruned, and back when it was asked for" } }
             @if lost(Fate::Evicted) { span { span.chip style="background:#7f1d1d" {} "evicted while decoding" } }
             @if lost(Fate::Binned) { span { span.chip style="background:#f59e0b" {} "in the recycle bin" } }
             span { span.chip style="background:#16a34a" {} "row ends, kept" }
@@ -267,7 +275,7 @@ fn words(story: &Story) -> Markup {
                     @for run in part {
                         @match run.place {
                             Some((image, n)) => span.place { "picture " (image + 1) ": " (n) " tokens" },
-                            None if run.fate == Fate::Kept => (String::from_utf8_lossy(&run.bytes)),
+                            None if matches!(run.fate, Fate::Kept | Fate::Back) => (String::from_utf8_lossy(&run.bytes)),
                             None => span.(class(run.fate)) { (String::from_utf8_lossy(&run.bytes)) },
                         }
                     }

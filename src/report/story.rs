@@ -11,6 +11,8 @@ use crate::trace::Jpeg;
 pub enum Fate {
     /// In the cache.
     Kept,
+    /// In the cache again, after it had left.
+    Back,
     /// In the recycle bin.
     Binned,
     /// Left after its prompt, or never went in.
@@ -34,6 +36,8 @@ pub struct Token {
     pub fate: Fate,
     /// The decoded token after which it left, from 1 on; 0: the prompt.
     pub left_at: usize,
+    /// The decoded token before which it came back, from 1 on; 0: a prompt.
+    pub back_at: usize,
     /// Whether it was decoded, not part of a prompt.
     pub answer: bool,
     /// Of a visual token that layers chose: by sentence, how many did, added up over steps. Sentences

@@ -44,6 +44,8 @@ struct Open {
     /// By cell: index of its token.
     cells: HashMap<Cell, usize>,
     by_pos: HashMap<Pos, usize>,
+    /// Tokens that go through the model again.
+    again: HashMap<Pos, usize>,
     texts: HashMap<Pos, Vec<u8>>,
     /// Of visual tokens that never went in.
     skipped: Vec<Pos>,
@@ -83,20 +85,34 @@ impl Teller {
                     layout: *layout,
                 });
             }
+            Record::Again(from) => open.read_again(*from),
             Record::Inserted { cells, pos, origin } => {
                 for (&cell, &pos) in cells.iter().zip(pos) {
+                    if let Some(i) = open.again.remove(&pos) {
+                        open.cells.insert(cell, i);
+                        continue;
+                    }
                     open.add(Some(cell), pos, origin.modality, origin.image);
                 }
             }
             Record::Recalled { cells, pos, origin } => {
+                let back_at = match open.decoding {
+                    true => open.step + 1,
+                    false => 0,
+                };
                 for (&cell, &pos) in cells.iter().zip(pos) {
-                    match open.by_pos.get(&pos) {
-                        Some(&i) => {
-                            open.story.tokens[i].fate = Fate::Kept;
-                            open.cells.insert(cell, i);
+                    let i = match open.by_pos.get(&pos) {
+                        Some(&i) => i,
+                        None => {
+                            open.add(None, pos, origin.modality, origin.image);
+                            open.story.tokens.len() - 1
                         }
-                        None => open.add(Some(cell), pos, origin.modality, origin.image),
-                    }
+                    };
+                    open.cells.insert(cell, i);
+                    let token = &mut open.story.tokens[i];
+                    (token.fate, token.back_at) = (Fate::Back, back_at);
+                    // Also where it is the first time that it goes in.
+                    token.answer &= origin.modality == Modality::Text;
                     open.skipped.retain(|&skipped| skipped != pos);
                 }
             }
@@ -183,6 +199,7 @@ impl Open {
             bytes: self.texts.remove(&pos).unwrap_or_default(),
             fate: Fate::Kept,
             left_at: 0,
+            back_at: 0,
             answer: self.decoding,
             looked: Vec::new(),
         });
@@ -217,6 +234,14 @@ impl Open {
         self.texts.clear();
         self.skipped.retain(|&pos| pos < from);
         self.looks.retain(|look| look.token < first);
+    }
+
+    /// Tokens that will be inserted anew, into other cells.
+    fn read_again(&mut self, from: Pos) {
+        let again = self.by_pos.iter().filter(|(pos, _)| **pos >= from);
+        self.again = again.map(|(&pos, &i)| (pos, i)).collect();
+        let again: std::collections::HashSet<usize> = self.again.values().copied().collect();
+        self.cells.retain(|_, i| !again.contains(i));
     }
 
     fn look(&mut self, layers: u32, counts: &Counts) {
@@ -271,11 +296,11 @@ impl Open {
     /// Visual tokens that never went in belong to the picture that they lie in.
     fn add_skipped(&mut self) {
         let mut skipped = std::mem::take(&mut self.skipped);
+        self.story.tokens.sort_by_key(|token| token.pos);
         if skipped.is_empty() {
             return;
         }
         skipped.sort_unstable();
-        self.story.tokens.sort_by_key(|token| token.pos);
         let tokens = &self.story.tokens;
         let image_of = |pos: Pos| {
             let next = tokens.partition_point(|token| token.pos < pos);
@@ -291,6 +316,7 @@ impl Open {
                 bytes: Vec::new(),
                 fate: Fate::Pruned,
                 left_at: 0,
+                back_at: 0,
                 answer: false,
                 looked: Vec::new(),
             })

@@ -8,7 +8,9 @@ impl Record {
     /// What cannot be.
     pub(super) fn check(&self, header: &Header) -> Result<(), String> {
         match self {
-            Record::Text { pos, .. } | Record::Rewound(pos) => positions(&[*pos]),
+            Record::Text { pos, .. } | Record::Rewound(pos) | Record::Again(pos) => {
+                positions(&[*pos])
+            }
             Record::Inserted { cells, pos, .. } | Record::Recalled { cells, pos, .. } => {
                 same_number(cells.len(), pos.len())?;
                 in_cache(header, cells)?;

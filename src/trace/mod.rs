@@ -27,7 +27,7 @@ pub use write::{Writer, check as check_target};
 const MAGIC: &[u8; 8] = b"HAE-TRAC";
 
 /// The version that is written. Version 1, which is read as well, has no [`Record::Looked`].
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const OLDEST: u32 = 1;
 

@@ -124,6 +124,8 @@ pub enum Record {
         /// By cell.
         counts: Counts,
     },
+    /// As [`Event::Again`].
+    Again(Pos),
 }
 
 impl Record {
@@ -180,6 +182,7 @@ impl Record {
             },
             Event::Moved(moves) => Record::Moved(moves.to_vec()),
             Event::Rewound(from) => Record::Rewound(from),
+            Event::Again(from) => Record::Again(from),
             Event::Cleared => Record::Cleared,
             Event::Loaded { saved, cells } => Record::Loaded {
                 saved: saved.clone(),

@@ -55,12 +55,12 @@ fn flags_that_would_do_nothing() {
             "--dap-alpha: has no threshold to add to, expected --dap-tau or --dap-r",
         ),
         (
-            "--kv-policy h2o --bin-host-mib 4",
-            "--bin-host-mib: wants a policy that calls evicted tokens back",
+            "--kv-policy h2o --bin-mib 4",
+            "--bin-mib: wants a policy that calls evicted tokens back",
         ),
         (
-            "--kv-policy hae --no-recall --bin-host-mib 4",
-            "--bin-host-mib: wants a policy",
+            "--kv-policy hae --no-recall --bin-store ram",
+            "--bin-store: wants a policy",
         ),
     ] {
         refuses(args, expected);

@@ -49,8 +49,6 @@ fn made() -> Made {
         "40",
         "--kv-budget",
         "0.5",
-        "--bin-host-mib",
-        "1",
         "--session",
         &to,
         "--trace",
@@ -64,7 +62,7 @@ fn made() -> Made {
     }
 }
 
-const GO_ON: [&str; 10] = [
+const GO_ON: [&str; 8] = [
     "-p",
     "Hi",
     "--kv-policy",
@@ -73,8 +71,6 @@ const GO_ON: [&str; 10] = [
     "40",
     "--kv-budget",
     "0.5",
-    "--bin-host-mib",
-    "1",
 ];
 
 fn go_on(session: &Path) -> Vec<String> {

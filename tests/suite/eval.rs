@@ -159,7 +159,7 @@ fn questions_are_scored_and_saved() {
     // So are answers of the same policies that looked at something else.
     let error = refusal(&words(&format!("{args} --attend 0.5"), out));
     let expected =
-        r#"r.jsonl: was begun with context.attend null, this run has {"vision":{"share":0.5},"#;
+        r#"r.jsonl: was begun with full.cache.attend null, this run has {"vision":{"share":0.5},"#;
     assert!(error.contains(expected), "{error}");
 }
 

@@ -45,6 +45,7 @@ pub fn header(contenders: &[(&str, Option<f64>)]) -> Header {
                 policy: policy.into(),
                 budget: share.map(Amount::Share),
                 params: json!({}),
+                cache: None,
             })
             .collect(),
     }
@@ -104,6 +105,7 @@ pub fn answer(id: usize, policy: &str, share: Option<f64>, right: bool) -> Answe
             restores: 0,
             recalled: 0,
         },
+        bin: None,
         distance: None,
         trace: None,
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hae::Result;
-use hae::cache::{Cell, Pos};
+use hae::cache::{BinOptions, Cell, Pos};
 use hae::controller::Controller;
 use hae::engine::scripted::{Scripted, hashed};
 use hae::engine::{Engine, Greedy, Sampler, SeqId, Token};
@@ -123,7 +123,7 @@ impl Life {
         let controller = Controller::new(policy, limits.n_cells);
         let mut session = Session::new(engine, controller)
             .with_sequence(seq)
-            .with_host_bin(1 << 20);
+            .with_store(BinOptions::ram(1 << 20));
         session.sampler = Box::new(heard.clone());
         Life {
             seed,
@@ -219,8 +219,9 @@ impl Life {
         let held = session.controller.ledger().entries();
         let mut held: Vec<Pos> = held.map(|e| e.pos).collect();
         held.sort_unstable();
-        let host = session.host_bin().saved();
-        (held, host.flat_map(|rows| rows.pos.clone()).collect())
+        let texts = session.store().texts().unwrap();
+        let texts = texts.into_iter().flat_map(|rows| rows.pos);
+        (held, texts.collect())
     }
 }
 
@@ -234,14 +235,14 @@ fn put_back<W: World>(session: &mut Session<&mut W>, again: bool) -> Result<()> 
         ledger.entries.iter().map(|e| (e.cell, e.pos)).unzip();
     let kept = session.engine.keep(seq, &cells)?;
     let history = session.history().clone();
-    let host: Vec<Saved> = session.host_bin().saved().cloned().collect();
+    let host: Vec<Saved> = session.store().texts()?;
     session.engine.rewind(seq, 0, 0)?;
     session.controller.clear();
     session.forget();
     if again {
         let cells = session.engine.bring_back(seq, &kept, &pos)?;
         session.controller.load(&ledger, &cells)?;
-        session.resume(history, host)?;
+        session.resume(history, &host)?;
     }
     Ok(())
 }

@@ -66,6 +66,7 @@ mod quantize;
 mod random;
 mod random_llama;
 mod recall;
+mod recall_answer;
 mod references;
 mod refused;
 mod remake;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use hae::cache::{Modality, Pos};
+use hae::cache::{BinOptions, Modality, Pos};
 use hae::controller::Controller;
 use hae::engine::scripted::{Call, Scripted, hashed};
 use hae::generate::{Segment, Session};
@@ -33,7 +33,7 @@ fn session_of(
     let engine = Scripted::new(n_cells, 7)
         .with_attention(move |q, k| hashed(seed, q, k))
         .patched();
-    Session::new(engine, Controller::new(policy, n_cells)).with_host_bin(host)
+    Session::new(engine, Controller::new(policy, n_cells)).with_store(BinOptions::ram(host as u64))
 }
 
 fn rows(turns: &[Turn]) -> usize {
@@ -97,10 +97,12 @@ proptest! {
                 let counts = session.controller.ledger().counts();
                 prop_assert_eq!(counts.cells() + counts.evicted.total(), gone_in);
                 prop_assert_eq!(session.controller.next_pos() as usize, gone_in);
-                prop_assert!(session.host_bin().bytes() <= host);
-                let text = held(&session, Modality::Text);
-                let mut saved = session.host_bin().saved().flat_map(|saved| &saved.pos);
-                prop_assert!(saved.all(|pos| !text.contains(pos)));
+                prop_assert!(session.store().bytes() <= host as u64);
+                let all: BTreeSet<Pos> = [Modality::Text, Modality::Vision]
+                    .into_iter()
+                    .flat_map(|modality| held(&session, modality))
+                    .collect();
+                prop_assert!(session.store().positions().all(|pos| !all.contains(&pos)));
             }
         }
     }
@@ -283,7 +285,7 @@ fn returning_text_leaves_the_prompt_its_room() {
     let n_cells = 50;
     let ask = |spare: usize| {
         let mut session = answered(&ddes(), n_cells);
-        let waiting = session.host_bin().bytes() / 4;
+        let waiting = session.store().rows();
         let held = session.controller.ledger().counts().cells();
         let rows = n_cells - held - spare;
         let prompt = prompt(&[(false, rows)], 0);
@@ -305,7 +307,7 @@ fn text_waits_for_policies_that_call_it_back_alone() {
     };
     let session = answered(&options, 200);
     assert!(session.controller.ledger().counts().evicted.text > 20);
-    assert_eq!(session.host_bin().bytes(), 0);
+    assert_eq!(session.store().rows(), 0);
 }
 
 #[test]
@@ -323,7 +325,7 @@ fn evicted_text_waits_on_the_host() {
             session.step(3).unwrap();
         }
         let gone = session.controller.ledger().counts().evicted.text;
-        let waiting = session.host_bin().bytes() / 4;
+        let waiting = session.store().rows();
         assert!(
             session
                 .prefill(&prompt(&[(false, 2)], 0), &|| false)

@@ -93,6 +93,9 @@ fn real(policy: &str, options: &PolicyOptions, turns: &[Turn], seed: u64) -> Vec
             held.insert(pos);
             session.step(3).unwrap();
             let keys: Vec<Pos> = (0..=pos).collect();
+            // What came back before it was there, too.
+            let entries = session.controller.ledger().entries();
+            held.extend(entries.map(|e| e.pos));
             let lost = row(seed, pos, &keys)
                 .into_iter()
                 .zip(&keys)

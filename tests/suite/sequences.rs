@@ -10,7 +10,7 @@ use std::cell::Cell as Slot;
 use std::time::Duration;
 
 use hae::Error;
-use hae::cache::Pos;
+use hae::cache::{BinOptions, Pos};
 use hae::controller::Controller;
 use hae::engine::scripted::hashed;
 use hae::engine::{Batch, Engine, Input, Observation, SeqId, Token};
@@ -57,7 +57,7 @@ impl Talk {
         let policy = policy::create(policy, options, limits).unwrap();
         let session = Session::new(engine, Controller::new(policy, n_cells))
             .with_sequence(seq)
-            .with_host_bin(1 << 20);
+            .with_store(BinOptions::ram(1 << 20));
         Talk {
             session: Some(session.swap(()).0),
             turns: turns.iter().rev().cloned().collect(),
@@ -111,8 +111,9 @@ impl Talk {
         let held = session.controller.ledger().entries();
         let mut held: Vec<Pos> = held.map(|e| e.pos).collect();
         held.sort_unstable();
-        let host = session.host_bin().saved();
-        (held, host.flat_map(|rows| rows.pos.clone()).collect())
+        let texts = session.store().texts().unwrap();
+        let texts = texts.into_iter().flat_map(|rows| rows.pos);
+        (held, texts.collect())
     }
 
     fn recalled(&self) -> usize {

@@ -129,7 +129,11 @@ impl InferenceArgs {
             model: id(files.model_report()?),
             mmproj: files.mmproj_report()?.map(id),
             questions: set.clone(),
-            context: serde_json::to_value(ContextReport::new(context, rope))?,
+            context: serde_json::to_value(ContextReport::new(
+                context,
+                context.attend.if_any(),
+                rope,
+            ))?,
             seed,
             n_predict: self.n_predict(),
             distance,

@@ -247,6 +247,7 @@ impl Runner<'_> {
                 attended: answered.attended,
                 timings: answered.timings.clone(),
                 evicted: answered.evicted.clone(),
+                bin: answered.bin.clone(),
                 distance: distances.get_mut(turn).and_then(Option::take),
                 trace: trace.clone(),
             };

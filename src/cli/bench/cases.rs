@@ -9,7 +9,7 @@ use super::{Args, MOST_TOKENS};
 use hae::attend::Attend;
 use hae::bench::{Pictures, Test, Turn, Workload};
 use hae::llama::gguf::header;
-use hae::llama::{CacheType, FlashAttention, Poll};
+use hae::llama::{ByPolicy, CacheType, FlashAttention, Poll};
 use hae::policy::{PolicyOptions, PolicySpec};
 use hae::{Error, Result};
 
@@ -51,6 +51,8 @@ pub struct BenchPlan {
     pub policy_options: PolicyOptions,
     /// Of the policies behind the first, or of a single one.
     attend: Attend,
+    /// What nobody has said.
+    pub by_policy: ByPolicy,
     pub num_crops: Option<u32>,
     pub repetitions: usize,
     pub warm_up: bool,
@@ -91,6 +93,10 @@ impl BenchPlan {
             policies,
             policy_options,
             attend,
+            by_policy: ByPolicy {
+                types: args.cache_type_k.is_empty() && args.cache_type_v.is_empty(),
+                attend: !args.attend.is_given(),
+            },
             repetitions: repetitions.ok_or_else(|| {
                 let found = args.repetitions.escape_debug();
                 Error::option("-r", format!("\"{found}\", expected 1 to 10000"))
@@ -158,8 +164,12 @@ fn files(args: &Args, cases: &[Case]) -> Result<Vec<Files>> {
 
 fn shapes(args: &Args) -> Result<Vec<Shape>> {
     let flash = values("-fa", &args.flash_attn, parse::<FlashAttention>)?;
-    let type_k = values("-ctk", &args.cache_type_k, parse::<CacheType>)?;
-    let type_v = values("-ctv", &args.cache_type_v, parse::<CacheType>)?;
+    let types = |flag, given: &[String]| match given {
+        [] => Ok(vec![CacheType::F16]),
+        given => values(flag, given, parse::<CacheType>),
+    };
+    let type_k = types("-ctk", &args.cache_type_k)?;
+    let type_v = types("-ctv", &args.cache_type_v)?;
     let n_batch = numbers("-b", &args.batch_size, 1, MOST_TOKENS)?;
     let n_ubatch = numbers("-ub", &args.ubatch_size, 1, MOST_TOKENS)?;
     let mut shapes = Vec::new();

@@ -2,13 +2,14 @@
 
 use anyhow::Result;
 
-use super::POLICY;
+use super::{POLICY, QUESTIONS};
 use crate::cli::named::{named, parse};
 use crate::cli::polling::PollArgs;
 use hae::Error;
 use hae::attend::Attend;
-use hae::llama::{CacheType, ContextOptions, FlashAttention};
-use hae::policy::Amount;
+use hae::cache::{BinOptions, BinStore};
+use hae::llama::{ByPolicy, CacheType, ContextOptions, FlashAttention};
+use hae::policy::{self, Amount, OptionKey, PolicySpec};
 
 /// How to run it.
 #[derive(Debug, clap::Args)]
@@ -53,16 +54,18 @@ pub struct ContextArgs {
     flash_attn: FlashAttention,
     /// -ctk: type of K, such as q8_0
     ///
-    /// One of f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1.
-    #[arg(long, alias = "ctk", default_value = "f16", value_parser = parse::<CacheType>, value_name = "TYPE")]
-    cache_type_k: CacheType,
+    /// One of f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1. [default: f16; hae: q8_0]
+    #[arg(long, alias = "ctk", value_parser = parse::<CacheType>, value_name = "TYPE")]
+    cache_type_k: Option<CacheType>,
     /// -ctv: type of V, such as q8_0
     ///
-    /// The types are those of K. Quantized ones need flash attention.
-    #[arg(long, alias = "ctv", default_value = "f16", value_parser = parse::<CacheType>, value_name = "TYPE")]
-    cache_type_v: CacheType,
+    /// The types are those of K. Quantized ones need flash attention. [default: f16; hae: q8_0]
+    #[arg(long, alias = "ctv", value_parser = parse::<CacheType>, value_name = "TYPE")]
+    cache_type_v: Option<CacheType>,
     #[command(flatten)]
     attend: AttendArgs,
+    #[command(flatten)]
+    bin: BinArgs,
 }
 
 impl ContextArgs {
@@ -71,6 +74,24 @@ impl ContextArgs {
         match self.threads {
             Some(n) => threads("-t", n),
             None => Ok(default_threads()),
+        }
+    }
+
+    /// Refuses flags of the bin's store where nothing would ever be asked back from it.
+    pub fn refuse_unread(&self, policy: &PolicySpec) -> hae::Result<()> {
+        let recalls = policy.options.recall && policy::reads(&policy.name, OptionKey::Recall);
+        let BinArgs { bin_store, bin_mib } = &self.bin;
+        let given = [
+            ("bin_store", bin_store.is_some()),
+            ("bin_mib", bin_mib.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given && !recalls) {
+            Some((flag, _)) => {
+                let reason =
+                    "wants a policy that calls evicted tokens back: hae, without `no_recall`";
+                Err(Error::option(flag, reason))
+            }
+            None => Ok(()),
         }
     }
 
@@ -92,9 +113,14 @@ impl ContextArgs {
             },
             poll: self.poll.level(),
             flash_attention: self.flash_attn,
-            type_k: self.cache_type_k,
-            type_v: self.cache_type_v,
+            type_k: self.cache_type_k.unwrap_or(CacheType::F16),
+            type_v: self.cache_type_v.unwrap_or(CacheType::F16),
             attend: self.attend.options(),
+            by_policy: ByPolicy {
+                types: self.cache_type_k.or(self.cache_type_v).is_none(),
+                attend: !self.attend.is_given(),
+            },
+            bin: self.bin.options(),
             ..ContextOptions::default()
         })
     }
@@ -117,15 +143,16 @@ fn threads(flag: &'static str, n: i64) -> Result<i32> {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = POLICY)]
 pub struct AttendArgs {
-    /// Visual tokens a layer looks at [default: all]
+    /// Visual tokens a layer looks at: 0.15
     ///
     /// A number, or a share. While the answer is written, every layer chooses anew for every
-    /// token. Nothing is removed, so no memory is saved.
+    /// token. Nothing is removed, so no memory is saved. [default: all; hae: 0.15]
     #[arg(long, value_name = "N|SHARE", display_order = 901)]
     attend: Option<Amount>,
-    /// Text tokens a layer looks at [default: all]
+    /// Text tokens a layer looks at: 0.25
     ///
     /// A number, or a share. The first tokens, the last ones and the question come on top.
+    /// [default: all; hae: 0.25]
     #[arg(long, value_name = "N|SHARE", display_order = 902)]
     attend_text: Option<Amount>,
     /// With a lookup (--attend, --attend-text): last tokens that every layer looks at [default: 16]
@@ -142,6 +169,17 @@ pub struct AttendArgs {
 }
 
 impl AttendArgs {
+    /// Whether any of it was said.
+    pub fn is_given(&self) -> bool {
+        let AttendArgs {
+            attend,
+            attend_text,
+            attend_recent,
+            attend_from,
+        } = self;
+        attend.or(*attend_text).is_some() || attend_recent.is_some() || attend_from.is_some()
+    }
+
     /// What was asked for.
     pub fn options(&self) -> Attend {
         let default = Attend::default();
@@ -151,6 +189,36 @@ impl AttendArgs {
             recent: self.attend_recent.unwrap_or(default.recent),
             first_layer: self.attend_from.unwrap_or(default.first_layer),
             ..default
+        }
+    }
+}
+
+/// Where rows of evicted tokens wait.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = QUESTIONS)]
+pub struct BinArgs {
+    /// Where what was evicted waits until it is asked for
+    ///
+    /// file: in a temporary file without a name, which is gone when the program is; in TMPDIR, else in
+    /// /var/tmp. ram: in main memory. off: nowhere; visual tokens then come back by decoding them again,
+    /// text not at all. For policies that call evicted tokens back.
+    /// [default: file]
+    #[arg(long, value_parser = named::<BinStore>(), hide_possible_values = true, value_name = "WHERE")]
+    bin_store: Option<BinStore>,
+    /// With --bin-store: MiB at most. The oldest goes first, and of one age what was least looked at
+    /// [default: 4096]
+    #[arg(long, value_name = "N")]
+    bin_mib: Option<u32>,
+}
+
+impl BinArgs {
+    fn options(&self) -> BinOptions {
+        let default = BinOptions::default();
+        BinOptions {
+            store: self.bin_store.unwrap_or(default.store),
+            max_bytes: self
+                .bin_mib
+                .map_or(default.max_bytes, |n| u64::from(n) << 20),
         }
     }
 }
@@ -173,13 +241,17 @@ mod tests {
             ..
         } = Attend::default();
         assert_eq!((vision, text), (None, None));
-        // These two say it in the short help.
         let all = |id: &str| {
             let arg = command.get_arguments().find(|arg| arg.get_id() == id);
-            arg.unwrap().get_help().unwrap().to_string()
+            arg.unwrap().get_long_help().unwrap().to_string()
         };
-        for id in ["attend", "attend_text"] {
-            assert!(all(id).ends_with("[default: all]"), "{}", all(id));
+        let Attend { vision, text, .. } = Attend::FEW;
+        for (id, few) in [("attend", vision), ("attend_text", text)] {
+            let Some(Amount::Share(few)) = few else {
+                panic!("{few:?}")
+            };
+            let default = format!("[default: all; hae: {few}]");
+            assert!(all(id).ends_with(&default), "{}", all(id));
         }
         let expected = [
             ("attend-recent", Some(recent.to_string())),

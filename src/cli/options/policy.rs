@@ -94,6 +94,12 @@ pub struct PolicyArgs {
     /// Do not let a new question call evicted tokens back
     #[arg(long, action = ArgAction::SetTrue, help_heading = QUESTIONS)]
     no_recall: bool,
+    /// Tokens of an answer after which what was pruned for its question comes back
+    ///
+    /// A short answer ends before. A --kv-budget leaves no room for it, so nothing comes back then
+    /// until the next question. [default: 12]
+    #[arg(long, value_name = "N", help_heading = QUESTIONS)]
+    recall_after: Option<usize>,
     /// h2o: recent window, in cells or as a share of the budget [default: 0.5]
     #[arg(long, value_name = "N|SHARE", help_heading = ONE_POLICY)]
     h2o_recent: Option<Amount>,
@@ -139,6 +145,7 @@ mod tests {
             restore,
             dap_mode,
             recall,
+            recall_after,
             keep_separators,
             h2o_recent,
             snapkv,
@@ -185,6 +192,7 @@ mod tests {
             ("hysteresis", Some(hysteresis.to_string())),
             ("no-restore", None),
             ("no-recall", None),
+            ("recall-after", Some(recall_after.to_string())),
             ("h2o-recent", Some(h2o_recent.to_string())),
             ("snapkv-window", Some(snapkv.window.to_string())),
             ("snapkv-kernel", Some(snapkv.kernel.to_string())),

@@ -36,7 +36,9 @@ impl Talk {
         };
         let policy = policy::create(policy, options, limits).unwrap();
         let session = Session::new(engine, Controller::new(policy, n_cells));
-        let session = session.with_sequence(seq).with_host_bin(1 << 10);
+        let session = session
+            .with_sequence(seq)
+            .with_store(BinOptions::ram(1 << 10));
         Talk {
             session: Some(session.swap(()).0),
             turns: turns.iter().rev().cloned().collect(),
@@ -80,7 +82,7 @@ impl Talk {
         let held = session.controller.ledger().entries();
         let mut held: Vec<Pos> = held.map(|e| e.pos).collect();
         held.sort_unstable();
-        let host = session.host_bin.saved().flat_map(|rows| rows.pos.clone());
+        let host = session.store.positions();
         let report = format!("{:?}", session.controller.report());
         (self.said.clone(), held, host.collect(), report)
     }

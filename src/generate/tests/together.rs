@@ -21,7 +21,9 @@ fn talk(
     let n_cells = engine.n_cells();
     let policy = policy::create(policy, options, limits(n_cells)).unwrap();
     let session = Session::new(engine, Controller::new(policy, n_cells));
-    let session = session.with_sequence(seq).with_host_bin(1 << 10);
+    let session = session
+        .with_sequence(seq)
+        .with_store(BinOptions::ram(1 << 10));
     Talk::new(session.swap(()).0)
 }
 

@@ -48,6 +48,8 @@ pub enum OptionKey {
     Restore,
     /// [`PolicyOptions::recall`]
     Recall,
+    /// [`PolicyOptions::recall_after`]
+    RecallAfter,
     /// [`PolicyOptions::h2o_recent`]
     H2oRecent,
     /// [`crate::policy::SnapkvOptions::window`]
@@ -64,7 +66,7 @@ use OptionKey as Key;
 
 impl OptionKey {
     /// In the order in which reports show them.
-    pub const ALL: [OptionKey; 25] = [
+    pub const ALL: [OptionKey; 26] = [
         Key::Layers,
         Key::Queries,
         Key::Norm,
@@ -85,6 +87,7 @@ impl OptionKey {
         Key::Hysteresis,
         Key::Restore,
         Key::Recall,
+        Key::RecallAfter,
         Key::H2oRecent,
         Key::SnapkvWindow,
         Key::SnapkvKernel,
@@ -115,6 +118,7 @@ impl OptionKey {
             Key::Hysteresis => "hysteresis",
             Key::Restore => "no_restore",
             Key::Recall => "no_recall",
+            Key::RecallAfter => "recall_after",
             Key::H2oRecent => "h2o_recent",
             Key::SnapkvWindow => "snapkv_window",
             Key::SnapkvKernel => "snapkv_kernel",
@@ -158,6 +162,7 @@ impl OptionKey {
             Key::Hysteresis => to.hysteresis = from.hysteresis,
             Key::Restore => to.restore = from.restore,
             Key::Recall => to.recall = from.recall,
+            Key::RecallAfter => to.recall_after = from.recall_after,
             Key::H2oRecent => to.h2o_recent = from.h2o_recent,
             Key::SnapkvWindow => to.snapkv.window = from.snapkv.window,
             Key::SnapkvKernel => to.snapkv.kernel = from.snapkv.kernel,
@@ -198,6 +203,7 @@ impl OptionKey {
             Key::Hysteresis => ("hysteresis", None),
             Key::Restore => ("restore", None),
             Key::Recall => ("recall", None),
+            Key::RecallAfter => ("recall_after", None),
             Key::H2oRecent => ("h2o_recent", None),
             Key::SnapkvWindow => ("snapkv", Some("window")),
             Key::SnapkvKernel => ("snapkv", Some("kernel")),

@@ -31,6 +31,7 @@ fn other(rule: DapRule, alpha: Option<f64>) -> PolicyOptions {
         hysteresis: 0.5,
         restore: false,
         recall: false,
+        recall_after: 3,
         h2o_recent: Amount::Cells(9),
         snapkv: SnapkvOptions {
             window: 9,

@@ -41,6 +41,7 @@ impl PolicyArgs {
         set(&mut options.hysteresis, &self.hysteresis);
         options.restore &= !self.no_restore;
         options.recall &= !self.no_recall;
+        set(&mut options.recall_after, &self.recall_after);
         set(&mut options.h2o_recent, &self.h2o_recent);
         set(&mut options.snapkv.window, &self.snapkv_window);
         set(&mut options.snapkv.kernel, &self.snapkv_kernel);
