@@ -115,6 +115,8 @@ pub struct Bin {
     pub rows_dropped: u64,
     /// Milliseconds that copying took, both ways.
     pub ms: f64,
+    /// Milliseconds that answers waited for what came back to them.
+    pub pause_ms: f64,
     /// Why it keeps nothing any more, where something went wrong.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<String>,
@@ -135,6 +137,7 @@ impl Bin {
             rows_decoded: traffic.rows_decoded,
             rows_dropped: traffic.rows_dropped,
             ms: traffic.time.as_secs_f64() * 1e3,
+            pause_ms: traffic.pause.as_secs_f64() * 1e3,
             trouble,
         })
     }

@@ -21,7 +21,7 @@ use crate::attend::Attended;
 use crate::cache::{Counts, PerModality};
 use crate::engine::{Engine, KvBytes, Token};
 use crate::error::Result;
-use crate::generate::{Finish, Generated, Hooks, Segment, Session};
+use crate::generate::{Finish, Generated, Hooks, Segment, Session, Traffic};
 use crate::llama::{ContextOptions, Model, SamplerOptions, Vision};
 use crate::noise::Noise;
 use crate::open::{Plan, Reach, RopeChoice};
@@ -157,6 +157,8 @@ pub struct Sample {
     pub attended: Attended,
     /// The ledger's counts at the end.
     pub cells: Counts,
+    /// Rows of evicted tokens that left the cache and came back.
+    pub bin: Traffic,
     /// The engine's memory at the end.
     pub kv: KvBytes,
     /// The most bytes that were allocated for KV at once, trial runs included.
@@ -221,6 +223,7 @@ pub fn measure<E: Engine>(
         steps: 0,
         attended: Attended::default(),
         cells: Counts::default(),
+        bin: Traffic::default(),
         kv: KvBytes::default(),
         allocated_peak: 0,
         peak_rss: None,
@@ -268,6 +271,7 @@ pub fn measure<E: Engine>(
         sample.attended += session.attended();
     }
     sample.cells = session.controller.ledger().counts();
+    sample.bin = session.store().traffic();
     sample.kv = session.engine.kv_bytes();
     sample.allocated_peak = session.peak_bytes().max(sample.kv.allocated);
     Ok(Some(sample))

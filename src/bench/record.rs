@@ -360,6 +360,7 @@ impl Record {
             values.sort_unstable();
             values.get(values.len().saturating_sub(1) / 2).copied()
         };
+        let longest = |of: fn(&Sample) -> f64| self.samples.iter().map(of).reduce(f64::max);
         all.integer("kv_cells_end", middle(|s| s.cells.cells() as u64));
         all.integer("kv_cells_peak", middle(|s| s.cells.peak as u64));
         all.integer("kv_bytes_in_use", middle(Sample::bytes_in_use));
@@ -372,6 +373,11 @@ impl Record {
         all.real("attended_vision", vision);
         all.integer("evicted_text", middle(|s| s.cells.evicted.text as u64));
         all.integer("evicted_vision", middle(|s| s.cells.evicted.vision as u64));
+        all.integer("bin_rows_out", middle(|s| s.bin.rows_out));
+        all.integer("bin_rows_back", middle(|s| s.bin.rows_back));
+        all.integer("bin_rows_decoded", middle(|s| s.bin.rows_decoded));
+        all.real("bin_ms", longest(|s| ms(s.bin.time)));
+        all.real("bin_pause_ms", longest(|s| ms(s.bin.pause)));
         all.integer("peak_rss_bytes", self.peak_rss());
         all.text("compared_with", self.first.as_ref().map(|(name, _)| name));
         all.summary("ttft_ratio", self.ratio(|s| s.ttft().map(ms)));

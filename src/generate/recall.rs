@@ -1,5 +1,7 @@
 //! What comes back into the cache: for a new question, or for an answer that goes on for long.
 
+use std::time::Instant;
+
 use super::Session;
 use super::feed::{Cut, Wish};
 use super::prompt::Segment;
@@ -150,6 +152,7 @@ impl<E: Engine> Session<E> {
         if wanted.is_empty() || held + wanted.len() + 1 > self.cells() {
             return Ok(());
         }
+        let start = Instant::now();
         let tokens = self.history.last_tokens(self.answer).map(<[_]>::to_vec);
         let tokens = tokens.unwrap_or_default();
         if !tokens.is_empty() {
@@ -168,7 +171,9 @@ impl<E: Engine> Session<E> {
             controller.recalled(&feed.cells, &feed.pos, segment.origin())?;
             controller.mark_separators(&feed.cells, &feed.separators)?;
         }
-        self.read_again(tokens)
+        self.read_again(tokens)?;
+        self.store.paused(start.elapsed());
+        Ok(())
     }
 
     /// Lets tokens of the answer go through the model again, as if they had just been read.

@@ -84,6 +84,8 @@ pub struct Traffic {
     pub rows_decoded: u64,
     /// Copying, in both directions.
     pub time: Duration,
+    /// What answers waited for what came back to them, all that it took included.
+    pub pause: Duration,
 }
 
 /// Rows of evicted tokens, in slots of one size.
@@ -157,6 +159,11 @@ impl RowStore {
     /// What went through it.
     pub fn traffic(&self) -> Traffic {
         self.traffic
+    }
+
+    /// Counts what an answer waited.
+    pub(super) fn paused(&mut self, pause: Duration) {
+        self.traffic.pause += pause;
     }
 
     /// Counts visual tokens that went through the model again.
@@ -526,7 +533,14 @@ impl Place {
 
 /// A file that no folder lists: it is gone when the process is, however that ends.
 fn nameless() -> io::Result<File> {
-    tempfile::tempfile_in(folder())
+    let folder = folder();
+    tempfile::tempfile_in(&folder).map_err(|e| {
+        let (folder, text) = (folder.display().to_string(), e.to_string());
+        match text.contains(&folder) {
+            true => e,
+            false => io::Error::new(e.kind(), format!("{folder}: {text}")),
+        }
+    })
 }
 
 /// Where temporary files lie on a disk: `/tmp` may lie in main memory, `/var/tmp` does not.
