@@ -35,7 +35,7 @@ taps() {
     done
     for queries in last all; do
         bench taps "prefill-$queries" -p 64 -n 0 --images 1 --image-tokens 757 --kv-policy full,hae \
-            --no-ddes --dap-keep 1.0 --score-layers 0 --score-queries "$queries"
+            --no-ddes --dap-keep 1.0 --score-layers 0 --score-queries "$queries" -ctk f16 -ctv f16
     done
 }
 
@@ -45,7 +45,7 @@ early() {
     for mode in early midway; do
         for layers in 0 1 2 4 7; do
             bench early "$mode-$layers" -p 64 -n 0 --images 1 --image-tokens 2509 --kv-policy full,hae \
-                --dap-mode "$mode" --dap-keep 0.4 --no-ddes --score-layers "$layers"
+                --dap-mode "$mode" --dap-keep 0.4 --no-ddes --score-layers "$layers" -ctk f16 -ctv f16
         done
     done
 }

@@ -83,7 +83,7 @@ speed() {
             --kv-policy full,hae --dap-mode early --dap-keep 0.3 --kv-budget 0.3 --score-layers 2
     done
     bench prefill-q4_k_m -m "$q4" -p 64 -n 0 --images 5 --image-tokens 2509 --kv-policy full,hae \
-        --dap-mode early --dap-keep 0.4 --no-ddes --score-layers 2
+        --dap-mode early --dap-keep 0.4 --no-ddes --score-layers 2 -ctk f16 -ctv f16
     f16=$(model f16)
     bench depth-f16 -m "$f16" -p 0 -n 64 -d 4096,16384 --kv-policy full,hae --no-dap --kv-budget 0.4 --score-layers 16
     bench story-512-f16 -m "$f16" --workload benches/workloads/story-512.json --kv-policy full,hae \

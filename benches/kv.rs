@@ -20,6 +20,8 @@ const N_LAYER: u32 = 32;
 const FILLED: Pos = 2500;
 const KEPT: usize = 1000;
 const ROUNDS: usize = 7;
+/// Rows that go out and come back at once.
+const ROWS: [usize; 3] = [8, 64, 400];
 const THREADS: i32 = 2;
 
 fn engine(model: &Model, flash: bool) -> LlamaEngine {
@@ -105,6 +107,31 @@ fn per_token(engine: &mut LlamaEngine, pos: Pos) -> f64 {
     median
 }
 
+/// Milliseconds of so many rows to the host, back into their cells, and of the next token.
+fn out_and_back(engine: &mut LlamaEngine, n: usize) -> [f64; 3] {
+    let mut map = Vec::new();
+    engine.cell_map(&mut map).expect("the cells");
+    let at = |cell: &Cell| map[*cell as usize].filter(|&pos| pos < FILLED - 1);
+    let cells = (KEPT as Cell / 2..KEPT as Cell).filter(|cell| at(cell).is_some());
+    let cells: Vec<Cell> = cells.take(n).collect();
+    let positions: Vec<Pos> = cells.iter().filter_map(at).collect();
+    decode(engine, FILLED);
+    let (out, rows) = time(|| engine.rows(&cells));
+    let rows = rows.expect("rows");
+    let mut gone = positions.clone();
+    let mut ranges = Vec::new();
+    hae::cache::ranges::coalesce(&mut gone, &mut ranges);
+    engine.remove(0, &ranges).expect("removable positions");
+    decode(engine, FILLED + 1);
+    let (back, done) = time(|| engine.put_rows(0, &positions, &rows, &mut Vec::new()));
+    done.expect("free cells");
+    let token = time(|| decode(engine, FILLED + 2)).0;
+    engine
+        .rewind(0, FILLED, KEPT)
+        .expect("the tokens taken back");
+    [out, back, token]
+}
+
 fn main() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("wide.gguf");
@@ -117,6 +144,7 @@ fn main() {
         let mut engine = engine(&model, flash);
         let names = ["compact", "shrink to 1024", "grow to 2560"];
         let mut times = [const { Vec::new() }; 3];
+        let mut rows = [const { [const { Vec::new() }; 3] }; ROWS.len()];
         let (mut before, mut after) = (Vec::new(), Vec::new());
         let mut n_moves = 0;
         for _ in 0..ROUNDS {
@@ -134,11 +162,22 @@ fn main() {
             let (ms, done) = time(|| engine.resize(2560));
             done.expect("a larger cache");
             times[2].push(ms);
+            for (n, times) in ROWS.into_iter().zip(&mut rows) {
+                let [out, back, token] = out_and_back(&mut engine, n);
+                times[0].push(out);
+                times[1].push(back);
+                times[2].push(token);
+            }
         }
         let kept = wide::LAYER_BYTES * u64::from(N_LAYER) * KEPT as u64 / (1 << 20);
         println!("\nflash attention {flash}: {n_moves} moves, {kept} MiB kept");
         for (name, times) in names.iter().zip(&mut times) {
             println!("{name:>16}: {:8.1} ms", median(times));
+        }
+        for (n, times) in ROWS.into_iter().zip(&mut rows) {
+            let [out, back, token] = times.each_mut().map(|times| median(times));
+            let name = format!("{n} rows");
+            println!("{name:>16}: {out:8.2} ms out, {back:.2} back, {token:.2} the next token");
         }
         let (before, after) = (median(&mut before), median(&mut after));
         println!(

@@ -248,6 +248,7 @@ impl<E: Engine> Session<E> {
         self.store.clear();
         self.intake = None;
         self.feed.peak_bytes = 0;
+        self.feed.waiting = 0;
         self.feed.attended = Attended::default();
     }
 

@@ -77,7 +77,7 @@ impl Plan {
         context: &ContextOptions,
         policy: &PolicySpec,
     ) -> Result<Self> {
-        let mut context = sized(&decided(context, model, &policy.name), model)?;
+        let mut context = sized(&decided(context, model, policy), model)?;
         let limits = Limits {
             n_layer: model.n_layer(),
             n_cells: padded(context.n_ctx) as usize,
@@ -240,10 +240,11 @@ impl Plan {
 }
 
 /// What was left to the policy. `hae` does best with a quantized cache of which each layer looks up
-/// what it needs (docs/defaults.md has the figures); the others are as llama.cpp.
-fn decided(context: &ContextOptions, model: &Model, policy: &str) -> ContextOptions {
+/// what it needs (docs/defaults.md has the figures). The others are as llama.cpp, and so is `hae` under a
+/// budget, where policies are compared at the same memory.
+fn decided(context: &ContextOptions, model: &Model, policy: &PolicySpec) -> ContextOptions {
     let mut context = context.clone();
-    if policy != "hae" {
+    if policy.name != "hae" || policy.options.kv_budget.is_some() {
         return context;
     }
     let small = CacheType::Q8_0;

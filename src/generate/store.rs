@@ -27,9 +27,11 @@ pub struct Saved {
 /// Whether rows can be those of tokens that went in before position `next` and are not `held` now;
 /// they may come from a file.
 pub(super) fn check(saved: &[Saved], next: Pos, mut held: HashSet<Pos>) -> Result<()> {
-    for Saved { pos, rows } in saved {
+    let size = |Saved { pos, rows }: &Saved| rows.len().checked_div(pos.len());
+    for one @ Saved { pos, rows } in saved {
         let n = pos.len();
-        if n == 0 || rows.is_empty() || rows.len() % n != 0 {
+        let like_others = size(one) == size(&saved[0]);
+        if n == 0 || rows.is_empty() || rows.len() % n != 0 || !like_others {
             return Err(Error::contract(format!(
                 "{} bytes for {n} rows",
                 rows.len()
@@ -550,5 +552,144 @@ fn folder() -> PathBuf {
         Some(chosen) if !chosen.is_empty() => PathBuf::from(chosen),
         _ if on_disk.is_dir() => on_disk,
         _ => std::env::temp_dir(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::engine::scripted::Scripted;
+    use crate::engine::{Batch, Input, Observation};
+
+    fn saved(pos: &[Pos], row_bytes: usize) -> Saved {
+        let row = |&pos: &Pos| (0..row_bytes).map(move |i| (pos as u8).wrapping_add(i as u8));
+        Saved {
+            pos: pos.to_vec(),
+            rows: pos.iter().flat_map(row).collect(),
+        }
+    }
+
+    #[test]
+    fn rows_are_those_of_tokens_that_left() {
+        let rows = |pos: &[Pos], bytes: usize| Saved {
+            pos: pos.to_vec(),
+            rows: vec![0; bytes],
+        };
+        let held = || HashSet::from([0, 1, 9]);
+        check(&[rows(&[2, 3], 8), rows(&[4], 4)], 10, held()).unwrap();
+        for bad in [
+            rows(&[2, 2], 8),
+            rows(&[1], 4),
+            rows(&[10], 4),
+            rows(&[-1], 4),
+            rows(&[2, 3], 7),
+            rows(&[2], 0),
+            rows(&[], 4),
+        ] {
+            assert!(
+                check(std::slice::from_ref(&bad), 10, held()).is_err(),
+                "{bad:?}"
+            );
+        }
+        assert!(check(&[rows(&[2], 4), rows(&[2], 4)], 10, held()).is_err());
+        assert!(check(&[rows(&[2], 4), rows(&[3], 8)], 10, held()).is_err());
+    }
+
+    proptest! {
+        /// Batches come and go in any order, and each row is read as it was written.
+        #[test]
+        fn rows_come_out_as_they_went_in(
+            steps in prop::collection::vec((any::<bool>(), 1..30usize), 1..40),
+            file in any::<bool>(),
+            max_rows in 1..80u64,
+        ) {
+            const ROW: usize = 24;
+            let store = if file { BinStore::File } else { BinStore::Ram };
+            let options = BinOptions { store, max_bytes: max_rows * ROW as u64 };
+            let mut store = RowStore::new(options);
+            let mut next = 0;
+            for (puts, n) in steps {
+                if puts {
+                    let pos: Vec<Pos> = (next..).take(n).collect();
+                    next += n as Pos;
+                    store.push(&saved(&pos, ROW));
+                } else if let Some(rows) = store.take_text() {
+                    let pos: Vec<Pos> = rows.iter().map(|row| row.pos).collect();
+                    let mut bytes = Vec::new();
+                    prop_assert!(store.give(&rows, &mut bytes));
+                    prop_assert_eq!(bytes, saved(&pos, ROW).rows);
+                }
+                prop_assert!(store.bytes() <= options.max_bytes);
+                prop_assert!(store.bytes_in_ram() <= options.max_bytes);
+                let mut pos: Vec<Pos> = store.positions().collect();
+                let n = pos.len();
+                pos.sort_unstable();
+                pos.dedup();
+                prop_assert_eq!(pos.len(), n);
+                for (batch, texts) in store.batches.iter().zip(store.texts().unwrap()) {
+                    let pos: Vec<Pos> = batch.rows.iter().map(|row| row.pos).collect();
+                    prop_assert_eq!(texts.rows, saved(&pos, ROW).rows);
+                }
+            }
+            prop_assert_eq!(store.trouble(), None);
+        }
+    }
+
+    /// An engine that holds the positions 0 to `n`, each in its cell.
+    fn engine(n: usize) -> Scripted {
+        let mut engine = Scripted::new(n, 7).patched();
+        let pos: Vec<Pos> = (0..).take(n).collect();
+        for pos in pos.chunks(7) {
+            let batch = Batch {
+                seq: 0,
+                input: Input::Tokens(&vec![1; pos.len()]),
+                pos,
+                queries: &[],
+                logits: false,
+                lookup: None,
+            };
+            engine
+                .decode(batch, &mut Vec::new(), &mut Observation::default())
+                .unwrap();
+        }
+        engine
+    }
+
+    /// The oldest go first, and of those that left at once what was looked at least.
+    #[test]
+    fn what_was_looked_at_least_makes_room() {
+        let mut engine = engine(30);
+        let mut store = RowStore::new(BinOptions::ram(10 * 4));
+        let mut leave = |store: &mut RowStore, cells: std::ops::Range<Cell>, asked: &[f32]| {
+            let leaving = cells.zip(asked).map(|(cell, &asked)| Leaving {
+                cell,
+                pos: cell as Pos,
+                asked,
+            });
+            store.keep(&mut engine, leaving.collect(), false).unwrap();
+        };
+        leave(&mut store, 0..4, &[0.4, 0.1, 0.3, 0.2]);
+        leave(&mut store, 4..10, &[0.0; 6]);
+        assert_eq!(store.rows(), 10);
+        leave(&mut store, 10..12, &[0.0; 2]);
+        let pos = |store: &RowStore| store.positions().collect::<Vec<Pos>>();
+        assert_eq!(pos(&store), [0, 2, 4, 5, 6, 7, 8, 9, 10, 11]);
+        // More at once than there is room for: the best of them.
+        let asked: Vec<f32> = (0..12).map(|i| i as f32).collect();
+        leave(&mut store, 12..24, &asked);
+        assert_eq!(pos(&store), (14..24).collect::<Vec<Pos>>());
+        let by_pos: HashMap<Pos, u64> = store.batches[0]
+            .rows
+            .iter()
+            .map(|row| (row.pos, row.slot))
+            .collect();
+        assert_eq!(by_pos.len(), 10);
+        assert!(by_pos.values().all(|&slot| slot < 12));
+        assert_eq!(store.traffic().rows_dropped, 2 + 2 + 10);
+        assert_eq!(store.trouble(), None);
     }
 }

@@ -1,6 +1,8 @@
 //! Answers that go on for long: what their question's pruning took comes back while they are told.
 
+use std::io::Read;
 use std::path::Path;
+use std::process::Stdio;
 
 use hae::cache::{BinOptions, BinStore, Modality};
 use hae::controller::Controller;
@@ -303,21 +305,21 @@ fn a_story_under_the_defaults() {
 fn a_story_without_a_place_for_rows() {
     let folder = tempfile::tempdir().unwrap();
     let expected = answer(&TELL);
-    let run = |prefix: &str, tmpdir: &Path| {
-        let mut line = format!("{prefix} exec \"$0\" \"$@\"");
-        line = line.trim().to_owned();
-        let hae = hae();
-        let output = std::process::Command::new("bash")
-            .args(["-c", &line])
-            .arg(hae.get_program())
+    let command = |prefix: &str, tmpdir: &Path| {
+        let mut command = std::process::Command::new("bash");
+        command
+            .args(["-c", format!("{prefix} exec \"$0\" \"$@\"").trim()])
+            .arg(hae().get_program())
             .arg("run")
             .args(TELL)
             // The built-in model would be unpacked there.
             .args(["-m", TEXT, "--mmproj", VISION])
             .current_dir(repository(""))
-            .env("TMPDIR", tmpdir)
-            .output()
-            .unwrap();
+            .env("TMPDIR", tmpdir);
+        command
+    };
+    let run = |prefix: &str, tmpdir: &Path| {
+        let output = command(prefix, tmpdir).output().unwrap();
         let err = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(0), "{err}");
         (String::from_utf8(output.stdout).unwrap(), err)
@@ -338,5 +340,22 @@ fn a_story_without_a_place_for_rows() {
     // A place that is well leaves nothing behind, and says nothing.
     let (said, err) = run("", folder.path());
     assert!(same(&said) && err.is_empty(), "{said} {err}");
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    let left = || std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(left(), 0);
+    // Nor does one that is killed while its rows wait, before the 13th token.
+    let mut killed = command("", folder.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut first = [0; 1];
+    killed
+        .stdout
+        .take()
+        .unwrap()
+        .read_exact(&mut first)
+        .unwrap();
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    assert_eq!(left(), 0);
 }
