@@ -26,8 +26,9 @@ pub use write::{Writer, check as check_target};
 
 const MAGIC: &[u8; 8] = b"HAE-TRAC";
 
-/// The version that is written. Version 1, which is read as well, has no [`Record::Looked`].
-pub const VERSION: u32 = 3;
+/// The version that is written. Earlier ones are read as well: 1 has no [`Record::Looked`], 2 no
+/// [`Record::Again`], and 3 was left out, so that one wrong bit makes no other version of this.
+pub const VERSION: u32 = 4;
 
 const OLDEST: u32 = 1;
 

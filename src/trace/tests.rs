@@ -192,7 +192,7 @@ fn headers_that_lie() {
     other[8] = 9;
     let line = parsed(&other, Cut::Refuse).unwrap_err().to_string();
     assert!(
-        line.ends_with("is a trace of version 9, expected 1 to 2"),
+        line.ends_with("is a trace of version 9, expected 1 to 4"),
         "{line}"
     );
 }

@@ -183,7 +183,11 @@ fn a_file_of_another_run_is_left_alone() {
     );
     let mut other = header.clone();
     other.contenders[1].params = json!({"bin": 1});
-    fails(&path, &other, "was begun with contenders ");
+    fails(
+        &path,
+        &other,
+        "was begun with hae@0.4.params.bin null, this run has 1",
+    );
     let mut other = header.clone();
     other.questions.every = 5;
     fails(

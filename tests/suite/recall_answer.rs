@@ -299,6 +299,29 @@ fn a_story_under_the_defaults() {
     assert_eq!(ram["text"], short["text"]);
 }
 
+/// The trace tells what came back, decision by decision, and the page when.
+#[test]
+fn a_story_is_traced() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (trace, page) = (path("story.trace"), path("story.html"));
+    let report = answer(&[&TELL[..], &["--trace", &trace]].concat());
+    assert_eq!(report["text"], answer(&TELL)["text"]);
+    let replayed = bin::answer(&["replay", &trace]);
+    let steps = number(&report, "/tokens/generated");
+    assert!(
+        replayed.contains(&format!("the same {steps} plans")),
+        "{replayed}"
+    );
+    bin::answer(&["report", "--trace", &trace, "-o", &page]);
+    let page = std::fs::read_to_string(page).unwrap();
+    let back = page
+        .matches("pruned, and back before token 13 of the answer")
+        .count();
+    // Each patch that came back, and the separator between the two views in a sentence.
+    assert_eq!(back as f64, number(&report, "/bin/rows_back"), "{back}");
+}
+
 /// What goes wrong with the file is one line, and the story is told all the same.
 #[cfg(unix)]
 #[test]

@@ -130,6 +130,6 @@ fn options_are_plain_data_in_reports() {
     let json = serde_json::to_string(&PolicyOptions::paper()).unwrap();
     assert_eq!(
         json,
-        r#"{"layers":{"list":[0]},"queries":"all","norm":"sum","decay":1.0,"dap":{"rule":{"r":0.0015},"alpha":null,"scope":"image"},"dap_mode":"exact","keep_separators":false,"kv_budget":{"share":1.0},"bin_size":8,"sinks":4,"recent":16,"hysteresis":0.0,"restore":true,"recall":true,"h2o_recent":{"share":0.5},"snapkv":{"window":32,"kernel":5,"pooling":"avg"},"seed":0}"#
+        r#"{"layers":{"list":[0]},"queries":"all","norm":"sum","decay":1.0,"dap":{"rule":{"r":0.0015},"alpha":null,"scope":"image"},"dap_mode":"exact","keep_separators":false,"kv_budget":{"share":1.0},"bin_size":8,"sinks":4,"recent":16,"hysteresis":0.0,"restore":true,"recall":true,"recall_after":12,"h2o_recent":{"share":0.5},"snapkv":{"window":32,"kernel":5,"pooling":"avg"},"seed":0}"#
     );
 }
