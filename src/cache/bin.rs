@@ -13,17 +13,6 @@ pub enum BinStore {
     Off,
 }
 
-impl BinStore {
-    /// As `--bin-store` spells it.
-    pub fn name(self) -> &'static str {
-        match self {
-            BinStore::File => "file",
-            BinStore::Ram => "ram",
-            BinStore::Off => "off",
-        }
-    }
-}
-
 /// Where rows of evicted tokens wait, and how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct BinOptions {

@@ -105,7 +105,6 @@ pub struct RowStore {
     traffic: Traffic,
     /// Why nothing is kept any more.
     trouble: Option<String>,
-    piece: Vec<u8>,
 }
 
 impl Default for RowStore {
@@ -126,7 +125,6 @@ impl RowStore {
             slots: 0,
             traffic: Traffic::default(),
             trouble: None,
-            piece: Vec::new(),
         }
     }
 
@@ -199,53 +197,75 @@ impl RowStore {
             return Ok(());
         }
         let start = Instant::now();
-        let Some(row_bytes) = self.learn_row_bytes(engine, leaving[0].cell)? else {
+        if !self.learn_row_bytes(engine, leaving[0].cell)? {
             return Ok(());
-        };
-        let most = self.options.max_bytes / row_bytes as u64;
-        let most = usize::try_from(most).unwrap_or(usize::MAX);
+        }
+        let most = self.most_rows();
         self.traffic.rows_dropped += leaving.len().saturating_sub(most) as u64;
         most_asked(&mut leaving, most, |row| row.asked);
         leaving.sort_unstable_by_key(|row| row.pos);
-        self.make_room((self.rows() + leaving.len()).saturating_sub(most));
+        let rows = self.places(leaving.iter().map(|row| (row.pos, row.asked)));
+        let written = self.write_out(engine, &leaving, &rows)?;
+        let n = rows.len() as u64;
+        match self.settle(written, Batch { is_text, rows }) {
+            true => self.traffic.rows_out += n,
+            false => self.traffic.rows_dropped += n,
+        }
+        self.traffic.time += start.elapsed();
+        Ok(())
+    }
 
-        let slots = self.take_slots(leaving.len());
-        let mut rows = Vec::with_capacity(leaving.len());
-        let kept = leaving.iter().zip(slots).map(|(row, slot)| Kept {
-            pos: row.pos,
-            slot,
-            asked: row.asked,
-        });
-        rows.extend(kept);
-        let per_piece = (PIECE / row_bytes).max(1);
-        let mut cells = Vec::with_capacity(per_piece);
-        let mut piece = std::mem::take(&mut self.piece);
-        let pairs = leaving.chunks(per_piece).zip(rows.chunks(per_piece));
-        let mut written = self.reserve();
-        for (leaving, rows) in pairs {
-            if written.is_err() {
-                break;
-            }
+    /// Copies rows of the cache to their places, piece by piece. What the place has to say about it is
+    /// no error of the engine's.
+    fn write_out(
+        &mut self,
+        engine: &mut dyn Engine,
+        leaving: &[Leaving],
+        rows: &[Kept],
+    ) -> Result<io::Result<()>> {
+        if let Err(error) = self.reserve() {
+            return Ok(Err(error));
+        }
+        let per_piece = self.rows_a_piece();
+        let (mut cells, mut piece) = (Vec::with_capacity(per_piece), Vec::new());
+        for (leaving, rows) in leaving.chunks(per_piece).zip(rows.chunks(per_piece)) {
             cells.clear();
             cells.extend(leaving.iter().map(|row| row.cell));
             piece.clear();
             engine.save_rows(&cells, &mut piece)?;
-            written = self.write(rows, &piece);
+            if let Err(error) = self.write(rows, &piece) {
+                return Ok(Err(error));
+            }
         }
-        self.piece = piece;
+        Ok(Ok(()))
+    }
+
+    /// Rows that it may hold at once.
+    fn most_rows(&self) -> usize {
+        let most = self.options.max_bytes / self.row_bytes.max(1) as u64;
+        usize::try_from(most).unwrap_or(usize::MAX)
+    }
+
+    /// Places for rows of these positions that were asked for so much, after making room for them.
+    fn places(&mut self, rows: impl ExactSizeIterator<Item = (Pos, f32)>) -> Vec<Kept> {
+        let n = rows.len();
+        self.make_room((self.rows() + n).saturating_sub(self.most_rows()));
+        let kept = rows.zip(self.take_slots(n));
+        kept.map(|((pos, asked), slot)| Kept { pos, slot, asked })
+            .collect()
+    }
+
+    /// Lists a batch that was written; false: it was not, and nothing is kept from now on.
+    fn settle(&mut self, written: io::Result<()>, batch: Batch) -> bool {
         match written {
-            Ok(()) => {
-                self.traffic.rows_out += rows.len() as u64;
-                self.batches.push_back(Batch { is_text, rows });
-            }
+            Ok(()) => self.batches.push_back(batch),
             Err(error) => {
-                self.release(&rows);
-                self.traffic.rows_dropped += rows.len() as u64;
+                self.release(&batch.rows);
                 self.trouble = Some(error.to_string());
+                return false;
             }
         }
-        self.traffic.time += start.elapsed();
-        Ok(())
+        true
     }
 
     /// Rows of text that came from a session.
@@ -259,31 +279,11 @@ impl RowStore {
             self.traffic.rows_dropped += n as u64;
             return;
         }
-        let most = self.options.max_bytes / self.row_bytes.max(1) as u64;
-        let most = usize::try_from(most).unwrap_or(usize::MAX);
-        self.make_room((self.rows() + n).saturating_sub(most));
-        let slots = self.take_slots(n);
-        let rows: Vec<Kept> = saved
-            .pos
-            .iter()
-            .zip(slots)
-            .map(|(&pos, slot)| Kept {
-                pos,
-                slot,
-                asked: 0.0,
-            })
-            .collect();
-        let written = self.reserve();
-        match written.and_then(|()| self.write(&rows, &saved.rows)) {
-            Ok(()) => self.batches.push_back(Batch {
-                is_text: true,
-                rows,
-            }),
-            Err(error) => {
-                self.release(&rows);
-                self.trouble = Some(error.to_string());
-            }
-        }
+        let rows = self.places(saved.pos.iter().map(|&pos| (pos, 0.0)));
+        let reserved = self.reserve();
+        let written = reserved.and_then(|()| self.write(&rows, &saved.rows));
+        let is_text = true;
+        self.settle(written, Batch { is_text, rows });
     }
 
     /// Rows of text, batch by batch, oldest first, as a session keeps them. Visual ones come back
@@ -365,15 +365,14 @@ impl RowStore {
         *self = RowStore::new(self.options);
     }
 
-    fn learn_row_bytes(&mut self, engine: &mut dyn Engine, cell: Cell) -> Result<Option<usize>> {
+    /// Whether the engine saves rows, and how large they are.
+    fn learn_row_bytes(&mut self, engine: &mut dyn Engine, cell: Cell) -> Result<bool> {
         if self.row_bytes == 0 {
             let mut row = Vec::new();
-            if !engine.save_rows(&[cell], &mut row)? {
-                return Ok(None);
-            }
+            engine.save_rows(&[cell], &mut row)?;
             self.row_bytes = row.len();
         }
-        Ok(Some(self.row_bytes).filter(|&n| n > 0))
+        Ok(self.row_bytes > 0)
     }
 
     /// Drops so many rows, of the oldest batches first, and of one batch those with the least
