@@ -117,6 +117,14 @@ fn perplexity_is_that_of_the_tokens_themselves() {
     assert!(of(row, "kl_mean") > 0.0);
     let attended = of(row, "attended");
     assert!(0.5 < attended && attended < 0.95, "{attended}");
+
+    // A quantized cache is none from itself, and some from f16.
+    let quantized = "--kv-policy full --limit 2 -fa on -ctk q4_0 -ctv q4_0";
+    for (reference, differs) in [("q4_0", false), ("f16", true)] {
+        let all = read(&format!("{quantized} --reference-type {reference}"));
+        assert_eq!(all["header"]["reference_type"], reference);
+        assert_eq!(of(&all["summary"][0], "kl_mean") > 0.0, differs);
+    }
 }
 
 #[test]

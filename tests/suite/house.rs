@@ -69,6 +69,7 @@ fn only_the_llama_module_names_llama_cpp_or_unsafe() {
         "stock.rs",
         "damaged.rs",
         "failed.rs",
+        "flash.rs",
         "kv_streams.rs",
         "kv_twin.rs",
         "refused.rs",

@@ -24,6 +24,7 @@ mod eval_text;
 mod failed;
 mod files;
 mod fixture;
+mod flash;
 mod full_model;
 mod gguf;
 mod holes;

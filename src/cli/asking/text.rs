@@ -9,6 +9,7 @@ use super::evaluation::EvaluationArgs;
 use super::print::{Format, percent, shown, write};
 use super::run::progress_bar;
 use crate::cli::load::{self, Files};
+use crate::cli::named::parse;
 use crate::cli::output::FileReport;
 use crate::cli::table::Columns;
 use crate::cli::{Done, interrupt};
@@ -16,7 +17,7 @@ use hae::Error;
 use hae::bench::Pulse;
 use hae::eval::question::Question;
 use hae::eval::reading::{Cut, Reading, Row, Window};
-use hae::llama::Model;
+use hae::llama::{CacheType, Model};
 use hae::text;
 
 const HEADING: &str = "Text";
@@ -36,6 +37,11 @@ pub struct TextArgs {
     /// Tokens that are predicted behind it
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..), requires = "text", help_heading = HEADING)]
     text_predict: u32,
+    /// Type of K and V in the full cache that is compared with
+    ///
+    /// That of -ctk and -ctv without it: what a quantized cache costs shows beside f16 alone.
+    #[arg(long, value_parser = parse::<CacheType>, value_name = "TYPE", requires = "text", help_heading = HEADING)]
+    reference_type: Option<CacheType>,
 }
 
 /// What came of it.
@@ -73,9 +79,14 @@ impl TextArgs {
             "text": FileReport::read(path, &path.display().to_string())?,
             "prompt": self.text_prompt,
             "predict": self.text_predict,
+            "reference_type": self.reference_type.map(|of| of.name()),
             "windows": windows.len(),
         });
 
+        let mut reference = loaded.context;
+        if let Some(of) = self.reference_type {
+            (reference.type_k, reference.type_v) = (of, of);
+        }
         let mut asker = loaded.asker;
         let mut readings: Vec<Reading> = Vec::new();
         let bar = progress_bar(windows.len() * contenders.len(), 0)?;
@@ -87,7 +98,7 @@ impl TextArgs {
         let done = interrupt::working(|| -> Result<Done> {
             for (number, window) in windows.iter().enumerate() {
                 bar.set_message(format!("window {}, reference", number + 1));
-                let Some(said) = asker.read_in_full(&loaded.context, window, watch)? else {
+                let Some(said) = asker.read_in_full(&reference, window, watch)? else {
                     return Ok(Done::Interrupted);
                 };
                 for contender in &contenders {
