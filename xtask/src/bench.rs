@@ -218,6 +218,7 @@ impl Suite<'_> {
             programs,
             models: self.root.join(&self.args.models),
             threads: self.threads(),
+            quick: self.args.quick,
         })
     }
 

@@ -21,7 +21,7 @@ struct Args {
     #[arg(short = 'n', default_value_t = 16)]
     n_gen: usize,
     /// -pg: both, in one test
-    #[arg(long, value_name = "PP,TG", value_delimiter = ',', num_args = 2)]
+    #[arg(long, value_name = "PP,TG", value_delimiter = ',')]
     pg: Vec<usize>,
     /// Tokens in the cache before
     #[arg(short = 'd', default_value_t = 0)]
@@ -254,13 +254,14 @@ impl Context {
         // SAFETY: the buffer has as many bytes as the state.
         let written =
             unsafe { sys::llama_state_seq_get_data(self.raw, state.as_mut_ptr(), state.len(), 0) };
-        // Streams, cells; then for each cell its position, its number of sequences, and these.
-        const HEAD: usize = 8;
+        // A mark, the sequence, streams, cells; then for each cell its position, its number of
+        // sequences, and these.
+        const HEAD: usize = 16;
         const CELL: usize = 12;
         let held = self.pos;
         let known = written == state.len()
-            && int(&state, 0) == 1
-            && int(&state, 4) == held
+            && int(&state, 8) == 1
+            && int(&state, 12) == held
             && (0..held).all(|i| {
                 let at = HEAD + i as usize * CELL;
                 int(&state, at) == i && int(&state, at + 4) == 1
@@ -328,8 +329,13 @@ fn words() -> impl Iterator<Item = String> {
 
 fn main() {
     let mut args = Args::parse_from(words());
-    if let [n_prompt, n_gen] = args.pg[..] {
-        (args.n_prompt, args.n_gen) = (n_prompt, n_gen);
+    match args.pg[..] {
+        [] => {}
+        [n_prompt, n_gen] => (args.n_prompt, args.n_gen) = (n_prompt, n_gen),
+        _ => {
+            eprintln!("hae-stock: -pg: expected two numbers, as in -pg 512,128");
+            std::process::exit(2);
+        }
     }
     if let Err(e) = measure(&args) {
         eprintln!("hae-stock: {e}");

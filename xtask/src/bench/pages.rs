@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use super::origin;
-use super::plan::{Kind, Part, Plan, Run};
+use super::plan::{Part, Plan, Run};
 use super::results::{self, Line, Setting};
 use super::table::Samples;
 
@@ -155,30 +155,26 @@ impl Source<'_> {
                 n => format!("; {n} of {} runs are missing", runs.len()),
             }
         );
-        for command in commands(runs, lines) {
+        for command in commands(lines) {
             _ = writeln!(out, "{command}");
         }
         out + "```\n"
     }
 }
 
-/// The command lines, one for all that differ in no more than numbers of `each` would be nicer, but
-/// these can be copied. More than a dozen are cut short: `--list` has all.
-fn commands(runs: &[Run], lines: &[&Line]) -> Vec<String> {
+/// The command lines; more than a dozen are cut short.
+fn commands(lines: &[&Line]) -> Vec<String> {
+    const MOST: usize = 12;
     let mut all: Vec<String> = Vec::new();
-    for line in lines {
-        if !all.contains(&line.command) && runs.iter().any(|run| run.kind != Kind::Read) {
+    for line in lines.iter().filter(|line| !line.command.is_empty()) {
+        if !all.contains(&line.command) {
             all.push(line.command.clone());
         }
     }
-    all.retain(|command| !command.is_empty());
-    const MOST: usize = 12;
     if all.len() > MOST {
         let more = all.len() - MOST;
         all.truncate(MOST);
-        all.push(format!(
-            "# and {more} more: cargo xtask bench SUITE PART --list"
-        ));
+        all.push(format!("# and {more} more: the same with --list"));
     }
     all
 }

@@ -374,17 +374,14 @@ impl Plan {
                 "no model"
             ),
         }
-        let mut fields = vec![("run".to_owned(), settings.name.clone())];
-        fields.extend(values.iter().cloned());
-        let named: Vec<&str> = fields
-            .iter()
-            .map(|(_, v)| &**v)
-            .filter(|v| !v.is_empty())
-            .collect();
-        let name = match named.is_empty() {
-            true => part.name.clone(),
-            false => named.join(" "),
+        let run = match settings.name.is_empty() {
+            true => &part.name,
+            false => &settings.name,
         };
+        let mut fields = vec![("run".to_owned(), run.clone())];
+        fields.extend(values.iter().cloned());
+        let words: Vec<&str> = fields.iter().map(|(_, value)| &**value).collect();
+        let name = words.join(" ");
         let env = settings.env.iter().flatten();
         let env = env.map(|(key, value)| Ok((key.clone(), fill(value)?)));
         let env = env.collect::<Result<BTreeMap<_, _>>>()?;
@@ -483,13 +480,16 @@ fn fill(text: &str, values: &[(String, String)]) -> Result<String> {
     for (key, value) in values {
         out = out.replace(&format!("{{{key}}}"), value);
     }
+    // Braces that hold no name are the command's own.
     let mut rest = &*out;
     while let Some((_, after)) = rest.split_once('{') {
-        let (key, behind) = after
-            .split_once('}')
-            .with_context(|| format!("{text}: no }}"))?;
-        ensure!(BUILT_IN.contains(&key), "{{{key}}} is no key of `each`");
-        rest = behind;
+        let name = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        let end = after.find(|c| !name(c)).unwrap_or(after.len());
+        let key = &after[..end];
+        if after[end..].starts_with('}') && !key.is_empty() {
+            ensure!(BUILT_IN.contains(&key), "{{{key}}} is no key of `each`");
+        }
+        rest = after;
     }
     Ok(out)
 }

@@ -24,6 +24,7 @@ pub struct Runner<'a> {
     /// Folder of the models that are made.
     pub models: PathBuf,
     pub threads: usize,
+    pub quick: bool,
 }
 
 /// What a round gave.
@@ -161,7 +162,8 @@ impl Runner<'_> {
         }
         let root = format!("{}/", self.root.display());
         let told = told.iter().map(|word| word.replace(&root, ""));
-        let told = shlex::try_join(told.collect::<Vec<_>>().iter().map(String::as_str))?;
+        let told: Vec<String> = told.map(|word| quoted(&word)).collect();
+        let told = told.join(" ");
         let env = run
             .env
             .iter()
@@ -183,7 +185,7 @@ impl Runner<'_> {
             seconds: start.elapsed().as_secs_f64(),
         };
         if run.kind == Kind::Read {
-            let rate = bandwidth::read(self.threads);
+            let rate = bandwidth::read(self.threads, self.quick);
             return Ok(done(vec![json!({ "read_bytes_per_s": rate })]));
         }
         let line = self.line(run)?;
@@ -293,6 +295,15 @@ impl Runner<'_> {
 
 /// Names that stand for programs in a plan, and that of the comparison.
 const PROGRAMS: [&str; 5] = ["hae-stock", "hae", "suite", "kv", "controller"];
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./,:=+%@".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
 
 /// The programs that a run takes.
 pub fn needs(run: &Run) -> Vec<&'static str> {

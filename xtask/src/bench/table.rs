@@ -50,7 +50,7 @@ impl<'a> Samples<'a> {
         }
         // A policy that looks cells up is another one than it is without.
         if let Some(policy) = row.get("kv_policy").and_then(Value::as_str) {
-            let looks = row.get("attend").is_some_and(|attend| !attend.is_null());
+            let looks = row.get("attend").is_some_and(looks);
             let policy = format!("{policy}{}", if looks { " --attend" } else { "" });
             fields.insert("policy".into(), policy.into());
         }
@@ -254,6 +254,16 @@ fn plain_json(value: &Value) -> String {
         Value::String(text) => text.clone(),
         other => other.to_string(),
     }
+}
+
+/// Whether such an `attend` leaves anything out: a share of 1 is attention to everything.
+fn looks(attend: &Value) -> bool {
+    let amounts = ["vision", "text"].map(|kind| attend.get(kind));
+    let mut amounts = amounts
+        .into_iter()
+        .flatten()
+        .filter(|amount| !amount.is_null());
+    amounts.any(|amount| amount.get("share").and_then(Value::as_f64) != Some(1.0))
 }
 
 /// The head of a column of a row's fields.
