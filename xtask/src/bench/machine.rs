@@ -68,7 +68,8 @@ impl Machine {
                 let widest = self
                     .widest()
                     .map_or(String::new(), |word| format!(" {word}"));
-                format!("{}{widest} {} cores", self.cpu, self.cores)
+                let lacks = if gpu { " without gpu" } else { "" };
+                format!("{}{widest} {} cores{lacks}", self.cpu, self.cores)
             }
         };
         let name = name.to_lowercase();
@@ -146,7 +147,8 @@ pub(super) mod tests {
     fn a_page_is_named_after_what_sets_a_machine_apart() {
         let mut machine = machine();
         assert_eq!(machine.features, ["avx2", "avx512f", "avx512_fp16"]);
-        assert_eq!(machine.slug(true), "amd-epyc-avx512-2-cores");
+        assert_eq!(machine.slug(false), "amd-epyc-avx512-2-cores");
+        assert_eq!(machine.slug(true), "amd-epyc-avx512-2-cores-without-gpu");
         machine.features = features("avx2 amx_tile avx512f");
         assert_eq!(machine.slug(false), "amd-epyc-amx-2-cores");
         machine.gpus = vec!["NVIDIA H200, 570.1, 143771 MiB".into(); 2];

@@ -1,7 +1,6 @@
 //! One page a machine, `docs/performance/MACHINE.md`: tables between markers, prose by hand around them.
 
 use std::collections::BTreeSet;
-use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
@@ -108,7 +107,9 @@ impl Source<'_> {
             .count();
         let samples = Samples::new(lines);
         let below = self.below(part, runs, lines, missing);
-        let mut out = Vec::new();
+        // All tables of a part come of the same commands; they stand below the last.
+        let commands = commands(lines).join("\n");
+        let mut out: Vec<Ready> = Vec::new();
         for table in &part.tables {
             if let Some(markdown) = samples.markdown(table)? {
                 out.push(Ready {
@@ -117,9 +118,12 @@ impl Source<'_> {
                     part: part.name.clone(),
                     about: part.about.clone(),
                     name: table.name.clone(),
-                    text: format!("{markdown}\n{below}"),
+                    text: format!("{markdown}\n{below}\n"),
                 });
             }
+        }
+        if let Some(last) = out.last_mut() {
+            last.text += &format!("\n```\n{commands}\n```\n");
         }
         Ok(out)
     }
@@ -142,8 +146,8 @@ impl Source<'_> {
             1 => "one run each".to_owned(),
             n => format!("medians of {n} rounds by turns"),
         };
-        let mut out = format!(
-            "{}. Built with {}. {}, {dates}. `cargo xtask bench {} {}`, {medians}, {} threads{}:\n\n```\n",
+        format!(
+            "{}. Built with {}. {}, {dates}. `cargo xtask bench {} {}`, {medians}, {} threads{}.",
             line.machine.words(),
             line.origin.build.words(),
             sentence(&line.origin.words()),
@@ -154,11 +158,7 @@ impl Source<'_> {
                 0 => String::new(),
                 n => format!("; {n} of {} runs are missing", runs.len()),
             }
-        );
-        for command in commands(lines) {
-            _ = writeln!(out, "{command}");
-        }
-        out + "```\n"
+        )
     }
 }
 

@@ -66,7 +66,7 @@ fn a_table_is_of_one_commit_the_newest_that_has_all_of_it() {
         "{text}"
     );
     let below = "2 cores, 23 GiB. Built with release, rustc 1.90.0, `-C target-cpu=native`, cc 13. \
-                 Commit `aaaaaaa`, 2026-01-02. `cargo xtask bench cpu p`, one run each, 2 threads:\n\n\
+                 Commit `aaaaaaa`, 2026-01-02. `cargo xtask bench cpu p`, one run each, 2 threads.\n\n\
                  ```\nhae bench\n```\n";
     assert!(text.ends_with(below), "{text}");
     lines.push(result(&plan, "b", "bbbbbbb", 4.0));
@@ -78,7 +78,7 @@ fn a_table_is_of_one_commit_the_newest_that_has_all_of_it() {
     // Nothing whole: the newest, and what is missing is said.
     let text = &tables(&plan, &lines[2..3])[0].text;
     assert!(
-        text.contains("| a | 3.00 |\n\n") && text.contains("2 threads; 1 of 2 runs are missing:"),
+        text.contains("| a | 3.00 |\n\n") && text.contains("2 threads; 1 of 2 runs are missing."),
         "{text}"
     );
     // A result whose arguments are no longer in the plan is none of it.
