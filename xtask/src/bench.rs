@@ -29,9 +29,6 @@ use plan::{Kind, Part, Plan, Run};
 use results::{Line, Setting, Store};
 use runner::Runner;
 
-/// The middle value, the mean of both where there are two; `None` of none.
-pub use table::median;
-
 #[derive(clap::Args)]
 pub struct Args {
     /// cpu or cuda: a plan in benches/

@@ -7,6 +7,7 @@
 mod bench;
 mod layout;
 mod libclang;
+mod median;
 mod overhead;
 mod patch;
 mod pin;

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::bench::median;
+use crate::median::median;
 use crate::{setup, steps, vendor};
 
 #[derive(clap::Args)]

@@ -60,14 +60,14 @@ fn executable(root: &Path, name: &str, args: &[&str]) -> Result<PathBuf> {
     let output = output.with_context(|| format!("cannot run cargo {}", args.join(" ")))?;
     ensure!(output.status.success(), "the build failed");
     let text = String::from_utf8_lossy(&output.stdout);
-    let found = text.lines().filter_map(|line| {
+    let mut found = text.lines().rev().filter_map(|line| {
         let message: Value = serde_json::from_str(line).ok()?;
         let is = message.pointer("/target/name")?.as_str()? == name;
         let path = message.get("executable")?.as_str()?;
         is.then(|| PathBuf::from(path))
     });
     found
-        .last()
+        .next()
         .with_context(|| format!("cargo named no program {name}"))
 }
 

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::plan::{Column, Table, plain};
 use super::results::Line;
+use crate::median::median;
 
 /// One measurement of one program.
 struct Sample<'a> {
@@ -199,7 +200,7 @@ impl<'a> Samples<'a> {
     /// The figures of the results that `is` takes; of those that differ in the column's `best` field
     /// the ones with the smallest median.
     fn choose(&self, column: &Column, is: impl Fn(&Sample) -> bool) -> Result<Option<Chosen>> {
-        let mut groups: Vec<(Value, Vec<((usize, usize), f64)>)> = Vec::new();
+        let mut groups: Vec<(Value, Figures)> = Vec::new();
         for sample in self.all.iter().filter(|sample| is(sample)) {
             let Some(value) = self.figure(sample, &column.value) else {
                 continue;
@@ -222,7 +223,7 @@ impl<'a> Samples<'a> {
             }
             group.push((sample.round, value));
         }
-        let middle = |values: &[((usize, usize), f64)]| {
+        let middle = |values: &Figures| {
             median(values.iter().map(|(_, value)| *value).collect()).unwrap_or(f64::INFINITY)
         };
         groups.sort_by(|a, b| middle(&a.1).total_cmp(&middle(&b.1)));
@@ -236,8 +237,11 @@ impl<'a> Samples<'a> {
     }
 }
 
+/// Rounds, as in [`Sample::round`], and what was measured in each.
+type Figures = Vec<((usize, usize), f64)>;
+
 struct Chosen {
-    values: Vec<((usize, usize), f64)>,
+    values: Figures,
     /// Which of several it is.
     named: Option<String>,
 }
@@ -309,15 +313,6 @@ fn number(value: f64, digits: usize) -> String {
         out.push(digit);
     }
     out + rest
-}
-
-/// The middle value, the mean of both where there are two; `None` of none.
-pub fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => None,
-        n => Some((values[(n - 1) / 2] + values[n / 2]) / 2.0),
-    }
 }
 
 #[cfg(test)]

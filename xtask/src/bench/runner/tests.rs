@@ -44,7 +44,7 @@ fn runner<'a>(plan: &'a Plan, root: &'a Path, programs: Programs) -> Runner<'a> 
 fn commands_are_told_as_they_can_be_repeated() {
     let plan = Plan::parse(PLAN, "x").unwrap();
     let programs = Programs::from([("hae".to_owned(), PathBuf::from("/far/hae"))]);
-    let root = Path::new("/root");
+    let root = Path::new("/clone");
     let runner = runner(&plan, root, programs);
     let runs = plan.runs(&plan.parts[0], false).unwrap();
     let told: Vec<String> = runs.iter().map(|run| runner.told(run).unwrap()).collect();
@@ -54,14 +54,14 @@ fn commands_are_told_as_they_can_be_repeated() {
             "taskset -c 0,1 hae bench -m full/m.gguf -t 4 -r 1 --no-warmup -n 8 --kv-policy full -o jsonl",
             "taskset -c 0,1 hae-stock -m full/m.gguf -t 4 -n 8",
             "SPINS=0 hae bench -m full/m.gguf -r 5 -t 1 -p 'a b' -o jsonl",
-            "suite --out /root",
+            "suite --out /clone",
         ]
     );
     assert_eq!(runner.line(&runs[2]).unwrap().words[0], "/far/hae");
     let can: Vec<bool> = runs.iter().map(|run| runner.can(run)).collect();
     assert_eq!(can, [true, false, true, false]);
     let error = runner.make("m").err().unwrap().to_string();
-    assert_eq!(error, "/root/full/m.gguf: missing");
+    assert_eq!(error, "/clone/full/m.gguf: missing");
 }
 
 /// A command of the plan, run in a folder of its own.

@@ -20,13 +20,6 @@ fn markdown(lines: &[Line], text: &str) -> String {
 }
 
 #[test]
-fn the_median_of_an_even_number_lies_between_the_middle_two() {
-    assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
-    assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), Some(2.5));
-    assert_eq!(median(vec![]), None);
-}
-
-#[test]
 fn ratios_are_medians_of_rounds_and_not_ratios_of_medians() {
     // The machine slows down on the way, and the second round of `hae` is the odd one.
     let rounds = [(100.0, 50.0), (1000.0, 900.0), (2000.0, 1000.0)];
