@@ -214,10 +214,14 @@ impl Runner<'_> {
         let criterion = self.out.join("criterion");
         let mut command = Command::new(&line.words[0]);
         command.args(&line.words[1..]).current_dir(self.root);
-        // Each waits for its threads as it does by itself: cargo sets one of them for what it starts.
+        // hae and llama.cpp wait for their threads as they do by themselves: cargo sets one of these for
+        // what it starts. Tests and benchmarks, which set nothing for themselves, get what cargo sets.
         command
             .env_remove("GOMP_SPINCOUNT")
             .env_remove("OMP_WAIT_POLICY");
+        if matches!(run.kind, Kind::Command { .. }) {
+            command.env("GOMP_SPINCOUNT", SPINS);
+        }
         if let Kind::Command {
             criterion: true, ..
         } = run.kind
@@ -292,6 +296,9 @@ impl Runner<'_> {
         Ok(done(rows))
     }
 }
+
+/// As in `.cargo/config.toml`.
+const SPINS: &str = "10000";
 
 /// Names that stand for programs in a plan, and that of the comparison.
 const PROGRAMS: [&str; 5] = ["hae-stock", "hae", "suite", "kv", "controller"];
