@@ -136,10 +136,14 @@ fn main() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("wide.gguf");
     wide::write(&path, N_LAYER);
+    // One JSON object a figure, for `cargo xtask bench`.
+    let json = std::env::args().any(|word| word == "--jsonl");
     let model = Model::load(&path, &ModelOptions::default()).expect("a model");
-    println!(
-        "{KEPT} kept of {FILLED} cells, {N_LAYER} layers, F16, {THREADS} threads; medians of {ROUNDS}"
-    );
+    if !json {
+        println!(
+            "{KEPT} kept of {FILLED} cells, {N_LAYER} layers, F16, {THREADS} threads; medians of {ROUNDS}"
+        );
+    }
     for flash in [true, false] {
         let mut engine = engine(&model, flash);
         let names = ["compact", "shrink to 1024", "grow to 2560"];
@@ -168,6 +172,27 @@ fn main() {
                 times[1].push(back);
                 times[2].push(token);
             }
+        }
+        if json {
+            let print = |what: &str, times: &mut [f64]| {
+                let (flash, ms) = (if flash { "on" } else { "off" }, median(times));
+                println!(
+                    "{}",
+                    serde_json::json!({ "what": what, "flash_attn": flash, "ms": ms })
+                );
+            };
+            for (name, times) in names.iter().zip(&mut times) {
+                print(name, times);
+            }
+            for (n, times) in ROWS.into_iter().zip(&mut rows) {
+                let parts = ["out", "back", "the next token"];
+                for (part, times) in parts.iter().zip(times) {
+                    print(&format!("{n} rows: {part}"), times);
+                }
+            }
+            print("a token before", &mut before);
+            print("a token after", &mut after);
+            continue;
         }
         let kept = wide::LAYER_BYTES * u64::from(N_LAYER) * KEPT as u64 / (1 << 20);
         println!("\nflash attention {flash}: {n_moves} moves, {kept} MiB kept");

@@ -1,11 +1,13 @@
 //! The chores of the repository:
-//! `cargo xtask setup | vendor | demo | model | overhead | test | sanitize`.
+//! `cargo xtask setup | vendor | demo | model | overhead | bench | test | sanitize`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
 
+mod bench;
 mod layout;
 mod libclang;
+mod median;
 mod overhead;
 mod patch;
 mod pin;
@@ -53,6 +55,11 @@ enum Command {
     },
     /// Time `--kv-policy full` beside llama.cpp as its crate comes, built without patches
     Overhead(overhead::Args),
+    /// Measure what docs/performance.md states and write its tables, one page a machine
+    Bench(bench::Args),
+    /// Keep a processor busy as long as the process PARENT lives
+    #[command(hide = true)]
+    Spin { parent: u32 },
     /// Set up and run every check and test
     Test,
     /// Run the tests of the cache with llama.cpp under the address and undefined-behaviour
@@ -91,6 +98,11 @@ fn main() -> ExitCode {
             which: Which::Full { args },
         } => steps::full_model(root, &args),
         Command::Overhead(args) => overhead::run(root, &args).map(|()| 0),
+        Command::Bench(args) => bench::run(root, &args),
+        Command::Spin { parent } => {
+            bench::spin(parent);
+            Ok(0)
+        }
         Command::Test => steps::test(root),
         Command::Sanitize { filters } => sanitize::run(root, &filters),
     };

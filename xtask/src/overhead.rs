@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
+use crate::median::median;
 use crate::{setup, steps, vendor};
 
 #[derive(clap::Args)]
@@ -50,26 +51,10 @@ struct Run {
 pub fn run(root: &Path, args: &Args) -> Result<()> {
     setup::run()?;
     vendor::run(root)?;
-    vendor::unpatched(root, &root.join("target/unpatched"))?;
-    const STOCK: &str = "benches/stock/Cargo.toml";
-    let builds: [&[&str]; 2] = [
-        &[
-            "build",
-            "--release",
-            "--manifest-path",
-            STOCK,
-            "--target-dir",
-            "target/stock",
-        ],
-        &["build", "--release", "--bin", "hae"],
-    ];
-    for build in builds {
-        ensure!(steps::cargo(root, build)?.success(), "the build failed");
-    }
-    let programs = [
-        root.join("target/stock/release/hae-stock"),
-        root.join("target/release/hae"),
-    ];
+    let stock = build_stock(root, "")?;
+    let build = steps::cargo(root, &["build", "--release", "--bin", "hae"])?;
+    ensure!(build.success(), "the build failed");
+    let programs = [stock, root.join("target/release/hae")];
     if args.build {
         programs.iter().for_each(|p| println!("{}", p.display()));
         return Ok(());
@@ -91,11 +76,31 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
         let columns = runs.each_ref().map(|r| r.iter().filter_map(of).collect());
         let [stock, ours]: [Vec<f64>; 2] = columns;
         let ratios = ours.iter().zip(&stock).map(|(ours, stock)| ours / stock);
-        let ratio = median(ratios.collect());
-        let (stock, ours) = (median(stock), median(ours));
+        let [ratio, stock, ours] =
+            [ratios.collect(), stock, ours].map(|values| median(values).unwrap_or(f64::NAN));
         println!("{name:<12}{stock:14.2}{ours:14.2}{ratio:9.4}");
     }
     Ok(())
+}
+
+/// Builds the timing program on the crates without patches, and says where it lies.
+///
+/// # Errors
+/// When a crate cannot be had or the build fails.
+pub fn build_stock(root: &Path, features: &str) -> Result<PathBuf> {
+    vendor::unpatched(root, &root.join("target/unpatched"))?;
+    let mut args = vec![
+        "build",
+        "--release",
+        "--manifest-path",
+        "benches/stock/Cargo.toml",
+    ];
+    args.extend(["--target-dir", "target/stock"]);
+    if !features.is_empty() {
+        args.extend(["--features", features]);
+    }
+    ensure!(steps::cargo(root, &args)?.success(), "the build failed");
+    Ok(root.join("target/stock/release/hae-stock"))
 }
 
 fn measure(program: &Path, ours: bool, args: &Args) -> Result<Run> {
@@ -125,25 +130,4 @@ fn measure(program: &Path, ours: bool, args: &Args) -> Result<Run> {
     ensure!(output.status.success(), "{}: {error}", program.display());
     let line = String::from_utf8_lossy(&output.stdout);
     serde_json::from_str(line.trim()).with_context(|| format!("{}: {line}", program.display()))
-}
-
-/// The middle value, the mean of both where there are two.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        n => (values[(n - 1) / 2] + values[n / 2]) / 2.0,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::median;
-
-    #[test]
-    fn the_median_of_an_even_number_lies_between_the_middle_two() {
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert!(median(vec![]).is_nan());
-    }
 }

@@ -153,6 +153,13 @@ pub fn cargo_with(
     args: &[&str],
     variables: &[(String, OsString)],
 ) -> Result<ExitStatus> {
+    cargo_command(root, args, variables)
+        .status()
+        .with_context(|| format!("cannot run cargo {}", args.join(" ")))
+}
+
+/// Such a command, to be run by the caller; it is printed here.
+pub fn cargo_command(root: &Path, args: &[&str], variables: &[(String, OsString)]) -> Command {
     eprintln!("$ cargo {}", args.join(" "));
     let mut command = Command::new(pin::cargo());
     command.args(args).current_dir(root);
@@ -166,6 +173,4 @@ pub fn cargo_with(
     }
     command.envs(variables.iter().map(|(name, value)| (name, value)));
     command
-        .status()
-        .with_context(|| format!("cannot run cargo {}", args.join(" ")))
 }
