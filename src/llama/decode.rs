@@ -47,8 +47,7 @@ impl LlamaEngine {
             n_vocab: self.model.n_vocab(),
             n_embd: self.model.n_embd(),
         };
-        let hidden = self.trial.as_deref().and_then(|t| t.hidden.as_ref());
-        let raw = self.rows.batch(parts, takes, hidden)?;
+        let raw = self.rows.batch(parts, takes)?;
         self.outputs.clear();
         let non_causal =
             self.options.non_causal_images && matches!(input, Input::Embeddings { .. });
@@ -73,15 +72,14 @@ impl LlamaEngine {
         self.begin_lookup(lookup)?;
         self.observer.get_mut().begin(&self.rows.queries);
         // Until they are dropped, whatever happens meanwhile.
-        let first_layer = self.go_on(&input)?;
         let attends_to_all = non_causal.then(|| NonCausal::new(self.raw));
+        self.go_on(&input)?;
         log::forget();
         // SAFETY: every pointer in the batch is null or points to n_tokens valid elements that
         // outlive the call (llama.cpp only reads them); token ids and lengths were checked; the
         // observer is not touched by anyone else during the call.
         let status = unsafe { sys::llama_decode(self.ctx.as_mut_ptr(), raw) };
         drop(attends_to_all);
-        drop(first_layer);
         // What the callback sees is of the only one with query rows, if there is one.
         let asked = parts.iter().position(|p| !p.batch.queries.is_empty());
         let asked = asked.unwrap_or(0);
@@ -113,8 +111,7 @@ impl LlamaEngine {
                         taps::read_layers(&mut self.ctx, n_layers, n_asked, parts)?;
                     }
                 }
-                self.account(parts, &mut taken)?;
-                self.pass_on(&input, &taken)
+                self.account(parts, &mut taken)
             });
         self.taken = taken;
         match done {

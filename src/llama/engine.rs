@@ -9,7 +9,6 @@ use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_sys_2 as sys;
 
 use super::callback::{Owned, on_node};
-use super::layers::Hidden;
 use super::memory::OwnBlocks;
 use super::observer::Observer;
 use super::options::{ContextOptions, FlashAttention};
@@ -51,8 +50,6 @@ pub struct LlamaEngine {
     pub(super) on_device: Option<SequenceState>,
     /// A context of the first layers, during a trial run or kept for the next one.
     pub(super) trial: Option<Box<LlamaEngine>>,
-    /// In a trial run: what its tokens were when they came to the last layer.
-    pub(super) hidden: Option<Hidden>,
     /// Query rows of a batch that the graph has buffers for.
     pub(super) tap_rows: u32,
     /// Rows of the last batch that have logits, and whose they are: reading absent ones would end
@@ -204,7 +201,6 @@ impl LlamaEngine {
             options,
             n_ctx,
             trial: None,
-            hidden: None,
             tap_rows,
             outputs: Vec::new(),
             looks_up,

@@ -2,7 +2,6 @@
 
 use llama_cpp_sys_2 as sys;
 
-use super::layers::Hidden;
 use crate::cache::Pos;
 use crate::engine::{Batch, Input, Part, SeqId, Token};
 use crate::error::{Error, Result};
@@ -19,14 +18,12 @@ pub(super) struct Rows {
     /// What each `seq_id` points to: one a part.
     seqs: Vec<sys::llama_seq_id>,
     logits: Vec<i8>,
-    /// Tokens of several parts.
+    /// Tokens of several parts, or in place of those that go on from a trial run.
     tokens: Vec<Token>,
     /// Rows of the batch whose attention is wanted.
     pub queries: Vec<u32>,
     /// For each part that has some of these, how many there are up to its last.
     pub ends: Vec<i32>,
-    /// What goes on from a trial run.
-    hidden: Vec<f32>,
 }
 
 /// What a context takes.
@@ -87,16 +84,11 @@ fn check_rows(batch: &Batch<'_>, most: usize) -> Result<()> {
 impl Rows {
     /// Fills the per-row arrays and returns a batch that points to them and, if there is a single
     /// part, to its input. That these can be the parts of a pass and that there are such sequences
-    /// was checked. `hidden`: what a trial run has kept.
+    /// was checked.
     ///
     /// # Errors
     /// [`Error::Llama`] for tokens, positions, query rows or sizes that cannot be.
-    pub fn batch(
-        &mut self,
-        parts: &[Part<'_>],
-        takes: Takes,
-        hidden: Option<&Hidden>,
-    ) -> Result<sys::llama_batch> {
+    pub fn batch(&mut self, parts: &[Part<'_>], takes: Takes) -> Result<sys::llama_batch> {
         self.clear();
         self.seqs.extend(parts.iter().map(|part| part.batch.seq));
         let (mut token, mut embd) = (std::ptr::null_mut(), std::ptr::null_mut());
@@ -143,11 +135,10 @@ impl Rows {
                     embd = data.as_ptr().cast_mut();
                 }
                 Input::Trial(cells) => {
-                    hidden
-                        .ok_or_else(Hidden::absent)?
-                        .take(cells, &mut self.hidden)?;
+                    // What they are is in the trial run's context: any will do.
+                    self.tokens.resize(cells.len(), 0);
                     self.pos.extend(batch.pos);
-                    embd = self.hidden.as_ptr().cast_mut();
+                    token = self.tokens.as_mut_ptr();
                 }
             }
         }

@@ -47,7 +47,7 @@ impl LlamaEngine {
     /// Of a trial run's own context: forgets the run.
     fn empty(&mut self) -> Result<()> {
         self.clear();
-        self.keep_hidden(None)?;
+        self.keep_hidden(false)?;
         self.tidy()?;
         self.moved.clear();
         Ok(())
@@ -75,7 +75,7 @@ impl TrialRuns for LlamaEngine {
         let engine = kept.ok_or_else(|| Error::contract("a trial run without score layers"))?;
         let engine = self.trial.insert(engine);
         engine.grow(n_cells)?;
-        engine.keep_hidden(goes_on.then_some(n_cells))?;
+        engine.keep_hidden(goes_on)?;
         Ok(engine.as_mut())
     }
 

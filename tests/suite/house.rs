@@ -72,6 +72,7 @@ fn only_the_llama_module_names_llama_cpp_or_unsafe() {
         "flash.rs",
         "kv_streams.rs",
         "kv_twin.rs",
+        "midway_calls.rs",
         "refused.rs",
         "taps_limits.rs",
         "taps_oracle.rs",

@@ -458,7 +458,7 @@ fn several_streams_are_refused() {
         assert_eq!(got, UNSUPPORTED);
         let got = sys::llama_hae_kv_rows_set(ctx, 0, pa.cast(), 1, data, 16, pb);
         assert_eq!(got, UNSUPPORTED);
-        let got = sys::llama_hae_kv_copy_layers(ctx, other, 1, pa, pb, 1);
-        assert_eq!(got, UNSUPPORTED);
+        let got = sys::llama_hae_layers_from(ctx, other, pa, 1);
+        assert_eq!(got, sys::LLAMA_HAE_LAYERS_ERR_ARGUMENT);
     }
 }

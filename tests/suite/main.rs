@@ -52,6 +52,7 @@ mod lookup_shapes;
 mod lookup_windows;
 mod masked;
 mod midway;
+mod midway_calls;
 mod model;
 #[cfg(target_os = "linux")]
 mod no_memory;
