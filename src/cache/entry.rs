@@ -40,6 +40,21 @@ pub struct Entry {
     pub latest: f32,
 }
 
+/// The cells of a [`super::Ledger`], empty ones included, for loops that are to be vectorised.
+#[derive(Clone, Copy, Debug)]
+pub struct Columns<'a> {
+    /// `[cells]`, negative where the cell is empty. What else is said of that cell means nothing.
+    pub pos: &'a [Pos],
+    /// `[cells]`
+    pub modality: &'a [Modality],
+    /// `[cells]`
+    pub state: &'a [State],
+    /// `[cells]`, as [`Entry::sum`].
+    pub sum: &'a [f32],
+    /// `[cells]`, as [`Entry::seen`].
+    pub seen: &'a [f32],
+}
+
 /// The occupied cells of a [`super::Ledger`].
 pub struct Entries<'a> {
     pub(super) cells: Range<usize>,

@@ -1,11 +1,12 @@
 //! The ledger: for every cell of the KV cache, the token in it and the attention it has had.
 
+mod attention;
 mod saved;
 
 use std::ops::Range;
 
 use super::counts::Counts;
-use super::entry::{EMPTY, Entries, Entry, NO_IMAGE};
+use super::entry::{Columns, EMPTY, Entries, Entry, NO_IMAGE};
 use super::{Cell, Modality, Observation, Pos, State};
 use crate::error::{Error, Result};
 
@@ -255,56 +256,51 @@ impl Ledger {
     /// [`Error::NanScore`] when an occupied cell's score would not be a finite number; the ledger
     /// is then unchanged.
     pub fn observe(&mut self, seen: &Observation, decay: f32) -> Result<()> {
-        match seen.queries.as_slice() {
-            [] => Ok(()),
-            // A decoding step: one comparison a cell, no search, and the loops vectorise.
-            &[query] => self.accumulate(seen, decay, |pos| (pos as u32 <= query as u32) as u32),
-            queries => self.accumulate(seen, decay, |pos| match pos {
-                EMPTY => 0,
-                pos => (queries.len() - queries.partition_point(|&query| query < pos)) as u32,
-            }),
+        let queries = seen.queries.as_slice();
+        if queries.is_empty() {
+            return Ok(());
         }
-    }
-
-    fn accumulate(
-        &mut self,
-        seen: &Observation,
-        decay: f32,
-        rows: impl Fn(Pos) -> u32,
-    ) -> Result<()> {
         let n = self.pos.len().min(seen.sum.len()).min(seen.max.len());
-        let pos = &self.pos[..n];
         let (add, peak) = (&seen.sum[..n], &seen.max[..n]);
-        let (sum, max) = (&mut self.sum[..n], &mut self.max[..n]);
-        let exposure = &mut self.seen[..n];
-
-        let finite = |i: usize, sum: &[f32]| {
-            rows(pos[i]) == 0 || (sum[i] * decay + add[i]).is_finite() & peak[i].is_finite()
+        let finite = match *queries {
+            [query] => attention::is_finite(
+                (&self.pos[..n], query),
+                (&self.sum[..n], decay),
+                (add, peak),
+            ),
+            _ => false,
         };
-        let mut all_finite = true;
-        for i in 0..n {
-            all_finite &= finite(i, sum);
+        if !finite {
+            self.check_finite(queries, add, peak, decay)?;
         }
-        if !all_finite {
-            let i = (0..n).find(|&i| !finite(i, sum)).unwrap_or(0);
-            let total = sum[i] * decay + add[i];
-            let value = if total.is_finite() { peak[i] } else { total };
-            return Err(Error::NanScore { pos: pos[i], value });
-        }
-
-        let latest = &mut self.latest[..n];
-        for i in 0..n {
-            let rows = rows(pos[i]);
-            let visible = rows > 0;
-            let add = if visible { add[i] } else { 0.0 };
-            latest[i] += add;
-            sum[i] = sum[i] * decay + add;
-            max[i] = max[i].max(if visible { peak[i] } else { 0.0 });
-            exposure[i] = exposure[i] * decay + rows as f32;
+        let columns = attention::Columns {
+            pos: &self.pos[..n],
+            add,
+            peak,
+            sum: &mut self.sum[..n],
+            max: &mut self.max[..n],
+            exposure: &mut self.seen[..n],
+            latest: &mut self.latest[..n],
+        };
+        match *queries {
+            [query] => attention::add_of_one(columns, query, decay),
+            _ => attention::add_of_some(columns, |pos| attention::rows(queries, pos), decay),
         }
         if decay != 1.0 {
             self.sum[n..].iter_mut().for_each(|sum| *sum *= decay);
             self.seen[n..].iter_mut().for_each(|seen| *seen *= decay);
+        }
+        Ok(())
+    }
+
+    /// Names the first visible cell whose score would not be finite.
+    fn check_finite(&self, queries: &[Pos], add: &[f32], peak: &[f32], decay: f32) -> Result<()> {
+        for (i, (&add, &peak)) in add.iter().zip(peak).enumerate() {
+            let (pos, total) = (self.pos[i], self.sum[i] * decay + add);
+            if attention::rows(queries, pos) > 0 && !(total.is_finite() && peak.is_finite()) {
+                let value = if total.is_finite() { peak } else { total };
+                return Err(Error::NanScore { pos, value });
+            }
         }
         Ok(())
     }
@@ -474,6 +470,18 @@ impl Ledger {
             seen: &self.seen[..n],
             latest: &self.latest[..n],
             cells,
+        }
+    }
+
+    /// What a choice among all tokens goes by, column by column, as far as [`Ledger::span`].
+    #[inline]
+    pub fn columns(&self) -> Columns<'_> {
+        Columns {
+            pos: &self.pos,
+            modality: &self.modality,
+            state: &self.state,
+            sum: &self.sum,
+            seen: &self.seen,
         }
     }
 

@@ -12,7 +12,7 @@ pub mod ranges;
 
 pub use bin::{BinOptions, BinStore};
 pub use counts::{Counts, PerModality};
-pub use entry::{Entries, Entry};
+pub use entry::{Columns, Entries, Entry};
 pub use ledger::{Ledger, SavedLedger};
 pub use observation::Observation;
 

@@ -24,9 +24,8 @@
 //!
 //! As a policy of its own, `ddes`, it also brings down prompts that are larger than the budget.
 
-use std::collections::BinaryHeap;
-
 use super::budget::Budget;
+use super::lowest::{CLASSES, Lowest};
 use super::options::at_least_zero;
 use super::scores::{Candidate, Guard, Norm};
 use super::{Held, Limits, OptionKey, Plan, PolicyOptions};
@@ -56,19 +55,12 @@ pub(super) fn check(options: &PolicyOptions) -> Result<()> {
     at_least_zero("hysteresis", options.hysteresis)
 }
 
-/// In the order in which they leave.
-const CLASSES: [Modality; 2] = [Modality::Vision, Modality::Text];
-
 fn class_of(modality: Modality) -> usize {
     usize::from(modality == Modality::Text)
 }
 
 /// One modality's part of a step. Buffers are reused.
 struct Class {
-    /// The lowest unprotected live token, if any is `open`.
-    lowest: Candidate,
-    /// How many live tokens are unprotected.
-    open: usize,
     /// The recycle bin's tokens, best first once sorted.
     binned: Vec<Candidate>,
     /// The lowest unprotected live tokens, ascending: first those that must leave, then those
@@ -93,6 +85,7 @@ pub(super) struct Ddes {
     /// 1 + hysteresis.
     factor: f32,
     classes: [Class; 2],
+    lowest: Lowest,
     /// Tokens in the bin after this step, with whether they were live before it.
     bin: Vec<(Modality, Candidate, bool)>,
 }
@@ -122,8 +115,6 @@ impl Ddes {
         let class = || Class {
             binned: Vec::with_capacity(bin_size.min(n_cells)),
             ascending: Vec::with_capacity(n_cells),
-            lowest: Candidate::LAST,
-            open: 0,
         };
         Ok(Ddes {
             norm: options.norm,
@@ -137,6 +128,7 @@ impl Ddes {
             restore: options.restore,
             factor: 1.0 + options.hysteresis as f32,
             classes: [class(), class()],
+            lowest: Lowest::new(options.norm, n_cells),
             bin: Vec::with_capacity(n_cells),
         })
     }
@@ -162,11 +154,11 @@ impl Ddes {
             live.saturating_sub(self.cells),
             self.cells.saturating_sub(live),
         );
-        let [vision, text] = &self.classes;
-        let vision_leaves = over.min(vision.open);
-        let leave = [vision_leaves, (over - vision_leaves).min(text.open)];
+        let [vision, text] = [0, 1].map(|class| self.lowest.n_open(class));
+        let vision_leaves = over.min(vision);
+        let leave = [vision_leaves, (over - vision_leaves).min(text)];
 
-        self.rank(leave, cache, &skip);
+        self.rank(leave, cache);
         self.bin.clear();
         // Text first, for the sake of the room; who leaves is settled above.
         for class in [1, 0] {
@@ -175,106 +167,68 @@ impl Ddes {
         self.settle(plan);
     }
 
-    /// One pass over the cache: who is lowest, who is binned. Gives the number of live cells.
+    /// Who is lowest, who is binned. Gives the number of live cells.
     fn scan(&mut self, cache: &Ledger, skip: impl Fn(Cell) -> bool) -> usize {
-        let open = self.guard.open(cache);
-        // Plain variables: the compiler keeps them in registers, which arrays by class are not.
-        let (mut low_vision, mut low_text) = (Candidate::LAST, Candidate::LAST);
-        let (mut open_vision, mut open_text, mut live) = (0, 0, 0);
-        let norm = self.norm;
-        let [vision, text] = &mut self.classes;
-        vision.binned.clear();
-        text.binned.clear();
-        for entry in cache.entries() {
-            if skip(entry.cell) {
+        self.lowest.scan(cache, self.guard.open(cache), &skip);
+        self.classes
+            .iter_mut()
+            .for_each(|class| class.binned.clear());
+        let cells = cache.columns();
+        let (mut binned, norm) = (cache.counts().binned.total(), self.norm);
+        let skipped =
+            |&i: &usize| skip(i as Cell) && cells.pos[i] >= 0 && cells.state[i] == State::Live;
+        let skipped = (0..cells.pos.len()).filter(skipped).count();
+        // A flag of several cells is found faster than that of one.
+        for (i, states) in cells.state.chunks(16).enumerate() {
+            if binned == 0 {
+                break;
+            }
+            if !states
+                .iter()
+                .fold(false, |any, &state| any | (state == State::Binned))
+            {
                 continue;
             }
-            let token = Candidate {
-                score: norm.score(&entry),
-                pos: entry.pos,
-                cell: entry.cell,
-            };
-            if entry.state == State::Binned {
-                match entry.modality {
-                    Modality::Vision => vision.binned.push(token),
-                    Modality::Text => text.binned.push(token),
+            for cell in i * 16..i * 16 + states.len() {
+                // An empty cell has any state.
+                if cells.state[cell] != State::Binned || cells.pos[cell] < 0 {
+                    continue;
                 }
-                continue;
-            }
-            live += 1;
-            if !open.contains(&entry.pos) {
-                continue;
-            }
-            match entry.modality {
-                Modality::Vision => {
-                    open_vision += 1;
-                    if token < low_vision {
-                        low_vision = token;
-                    }
+                binned -= 1;
+                if skip(cell as Cell) {
+                    continue;
                 }
-                Modality::Text => {
-                    open_text += 1;
-                    if token < low_text {
-                        low_text = token;
-                    }
-                }
+                self.classes[class_of(cells.modality[cell])]
+                    .binned
+                    .push(Candidate {
+                        score: norm.of(cells.sum[cell], cells.seen[cell]),
+                        pos: cells.pos[cell],
+                        cell: cell as Cell,
+                    });
             }
         }
-        (vision.lowest, vision.open) = (low_vision, open_vision);
-        (text.lowest, text.open) = (low_text, open_text);
-        live
+        cache.counts().live.total() - skipped
     }
 
     /// Fills `ascending` with as many of the lowest live tokens as the step can need, and sorts
-    /// `binned`. Mostly that is one token, which the scan has found already; otherwise a second
-    /// pass keeps the lowest in two heaps.
-    fn rank(&mut self, leave: [usize; 2], cache: &Ledger, skip: impl Fn(Cell) -> bool) {
-        let mut needed = [0; 2];
+    /// `binned`.
+    fn rank(&mut self, leave: [usize; 2], cache: &Ledger) {
         for (i, class) in self.classes.iter_mut().enumerate() {
-            class.ascending.clear();
-            let mut back = 0;
+            self.lowest.take(i, 1, cache, &mut class.ascending);
+            let mut needed = leave[i];
             if self.restore {
                 class.binned.sort_unstable_by(|a, b| b.cmp(a));
-                let threshold = class.lowest.score * self.factor;
-                back = class
+                let lowest = class.ascending.first().unwrap_or(&Candidate::LAST);
+                let threshold = lowest.score * self.factor;
+                needed += class
                     .binned
                     .partition_point(|token| token.score > threshold);
             }
-            needed[i] = (leave[i] + back).min(class.open);
-            class
-                .ascending
-                .extend((needed[i] == 1).then_some(class.lowest));
-        }
-        if needed.iter().all(|&needed| needed <= 1) {
-            return;
-        }
-        let (open, norm) = (self.guard.open(cache), self.norm);
-        // Converting between the two keeps the memory.
-        let mut heaps = self.classes.each_mut().map(|class| {
-            class.ascending.clear();
-            BinaryHeap::from(std::mem::take(&mut class.ascending))
-        });
-        cache
-            .entries()
-            .filter(|e| e.state == State::Live && open.contains(&e.pos) && !skip(e.cell))
-            .for_each(|e| {
-                let class = class_of(e.modality);
-                let heap = &mut heaps[class];
-                let token = Candidate {
-                    score: norm.score(&e),
-                    pos: e.pos,
-                    cell: e.cell,
-                };
-                if heap.len() < needed[class] {
-                    heap.push(token);
-                } else if let Some(mut highest) = heap.peek_mut()
-                    && token < *highest
-                {
-                    *highest = token;
-                }
-            });
-        for (class, heap) in self.classes.iter_mut().zip(heaps) {
-            class.ascending = heap.into_sorted_vec();
+            match needed {
+                0 => class.ascending.clear(),
+                1 => {}
+                _ => self.lowest.take(i, needed, cache, &mut class.ascending),
+            }
         }
     }
 

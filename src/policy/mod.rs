@@ -18,6 +18,7 @@ mod full;
 mod greedy;
 mod h2o;
 mod hae;
+mod lowest;
 mod mustdrop;
 mod options;
 mod pruning;

@@ -39,10 +39,16 @@ impl Norm {
     /// The score of a cell's token: the higher, the more worth keeping.
     #[inline]
     pub fn score(self, entry: &Entry) -> f32 {
+        self.of(entry.sum, entry.seen)
+    }
+
+    /// The same of a sum of attention and an exposure.
+    #[inline(always)]
+    pub(super) fn of(self, sum: f32, seen: f32) -> f32 {
         match self {
-            Norm::PerQuery if entry.seen > 0.0 => entry.sum / entry.seen,
+            Norm::PerQuery if seen > 0.0 => sum / seen,
             Norm::PerQuery => f32::INFINITY,
-            Norm::Sum => entry.sum,
+            Norm::Sum => sum,
         }
     }
 }

@@ -319,6 +319,7 @@ const ALLOWED: [(&str, &[&str]); 3] = [
             "ddes",
             "greedy",
             "h2o",
+            "lowest",
             "options",
             "random",
             "registered",

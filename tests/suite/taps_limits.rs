@@ -275,8 +275,50 @@ fn a_refused_batch_leaves_no_query_rows_behind() {
         batch.add(LlamaToken(3), pos, &[0], false).unwrap();
         assert_eq!(ask(&mut ctx, &[0]), 0);
         assert!(ctx.decode(&mut batch).is_err(), "{pos}");
+        // Nor the scores of the batch before it.
+        assert_eq!(in_view(&mut ctx), sys::LLAMA_HAE_TAPS_ERR_NOTHING, "{pos}");
         ctx.clear_kv_cache();
         scores(&mut ctx, 0, &[]);
         assert_eq!(in_view(&mut ctx), sys::LLAMA_HAE_TAPS_ERR_NOTHING, "{pos}");
     }
+}
+
+/// The scores have left the graph with the logits: they stay what they are until the next batch, whatever
+/// is asked of them, and whether or not they are read.
+#[test]
+fn scores_are_kept_until_the_next_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = small(&dir);
+    let mut ctx = context(&model, 2048, true, |_| {});
+    assert_eq!(tap(&mut ctx, &[0, 5]), 0);
+    let read = |ctx: &mut LlamaContext<'_>| {
+        let n = in_view(ctx);
+        let (mut sum, mut max) = (vec![0.0f32; 2048], vec![0.0f32; 2048]);
+        // SAFETY: the context is alive, both buffers hold as many values as said.
+        let read = unsafe {
+            sys::llama_hae_taps_read(ctx.as_mut_ptr(), sum.as_mut_ptr(), max.as_mut_ptr(), 2048)
+        };
+        assert_eq!(read, n);
+        (n, sum, max)
+    };
+    let mut before = None;
+    // One row and several, so that the buffer's parts move.
+    for (start, rows) in [(0, vec![511]), (512, vec![1, 300]), (1024, vec![0, 7, 9])] {
+        let total = scores(&mut ctx, start, &rows);
+        assert!(
+            (total - rows.len() as f64).abs() < 1e-3,
+            "{rows:?}: {total}"
+        );
+        let seen = read(&mut ctx);
+        assert_eq!(seen, read(&mut ctx));
+        assert_eq!(seen.0, start + 512);
+        assert_eq!(seen.1 == seen.2, rows.len() == 1, "{rows:?}");
+        assert_ne!(before.replace(seen.clone()), Some(seen));
+    }
+    // One that is not read, and one of no rows.
+    assert_eq!(ask(&mut ctx, &[5]), 0);
+    scores(&mut ctx, 1536, &[5]);
+    ctx.clear_kv_cache();
+    scores(&mut ctx, 0, &[]);
+    assert_eq!(in_view(&mut ctx), sys::LLAMA_HAE_TAPS_ERR_NOTHING);
 }
