@@ -3,7 +3,7 @@
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_sys_2 as sys;
 
-use super::devices::{self, Device};
+use super::devices;
 use super::{ContextOptions, LlamaEngine, Model};
 use crate::attend::Lookup;
 use crate::cache::Cell;
@@ -21,7 +21,7 @@ fn reason(call: &'static str, code: i32) -> Error {
 }
 
 /// Lets the context look up from now on, if that was asked for. Where it is the policy's wish, it is
-/// done where it is known to pay: on a CPU and by CUDA, for a model that can. Gives whether it is.
+/// done where it is known to pay: on a CPU, for a model that can. Gives whether it is.
 ///
 /// # Errors
 /// [`Error::Option`] for a model whose attention cannot be cut down to some cells.
@@ -34,11 +34,9 @@ pub(super) fn begin(
         return Ok(false);
     }
     let wish = options.by_policy.attend;
-    if wish && model.may_use_gpu() {
-        let pays = |device: &Device| !device.is_gpu || device.name.starts_with("CUDA");
-        if !devices::devices()?.iter().all(pays) {
-            return Ok(false);
-        }
+    // There attention to everything is as fast up to some ten thousand cells (docs/lookups.md).
+    if wish && model.may_use_gpu() && devices::devices()?.iter().any(|device| device.is_gpu) {
+        return Ok(false);
     }
     match allow(ctx, options) {
         Err(Error::Option { .. }) if wish => Ok(false),
