@@ -16,8 +16,6 @@ mod decode;
 mod devices;
 mod engine;
 mod exhausted;
-#[cfg(test)]
-mod flash;
 pub mod gguf;
 mod hparams;
 mod layers;

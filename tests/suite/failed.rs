@@ -42,23 +42,8 @@ fn context<'m>(model: &'m LlamaModel, left: &AtomicI64) -> LlamaContext<'m> {
 
 /// Decodes tokens at these positions: llama.cpp's status, and the last one's logits if it is 0.
 fn decode(ctx: &mut LlamaContext<'_>, pos: &[Pos]) -> (i32, Vec<f32>) {
-    let mut tokens: Vec<i32> = pos.iter().map(|p| 3 + p * 31 % 900).collect();
-    let (mut pos, mut seq) = (pos.to_vec(), 0);
-    let mut n_seq = vec![1; pos.len()];
-    let mut seqs = vec![&raw mut seq; pos.len()];
-    let mut logits = vec![0i8; pos.len()];
-    *logits.last_mut().unwrap() = 1;
-    let batch = sys::llama_batch {
-        n_tokens: pos.len() as i32,
-        token: tokens.as_mut_ptr(),
-        embd: std::ptr::null_mut(),
-        pos: pos.as_mut_ptr(),
-        n_seq_id: n_seq.as_mut_ptr(),
-        seq_id: seqs.as_mut_ptr(),
-        logits: logits.as_mut_ptr(),
-    };
-    // SAFETY: every array has as many elements as the batch says, and outlives the call.
-    let status = unsafe { sys::llama_decode(ctx.as_mut_ptr(), batch) };
+    let tokens: Vec<i32> = pos.iter().map(|p| 3 + p * 31 % 900).collect();
+    let status = fixture::decode(ctx, &tokens, pos, true);
     let out = match status {
         0 => ctx.get_logits_ith(-1).to_vec(),
         _ => Vec::new(),

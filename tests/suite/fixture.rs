@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 
 use hae::Error;
 use hae::convert::{self, Options, OutType, Summary};
+use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
+use llama_cpp_sys_2 as sys;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -155,6 +157,26 @@ pub fn backend() -> &'static LlamaBackend {
 pub fn load(path: &Path) -> LlamaModel {
     let params = LlamaModelParams::default().with_n_gpu_layers(0);
     LlamaModel::load_from_file(backend(), path, &params).unwrap()
+}
+
+/// Decodes tokens of sequence 0 at these positions: llama.cpp's status. `logits`: of the last one.
+pub fn decode(ctx: &mut LlamaContext<'_>, tokens: &[i32], pos: &[i32], logits: bool) -> i32 {
+    let (mut tokens, mut pos, mut seq) = (tokens.to_vec(), pos.to_vec(), 0);
+    let mut n_seq = vec![1; pos.len()];
+    let mut seqs = vec![&raw mut seq; pos.len()];
+    let mut outputs = vec![0i8; pos.len()];
+    *outputs.last_mut().unwrap() = logits.into();
+    let batch = sys::llama_batch {
+        n_tokens: pos.len() as i32,
+        token: tokens.as_mut_ptr(),
+        embd: std::ptr::null_mut(),
+        pos: pos.as_mut_ptr(),
+        n_seq_id: n_seq.as_mut_ptr(),
+        seq_id: seqs.as_mut_ptr(),
+        logits: outputs.as_mut_ptr(),
+    };
+    // SAFETY: every array has as many elements as the batch says, and outlives the call.
+    unsafe { sys::llama_decode(ctx.as_mut_ptr(), batch) }
 }
 
 /// The ids of a prompt as the processor makes them: every piece of text between pictures begins

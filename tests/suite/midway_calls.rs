@@ -8,7 +8,7 @@ use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_sys_2 as sys;
 
-use crate::fixture::{backend, load};
+use crate::fixture::{backend, decode, load};
 use crate::npz::max_abs_diff;
 use crate::precision;
 use crate::random_llama::{Shape, llama};
@@ -82,7 +82,7 @@ fn first<'m>(model: &'m LlamaModel, kind: Kind, tokens: &[i32]) -> LlamaContext<
     let mut ctx = context(model, kind, LAYER + 1);
     assert_eq!(keep(&mut ctx, LAYER), 0);
     for (chunk, pos) in tokens.chunks(16).zip((0..).step_by(16)) {
-        assert_eq!(take(&mut ctx, chunk, &range(pos, chunk.len()), false), 0);
+        assert_eq!(decode(&mut ctx, chunk, &range(pos, chunk.len()), false), 0);
     }
     ctx
 }
@@ -110,26 +110,6 @@ fn prompt(seed: i32, n: i32) -> Vec<i32> {
     (0..n).map(|i| 3 + (i * 7919 + seed * 131) % 900).collect()
 }
 
-/// llama.cpp's status of a batch.
-fn take(ctx: &mut LlamaContext<'_>, tokens: &[i32], pos: &[i32], logits: bool) -> i32 {
-    let (mut tokens, mut pos, mut seq) = (tokens.to_vec(), pos.to_vec(), 0);
-    let mut n_seq = vec![1; pos.len()];
-    let mut seqs = vec![&raw mut seq; pos.len()];
-    let mut outputs = vec![0i8; pos.len()];
-    *outputs.last_mut().unwrap() = logits.into();
-    let batch = sys::llama_batch {
-        n_tokens: pos.len() as i32,
-        token: tokens.as_mut_ptr(),
-        embd: std::ptr::null_mut(),
-        pos: pos.as_mut_ptr(),
-        n_seq_id: n_seq.as_mut_ptr(),
-        seq_id: seqs.as_mut_ptr(),
-        logits: outputs.as_mut_ptr(),
-    };
-    // SAFETY: every array has as many elements as the batch says, and outlives the call.
-    unsafe { sys::llama_decode(ctx.as_mut_ptr(), batch) }
-}
-
 /// Takes what these cells of `first` hold, at these positions; the last one's logits.
 fn go_on(
     ctx: &mut LlamaContext<'_>,
@@ -139,7 +119,7 @@ fn go_on(
 ) -> Vec<f32> {
     assert_eq!(from(ctx, first, cells), cells.len() as i32);
     // Which tokens they are is known already.
-    assert_eq!(take(ctx, &vec![0; pos.len()], pos, true), 0);
+    assert_eq!(decode(ctx, &vec![0; pos.len()], pos, true), 0);
     ctx.get_logits_ith(-1).to_vec()
 }
 
@@ -205,7 +185,7 @@ fn what_goes_on_leaves_what_a_whole_prefill_leaves() {
         let model = model(kind);
         let tokens = prompt(1, 64);
         let mut whole = context(&model, kind, 0);
-        assert_eq!(take(&mut whole, &tokens, &range(0, 64), true), 0);
+        assert_eq!(decode(&mut whole, &tokens, &range(0, 64), true), 0);
         let expected = whole.get_logits_ith(-1).to_vec();
         for n in [64, 16] {
             let mut first = first(&model, kind, &tokens);
@@ -292,7 +272,7 @@ fn graphs_are_kept_while_they_read_the_same() {
         drop(other);
         // An ordinary batch of the same shape computes all layers.
         let before = n_reused(&mut ctx);
-        assert_eq!(take(&mut ctx, &tokens[0][..16], &range(32, 16), true), 0);
+        assert_eq!(decode(&mut ctx, &tokens[0][..16], &range(32, 16), true), 0);
         assert_eq!(n_reused(&mut ctx), before);
         remove(&mut ctx, -1, -1);
     }
@@ -306,7 +286,7 @@ fn a_batch_whose_source_is_gone_is_refused() {
     let tokens = prompt(5, 32);
     let pos = range(0, 16);
     let mut whole = context(&model, F16, 0);
-    assert_eq!(take(&mut whole, &tokens[..16], &pos, true), 0);
+    assert_eq!(decode(&mut whole, &tokens[..16], &pos, true), 0);
     let expected = whole.get_logits_ith(-1).to_vec();
     type Change = fn(LlamaContext<'_>) -> Option<LlamaContext<'_>>;
     let changes: [(&str, Change); 7] = [
@@ -334,7 +314,7 @@ fn a_batch_whose_source_is_gone_is_refused() {
         }),
         ("decoded meanwhile", |mut ctx| {
             remove(&mut ctx, 3, 4);
-            assert_eq!(take(&mut ctx, &[7], &[3], false), 0);
+            assert_eq!(decode(&mut ctx, &[7], &[3], false), 0);
             Some(ctx)
         }),
     ];
@@ -346,9 +326,9 @@ fn a_batch_whose_source_is_gone_is_refused() {
         let n = from(&mut ctx, gone.as_mut().unwrap(), &cells(&pos));
         assert_eq!(n, 16, "{what}");
         let _left = change(gone.take().unwrap());
-        assert_eq!(take(&mut ctx, &[0; 16], &pos, true), -1, "{what}");
+        assert_eq!(decode(&mut ctx, &[0; 16], &pos, true), -1, "{what}");
         // What was refused is forgotten.
-        assert_eq!(take(&mut ctx, &tokens[..16], &pos, true), 0, "{what}");
+        assert_eq!(decode(&mut ctx, &tokens[..16], &pos, true), 0, "{what}");
         assert_same(ctx.get_logits_ith(-1), &expected, what);
         remove(&mut ctx, -1, -1);
         assert_same(&go_on(&mut ctx, one, &cells(&pos), &pos), &expected, what);
@@ -357,11 +337,11 @@ fn a_batch_whose_source_is_gone_is_refused() {
     let (mut one, mut ctx) = (first(&model, F16, &tokens), context(&model, F16, 0));
     go_on(&mut ctx, &mut one, &cells(&pos), &pos);
     drop(ctx);
-    assert_eq!(take(&mut one, &[7], &[40], false), 0);
+    assert_eq!(decode(&mut one, &[7], &[40], false), 0);
     let mut ctx = context(&model, F16, 0);
     go_on(&mut ctx, &mut one, &cells(&pos), &pos);
     drop(one);
-    assert_eq!(take(&mut ctx, &tokens[..16], &range(16, 16), true), 0);
+    assert_eq!(decode(&mut ctx, &tokens[..16], &range(16, 16), true), 0);
 }
 
 /// Contexts, layers and cells that cannot be, and batches of another size.
@@ -412,7 +392,7 @@ fn mistakes_are_refused() {
     let pos = range(0, 16);
     for n in [1, 15, 17, 30] {
         assert_eq!(from(&mut ctx, &mut one, &cells(&range(0, n))), n as i32);
-        assert_eq!(take(&mut ctx, &tokens[..16], &pos, true), -1, "{n}");
+        assert_eq!(decode(&mut ctx, &tokens[..16], &pos, true), -1, "{n}");
     }
     // Rows come without what entered the layers.
     let saved = rows(&mut one, 1);
@@ -426,9 +406,9 @@ fn mistakes_are_refused() {
     assert_eq!((got, cell), (1, 0));
     assert_eq!(from(&mut ctx, &mut one, &[0]), NOTHING, "from rows");
     // Nothing of these was left in the cache.
-    assert_eq!(take(&mut ctx, &tokens[..16], &pos, true), 0);
+    assert_eq!(decode(&mut ctx, &tokens[..16], &pos, true), 0);
     let mut never = context(&model, F16, LAYER + 1);
-    assert_eq!(take(&mut never, &tokens[..16], &pos, false), 0);
+    assert_eq!(decode(&mut never, &tokens[..16], &pos, false), 0);
     assert_eq!(from(&mut ctx, &mut never, &[0]), NOTHING, "never asked");
     assert_eq!(keep(&mut never, LAYER), 0);
     assert_eq!(from(&mut ctx, &mut never, &[0]), NOTHING, "asked too late");

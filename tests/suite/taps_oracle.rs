@@ -30,7 +30,7 @@ struct Seen {
 ///
 /// # Safety
 /// `data` points to a row of as many values of this type.
-pub unsafe fn values(kind: sys::ggml_type, data: *const u8, n: usize) -> Vec<f32> {
+unsafe fn values(kind: sys::ggml_type, data: *const u8, n: usize) -> Vec<f32> {
     // SAFETY: the caller's promise; rows are whole blocks.
     unsafe {
         let half = |at: usize| f16::from_bits(data.add(at).cast::<u16>().read_unaligned()).to_f32();
