@@ -1,7 +1,8 @@
 //! Attention on the CPU, operation by operation, against the same in F64 over the rows as the cache
 //! holds them (the patches `small-products-in-registers`, `flash-attention-tiles-of-all-types` and
 //! `flash-attention-of-a-few-queries`). For a few queries llama.cpp's own way of doing it (`use_ref`)
-//! is the yardstick: ours is no further off.
+//! is the yardstick: ours is no further off. One query goes through every device that is there
+//! (`cuda-attention-of-one-query`).
 
 use std::f64::consts::TAU;
 use std::ptr::{null, null_mut};
@@ -121,6 +122,52 @@ impl Call {
     /// As above; `of`: which cell's key and value lie in a cell. Hidden cells hold what is no number,
     /// where the type has it and queries are few: tiles read all cells.
     fn run_with(&self, reference: bool, of: fn(usize) -> usize) -> (Vec<f32>, Vec<f64>) {
+        self.run_by(of, &|graph| {
+            // SAFETY: the plan's memory lives until the end of the call.
+            unsafe {
+                let mut plan = sys::ggml_graph_plan(graph, self.threads, null_mut());
+                plan.use_ref = reference;
+                let mut work = vec![0u64; plan.work_size / 8 + 1];
+                plan.work_data = work.as_mut_ptr().cast();
+                let status = sys::ggml_graph_compute(graph, &mut plan);
+                assert_eq!(status, sys::GGML_STATUS_SUCCESS);
+                let out = sys::ggml_graph_node(graph, -1);
+                let n = usize::try_from(sys::ggml_nelements(out)).unwrap();
+                std::slice::from_raw_parts((*out).data.cast::<f32>(), n).to_vec()
+            }
+        })
+    }
+
+    /// By a device; `None` where it does not have this.
+    fn run_on(&self, device: sys::ggml_backend_dev_t) -> Option<(Vec<f32>, Vec<f64>)> {
+        let (got, want) = self.run_by(|cell| cell, &|graph| {
+            // SAFETY: the copy lies on the backend, and both are given back.
+            unsafe {
+                let op = sys::ggml_graph_node(graph, -1);
+                if !sys::ggml_backend_dev_supports_op(device, op) {
+                    return Vec::new();
+                }
+                let backend = sys::ggml_backend_dev_init(device, null());
+                assert!(!backend.is_null());
+                let copy = sys::ggml_backend_graph_copy(backend, graph);
+                let status = sys::ggml_backend_graph_compute(backend, copy.graph);
+                assert_eq!(status, sys::GGML_STATUS_SUCCESS);
+                let out = sys::ggml_graph_node(copy.graph, -1);
+                let mut got = vec![0f32; usize::try_from(sys::ggml_nelements(out)).unwrap()];
+                sys::ggml_backend_tensor_get(out, got.as_mut_ptr().cast(), 0, 4 * got.len());
+                sys::ggml_backend_graph_copy_free(copy);
+                sys::ggml_backend_free(backend);
+                got
+            }
+        });
+        (!got.is_empty()).then_some((got, want))
+    }
+
+    fn run_by(
+        &self,
+        of: fn(usize) -> usize,
+        compute: &dyn Fn(*mut sys::ggml_cgraph) -> Vec<f32>,
+    ) -> (Vec<f32>, Vec<f64>) {
         let (n_cells, n_queries) = (self.cells, self.queries);
         let seen =
             |stream, cell| (0..n_queries).any(|query| (self.sees)(self, stream, query, cell));
@@ -216,17 +263,17 @@ impl Call {
             }
             let graph = sys::ggml_new_graph(ctx);
             sys::ggml_build_forward_expand(graph, out);
-            let mut plan = sys::ggml_graph_plan(graph, self.threads, null_mut());
-            plan.use_ref = reference;
-            let mut work = vec![0u64; plan.work_size / 8 + 1];
-            plan.work_data = work.as_mut_ptr().cast();
-            assert_eq!(
-                sys::ggml_graph_compute(graph, &mut plan),
-                sys::GGML_STATUS_SUCCESS
-            );
-            let n = self.streams * n_queries * self.heads.0 * self.width.1;
-            let got = std::slice::from_raw_parts((*out).data.cast::<f32>(), n).to_vec();
+            // What copies a graph to a device asks each tensor for its buffer.
+            let memory = sys::ggml_get_mem_buffer(ctx);
+            let buffer = sys::ggml_backend_cpu_buffer_from_ptr(memory, sys::ggml_get_mem_size(ctx));
+            let mut tensor = sys::ggml_get_first_tensor(ctx);
+            while !tensor.is_null() {
+                (*tensor).buffer = buffer;
+                tensor = sys::ggml_get_next_tensor(ctx, tensor);
+            }
+            let got = compute(graph);
             let want = self.in_f64(&queries, &keys, &values);
+            sys::ggml_backend_buffer_free(buffer);
             sys::ggml_free(ctx);
             (got, want)
         }
@@ -402,6 +449,62 @@ fn it_is_no_further_from_f64_than_llama_cpps_own() {
             1e-2
         };
         assert!(own < bound, "{i}: {own:e}");
+    }
+}
+
+/// One query on every device that has the operation, the processor among them.
+#[test]
+fn devices_attend_as_in_f64() {
+    let mut calls = Vec::new();
+    for kind in [F16, Q8_0, Q4_0] {
+        for (width, cells) in [(32, 17), (96, 256), (96, 5000), (160, 600), (224, 300)] {
+            let call = Call {
+                width: (width, width),
+                cells,
+                ..Call::new(width, kind)
+            };
+            calls.push(call.clone());
+            calls.push(Call {
+                heads: (32, 32),
+                sees: all,
+                ..call.clone()
+            });
+            calls.push(Call {
+                heads: (9, 3),
+                streams: 3,
+                sees: apart,
+                ..call.clone()
+            });
+            calls.push(Call { sees: none, ..call });
+        }
+    }
+    // SAFETY: devices are there as long as the process is.
+    let devices = unsafe {
+        sys::ggml_backend_load_all();
+        (0..sys::ggml_backend_dev_count()).map(|i| sys::ggml_backend_dev_get(i))
+    };
+    assert_ne!(devices.len(), 0);
+    for device in devices {
+        // SAFETY: as above.
+        let is_cpu =
+            unsafe { sys::ggml_backend_dev_type(device) } == sys::GGML_BACKEND_DEVICE_TYPE_CPU;
+        for (i, call) in calls.iter().enumerate() {
+            let Some((got, want)) = call.run_on(device) else {
+                // Heads of 96 are Phi-3.5's.
+                assert_ne!(call.width.0, 96, "{i}");
+                continue;
+            };
+            let apart = rms(&got, &want);
+            // A processor rounds the query to eight bits, as it always did.
+            let rounds = is_cpu && matches!(call.types.0, Q8_0 | Q4_0);
+            let bound = if rounds { 2e-2 } else { 2e-6 };
+            let bound = if is_cpu && !cfg!(target_arch = "x86_64") {
+                1e-2
+            } else {
+                bound
+            };
+            assert!(apart < bound, "{i}: {apart:e}, processor: {is_cpu}");
+        }
     }
 }
 
