@@ -138,7 +138,8 @@ fn both_ways_choose_the_same_rows_of_m_rope_pictures() {
     }
 }
 
-/// Two conversations behind a prompt, bit for bit the same: `able` looks up more than there is, `whole` cannot look up.
+/// Two conversations behind a prompt, the same to the last bit on a processor (a GPU's kernels are chosen by the graph
+/// that they lie in): `able` looks up more than there is, `whole` cannot look up.
 pub fn assert_enough_is_whole(
     model: &Model,
     prompt: &[Segment],
@@ -146,11 +147,15 @@ pub fn assert_enough_is_whole(
     whole: &ContextOptions,
 ) {
     let [mut able, mut whole] = [able, whole].map(|options| session(model, prompt, options));
-    assert_eq!(logits(&able), logits(&whole));
+    let same = |able: &Session<LlamaEngine>, whole: &Session<LlamaEngine>, at: &str| {
+        let apart = max_abs_diff(&logits(able), &logits(whole));
+        assert!(apart <= precision::logits(0.0), "{at}: {apart}");
+    };
+    same(&able, &whole, "prompt");
     for token in 0..STEPS {
         able.step(token).unwrap();
         whole.step(token).unwrap();
-        assert_eq!(logits(&able), logits(&whole), "step {token}");
+        same(&able, &whole, &format!("step {token}"));
     }
 }
 
