@@ -149,6 +149,16 @@ pub struct Interval {
     pub high: f64,
 }
 
+impl Interval {
+    /// Of e to the power of what lies there.
+    pub fn exp(self) -> Self {
+        Interval {
+            low: self.low.exp(),
+            high: self.high.exp(),
+        }
+    }
+}
+
 /// The bootstrap: where the mean had come to lie, had the values been others of the same kind.
 /// `None` of fewer than two, which have no spread.
 pub fn of_mean(values: &[f64], seed: u64) -> Option<Interval> {
