@@ -48,6 +48,8 @@ pub struct Asker {
     template: Option<String>,
     rope: RopeChoice,
     stages: Vec<Opened>,
+    /// [`Asker::read_at_once`].
+    at_once: bool,
     /// Where the next conversation is recorded, and the model's name to show.
     trace: Option<(PathBuf, String)>,
 }
@@ -66,6 +68,7 @@ impl Asker {
             template,
             rope,
             stages: Vec::new(),
+            at_once: false,
             trace: None,
         }
     }

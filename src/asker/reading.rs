@@ -4,15 +4,22 @@ use super::{Asker, Contender};
 use crate::attend::{Attend, Shares};
 use crate::bench::Pulse;
 use crate::engine::Token;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::continuation::{self, Continuation};
-use crate::eval::distance::{self, Places, Said};
+use crate::eval::distance::{self, Followed, Places, Said};
 use crate::eval::reading::{Reading, Window};
 use crate::generate::{Segment, Session};
 use crate::llama::{ContextOptions, LlamaEngine};
-use crate::policy::PolicySpec;
+use crate::policy::{PolicySpec, evicts_nothing};
 
 impl Asker {
+    /// From now on texts are read in batches, as llama.cpp's `llama-perplexity` reads them, wherever
+    /// nothing is evicted and everything attended to. It is faster; sums come out in another order
+    /// than token by token.
+    pub fn read_at_once(&mut self, yes: bool) {
+        self.at_once = yes;
+    }
+
     /// What the full cache predicts of a window of a text, attending to everything. `None`:
     /// cancelled.
     ///
@@ -24,7 +31,17 @@ impl Asker {
         window: &Window,
         watch: Pulse<'_>,
     ) -> Result<Option<Said>> {
+        let at_once = self.at_once;
         let session = self.in_full(context, window.prompt.len() + window.text.len())?;
+        if at_once {
+            let mut logits = Vec::new();
+            let mut keep = |own: &[f32], _: Token| {
+                logits.push(own.to_vec());
+                Ok(())
+            };
+            let whole = all_at_once(session, window, &mut keep, watch)?;
+            return whole.then(|| Said::of(&window.text, logits)).transpose();
+        }
         distance::read(session, &prompt(window), &window.text, watch.cancelled)
     }
 
@@ -56,13 +73,28 @@ impl Asker {
         watch: Pulse<'_>,
     ) -> Result<Option<Reading>> {
         let positions = window.prompt.len() + window.text.len();
+        let at_once = self.is_plain(contender)?;
         let session = self.opened_for(&contender.context, &contender.policy, positions)?;
-        session.expect(said.fed().len());
-        let mut places = Places::default();
-        let prompt = prompt(window);
-        let followed = distance::follow(session, &prompt, said, &mut places, watch.cancelled)?;
+        let followed = if at_once {
+            let mut followed = Followed::default();
+            let mut full = said.logits().iter();
+            let mut add = |own: &[f32], token: Token| match full.next() {
+                Some(full) => followed.add(full, own, token),
+                None => Err(Error::contract("more predictions than the full cache's")),
+            };
+            let whole = all_at_once(session, window, &mut add, watch)?;
+            whole.then_some(followed)
+        } else {
+            session.expect(said.fed().len());
+            let mut places = Places::default();
+            distance::follow(session, &prompt(window), said, &mut places, watch.cancelled)?
+        };
         let Some(followed) = followed else {
             return Ok(None);
+        };
+        let cells = match at_once {
+            true => positions,
+            false => session.controller.ledger().counts().cells(),
         };
         Ok(followed.distance().map(|distance| Reading {
             window: number,
@@ -70,7 +102,7 @@ impl Asker {
             distance,
             log_probs: followed.log_probs().iter().map(|&x| x as f32).collect(),
             attended: session.attended().shares(),
-            cells: session.controller.ledger().counts().cells(),
+            cells,
         }))
     }
 
@@ -88,7 +120,12 @@ impl Asker {
         watch: Pulse<'_>,
     ) -> Result<Option<(Option<Shares>, usize)>> {
         let positions = window.prompt.len() + window.text.len();
+        let at_once = self.is_plain(contender)?;
         let session = self.opened_for(&contender.context, &contender.policy, positions)?;
+        if at_once {
+            let whole = all_at_once(session, window, each, watch)?;
+            return Ok(whole.then_some((None, positions)));
+        }
         session.expect(window.text.len().saturating_sub(1));
         let prompt = prompt(window);
         let whole = distance::predictions(session, &prompt, &window.text, watch.cancelled, each)?;
@@ -148,6 +185,12 @@ impl Asker {
         }))
     }
 
+    /// Whether a contender's texts are read in batches.
+    fn is_plain(&self, contender: &Contender) -> Result<bool> {
+        let attends = self.cache(contender)?.attend;
+        Ok(self.at_once && evicts_nothing(&contender.policy.name) && attends.is_none())
+    }
+
     /// An empty session of the full cache that attends to everything.
     fn in_full(
         &mut self,
@@ -160,6 +203,30 @@ impl Asker {
         };
         self.opened_for(&context, &PolicySpec::full(), positions)
     }
+}
+
+/// Feeds a whole window to an empty session's engine and hands over what is predicted of its text.
+/// `false`: cancelled.
+fn all_at_once(
+    session: &mut Session<LlamaEngine>,
+    window: &Window,
+    each: &mut dyn FnMut(&[f32], Token) -> Result<()>,
+    watch: Pulse<'_>,
+) -> Result<bool> {
+    let tokens = [&window.prompt[..], &window.text[..]].concat();
+    let first = window.prompt.len().saturating_sub(1);
+    let mut text = window.text.iter();
+    let mut cancelled = false;
+    let mut next = |logits: &[f32]| {
+        cancelled |= (watch.cancelled)();
+        // Behind the last token nothing stands.
+        match text.next() {
+            Some(&token) if !cancelled => each(logits, token),
+            _ => Ok(()),
+        }
+    };
+    session.engine.predict(&tokens, first, &mut next)?;
+    Ok(!cancelled)
 }
 
 fn prompt(window: &Window) -> [Segment; 1] {

@@ -46,6 +46,22 @@ impl Said {
         rows.map(|row| size_of_val(row.as_slice())).sum()
     }
 
+    /// A text, with what was predicted of it: `[tokens][n_vocab]`.
+    ///
+    /// # Errors
+    /// [`Error::Contract`] where their numbers differ.
+    pub fn of(tokens: &[Token], logits: Vec<Vec<f32>>) -> Result<Self> {
+        if tokens.len() != logits.len() {
+            let (n, m) = (tokens.len(), logits.len());
+            return Err(Error::contract(format!("{m} predictions of {n} tokens")));
+        }
+        Ok(Said {
+            tokens: tokens.to_vec(),
+            logits,
+            ..Said::default()
+        })
+    }
+
     /// What was predicted of each token: `[tokens][n_vocab]`.
     pub fn logits(&self) -> &[Vec<f32>] {
         &self.logits
@@ -316,8 +332,11 @@ impl Places {
 }
 
 impl Followed {
-    /// One prediction; `token` is what comes next.
-    fn add(&mut self, full: &[f32], policy: &[f32], token: Token) -> Result<()> {
+    /// One prediction, logits `[n_vocab]` of both; `token` is what comes next.
+    ///
+    /// # Errors
+    /// [`Error::Contract`] for vocabularies that differ and tokens that they lack.
+    pub fn add(&mut self, full: &[f32], policy: &[f32], token: Token) -> Result<()> {
         if full.len() != policy.len() {
             let (n, m) = (full.len(), policy.len());
             return Err(Error::contract(format!("{m} logits beside {n}")));

@@ -121,6 +121,19 @@ impl Divergence {
         self.ends.push(self.nll.len());
     }
 
+    /// What came of each window by itself.
+    pub fn windows(&self) -> Vec<Part> {
+        let starts = [0].into_iter().chain(self.ends.iter().copied());
+        let parts = starts.zip(&self.ends).map(|(from, &to)| Part {
+            tokens: to - from,
+            ppl: mean(&self.nll[from..to]).exp(),
+            ppl_base: mean(&self.nll_base[from..to]).exp(),
+            kl: mean(&self.kl[from..to]),
+            top1: mean(&self.same[from..to]),
+        });
+        parts.collect()
+    }
+
     /// What came out; `None` of nothing. `seed` draws the windows anew.
     pub fn statistics(&self, seed: u64) -> Option<Statistics> {
         let n = self.nll.len();
@@ -143,18 +156,10 @@ impl Divergence {
         let square = Estimate::of_mean(&squares);
         let rms = square.value.sqrt();
         let same = mean(&self.same);
-        let windows = |values: &[f64]| -> Vec<f64> {
-            let starts = [0].into_iter().chain(self.ends.iter().copied());
-            let parts = starts.zip(&self.ends).map(|(from, &to)| &values[from..to]);
-            parts.filter(|part| !part.is_empty()).map(mean).collect()
-        };
-        let interval = |values: &[f64]| of_mean(&windows(values), seed);
-        let ln_ratios: Vec<f64> = self
-            .nll
-            .iter()
-            .zip(&self.nll_base)
-            .map(|(a, b)| a - b)
-            .collect();
+        // Windows are equally long, so that means of theirs are means over tokens.
+        let windows = self.windows();
+        let interval =
+            |of: &dyn Fn(&Part) -> f64| of_mean(&windows.iter().map(of).collect::<Vec<_>>(), seed);
         Some(Statistics {
             tokens: n,
             windows: self.ends.len(),
@@ -166,7 +171,7 @@ impl Divergence {
             },
             ln_ratio,
             ppl_ratio: ln_ratio.exp(),
-            ppl_ratio_interval: interval(&ln_ratios).map(Interval::exp),
+            ppl_ratio_interval: interval(&|w| (w.ppl / w.ppl_base).ln()).map(Interval::exp),
             ppl_difference: Estimate {
                 value: ppl.value - ppl_base.value,
                 error: apart(
@@ -176,7 +181,7 @@ impl Divergence {
                 ),
             },
             kl: Estimate::of_mean(&self.kl),
-            kl_interval: interval(&self.kl),
+            kl_interval: interval(&|w| w.kl),
             kl_quantiles: Quantiles::of(&self.kl),
             dp: Estimate::of_mean(&self.dp),
             dp_quantiles: Quantiles::of(&self.dp),
@@ -194,9 +199,24 @@ impl Divergence {
                     false => 0.0,
                 },
             },
-            top1_interval: interval(&self.same),
+            top1_interval: interval(&|w| w.top1),
         })
     }
+}
+
+/// A window's own means.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Part {
+    /// Tokens that were predicted.
+    pub tokens: usize,
+    /// Perplexity.
+    pub ppl: f64,
+    /// In the base.
+    pub ppl_base: f64,
+    /// Divergence from the base, in nats.
+    pub kl: f64,
+    /// Share of the predictions whose likeliest token is the base's.
+    pub top1: f64,
 }
 
 /// What `llama-perplexity --kl-divergence` prints, and intervals by drawing the windows anew.

@@ -322,7 +322,7 @@ impl Reader {
     ///
     /// # Errors
     /// [`Error::Io`], also behind the last; [`Error::File`] for numbers that are none.
-    pub fn next(&mut self) -> Result<LogProbs> {
+    pub fn read(&mut self) -> Result<LogProbs> {
         self.bytes.resize(self.shape.row(), 0);
         let read = self.file.read_exact(&mut self.bytes);
         read.map_err(|e| Error::io(&self.path, e))?;

@@ -103,7 +103,9 @@ impl Carried {
             .status();
         match status {
             Ok(status) if status.success() => {}
-            Ok(_) => bail!("pip did not fetch {wanted}: it needs pip and the network; or {elsewhere}"),
+            Ok(_) => {
+                bail!("pip did not fetch {wanted}: it needs pip and the network; or {elsewhere}")
+            }
             Err(e) => bail!("cannot run {python} ({e}): install Python with pip, or {elsewhere}"),
         }
         let found = fs::read_dir(into)?.filter_map(|entry| Some(entry.ok()?.path()));

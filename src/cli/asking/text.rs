@@ -73,6 +73,12 @@ pub struct TextArgs {
     /// predicted. -1: all.
     #[arg(long, value_name = "N", value_parser = chunks, conflicts_with_all = ["text_prompt", "text_predict", "text_generate"], help_heading = HEADING)]
     chunks: Option<usize>,
+    /// With --chunks: read in batches, as llama-perplexity does
+    ///
+    /// Where nothing is evicted and everything attended to. It is faster and shows llama-perplexity's own
+    /// numbers; what is read token by token differs from it by rounding.
+    #[arg(long, conflicts_with_all = ["text_prompt", "text_predict", "text_generate"], help_heading = HEADING)]
+    batched: bool,
     /// Save what is predicted, as llama-perplexity
     ///
     /// What the full cache predicts of each chunk, in llama-perplexity's format. With --kl-divergence the file
@@ -118,7 +124,10 @@ struct Reader {
 impl TextArgs {
     /// Whether a text is to be read at all.
     pub fn wanted(&self) -> bool {
-        self.text.is_some() || self.chunks.is_some() || self.kl_divergence_base.is_some()
+        self.text.is_some()
+            || self.chunks.is_some()
+            || self.batched
+            || self.kl_divergence_base.is_some()
     }
 
     /// Reads at most so many windows under every policy and prints what came of it.
@@ -131,7 +140,7 @@ impl TextArgs {
         let limit = limit.unwrap_or(usize::MAX);
         let limit = limit.min(self.chunks.unwrap_or(usize::MAX));
         if let (true, Some(base)) = (self.kl_divergence, &self.kl_divergence_base) {
-            return base::compare(base, limit, args);
+            return base::compare(base, limit, self.batched, args);
         }
         let Some(path) = &self.text else {
             let reason = "is missing, expected the text that is to be read";

@@ -96,10 +96,10 @@ fn files_are_read_as_they_were_written() {
     assert_eq!(reader.shape(), shape);
     assert_eq!(reader.chunks(), [[0, 1, 2, 3], [4, 3, 2, 1]]);
     reader.seek(1).unwrap();
-    assert_eq!(reader.next().unwrap(), LogProbs::of(&LOGITS[2]));
-    assert!(reader.next().is_err());
+    assert_eq!(reader.read().unwrap(), LogProbs::of(&LOGITS[2]));
+    assert!(reader.read().is_err());
     reader.seek(0).unwrap();
-    assert_eq!(reader.next().unwrap(), LogProbs::of(&LOGITS[0]));
+    assert_eq!(reader.read().unwrap(), LogProbs::of(&LOGITS[0]));
 
     // Where everything stands: an odd vocabulary is filled up.
     let bytes = fs::read(&path).unwrap();
@@ -179,6 +179,6 @@ fn damaged_files_are_refused_before_memory_is_taken() {
         fs::write(&path, &bytes).unwrap();
         let mut reader = Reader::open(&path).unwrap();
         reader.seek(0).unwrap();
-        assert!(reader.next().unwrap_err().to_string().contains("scale"));
+        assert!(reader.read().unwrap_err().to_string().contains("scale"));
     }
 }

@@ -14,7 +14,7 @@ use crate::cli::asking::print::{percent, shown};
 use crate::cli::output::FileReport;
 use crate::cli::table::Columns;
 use hae::Error;
-use hae::eval::divergence::{Divergence, Estimate, Statistics};
+use hae::eval::divergence::{Divergence, Estimate, Part, Statistics};
 use hae::eval::log_probs::{self, Shape};
 use hae::eval::stats::mean;
 
@@ -30,6 +30,16 @@ struct Row {
     cells: f64,
 }
 
+/// One chunk under one policy.
+#[derive(Debug, Serialize)]
+struct Window {
+    /// From 0.
+    window: usize,
+    contender: String,
+    #[serde(flatten)]
+    part: Part,
+}
+
 /// What was collected of one.
 #[derive(Default)]
 struct Collected {
@@ -39,7 +49,7 @@ struct Collected {
 }
 
 /// Reads the chunks of a file under every policy and prints how far they are from what it keeps.
-pub fn compare(path: &Path, most: usize, args: &EvaluationArgs) -> Result<Read> {
+pub fn compare(path: &Path, most: usize, batched: bool, args: &EvaluationArgs) -> Result<Read> {
     let mut base = log_probs::Reader::open(path)?;
     let Shape { n_ctx, n_vocab, .. } = base.shape();
     // Never more than the file has tokens.
@@ -58,11 +68,13 @@ pub fn compare(path: &Path, most: usize, args: &EvaluationArgs) -> Result<Read> 
         "model": reader.files.model_report()?,
         "base": FileReport::read(path, &path.display().to_string())?,
         "n_ctx": needed,
+        "batched": batched,
         "windows": chunks.len(),
     });
 
     let contenders = &reader.contenders;
     let asker = &mut reader.loaded.asker;
+    asker.read_at_once(batched);
     let mut all: Vec<Collected> = contenders.iter().map(|_| Collected::default()).collect();
     let done = working(chunks.len() * contenders.len(), |bar, watch| {
         for (number, chunk) in chunks.iter().enumerate() {
@@ -72,7 +84,7 @@ pub fn compare(path: &Path, most: usize, args: &EvaluationArgs) -> Result<Read> 
                 base.seek(number)?;
                 // What a cancelled chunk has said is no chunk's.
                 let mut divergence = collected.divergence.clone();
-                let mut each = |logits: &[f32], token| divergence.add(&base.next()?, logits, token);
+                let mut each = |logits: &[f32], token| divergence.add(&base.read()?, logits, token);
                 let Some((attended, cells)) =
                     asker.predict(contender, &window, &mut each, watch)?
                 else {
@@ -88,11 +100,17 @@ pub fn compare(path: &Path, most: usize, args: &EvaluationArgs) -> Result<Read> 
         Ok(Done::Whole)
     })?;
 
-    let (mut rows, mut shown) = (Vec::new(), Vec::new());
+    let (mut rows, mut shown, mut windows) = (Vec::new(), Vec::new(), Vec::new());
     for (contender, collected) in contenders.iter().zip(&all) {
         let Some(statistics) = collected.divergence.statistics(reader.seed) else {
             continue;
         };
+        let parts = collected.divergence.windows();
+        windows.extend(parts.into_iter().enumerate().map(|(window, part)| Window {
+            window,
+            contender: contender.record.name.clone(),
+            part,
+        }));
         let attended = &collected.attended;
         let row = Row {
             contender: contender.record.name.clone(),
@@ -103,7 +121,7 @@ pub fn compare(path: &Path, most: usize, args: &EvaluationArgs) -> Result<Read> 
         shown.push(reader.row(contender, &row)?);
         rows.push(row);
     }
-    print(args.output, &header, &shown, &json!([]), &table(&rows))?;
+    print(args.output, &header, &shown, &windows, &table(&rows))?;
     let kl = rows
         .into_iter()
         .map(|row| (row.contender, row.statistics.kl.value));

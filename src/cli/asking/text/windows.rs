@@ -20,7 +20,7 @@ impl TextArgs {
     /// Reads at most so many windows, or chunks, and prints what came of it.
     pub fn windows(&self, path: &Path, most: usize, args: &EvaluationArgs) -> Result<Read> {
         let text = self.read(path, args)?;
-        let chunked = self.chunks.is_some() || self.kl_divergence_base.is_some();
+        let chunked = self.chunks.is_some() || self.kl_divergence_base.is_some() || self.batched;
         let n_ctx = chunked.then(|| Reader::chunk(args)).transpose()?;
         let mut reader = Reader::load(args, n_ctx)?;
         let (mut chunks, mut windows): (Vec<Vec<Token>>, Vec<Window>) = Default::default();
@@ -40,6 +40,7 @@ impl TextArgs {
             "text": FileReport::read(path, &path.display().to_string())?,
             "prompt": prompt,
             "predict": predict,
+            "batched": self.batched,
             "reference_type": self.reference_type.map(|of| of.name()),
             "windows": windows.len(),
         });
@@ -52,6 +53,7 @@ impl TextArgs {
         let reference = self.reference(&reader.loaded);
         let contenders = &reader.contenders;
         let asker = &mut reader.loaded.asker;
+        asker.read_at_once(self.batched);
         let mut readings: Vec<Reading> = Vec::new();
         let done = working(windows.len() * contenders.len(), |bar, watch| {
             for (number, window) in windows.iter().enumerate() {
