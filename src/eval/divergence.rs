@@ -8,49 +8,13 @@
 use serde::Serialize;
 
 use super::log_probs::LogProbs;
-use super::stats::{Interval, mean, of_mean};
+use super::stats::{Estimate, Interval, mean, of_mean};
 use crate::engine::{Token, likeliest};
 use crate::error::{Error, Result};
 use crate::quantile::quantile;
 
 /// Log probabilities of this and less count as none.
 const NONE: f32 = -16.0;
-/// Of fewer values no standard error is stated.
-const FEWEST: usize = 11;
-
-/// A value and its standard error.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Estimate {
-    /// What was found.
-    pub value: f64,
-    /// Its standard error; 0 of fewer than 11 values.
-    pub error: f64,
-}
-
-impl Estimate {
-    /// The mean of values.
-    pub fn of_mean(values: &[f64]) -> Self {
-        let n = values.len();
-        let middle = mean(values);
-        let spread = mean(&values.iter().map(|x| x * x).collect::<Vec<_>>()) - middle * middle;
-        Estimate {
-            value: middle,
-            error: match n >= FEWEST && spread > 0.0 {
-                true => (spread / (n - 1) as f64).sqrt(),
-                false => 0.0,
-            },
-        }
-    }
-
-    /// Of e to the power of this.
-    pub fn exp(self) -> Self {
-        let value = self.value.exp();
-        Estimate {
-            value,
-            error: value * self.error,
-        }
-    }
-}
 
 /// How the covariance of two means is stated; 0 of fewer than 10 pairs.
 fn covariance(a: &[f64], b: &[f64]) -> f64 {

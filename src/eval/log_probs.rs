@@ -243,7 +243,7 @@ impl Reader {
         let mut head = [0; HEADER as usize];
         let read = length >= HEADER && file.read_exact(&mut head).is_ok();
         if !read || head[..8] != *MAGIC {
-            let expected = "expected a file of llama-perplexity's --kl-divergence-base";
+            let expected = "expected predictions of llama-perplexity's";
             return Err(wrong(format!("does not begin with _logits_, {expected}")));
         }
         let number = |at: usize| {

@@ -6,9 +6,8 @@
 
 use serde::Serialize;
 
-use super::divergence::Estimate;
 use super::record::Distance;
-use super::stats::{Interval, mean, of_mean};
+use super::stats::{Estimate, Interval, mean, of_mean};
 use crate::attend::Shares;
 use crate::engine::Token;
 use crate::quantile::quantile;

@@ -204,7 +204,7 @@ fn a_file_of_llama_perplexitys_is_read_and_written_alike() {
         (of(row, "windows"), &row["type_v"]),
         (2.0, &Value::from("q4_0"))
     );
-    assert_eq!(row["attend"]["text"], 2);
+    assert_eq!(row["attend"]["text"]["cells"], 2);
     assert!(of(row, "attended") < 0.95 && of(row, "kl.value") > of(full, "kl.value"));
     let gate = format!(
         "eval -t 1 -m {model} --kl-divergence --kl-divergence-base {base} {flags} --max-kl 0.000001"

@@ -102,15 +102,6 @@ fn what_a_policy_does_not_change_is_no_distance() {
 }
 
 #[test]
-fn few_values_have_no_standard_error() {
-    let ten: Vec<f64> = (0..10).map(f64::from).collect();
-    assert_eq!(Estimate::of_mean(&ten).error, 0.0);
-    let eleven: Vec<f64> = (0..11).map(f64::from).collect();
-    near(Estimate::of_mean(&eleven).error, 1.0);
-    assert_eq!(Estimate::of_mean(&[2.0; 20]).error, 0.0);
-}
-
-#[test]
 fn other_vocabularies_are_refused() {
     let mut divergence = Divergence::default();
     let base = LogProbs::of(&BASE[0]);

@@ -14,9 +14,9 @@ use crate::cli::asking::print::{percent, shown};
 use crate::cli::output::FileReport;
 use crate::cli::table::Columns;
 use hae::Error;
-use hae::eval::divergence::{Divergence, Estimate, Part, Statistics};
+use hae::eval::divergence::{Divergence, Part, Statistics};
 use hae::eval::log_probs::{self, Shape};
-use hae::eval::stats::mean;
+use hae::eval::stats::{Estimate, mean};
 
 /// All chunks under one policy.
 #[derive(Debug, Serialize)]
