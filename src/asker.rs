@@ -4,6 +4,7 @@
 //! it is emptied before each question, and each question gets a policy in its first state.
 
 pub mod attempt;
+mod reading;
 
 use std::path::PathBuf;
 
@@ -15,9 +16,8 @@ use crate::bench::Pulse;
 use crate::error::Result;
 use crate::eval::distance::{self, AttentiveFull, Followed, Places, Said};
 use crate::eval::question::Question;
-use crate::eval::reading::{Reading, Window};
 use crate::eval::record::{self, CacheReport, Distance};
-use crate::generate::{Finish, Hooks, Segment, Session};
+use crate::generate::{Finish, Hooks, Session};
 use crate::image::Picture;
 use crate::llama::{ByPolicy, ContextOptions, LlamaEngine, Model, SamplerOptions, Vision};
 use crate::open::{Opened, Plan, Reach, RopeChoice};
@@ -48,6 +48,8 @@ pub struct Asker {
     template: Option<String>,
     rope: RopeChoice,
     stages: Vec<Opened>,
+    /// [`Asker::read_at_once`].
+    at_once: bool,
     /// Where the next conversation is recorded, and the model's name to show.
     trace: Option<(PathBuf, String)>,
 }
@@ -66,6 +68,7 @@ impl Asker {
             template,
             rope,
             stages: Vec::new(),
+            at_once: false,
             trace: None,
         }
     }
@@ -96,6 +99,19 @@ impl Asker {
             },
             policy,
             context: context.clone(),
+        })
+    }
+
+    /// How a contender's cache is made, whoever decided it.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn cache(&self, contender: &Contender) -> Result<CacheReport> {
+        let plan = self.plan(&contender.context, &contender.policy)?;
+        Ok(CacheReport {
+            type_k: plan.context().type_k.name().into(),
+            type_v: plan.context().type_v.name().into(),
+            attend: plan.context().attend.if_any(),
         })
     }
 
@@ -245,61 +261,14 @@ impl Asker {
         Ok(Some((distances, Evicted::of(&report))))
     }
 
-    /// What the full cache predicts of a window of a text, attending to everything. `None`:
-    /// cancelled.
-    ///
-    /// # Errors
-    /// Those of the engine.
-    pub fn read_in_full(
-        &mut self,
-        context: &ContextOptions,
-        window: &Window,
-        watch: Pulse<'_>,
-    ) -> Result<Option<Said>> {
-        let context = ContextOptions {
-            attend: Attend::default(),
-            ..context.clone()
-        };
-        let session = self.opened_for(&context, &PolicySpec::full(), window)?;
-        let prompt = [Segment::Tokens(window.prompt.clone())];
-        distance::read(session, &prompt, &window.text, watch.cancelled)
-    }
-
-    /// The same window under a policy; `said` is what the full cache predicted. `None`: cancelled.
-    ///
-    /// # Errors
-    /// Those of the engine and the policy.
-    pub fn read(
-        &mut self,
-        contender: &Contender,
-        (number, window): (usize, &Window),
-        said: &Said,
-        watch: Pulse<'_>,
-    ) -> Result<Option<Reading>> {
-        let session = self.opened_for(&contender.context, &contender.policy, window)?;
-        session.expect(said.fed().len());
-        let prompt = [Segment::Tokens(window.prompt.clone())];
-        let mut places = Places::default();
-        let followed = distance::follow(session, &prompt, said, &mut places, watch.cancelled)?;
-        let distance = followed.and_then(|followed| followed.distance());
-        Ok(distance.map(|distance| Reading {
-            window: number,
-            contender: contender.record.name.clone(),
-            distance,
-            attended: session.attended().shares(),
-            cells: session.controller.ledger().counts().cells(),
-        }))
-    }
-
-    /// An empty session for a window.
+    /// An empty session for a window of so many positions.
     fn opened_for(
         &mut self,
         context: &ContextOptions,
         policy: &PolicySpec,
-        window: &Window,
+        positions: usize,
     ) -> Result<&mut Session<LlamaEngine>> {
         let mut plan = self.plan(context, policy)?;
-        let positions = window.prompt.len() + window.text.len();
         plan.choose_rope(self.rope, || Ok(Reach::Positions(positions)))?;
         let stage = self.opened(plan)?;
         Ok(&mut self.stages[stage].session)

@@ -55,12 +55,11 @@ pub fn run(args: &Args) -> Result<Done> {
         let reason = format!("{x}, expected a number of at least 0");
         return Err(Error::option("--max-kl", reason).into());
     }
-    if let Some(path) = &args.text.text {
-        let limit = args.questions.limit();
-        let read = args.text.run(path, limit, &args.evaluation)?;
-        let rows = read.rows.iter();
-        let misses: Vec<String> = rows
-            .filter_map(|row| too_far(args, &row.contender, row.kl_mean))
+    if args.text.wanted() {
+        let read = args.text.run(args.questions.limit(), &args.evaluation)?;
+        let kl = read.kl.iter();
+        let misses: Vec<String> = kl
+            .filter_map(|(contender, kl)| too_far(args, contender, *kl))
             .collect();
         return match read.done {
             Done::Whole => Ok(told(&misses)),

@@ -46,6 +46,27 @@ impl Said {
         rows.map(|row| size_of_val(row.as_slice())).sum()
     }
 
+    /// A text, with what was predicted of it: `[tokens][n_vocab]`.
+    ///
+    /// # Errors
+    /// [`Error::Contract`] where their numbers differ.
+    pub fn of(tokens: &[Token], logits: Vec<Vec<f32>>) -> Result<Self> {
+        if tokens.len() != logits.len() {
+            let (n, m) = (tokens.len(), logits.len());
+            return Err(Error::contract(format!("{m} predictions of {n} tokens")));
+        }
+        Ok(Said {
+            tokens: tokens.to_vec(),
+            logits,
+            ..Said::default()
+        })
+    }
+
+    /// What was predicted of each token: `[tokens][n_vocab]`.
+    pub fn logits(&self) -> &[Vec<f32>] {
+        &self.logits
+    }
+
     /// Tokens that were fed.
     pub fn fed(&self) -> &[Token] {
         &self.tokens[..self.tokens.len().saturating_sub(1)]
@@ -87,36 +108,102 @@ fn tell<E: Engine>(
     cancelled: &dyn Fn() -> bool,
     given: &dyn Fn(usize) -> Option<Token>,
 ) -> Result<Option<Said>> {
-    let mut said = Said::default();
+    let (mut all, mut attention) = (Vec::new(), Vec::new());
+    let mut keep = |session: &Session<E>, watched: bool, _: Token| {
+        if watched {
+            attention.push(by_position(session)?);
+        }
+        all.push(session.engine.logits()?.to_vec());
+        Ok(())
+    };
+    let told = walk(session, prompt, n_predict, cancelled, given, &mut keep)?;
+    Ok(told.map(|(tokens, ended)| Said {
+        tokens,
+        ended,
+        logits: all,
+        attention,
+    }))
+}
+
+/// Lets a session read a text as [`read`] does, and hands over what it predicts of each token:
+/// logits `[n_vocab]`. `false`: cancelled.
+///
+/// # Errors
+/// The session's own, and those of `each`.
+pub fn predictions<E: Engine>(
+    session: &mut Session<E>,
+    prompt: &[Segment],
+    text: &[Token],
+    cancelled: &dyn Fn() -> bool,
+    each: &mut dyn FnMut(&[f32], Token) -> Result<()>,
+) -> Result<bool> {
+    let given = |i: usize| text.get(i).copied();
+    let mut hand =
+        |session: &Session<E>, _: bool, token: Token| each(session.engine.logits()?, token);
+    let told = walk(session, prompt, text.len(), cancelled, &given, &mut hand)?;
+    match told {
+        // A text is not over where the context is.
+        Some((tokens, _)) if tokens.len() < text.len() => Err(Error::ContextFull {
+            n_ctx: session.engine.n_cells(),
+        }),
+        told => Ok(told.is_some()),
+    }
+}
+
+/// Lets a session answer greedily: the tokens, and whether the last of them ends the answer. `None`:
+/// cancelled.
+///
+/// # Errors
+/// The session's own.
+pub fn answer<E: Engine>(
+    session: &mut Session<E>,
+    prompt: &[Segment],
+    n_predict: usize,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Option<(Vec<Token>, bool)>> {
+    let mut pass = |_: &Session<E>, _: bool, _: Token| Ok(());
+    walk(session, prompt, n_predict, cancelled, &|_| None, &mut pass)
+}
+
+/// What is done at each prediction: the session that made it, whether attention was read on the way
+/// to it, and the token that comes next.
+type Each<'a, E> = dyn FnMut(&Session<E>, bool, Token) -> Result<()> + 'a;
+
+/// Tokens as given by number, or the likeliest, whose end is the answer's.
+fn walk<E: Engine>(
+    session: &mut Session<E>,
+    prompt: &[Segment],
+    n_predict: usize,
+    cancelled: &dyn Fn() -> bool,
+    given: &dyn Fn(usize) -> Option<Token>,
+    each: &mut Each<'_, E>,
+) -> Result<Option<(Vec<Token>, bool)>> {
+    let mut tokens: Vec<Token> = Vec::new();
     if !session.prefill(prompt, cancelled)? {
         return Ok(None);
     }
-    while said.tokens.len() < n_predict {
+    while tokens.len() < n_predict {
         if cancelled() {
             return Ok(None);
         }
-        if let Some(&token) = said.tokens.last() {
-            let watched = session.controller.observes_decoding();
+        let mut watched = false;
+        if let Some(&token) = tokens.last() {
+            watched = session.controller.observes_decoding();
             match session.step(token) {
                 // As an answer that fills the context, it ends here.
                 Err(Error::ContextFull { .. }) => break,
                 done => done?,
             }
-            if watched {
-                said.attention.push(by_position(session)?);
-            }
         }
-        let logits = session.engine.logits()?.to_vec();
-        let given = given(said.tokens.len());
-        let token = given.map_or_else(|| likeliest(&logits), Ok)?;
-        said.logits.push(logits);
-        said.tokens.push(token);
+        let given = given(tokens.len());
+        let token = given.map_or_else(|| likeliest(session.engine.logits()?), Ok)?;
+        each(session, watched, token)?;
+        tokens.push(token);
         if given.is_none() && session.vocabulary()?.is_eog(token) {
-            said.ended = true;
-            break;
+            return Ok(Some((tokens, true)));
         }
     }
-    Ok(Some(said))
+    Ok(Some((tokens, false)))
 }
 
 /// The attention of the last token: `[positions]`.
@@ -145,7 +232,8 @@ pub struct Followed {
     /// Of each fed token, the full cache's attention to tokens that the policy does not have.
     lost: Vec<f64>,
     log_prob_full: f64,
-    log_prob: f64,
+    /// Of the policy's, for each prediction: the logarithm of the probability of what comes next.
+    log_probs: Vec<f64>,
 }
 
 /// Feeds a policy's session what the full cache said. `None`: cancelled.
@@ -244,8 +332,11 @@ impl Places {
 }
 
 impl Followed {
-    /// One prediction; `token` is what comes next.
-    fn add(&mut self, full: &[f32], policy: &[f32], token: Token) -> Result<()> {
+    /// One prediction, logits `[n_vocab]` of both; `token` is what comes next.
+    ///
+    /// # Errors
+    /// [`Error::Contract`] for vocabularies that differ and tokens that they lack.
+    pub fn add(&mut self, full: &[f32], policy: &[f32], token: Token) -> Result<()> {
         if full.len() != policy.len() {
             let (n, m) = (full.len(), policy.len());
             return Err(Error::contract(format!("{m} logits beside {n}")));
@@ -256,10 +347,15 @@ impl Followed {
             return Err(Error::contract(format!("token {token} of {}", p.len())));
         };
         self.log_prob_full += own;
-        self.log_prob += other;
+        self.log_probs.push(*other);
         self.same.push(likeliest(policy)? == likeliest(full)?);
         self.kl.push(kl(&p, &q));
         Ok(())
+    }
+
+    /// Of each prediction, what the policy gave the token that comes next: logarithms.
+    pub fn log_probs(&self) -> &[f64] {
+        &self.log_probs
     }
 
     /// As reports show it. `None` of no prediction.
@@ -271,18 +367,19 @@ impl Followed {
         let mut sorted = self.kl.clone();
         sorted.sort_by(f64::total_cmp);
         let same = self.same.iter().filter(|&&same| same).count();
+        let log_prob: f64 = self.log_probs.iter().sum();
         Some(Distance {
             kl_mean: mean(&self.kl),
             kl_median: quantile(&sorted, 0.5),
             kl_p99: quantile(&sorted, 0.99),
             top1: same as f64 / n as f64,
-            ppl_ratio: ((self.log_prob_full - self.log_prob) / n as f64).exp(),
+            ppl_ratio: ((self.log_prob_full - log_prob) / n as f64).exp(),
             attention_lost: (!self.lost.is_empty()).then(|| mean(&self.lost)),
             first_differing: self.same.iter().position(|same| !same),
             kl: self.kl.iter().map(|&x| x as f32).collect(),
             lost: self.lost.iter().map(|&x| x as f32).collect(),
             log_prob_full: self.log_prob_full,
-            log_prob: self.log_prob,
+            log_prob,
             n_tokens: n,
         })
     }

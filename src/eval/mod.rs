@@ -2,13 +2,17 @@
 //!
 //! [`question`] is a question from any of the [`files`]; [`score`] and [`facts`] judge an answer,
 //! [`distance`] compares a policy's predictions with those of the full cache, also of a text that is
-//! only read ([`reading`]). What was asked and
+//! only read ([`reading`]) or gone on with ([`continuation`]); [`divergence`] compares them with a file
+//! of llama.cpp's ([`log_probs`]). What was asked and
 //! answered is a line of [`record`], kept by [`results`] as it comes, and [`summary`] makes shares,
 //! intervals and tests of it with [`stats`]. Nothing here knows a model: [`crate::asker`] has one.
 
+pub mod continuation;
 pub mod distance;
+pub mod divergence;
 pub mod facts;
 pub mod files;
+pub mod log_probs;
 pub mod question;
 pub mod reading;
 pub mod record;

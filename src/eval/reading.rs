@@ -7,7 +7,7 @@
 use serde::Serialize;
 
 use super::record::Distance;
-use super::stats::{Interval, mean, of_mean};
+use super::stats::{Estimate, Interval, mean, of_mean};
 use crate::attend::Shares;
 use crate::engine::Token;
 use crate::quantile::quantile;
@@ -57,6 +57,8 @@ pub struct Reading {
     pub contender: String,
     /// To the full cache that attends to everything, which read the same.
     pub distance: Distance,
+    /// Logarithms of the probabilities that the policy gave the text's tokens.
+    pub log_probs: Vec<f32>,
     /// What decoding steps attended to, where they looked cells up.
     pub attended: Option<Shares>,
     /// Cells that were in use at the end.
@@ -74,11 +76,18 @@ pub struct Row {
     pub tokens: usize,
     /// Perplexity of the text.
     pub ppl: f64,
-    /// The same over that of the full cache.
+    /// Its standard error as llama.cpp's `llama-perplexity` states it, which takes tokens for
+    /// independent.
+    pub ppl_error: f64,
+    /// Perplexity up to and with each window.
+    pub ppl_so_far: Vec<f64>,
+    /// The perplexity over that of the full cache.
     pub ppl_ratio: f64,
+    /// Of `ppl_ratio`, by drawing the windows anew. None of a single window, as below.
+    pub ppl_ratio_interval: Option<Interval>,
     /// Kullback-Leibler divergence of the predictions from the full cache's, in nats: the mean.
     pub kl_mean: f64,
-    /// Of `kl_mean`, by drawing the windows anew. None of a single window.
+    /// Of `kl_mean`.
     pub kl_interval: Option<Interval>,
     /// The median.
     pub kl_median: f64,
@@ -88,6 +97,8 @@ pub struct Row {
     pub kl_max: f64,
     /// Share of the predictions whose likeliest token is the full cache's.
     pub top1: f64,
+    /// Of `top1`.
+    pub top1_interval: Option<Interval>,
     /// Cells that a looking layer attended to, of all in view: the mean over windows.
     pub attended: Option<f64>,
     /// Cells in use at the end of a window: the mean.
@@ -108,13 +119,26 @@ impl Row {
             return None;
         }
         let n = tokens as f64;
-        let log_prob: f64 = distances().map(|d| d.log_prob).sum();
         let full: f64 = distances().map(|d| d.log_prob_full).sum();
+        let nll = own.iter().flat_map(|reading| &reading.log_probs);
+        let nll: Vec<f64> = nll.map(|&log_prob| -f64::from(log_prob)).collect();
+        let nll = Estimate::of_mean(&nll);
+        let (mut sum, mut n_so_far) = (0.0, 0);
+        let ppl_so_far = distances().map(|d| {
+            sum += d.log_prob;
+            n_so_far += d.n_tokens;
+            (-sum / n_so_far as f64).exp()
+        });
+        let ppl_so_far: Vec<f64> = ppl_so_far.collect();
+        let log_prob = sum;
+        // Windows are equally long, so that means of theirs are means over tokens.
+        let of_windows = |of: &dyn Fn(&Distance) -> f64| -> Option<Interval> {
+            of_mean(&distances().map(of).collect::<Vec<_>>(), seed)
+        };
         let mut kl: Vec<f64> = distances()
             .flat_map(|d| d.kl.iter().map(|&kl| f64::from(kl)))
             .collect();
         kl.sort_by(f64::total_cmp);
-        let means: Vec<f64> = distances().map(|d| d.kl_mean).collect();
         let same: f64 = distances().map(|d| d.top1 * d.n_tokens as f64).sum();
         let shares: Vec<f64> = own
             .iter()
@@ -126,13 +150,17 @@ impl Row {
             windows,
             tokens,
             ppl: (-log_prob / n).exp(),
+            ppl_error: nll.exp().error,
+            ppl_so_far,
             ppl_ratio: ((full - log_prob) / n).exp(),
+            ppl_ratio_interval: of_windows(&|d| d.ppl_ratio.ln()).map(Interval::exp),
             kl_mean: mean(&kl),
-            kl_interval: of_mean(&means, seed),
+            kl_interval: of_windows(&|d| d.kl_mean),
             kl_median: quantile(&kl, 0.5),
             kl_p99: quantile(&kl, 0.99),
             kl_max: kl.last().copied().unwrap_or_default(),
             top1: same / n,
+            top1_interval: of_windows(&|d| d.top1),
             attended: (!shares.is_empty()).then(|| mean(&shares)),
             cells: mean(&cells),
         })
@@ -174,9 +202,13 @@ mod tests {
             log_prob,
             n_tokens: kl.len(),
         };
-        let reading = |window, distance| Reading {
+        let reading = |window, distance: Distance| Reading {
             window,
             contender: "h2o".into(),
+            log_probs: vec![
+                (distance.log_prob / distance.n_tokens as f64) as f32;
+                distance.n_tokens
+            ],
             distance,
             attended: None,
             cells: 10 * window,
@@ -191,6 +223,11 @@ mod tests {
         let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
         near(row.ppl, (12f64 / 5.0).exp());
         near(row.ppl_ratio, (2f64 / 5.0).exp());
+        assert_eq!(row.ppl_so_far.len(), 2);
+        near(row.ppl_so_far[0], (9f64 / 4.0).exp());
+        near(row.ppl_so_far[1], row.ppl);
+        // Too few tokens to state it.
+        assert_eq!(row.ppl_error, 0.0);
         near(row.kl_mean, 0.4);
         near(row.kl_max, 1.0);
         near(row.kl_median, 0.25);
@@ -198,5 +235,10 @@ mod tests {
         near(row.cells, 15.0);
         let interval = row.kl_interval.unwrap();
         assert!(interval.low < 0.4 && 0.4 < interval.high);
+        let interval = row.top1_interval.unwrap();
+        assert_eq!((interval.low, interval.high), (0.0, 0.75));
+        assert!(row.ppl_ratio_interval.is_some());
+        let one = Row::of("h2o", &readings[..1], 1).unwrap();
+        assert_eq!((one.kl_interval, one.ppl_ratio_interval), (None, None));
     }
 }

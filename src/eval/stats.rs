@@ -7,6 +7,8 @@ use crate::quantile::quantile;
 
 /// Of the standard normal distribution, for 95 %.
 const Z: f64 = 1.96;
+/// Of fewer values no standard error is stated.
+const FEWEST: usize = 11;
 
 /// Hits out of `n`, with the 95 % interval of Wilson (1927).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -149,6 +151,16 @@ pub struct Interval {
     pub high: f64,
 }
 
+impl Interval {
+    /// Of e to the power of what lies there.
+    pub fn exp(self) -> Self {
+        Interval {
+            low: self.low.exp(),
+            high: self.high.exp(),
+        }
+    }
+}
+
 /// The bootstrap: where the mean had come to lie, had the values been others of the same kind.
 /// `None` of fewer than two, which have no spread.
 pub fn of_mean(values: &[f64], seed: u64) -> Option<Interval> {
@@ -166,6 +178,40 @@ pub fn of_mean(values: &[f64], seed: u64) -> Option<Interval> {
         low: quantile(&draws, 0.025),
         high: quantile(&draws, 0.975),
     })
+}
+
+/// A value and its standard error.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// What was found.
+    pub value: f64,
+    /// Its standard error; 0 of fewer than 11 values.
+    pub error: f64,
+}
+
+impl Estimate {
+    /// The mean of values.
+    pub fn of_mean(values: &[f64]) -> Self {
+        let n = values.len();
+        let middle = mean(values);
+        let spread = mean(&values.iter().map(|x| x * x).collect::<Vec<_>>()) - middle * middle;
+        Estimate {
+            value: middle,
+            error: match n >= FEWEST && spread > 0.0 {
+                true => (spread / (n - 1) as f64).sqrt(),
+                false => 0.0,
+            },
+        }
+    }
+
+    /// Of e to the power of this.
+    pub fn exp(self) -> Self {
+        let value = self.value.exp();
+        Estimate {
+            value,
+            error: value * self.error,
+        }
+    }
 }
 
 /// 0 of none.
@@ -249,6 +295,15 @@ mod tests {
             assert!((ours - theirs).abs() < 0.01, "{ours} {theirs}");
         }
         assert_eq!(of_mean(&values[..1], 7), None);
+    }
+
+    #[test]
+    fn few_values_have_no_standard_error() {
+        let ten: Vec<f64> = (0..10).map(f64::from).collect();
+        assert_eq!(Estimate::of_mean(&ten).error, 0.0);
+        let eleven: Vec<f64> = (0..11).map(f64::from).collect();
+        assert!((Estimate::of_mean(&eleven).error - 1.0).abs() < 1e-12);
+        assert_eq!(Estimate::of_mean(&[2.0; 20]).error, 0.0);
     }
 
     /// With few stories every sample can be counted: all draws of two out of two.

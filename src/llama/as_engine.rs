@@ -16,7 +16,7 @@ const LOGITS: &str = "llama_get_logits_ith";
 
 impl LlamaEngine {
     /// Of a row of the last batch that asked for them.
-    fn logits_at(&self, row: i32) -> Result<&[f32]> {
+    pub(super) fn logits_at(&self, row: i32) -> Result<&[f32]> {
         let logits = self.ctx.get_logits_ith(row).get(..self.model.n_vocab());
         logits.ok_or_else(|| Error::llama(LOGITS, "no logits"))
     }

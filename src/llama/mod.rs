@@ -24,6 +24,7 @@ mod memory;
 mod model;
 mod observer;
 mod options;
+mod predict;
 pub mod quantize;
 mod room;
 mod rope;

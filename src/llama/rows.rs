@@ -18,6 +18,8 @@ pub(super) struct Rows {
     /// What each `seq_id` points to: one a part.
     seqs: Vec<sys::llama_seq_id>,
     logits: Vec<i8>,
+    /// The first row of a single part that wants logits; `None`: its last alone does.
+    pub logits_from: Option<usize>,
     /// Tokens of several parts, or in place of those that go on from a trial run.
     tokens: Vec<Token>,
     /// Rows of the batch whose attention is wanted.
@@ -106,8 +108,10 @@ impl Rows {
             self.n_seq_id.resize(n, 1);
             self.seq_id.resize(n, &raw mut *seq);
             self.logits.resize(n, 0);
-            if let (true, Some(last)) = (batch.logits, self.logits.last_mut()) {
-                *last = 1;
+            if batch.logits {
+                let last = batch.input.len().saturating_sub(1);
+                let from = self.logits_from.map_or(last, |from| from.min(last));
+                self.logits[first as usize + from..].fill(1);
             }
         }
         for part in parts {

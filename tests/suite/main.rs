@@ -17,6 +17,7 @@ mod damaged;
 mod ddes;
 mod early;
 mod eval;
+mod eval_chunks;
 mod eval_distance;
 mod eval_files;
 mod eval_score;

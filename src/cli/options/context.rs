@@ -18,9 +18,9 @@ pub struct ContextArgs {
     /// Cells of the KV cache
     ///
     /// One for each token. llama.cpp rounds the number up to a multiple of 256. 0 takes the context length that the
-    /// model was trained for.
-    #[arg(short = 'c', long, default_value_t = 4096, value_name = "N")]
-    pub ctx_size: u32,
+    /// model was trained for. [default: 4096]
+    #[arg(short = 'c', long, value_name = "N")]
+    ctx_size: Option<u32>,
     /// Rows of one decode call
     #[arg(
         short = 'b',
@@ -95,6 +95,11 @@ impl ContextArgs {
         }
     }
 
+    /// `-c`, where it was given.
+    pub fn ctx_size(&self) -> Option<u32> {
+        self.ctx_size
+    }
+
     /// Everything about the context that the command line says; scores and pictures come from
     /// the policy and the vision model.
     pub fn options(&self) -> Result<ContextOptions> {
@@ -102,8 +107,9 @@ impl ContextArgs {
             return Err(Error::option("-b, -ub", "0 rows, expected at least 1").into());
         }
         let n_threads = self.n_threads()?;
+        let default = ContextOptions::default();
         Ok(ContextOptions {
-            n_ctx: self.ctx_size,
+            n_ctx: self.ctx_size.unwrap_or(default.n_ctx),
             n_batch: self.batch_size,
             n_ubatch: self.ubatch_size,
             n_threads,
@@ -121,7 +127,7 @@ impl ContextArgs {
                 attend: !self.attend.is_given(),
             },
             bin: self.bin.options(),
-            ..ContextOptions::default()
+            ..default
         })
     }
 }
