@@ -145,17 +145,25 @@ impl Prose {
         })
     }
 
-    /// As many sentences from this one on as have so many tokens at most; behind the last comes the
-    /// first.
+    /// Sentences from this one on, as many as have so many tokens at most; behind the last comes the first.
+    /// Where a long one no longer fits, shorter ones soon behind it fill the rest.
     fn beginning_at(&self, first: usize, tokens: usize) -> Vec<&str> {
-        let all = self.sentences.iter().zip(&self.tokens).cycle().skip(first);
-        let mut left = tokens;
-        let fits = all.take(self.sentences.len()).take_while(|(_, n)| {
-            let fits = **n <= left;
-            left = left.saturating_sub(**n);
-            fits
-        });
-        fits.map(|(sentence, _)| sentence.as_str()).collect()
+        const SOON: usize = 24;
+        let n = self.sentences.len();
+        let mut chosen = Vec::new();
+        let (mut left, mut passed) = (tokens, 0);
+        for i in (0..n).map(|i| (first + i) % n) {
+            if self.tokens[i] <= left {
+                left -= self.tokens[i];
+                chosen.push(self.sentences[i].as_str());
+            } else {
+                passed += 1;
+            }
+            if passed == SOON {
+                break;
+            }
+        }
+        chosen
     }
 }
 
@@ -261,7 +269,9 @@ impl Asked {
                 0 => self.depth,
                 _ => until * noise.below(1000) as f64 / 1000.0,
             };
-            let sentence = format!("The secret number of {city} is {number}.");
+            // Said twice, as the pass key is: small models mix numbers up that were said once.
+            let fact = format!("The secret number of {city} is {number}.");
+            let sentence = format!("{fact} Remember it. {fact}");
             self.within.push((depth, sentence));
             let question = format!("What is the secret number of {city}?");
             let cue = format!("{question} The secret number of {city} is");
