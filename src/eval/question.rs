@@ -41,6 +41,15 @@ pub enum Expected {
     Nothing,
     /// One of these, word for word after normalisation.
     Words(Vec<String>),
+    /// An answer that holds one of these, before any that is wrong: [`crate::eval::held`].
+    Held {
+        /// What counts as right.
+        right: Vec<String>,
+        /// What must not come first: the keys of others, for instance.
+        wrong: Vec<String>,
+    },
+    /// Nearly one of these: [`crate::eval::anls`].
+    Near(Vec<String>),
     /// The option of this number, by its letter or its text.
     Choice {
         /// In the order of their letters.
@@ -129,7 +138,8 @@ impl Expected {
     pub fn shown(&self) -> Vec<String> {
         match self {
             Expected::Nothing | Expected::Facts(_) => Vec::new(),
-            Expected::Words(words) => words.clone(),
+            Expected::Words(words) | Expected::Near(words) => words.clone(),
+            Expected::Held { right, .. } => right.clone(),
             Expected::Choice { options, answer } => vec![
                 letter(*answer).to_string(),
                 options.get(*answer).cloned().unwrap_or_default(),

@@ -147,6 +147,9 @@ pub struct Answer {
     pub chosen: Option<char>,
     /// Of a story.
     pub facts: Option<FactScore>,
+    /// How near the answer is to the nearest that is right, 0 to 1, where that is scored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anls: Option<f64>,
     /// Why the answer ended.
     pub finish: Finish,
     /// How many went in and came out.

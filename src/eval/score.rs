@@ -3,9 +3,10 @@
 use super::facts::{self, Statement};
 use super::question::{Expected, Fact, letter};
 use super::record::FactScore;
+use super::{anls, held};
 
 /// What an answer is worth.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Verdict {
     /// `None` where nobody knows.
     pub right: Option<bool>,
@@ -13,6 +14,8 @@ pub struct Verdict {
     pub chosen: Option<char>,
     /// Of a story.
     pub facts: Option<FactScore>,
+    /// How near it is, where that is scored; 0 to 1.
+    pub anls: Option<f64>,
 }
 
 /// Judges an answer. `ended`: the model ended it, not a limit. One that a limit cut off is not
@@ -22,6 +25,7 @@ pub fn judge(expected: &Expected, answer: &str, ended: bool) -> Verdict {
         right: None,
         chosen: None,
         facts: None,
+        anls: None,
     };
     match expected {
         Expected::Nothing => {}
@@ -29,6 +33,14 @@ pub fn judge(expected: &Expected, answer: &str, ended: bool) -> Verdict {
             let said = normalised(answer);
             let same = words.iter().any(|word| normalised(word) == said);
             verdict.right = Some(same && ended);
+        }
+        Expected::Held { right, wrong } => {
+            verdict.right = Some(held::is_right(answer, right, wrong, ended));
+        }
+        Expected::Near(words) => {
+            let near = anls::similarity(answer, words);
+            verdict.right = Some(near >= 1.0 && ended);
+            verdict.anls = Some(near);
         }
         Expected::Choice { options, answer: n } => {
             let chosen = choice(answer, options);
@@ -243,5 +255,25 @@ mod tests {
         assert_eq!(right("Row 3, column 4", false), Some(false));
         assert_eq!(right("", true), Some(false));
         assert_eq!(judge(&Expected::Nothing, "x", true).right, None);
+    }
+
+    #[test]
+    fn keys_and_near_answers_have_rules_of_their_own() {
+        let held = Expected::Held {
+            right: vec!["123".into()],
+            wrong: vec!["456".into()],
+        };
+        let verdict = judge(&held, "It is 123, not 456.", false);
+        assert_eq!((verdict.right, verdict.anls), (Some(true), None));
+        assert_eq!(judge(&held, "456 or 123", true).right, Some(false));
+        let near = Expected::Near(vec!["Coca-Cola".into()]);
+        let score = |answer, ended| {
+            let verdict = judge(&near, answer, ended);
+            (verdict.right.unwrap(), verdict.anls.unwrap())
+        };
+        assert_eq!(score("coca-cola", true), (true, 1.0));
+        assert_eq!(score("coca-cola", false), (false, 1.0));
+        assert_eq!(score("Coca Cola", true), (false, 8.0 / 9.0));
+        assert_eq!(score("Pepsi", true), (false, 0.0));
     }
 }

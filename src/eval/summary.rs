@@ -48,6 +48,8 @@ pub struct Row {
     pub low: Option<f64>,
     /// Its upper end.
     pub high: Option<f64>,
+    /// Mean similarity of the answers that are scored by it ([`super::anls`]).
+    pub anls: Option<f64>,
     /// Stories, and those that state every fact and nothing wrong.
     pub stories: usize,
     /// Those that state every fact and nothing wrong.
@@ -228,6 +230,7 @@ fn row(contender: &Contender, task: &str, answers: &[&Answer], first: &ByKey<'_>
     let scored: Vec<bool> = asked.filter_map(|a| a.right).collect();
     let share = Share::of(scored.iter().filter(|&&right| right).count(), scored.len());
     let known = (!scored.is_empty()).then_some(share);
+    let near: Vec<f64> = answers.iter().filter_map(|a| a.anls).collect();
     let facts: Vec<_> = answers.iter().filter_map(|a| a.facts.as_ref()).collect();
     let total = |of: fn(&super::record::FactScore) -> usize| facts.iter().map(|&f| of(f)).sum();
     let (required, made): (usize, usize) = (total(|f| f.required), total(|f| f.made));
@@ -257,6 +260,7 @@ fn row(contender: &Contender, task: &str, answers: &[&Answer], first: &ByKey<'_>
         accuracy: known.map(|s| s.share),
         low: known.map(|s| s.low),
         high: known.map(|s| s.high),
+        anls: (!near.is_empty()).then(|| mean(&near)),
         stories: facts.len(),
         stories_whole: answers
             .iter()

@@ -71,6 +71,7 @@ pub fn answer(id: usize, policy: &str, share: Option<f64>, right: bool) -> Answe
         right: Some(right),
         chosen: None,
         facts: None,
+        anls: None,
         finish: Finish::Eog,
         tokens: Tokens {
             prompt: Default::default(),
@@ -323,6 +324,17 @@ fn summaries_count_and_compare() {
 }
 
 /// An interrupted run has answers of some policies only: pairs are what both answered.
+#[test]
+fn similarities_are_averaged_where_there_are_some() {
+    let (header, mut answers) = three();
+    for (i, answer) in answers.iter_mut().enumerate() {
+        answer.anls = (answer.contender == "full" && i < 60).then_some([0.0, 0.75][i / 3 % 2]);
+    }
+    let summary = Summary::of(&header, &answers);
+    let all: Vec<Option<f64>> = summary.overall().map(|row| row.anls).collect();
+    assert_eq!(all, [Some(0.375), None, None]);
+}
+
 #[test]
 fn comparisons_take_what_both_answered() {
     let (header, mut answers) = three();

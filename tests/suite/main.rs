@@ -68,6 +68,7 @@ mod precision;
 mod quantize;
 mod random;
 mod random_llama;
+mod real_models;
 mod recall;
 mod recall_answer;
 mod references;

@@ -96,6 +96,24 @@ fn llava_runs_under_both_policies() {
     assert!(line.contains("clip.projector_type is missing"), "{line}");
 }
 
+/// The same projector behind a tower of its own, for a text model of LLaMA's architecture.
+pub fn llava_llama() -> Pair {
+    let mut text = text("llama");
+    text.set_u32("llama.rope.dimension_count", 32);
+    let mut vision = tower("mlp", 168);
+    vision.tensors.extend([
+        Tensor::random("v.class_embd", &[64]),
+        Tensor::random("v.position_embd.weight", &[64, 145]),
+        Tensor::ones("v.pre_ln.weight", 64),
+        Tensor::random("v.pre_ln.bias", &[64]),
+        Tensor::random("mm.0.weight", &[64, 64]),
+        Tensor::random("mm.0.bias", &[64]),
+        Tensor::random("mm.2.weight", &[64, 64]),
+        Tensor::random("mm.2.bias", &[64]),
+    ]);
+    Pair::new(Some(&text), &vision)
+}
+
 /// The vocabulary of the small model, and hyperparameters of a small model of `arch`.
 fn text(arch: &str) -> Remake {
     let mut file = Remake::read(&repository(TEXT));
@@ -217,6 +235,26 @@ fn m_rope_runs_under_full_and_is_refused_for_the_others() {
     let cut = pair.json("-b 50 -ub 50");
     assert_eq!(cut["text"], full["text"]);
     every_policy_is_refused(&pair, "all tokens of a picture share one position (M-RoPE)");
+}
+
+/// Qwen2.5-VL: as Qwen2-VL, with windows in every other block of the tower, and gates.
+pub fn qwen25vl() -> Pair {
+    let pair = qwen2vl(1.0);
+    let path = pair.file("vision.gguf");
+    let mut vision = Remake::read(&path);
+    vision.set_text("clip.projector_type", "qwen2.5vl_merger");
+    vision.set_u32("clip.vision.n_wa_pattern", 2);
+    vision.drop_key("clip.use_gelu");
+    vision.set("clip.use_silu", Value::Bool(true));
+    for block in 0..2 {
+        let name = format!("v.blk.{block}.ffn_gate");
+        vision.tensors.extend([
+            Tensor::random(&format!("{name}.weight"), &[64, 128]),
+            Tensor::random(&format!("{name}.bias"), &[128]),
+        ]);
+    }
+    vision.write(&path);
+    pair
 }
 
 /// Whoever evicts names itself and the reason.

@@ -172,6 +172,7 @@ fn overall(rows: &[&Row], asked: usize, first: &str) -> Table {
         _ => r.right.to_string(),
     });
     columns.add("% (95 % interval)", true, rows, |r| with_interval(r));
+    columns.add("ANLS", true, rows, |r| shown(r.anls, |x| format!("{x:.3}")));
     columns.add("facts %", true, rows, |r| shown(r.recall, percent));
     columns.add("true %", true, rows, |r| shown(r.precision, percent));
     columns.add(&format!("of {first}'s facts %"), true, rows, |r| {

@@ -241,6 +241,7 @@ impl Runner<'_> {
                 right: verdict.right,
                 chosen: verdict.chosen,
                 facts: verdict.facts,
+                anls: verdict.anls,
                 finish: answered.finish,
                 tokens: answered.tokens.clone(),
                 kv: answered.kv.clone(),

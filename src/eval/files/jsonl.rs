@@ -8,6 +8,8 @@
 //! | `question` | what the user says; `<\|image_k\|>` says where pictures go, otherwise they are in front |
 //! | `prompt` | the whole prompt with the model's own marks, used with `--no-conversation` or where there is no `question` |
 //! | `answer`, `answers` | what counts as right; beside `options`, a letter, a number from 0, or an option's text |
+//! | `match` | how the answer is compared: `exact` (without it), `contains` or `anls` ([`Match`]) |
+//! | `wrong` | beside `contains`: answers that must not come before the right one |
 //! | `options` | makes it multiple choice; they are put behind the question |
 //! | `facts` | makes it a story: a list of `name`, `attribute`, `value`, `mentions` |
 //! | `turns` | makes it a chat: a list of objects with these fields but pictures |
@@ -37,6 +39,18 @@ impl Word {
     }
 }
 
+/// How an answer is compared with those that are right.
+#[derive(Clone, Copy, Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum Match {
+    /// It is one of them ([`crate::eval::score`]).
+    Exact,
+    /// It holds one of them ([`crate::eval::held`]).
+    Contains,
+    /// How near it is to one of them ([`crate::eval::anls`]).
+    Anls,
+}
+
 #[derive(Deserialize)]
 #[serde(expecting = "a question: an object")]
 struct Row {
@@ -58,6 +72,8 @@ struct Asked {
     prompt: Option<String>,
     answer: Option<Word>,
     answers: Option<Vec<Word>>,
+    r#match: Option<Match>,
+    wrong: Option<Vec<Word>>,
     options: Option<Vec<String>>,
     facts: Option<Vec<Fact>>,
 }
@@ -119,6 +135,8 @@ fn turn(asked: Asked, kind: Option<&str>, wrong: &dyn Fn(String) -> Error) -> Re
         prompt,
         answer,
         answers,
+        r#match,
+        wrong: others,
         options,
         facts,
     } = asked;
@@ -127,15 +145,24 @@ fn turn(asked: Asked, kind: Option<&str>, wrong: &dyn Fn(String) -> Error) -> Re
             "has no question, expected \"question\" or \"prompt\"".into(),
         ));
     };
+    let texts = |words: Option<Vec<Word>>| -> Vec<String> {
+        words.iter().flatten().map(Word::text).collect()
+    };
     let given = match (answer, answers) {
         (Some(answer), None) => Some(vec![answer.text()]),
-        (None, answers) => answers.map(|all| all.iter().map(Word::text).collect()),
+        (None, answers) => answers.map(|all| texts(Some(all))),
         (Some(_), Some(_)) => return Err(wrong("both answer and answers, expected one".into())),
     };
     let text = match &options {
         Some(options) => with_options(text, options),
         None => text.clone(),
     };
+    if r#match.is_some() && (facts.is_some() || options.is_some()) {
+        return Err(wrong("match beside facts or options, expected one".into()));
+    }
+    if others.is_some() && r#match != Some(Match::Contains) {
+        return Err(wrong("wrong without match \"contains\"".into()));
+    }
     let fallback = if facts.is_some() { "story" } else { "question" };
     let expected = match (facts, options, given) {
         (Some(facts), None, _) => Expected::Facts(facts),
@@ -144,7 +171,14 @@ fn turn(asked: Asked, kind: Option<&str>, wrong: &dyn Fn(String) -> Error) -> Re
             let answer = option(&options, &given).map_err(wrong)?;
             Expected::Choice { options, answer }
         }
-        (None, None, Some(words)) => Expected::Words(words),
+        (None, None, Some(words)) => match r#match.unwrap_or(Match::Exact) {
+            Match::Exact => Expected::Words(words),
+            Match::Contains => Expected::Held {
+                right: words,
+                wrong: texts(others),
+            },
+            Match::Anls => Expected::Near(words),
+        },
         (None, _, None) => Expected::Nothing,
     };
     Ok(Turn {

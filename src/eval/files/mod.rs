@@ -23,6 +23,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use super::held::{is_bare, same};
 use super::question::{Expected, MOST_OPTIONS, Question};
 use crate::error::{Error, Result};
 
@@ -166,14 +167,31 @@ impl Source {
 
     fn check_expected(&self, place: &str, expected: &Expected) -> Result<()> {
         let empty = |text: &String| text.trim().is_empty();
+        let none = |words: &[String]| words.is_empty() || words.iter().any(empty);
         match expected {
             Expected::Nothing if self.unanswered => Ok(()),
             Expected::Nothing => Err(self.wrong(
                 place,
                 "has no answer, expected \"answer\", \"answers\" or \"facts\"",
             )),
-            Expected::Words(words) if words.is_empty() || words.iter().any(empty) => {
+            Expected::Words(words) | Expected::Near(words) if none(words) => {
                 Err(self.wrong(place, "the answer is empty, expected text"))
+            }
+            Expected::Held { right, .. } if none(right) => {
+                Err(self.wrong(place, "the answer is empty, expected text"))
+            }
+            Expected::Held { right, wrong } => {
+                if wrong.iter().any(empty) {
+                    return Err(self.wrong(place, "a wrong answer is empty, expected text"));
+                }
+                if let Some(word) = right.iter().chain(wrong).find(|word| is_bare(word)) {
+                    return Err(self.wrong(place, format!("{word:?} is nothing to look for")));
+                }
+                let is_wrong = |word: &&String| wrong.iter().any(|other| same(word, other));
+                match right.iter().find(is_wrong) {
+                    Some(word) => Err(self.wrong(place, format!("{word:?} is right and wrong"))),
+                    None => Ok(()),
+                }
             }
             Expected::Choice { options, answer } => {
                 let n = options.len();
@@ -202,7 +220,7 @@ impl Source {
                 }
                 None => Ok(()),
             },
-            Expected::Words(_) => Ok(()),
+            Expected::Words(_) | Expected::Near(_) => Ok(()),
         }
     }
 

@@ -125,6 +125,35 @@ fn lines_say_what_they_ask_in_few_words() {
 }
 
 #[test]
+fn lines_say_how_answers_are_compared() {
+    let folder = Folder::new();
+    let path = folder.write(
+        "q.jsonl",
+        concat!(
+            r#"{"question": "?", "answer": "x", "match": "exact"}"#,
+            "\n",
+            r#"{"question": "?", "answer": 12, "match": "contains", "wrong": ["13", 14]}"#,
+            "\n",
+            r#"{"turns": [{"question": "?", "answers": ["a", "b"], "match": "anls"}]}"#,
+        ),
+    );
+    let (_, questions) = read(path);
+    let expected: Vec<&Expected> = questions.iter().map(|q| &q.turns[0].expected).collect();
+    let own = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+    assert_eq!(
+        expected,
+        [
+            &Expected::Words(own(&["x"])),
+            &Expected::Held {
+                right: own(&["12"]),
+                wrong: own(&["13", "14"]),
+            },
+            &Expected::Near(own(&["a", "b"])),
+        ]
+    );
+}
+
+#[test]
 fn broken_lines_are_named() {
     let folder = Folder::new();
     folder.write("a.png", png());
@@ -150,6 +179,38 @@ fn broken_lines_are_named() {
         (
             r#"{"question": "?", "answer": "x", "answers": ["y"]}"#,
             "line 2: both answer and answers",
+        ),
+        (
+            r#"{"question": "?", "answer": "x", "match": "near"}"#,
+            "unknown variant `near`, expected one of `exact`, `contains`, `anls`",
+        ),
+        (
+            r#"{"question": "?", "answer": "", "match": "contains"}"#,
+            "line 2: the answer is empty",
+        ),
+        (
+            r#"{"question": "?", "answer": " \".", "match": "contains"}"#,
+            "line 2: \" \\\".\" is nothing to look for",
+        ),
+        (
+            r#"{"question": "?", "answers": [], "match": "anls"}"#,
+            "line 2: the answer is empty",
+        ),
+        (
+            r#"{"question": "?", "answer": "x", "match": "contains", "wrong": [" "]}"#,
+            "line 2: a wrong answer is empty",
+        ),
+        (
+            r#"{"question": "?", "answer": "X.", "match": "contains", "wrong": ["x"]}"#,
+            "line 2: \"X.\" is right and wrong",
+        ),
+        (
+            r#"{"question": "?", "answer": "x", "wrong": ["y"]}"#,
+            "line 2: wrong without match \"contains\"",
+        ),
+        (
+            r#"{"question": "?", "options": ["a", "b"], "answer": "A", "match": "anls"}"#,
+            "line 2: match beside facts or options",
         ),
         (
             r#"{"image": "b.png", "question": "?", "answer": "x"}"#,
