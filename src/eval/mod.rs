@@ -13,6 +13,7 @@ pub mod facts;
 pub mod files;
 pub mod held;
 pub mod long_text;
+pub mod plain;
 pub mod question;
 pub mod reading;
 pub mod record;
