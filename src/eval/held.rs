@@ -44,7 +44,7 @@ fn plain(text: &str) -> String {
 }
 
 fn bare(key: &str) -> String {
-    super::score::normalised(key)
+    super::plain::normalised(key)
 }
 
 /// Where the key stands first; of two at one place the longer is less.

@@ -15,12 +15,12 @@ use crate::noise::Noise;
 pub enum Task {
     /// One number, which the text says twice (Mohtashami and Jaggi 2023, arXiv 2305.16300).
     Passkey,
-    /// One of four numbers, each of a city, at four places.
+    /// One of four words, each of a city, at four places.
     Facts,
-    /// One of two numbers. They stand in the first half of the text, and which city is meant is said
+    /// One of two words. They stand in the first half of the text, and which city is meant is said
     /// between the halves alone.
     Middle,
-    /// All four numbers, one question after the other about the same text.
+    /// All four words, one question after the other about the same text.
     Turns,
     /// Words, in their order.
     List,
@@ -233,7 +233,7 @@ impl Asked {
         };
         match task {
             Task::Passkey => {
-                let key = numbers(1, noise).remove(0);
+                let key = (10_000 + noise.below(90_000)).to_string();
                 let sentence =
                     format!("The pass key is {key}. Remember it. {key} is the pass key.");
                 asked.within.push((depth, sentence));
@@ -263,22 +263,21 @@ impl Asked {
         };
         self.depth *= until;
         let cities = drawn(&CITIES, n, noise);
-        let numbers = numbers(n, noise);
-        for (i, (city, number)) in cities.iter().zip(&numbers).enumerate() {
+        // Words: small models mix up several numbers.
+        let words = drawn(&WORDS, n, noise);
+        for (i, (city, word)) in cities.iter().zip(&words).enumerate() {
             let depth = match i {
                 0 => self.depth,
                 _ => until * noise.below(1000) as f64 / 1000.0,
             };
-            // Said twice, as the pass key is: small models mix numbers up that were said once.
-            let fact = format!("The secret number of {city} is {number}.");
-            let sentence = format!("{fact} Remember it. {fact}");
+            let sentence = format!("The secret word of {city} is {word}.");
             self.within.push((depth, sentence));
-            let question = format!("What is the secret number of {city}?");
-            let cue = format!("{question} The secret number of {city} is");
-            let others = numbers.iter().filter(|other| *other != number);
+            let question = format!("What is the secret word of {city}?");
+            let cue = format!("{question} The secret word of {city} is");
+            let others = words.iter().filter(|other| *other != word);
             self.ends.push(End {
-                wrong: others.cloned().collect(),
-                ..End::new(&question, &cue, number)
+                wrong: others.map(|&other| other.to_owned()).collect(),
+                ..End::new(&question, &cue, word)
             });
         }
         if self.task != Task::Turns {
@@ -289,7 +288,7 @@ impl Asked {
             let asked = format!("\n\nQuestion: {}\n\n", end.question);
             self.within.push((until, asked));
             end.question = "Answer the question that stands in the text.".into();
-            end.cue = "Answer to the question: The secret number of".into();
+            end.cue = "Answer to the question: The secret word of".into();
         }
     }
 
@@ -396,18 +395,6 @@ impl Asked {
         let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
         parts.join("\n\n")
     }
-}
-
-/// Numbers of five digits, no two the same.
-fn numbers(n: usize, noise: &mut Noise) -> Vec<String> {
-    let mut all: Vec<String> = Vec::new();
-    while all.len() < n {
-        let number = (10_000 + noise.below(90_000)).to_string();
-        if !all.contains(&number) {
-            all.push(number);
-        }
-    }
-    all
 }
 
 fn drawn<'a>(from: &[&'a str], n: usize, noise: &mut Noise) -> Vec<&'a str> {

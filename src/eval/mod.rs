@@ -17,6 +17,7 @@ pub mod files;
 pub mod held;
 pub mod log_probs;
 pub mod long_text;
+pub mod plain;
 pub mod question;
 pub mod reading;
 pub mod record;

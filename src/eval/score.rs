@@ -1,6 +1,7 @@
 //! Whether an answer is right.
 
 use super::facts::{self, Statement};
+use super::plain::normalised;
 use super::question::{Expected, Fact, letter};
 use super::record::FactScore;
 use super::{anls, held};
@@ -55,17 +56,6 @@ pub fn judge(expected: &Expected, answer: &str, ended: bool) -> Verdict {
         }
     }
     verdict
-}
-
-/// What exact match compares: lower case, white space as single spaces, without quotation marks
-/// around the whole and full stops at its end.
-pub fn normalised(text: &str) -> String {
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let text = words.join(" ").to_lowercase();
-    text.trim_matches(['"', '\''])
-        .trim_end_matches('.')
-        .trim_end()
-        .to_owned()
 }
 
 /// The option that an answer chooses. In this order:
