@@ -3,7 +3,7 @@
 use super::{Asker, Contender};
 use crate::attend::{Attend, Shares};
 use crate::bench::Pulse;
-use crate::engine::Token;
+use crate::engine::{Token, Vocabulary};
 use crate::error::{Error, Result};
 use crate::eval::continuation::{self, Continuation};
 use crate::eval::distance::{self, Followed, Places, Said};
@@ -166,10 +166,10 @@ impl Asker {
                 None => return Ok(None),
             }
         };
-        let session = self.opened_for(&contender.context, &contender.policy, positions)?;
+        let vocabulary: &dyn Vocabulary = &self.model;
         let mut bytes = Vec::new();
         for &token in &tokens[..tokens.len() - usize::from(ended)] {
-            session.vocabulary()?.piece(token, &mut bytes)?;
+            vocabulary.piece(token, &mut bytes)?;
         }
         let (same, equal) = continuation::alike(&tokens, &said.tokens);
         Ok(Some(Continuation {

@@ -421,6 +421,10 @@ fn what_cannot_be_read_in_chunks_is_refused() {
             "cannot be used with",
         ),
         ("questions.jsonl --text a", "cannot be used with"),
+        (
+            "questions.jsonl --kl-divergence-base a",
+            "cannot be used with",
+        ),
     ] {
         let output = hae().arg("eval").args(args.split(' ')).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);

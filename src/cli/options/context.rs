@@ -15,10 +15,10 @@ use hae::policy::{self, Amount, OptionKey, PolicySpec};
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Context")]
 pub struct ContextArgs {
-    /// Cells of the KV cache
+    /// Cells of the KV cache [default: 4096]
     ///
     /// One for each token. llama.cpp rounds the number up to a multiple of 256. 0 takes the context length that the
-    /// model was trained for. [default: 4096]
+    /// model was trained for.
     #[arg(short = 'c', long, value_name = "N")]
     ctx_size: Option<u32>,
     /// Rows of one decode call
