@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::{Done, note};
 use clap::Args;
-use hae::llama::quantize::{self, Progress, QuantType};
+use hae::llama::quantize::{self, Options, Progress, QuantType};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 /// Quantize a GGUF with llama.cpp
@@ -20,6 +20,11 @@ pub struct QuantizeArgs {
     /// llama.cpp's name of the type, in any case: Q8_0, Q4_K_M, Q4_0, ...
     #[arg(value_name = "TYPE", value_parser = QuantType::parse)]
     pub kind: QuantType,
+    /// Take tensors that are quantized already
+    ///
+    /// They lose once more, unless they are unpacked to F32.
+    #[arg(long)]
+    pub allow_requantize: bool,
     /// Threads; 0 means all
     #[arg(short, long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(..=512))]
     pub threads: u32,
@@ -29,16 +34,14 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<Done> {
     let progress = Arc::new(Progress::default());
     let style = ProgressStyle::with_template("quantizing {bar:32} {pos}/{len} tensors {elapsed}")?;
     let bar = ProgressBar::no_length().with_style(style);
+    let options = Options {
+        kind: args.kind,
+        threads: args.threads,
+        allow_requantize: args.allow_requantize,
+    };
     let sizes = std::thread::scope(|scope| {
-        let work = scope.spawn(|| {
-            quantize::quantize(
-                &args.input,
-                &args.output,
-                args.kind,
-                args.threads,
-                &progress,
-            )
-        });
+        let work =
+            scope.spawn(|| quantize::quantize(&args.input, &args.output, options, &progress));
         while !work.is_finished() {
             bar.set_length(progress.total.load(Ordering::Relaxed).into());
             bar.set_position(progress.done.load(Ordering::Relaxed).into());

@@ -139,7 +139,30 @@ pub struct Sizes {
     pub output: u64,
 }
 
-/// Writes `input` to `output` in the type `kind`. `threads`: 0 means as many as there are.
+/// What to write, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The type.
+    pub kind: QuantType,
+    /// 0 means as many as there are.
+    pub threads: u32,
+    /// Take tensors that are quantized already, from what they say now (llama.cpp's
+    /// option of that name). Unpacked to F32 or F16 they keep their values, F16's rounding aside.
+    pub allow_requantize: bool,
+}
+
+impl Options {
+    /// Of this type, from weights that are not quantized, by all threads.
+    pub fn of(kind: QuantType) -> Self {
+        Options {
+            kind,
+            threads: 0,
+            allow_requantize: false,
+        }
+    }
+}
+
+/// Writes `input` to `output`.
 ///
 /// # Errors
 /// [`Error::File`] or [`Error::Io`] for an input that is not a model to quantize,
@@ -147,12 +170,12 @@ pub struct Sizes {
 pub fn quantize(
     input: &Path,
     output: &Path,
-    kind: QuantType,
-    threads: u32,
+    options: Options,
     progress: &Arc<Progress>,
 ) -> Result<Sizes> {
+    let kind = options.kind;
     let gguf = Gguf::open(input)?;
-    check(&gguf, kind)?;
+    check(&gguf, options)?;
     progress
         .total
         .store(gguf.header().n_tensors as u32, Ordering::Relaxed);
@@ -165,7 +188,8 @@ pub fn quantize(
     let mut params = unsafe { sys::llama_model_quantize_default_params() };
     params.ftype = kind.ftype;
     params.only_copy = kind.class == Class::Copy;
-    params.nthread = i32::try_from(threads).unwrap_or(i32::MAX);
+    params.allow_requantize = options.allow_requantize;
+    params.nthread = i32::try_from(options.threads).unwrap_or(i32::MAX);
     let captured = log::capture(progress, || {
         // SAFETY: both paths are C strings and `params` a live struct, all outliving the call. The
         // input was checked for what the function asserts on. It catches exceptions itself.
@@ -214,7 +238,8 @@ fn refused(reason: &str) -> String {
 }
 
 /// Refuses what `llama_model_quantize` would abort on, and what it would not do anyway.
-fn check(gguf: &Gguf, kind: QuantType) -> Result<()> {
+fn check(gguf: &Gguf, options: Options) -> Result<()> {
+    let kind = options.kind;
     let wrong = |reason: String| Err(Error::file(gguf.path(), reason));
     let arch = gguf.text("general.architecture")?;
     let optional = |key: &str| match gguf.get(key) {
@@ -229,9 +254,10 @@ fn check(gguf: &Gguf, kind: QuantType) -> Result<()> {
         return wrong(format!("is one of {n} parts: merge them first"));
     }
     let quantized = tensors.iter().find(|t| t.kind.block_len() > 1);
-    if let Some(t) = quantized.filter(|_| kind.class != Class::Copy) {
+    let refused = kind.class != Class::Copy && !options.allow_requantize;
+    if let Some(t) = quantized.filter(|_| refused) {
         return wrong(format!(
-            "is quantized already ({} is {}): expected F32, F16 or BF16",
+            "is quantized already ({} is {}): expected F32, F16 or BF16, or `allow_requantize`",
             t.name,
             t.kind.name()
         ));

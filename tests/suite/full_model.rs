@@ -9,7 +9,7 @@ use hae::engine::{Engine, Observation};
 use hae::generate::Segment;
 use hae::image;
 use hae::llama::gguf::{Gguf, TensorType};
-use hae::llama::quantize::{QuantType, quantize};
+use hae::llama::quantize::{self, QuantType};
 use hae::llama::{Part, Piece};
 use hae::turn::segment;
 use tempfile::TempDir;
@@ -91,7 +91,13 @@ fn types_are_those_of_llama_cpps_quantizer() {
     for (mix, name) in [(Mix::Q4_0, "Q4_0"), (Mix::Q4KM, "Q4_K_M")] {
         let quantized = plain.dir.path().join(format!("{name}.gguf"));
         let kind = QuantType::parse(name).unwrap();
-        quantize(&plain.text(), &quantized, kind, 2, &Arc::default()).unwrap();
+        quantize::quantize(
+            &plain.text(),
+            &quantized,
+            quantize::Options::of(kind),
+            &Arc::default(),
+        )
+        .unwrap();
         let ours = write(small(mix));
         let file_type = |path: &Path| Gguf::open(path).unwrap().unsigned("general.file_type");
         assert_eq!(

@@ -8,13 +8,13 @@ use std::sync::atomic::Ordering;
 use hae::Result;
 use hae::convert::OutType;
 use hae::llama::gguf::{Gguf, TensorType, Writer};
-use hae::llama::quantize::{Progress, QuantType, Sizes, TYPES, quantize};
+use hae::llama::quantize::{Options, Progress, QuantType, Sizes, TYPES, quantize};
 use tempfile::TempDir;
 
 use crate::fixture::{checkpoint, convert, load};
 
 fn run(input: &Path, output: &Path, kind: QuantType) -> Result<Sizes> {
-    quantize(input, output, kind, 2, &Arc::default())
+    quantize(input, output, Options::of(kind), &Arc::default())
 }
 
 /// The message of a run that must fail and leave nothing in `out`.
@@ -87,7 +87,7 @@ fn converted_q8_0_equals_quantized_q8_0() {
     );
     let output = from.dir.path().join("q.gguf");
     let progress = Arc::<Progress>::default();
-    quantize(&from.text(), &output, q8_0(), 2, &progress).unwrap();
+    quantize(&from.text(), &output, Options::of(q8_0()), &progress).unwrap();
     assert_eq!(
         (
             progress.done.load(Ordering::Relaxed),
@@ -114,6 +114,43 @@ fn converted_q8_0_equals_quantized_q8_0() {
         tensors
     };
     assert!(read(&output) == read(&direct.text()));
+}
+
+/// A block of Q8_0 is a scale in F16 and 32 numbers of eight bits.
+#[test]
+fn what_is_quantized_is_unpacked_where_that_is_allowed() {
+    let from = convert(&checkpoint(), OutType::Q8_0);
+    let output = from.dir.path().join("f32.gguf");
+    let f32 = QuantType::parse("F32").unwrap();
+    assert!(refused(&from.text(), f32).contains("`allow_requantize`"));
+    let options = Options {
+        allow_requantize: true,
+        ..Options::of(f32)
+    };
+    quantize(&from.text(), &output, options, &Arc::default()).unwrap();
+    let [packed, plain] =
+        [from.text(), output].map(|path| (std::fs::read(&path).unwrap(), Gguf::open(&path)));
+    let plain_tensors = plain.1.unwrap().tensors();
+    let mut n = 0;
+    for t in packed.1.unwrap().tensors() {
+        if t.kind != TensorType::Q8_0 {
+            continue;
+        }
+        let own = plain_tensors.iter().find(|own| own.name == t.name).unwrap();
+        assert_eq!((own.kind, &own.dims), (TensorType::F32, &t.dims));
+        let blocks = packed.0[t.offset as usize..][..t.bytes as usize].chunks(34);
+        let values = plain.0[own.offset as usize..][..own.bytes as usize].chunks(4 * 32);
+        for (block, values) in blocks.zip(values) {
+            let scale = half::f16::from_le_bytes([block[0], block[1]]).to_f32();
+            let said = values
+                .chunks(4)
+                .map(|v| f32::from_le_bytes(v.try_into().unwrap()));
+            let meant = block[2..].iter().map(|&q| scale * f32::from(q as i8));
+            assert!(said.eq(meant), "{}", t.name);
+            n += 1;
+        }
+    }
+    assert!(n > 1000, "{n} blocks");
 }
 
 #[test]
