@@ -96,10 +96,16 @@ fn median(values: &mut [f64]) -> f64 {
     values[values.len() / 2]
 }
 
+/// A device is still at it when `decode` returns.
+fn decode_and_wait(engine: &mut LlamaEngine, pos: Pos) {
+    decode(engine, pos);
+    engine.logits().expect("logits");
+}
+
 /// Milliseconds of a token behind position `pos`, in as many cells as there are.
 fn per_token(engine: &mut LlamaEngine, pos: Pos) -> f64 {
     let mut times: Vec<f64> = (pos..pos + 12)
-        .map(|pos| time(|| decode(engine, pos)).0)
+        .map(|pos| time(|| decode_and_wait(engine, pos)).0)
         .collect();
     // The first ones make the graph.
     let median = median(&mut times[2..]);
@@ -115,17 +121,17 @@ fn out_and_back(engine: &mut LlamaEngine, n: usize) -> [f64; 3] {
     let cells = (KEPT as Cell / 2..KEPT as Cell).filter(|cell| at(cell).is_some());
     let cells: Vec<Cell> = cells.take(n).collect();
     let positions: Vec<Pos> = cells.iter().filter_map(at).collect();
-    decode(engine, FILLED);
+    decode_and_wait(engine, FILLED);
     let (out, rows) = time(|| engine.rows(&cells));
     let rows = rows.expect("rows");
     let mut gone = positions.clone();
     let mut ranges = Vec::new();
     hae::cache::ranges::coalesce(&mut gone, &mut ranges);
     engine.remove(0, &ranges).expect("removable positions");
-    decode(engine, FILLED + 1);
+    decode_and_wait(engine, FILLED + 1);
     let (back, done) = time(|| engine.put_rows(0, &positions, &rows, &mut Vec::new()));
     done.expect("free cells");
-    let token = time(|| decode(engine, FILLED + 2)).0;
+    let token = time(|| decode_and_wait(engine, FILLED + 2)).0;
     engine
         .rewind(0, FILLED, KEPT)
         .expect("the tokens taken back");
