@@ -102,8 +102,8 @@ pub struct Ask {
 /// Makes questions of all tasks by turns. `count` says how many tokens a piece of text has.
 ///
 /// # Errors
-/// Those of `count`; [`Error::Option`] where the text is too short, or so few tokens do not hold the
-/// sentences that are asked for.
+/// Those of `count`; [`Error::Option`] where the text is too short, so few tokens do not hold the
+/// sentences that are asked for, or the text's own sentences do not fill them to nine tenths.
 pub fn questions(
     text: &str,
     options: &Options,
@@ -341,6 +341,14 @@ impl Asked {
         // The tokens of a whole are not quite those of its parts.
         while longer(&self.body(&text))? > tokens && text.pop().is_some() {}
         let body = self.body(&text);
+        // A key without a text around it tests nothing.
+        let found = longer(&body)?;
+        if 10 * found < 9 * tokens {
+            let reason = format!(
+                "{tokens}, the text's sentences fill {found}: expected a text of shorter ones"
+            );
+            return Err(Error::option("tokens", reason));
+        }
         let name = self.task.name();
         let ends = self.ends.iter().enumerate();
         let mut turns: Vec<Ask> = ends
@@ -568,6 +576,37 @@ mod tests {
         assert!(refused(&prose(), 20).contains("20, expected more than the"));
         assert!(refused(&prose(), 5000).contains(&too_long));
         assert!(refused("", 300).contains("expected less than the text's 0"));
+        // No end of a sentence anywhere: all of it is one.
+        let giant = "and so on ".repeat(400);
+        let line = refused(&giant, 300);
+        assert!(line.contains("300, the text's sentences fill"), "{line}");
+    }
+
+    /// Tokenizers join what stands at the seams of parts, or need more for the whole.
+    #[test]
+    fn prompts_are_as_long_as_was_said_where_parts_do_not_add_up() {
+        let made =
+            |count: &dyn Fn(&str) -> Result<usize>| questions(&prose(), &options(6, 400, 3), count);
+        let more = |text: &str| {
+            let n = text.split_whitespace().count();
+            Ok(n + n * n / 2000)
+        };
+        let lines = made(&more).unwrap();
+        assert_eq!(lines.len(), 36);
+        for line in &lines {
+            let first = line.first();
+            let longer = more(&first.question)
+                .unwrap()
+                .max(more(&first.prompt).unwrap());
+            assert!((360..=400).contains(&longer), "{longer}");
+        }
+        // A third less for the whole than for its parts: it would come out that much too short.
+        let less = |text: &str| {
+            let n = text.split_whitespace().count();
+            Ok(if n < 100 { n } else { n * 2 / 3 })
+        };
+        let line = made(&less).unwrap_err().to_string();
+        assert!(line.contains("400, the text's sentences fill 2"), "{line}");
     }
 
     #[test]
