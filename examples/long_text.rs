@@ -10,6 +10,7 @@ use clap::Parser;
 use hae::Model;
 use hae::eval::long_text::{Options, Task, questions};
 use hae::llama::ModelOptions;
+use hae::outfile::{FilesInUse, OutFile};
 use hae::text;
 
 /// Write questions whose answer stands somewhere in a long text, for `hae eval`
@@ -47,6 +48,14 @@ fn task(name: &str) -> Result<Task, String> {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let path = &args.text;
+    let mut files = FilesInUse::default();
+    files.reads("--text", path);
+    if let Some(model) = &args.model {
+        files.reads_model("--model", model);
+    }
+    if let Some(out) = &args.out {
+        files.writes("--out", out)?;
+    }
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let prose = text::decode(path, bytes)?;
     let model = args.model.as_deref();
@@ -70,7 +79,10 @@ fn main() -> anyhow::Result<()> {
     }
     match &args.out {
         Some(path) => {
-            std::fs::write(path, lines).with_context(|| format!("cannot write {}", path.display()))
+            let out = OutFile::create(path)?;
+            let written = out.file().write_all(lines.as_bytes());
+            written.with_context(|| format!("cannot write {}", path.display()))?;
+            Ok(out.commit()?)
         }
         None => std::io::stdout()
             .write_all(lines.as_bytes())

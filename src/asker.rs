@@ -345,10 +345,15 @@ impl Asker {
     }
 }
 
-/// The policy for this question. One that draws by lot draws anew for each: the same places of
-/// every picture would be a pattern, not chance.
+/// The policy for this question.
 fn policy_of(contender: &Contender, question: &Question) -> PolicySpec {
-    let digest = Sha256::digest(&question.id);
+    policy_for(contender, &question.id)
+}
+
+/// The policy for a question or a window by its name. One that draws by lot draws anew for each: the
+/// same places of every picture or text would be a pattern, not chance.
+fn policy_for(contender: &Contender, name: &str) -> PolicySpec {
+    let digest = Sha256::digest(name);
     let number = digest.iter().take(8).fold(0, |n, &b| n << 8 | u64::from(b));
     let mut policy = contender.policy.clone();
     policy.options.seed ^= number;

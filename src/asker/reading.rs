@@ -1,6 +1,6 @@
 //! Texts that are read, or gone on with, under a policy.
 
-use super::{Asker, Contender};
+use super::{Asker, Contender, policy_for};
 use crate::attend::{Attend, Shares};
 use crate::bench::Pulse;
 use crate::engine::{Token, Vocabulary};
@@ -74,7 +74,8 @@ impl Asker {
     ) -> Result<Option<Reading>> {
         let positions = window.prompt.len() + window.text.len();
         let at_once = self.is_plain(contender)?;
-        let session = self.opened_for(&contender.context, &contender.policy, positions)?;
+        let policy = policy_of(contender, number);
+        let session = self.opened_for(&contender.context, &policy, positions)?;
         let followed = if at_once {
             let mut followed = Followed::default();
             let mut full = said.logits().iter();
@@ -115,13 +116,14 @@ impl Asker {
     pub fn predict(
         &mut self,
         contender: &Contender,
-        window: &Window,
+        (number, window): (usize, &Window),
         each: &mut dyn FnMut(&[f32], Token) -> Result<()>,
         watch: Pulse<'_>,
     ) -> Result<Option<(Option<Shares>, usize)>> {
         let positions = window.prompt.len() + window.text.len();
         let at_once = self.is_plain(contender)?;
-        let session = self.opened_for(&contender.context, &contender.policy, positions)?;
+        let policy = policy_of(contender, number);
+        let session = self.opened_for(&contender.context, &policy, positions)?;
         if at_once {
             let whole = all_at_once(session, window, each, watch)?;
             return Ok(whole.then_some((None, positions)));
@@ -147,7 +149,8 @@ impl Asker {
         watch: Pulse<'_>,
     ) -> Result<Option<Continuation>> {
         let positions = window.prompt.len() + n_predict;
-        let session = self.opened_for(&contender.context, &contender.policy, positions)?;
+        let policy = policy_of(contender, number);
+        let session = self.opened_for(&contender.context, &policy, positions)?;
         session.expect(said.fed().len());
         let mut places = Places::default();
         let prompt = prompt(window);
@@ -159,7 +162,7 @@ impl Asker {
         let (tokens, ended) = if distance.first_differing.is_none() {
             (said.tokens.clone(), said.ended)
         } else {
-            let session = self.opened_for(&contender.context, &contender.policy, positions)?;
+            let session = self.opened_for(&contender.context, &policy, positions)?;
             session.expect(said.fed().len());
             match distance::answer(session, &prompt, n_predict, watch.cancelled)? {
                 Some(told) => told,
@@ -227,6 +230,11 @@ fn all_at_once(
     };
     session.engine.predict(&tokens, first, &mut next)?;
     Ok(!cancelled)
+}
+
+/// The policy for a window of this number.
+fn policy_of(contender: &Contender, number: usize) -> PolicySpec {
+    policy_for(contender, &format!("window {number}"))
 }
 
 fn prompt(window: &Window) -> [Segment; 1] {

@@ -4,6 +4,8 @@
 //! It forgives a letter that was misread, and gives nothing for another word. The average over the
 //! questions is that of [`super::summary`].
 
+use super::plain::folded;
+
 /// Answers that are less similar than this are worth nothing.
 pub const THRESHOLD: f64 = 0.5;
 
@@ -30,8 +32,7 @@ pub fn similarity(answer: &str, right: &[String]) -> f64 {
 }
 
 fn characters(text: &str) -> Vec<char> {
-    let words: Vec<&str> = text.split_whitespace().collect();
-    words.join(" ").to_lowercase().chars().collect()
+    folded(text).chars().collect()
 }
 
 /// The fewest characters to insert, remove or change that make `b` of `a` (Levenshtein 1966).

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use serde::Serialize;
 
 use super::record::Distance;
-use super::stats::{Interval, Share, mean, of_mean};
+use super::stats::{Interval, Share, mean, t_interval, t_interval_of_ratio};
 use crate::engine::Token;
 use crate::quantile::median;
 
@@ -65,7 +65,7 @@ pub struct Row {
     pub equal: Share,
     /// Tokens before the first that differs, all of a text that is equal: the mean.
     pub same_mean: f64,
-    /// Of `same_mean`, by drawing the windows anew. None of a single window.
+    /// Of `same_mean`, by Student's t over windows. None of a single window.
     pub same_interval: Option<Interval>,
     /// The median.
     pub same_median: f64,
@@ -80,7 +80,7 @@ pub struct Row {
     /// Kullback-Leibler divergence from the full cache's predictions on its own texts, in nats: the
     /// mean over tokens.
     pub kl_mean: f64,
-    /// Of the windows' mean divergences.
+    /// Of `kl_mean`, by windows.
     pub kl_interval: Option<Interval>,
     /// The largest.
     pub kl_max: f64,
@@ -89,8 +89,8 @@ pub struct Row {
 }
 
 impl Row {
-    /// `None` where this policy said nothing. `seed` draws the windows anew.
-    pub fn of(contender: &str, all: &[Continuation], seed: u64) -> Option<Self> {
+    /// `None` where this policy said nothing.
+    pub fn of(contender: &str, all: &[Continuation]) -> Option<Self> {
         let own: Vec<&Continuation> = all.iter().filter(|c| c.contender == contender).collect();
         let windows = own.len();
         let tokens: usize = own.iter().map(|c| c.distance.n_tokens).sum();
@@ -100,25 +100,36 @@ impl Row {
         let each =
             |of: &dyn Fn(&Continuation) -> f64| -> Vec<f64> { own.iter().map(|c| of(c)).collect() };
         let sum = |of: &dyn Fn(&Continuation) -> f64| each(of).iter().sum::<f64>();
-        let interval = |of: &dyn Fn(&Continuation) -> f64| of_mean(&each(of), seed);
+        let interval = |of: &dyn Fn(&Continuation) -> f64, most: f64| {
+            t_interval(&each(of)).map(|interval| interval.within(0.0, most))
+        };
         let count = |of: &dyn Fn(&Continuation) -> bool| {
             Share::of(own.iter().filter(|c| of(c)).count(), windows)
         };
         let kl = own.iter().flat_map(|c| &c.distance.kl);
+        // Texts end at different lengths.
+        let parts: Vec<(f64, f64)> = own
+            .iter()
+            .map(|c| {
+                let sum = c.distance.kl.iter().map(|&kl| f64::from(kl)).sum();
+                (sum, c.distance.n_tokens as f64)
+            })
+            .collect();
         let same = |c: &Continuation| c.same as f64;
         Some(Row {
             contender: contender.to_owned(),
             windows,
             equal: count(&|c| c.equal),
             same_mean: mean(&each(&same)),
-            same_interval: interval(&same),
+            same_interval: interval(&same, f64::INFINITY),
             same_median: median(each(&same)).unwrap_or_default(),
             tokens: mean(&each(&|c| c.tokens as f64)),
             ended: count(&|c| c.ended),
             repeated: mean(&each(&|c| c.repeated)),
-            repeated_interval: interval(&|c| c.repeated),
+            repeated_interval: interval(&|c| c.repeated, 1.0),
             kl_mean: kl.clone().map(|&kl| f64::from(kl)).sum::<f64>() / tokens as f64,
-            kl_interval: interval(&|c| c.distance.kl_mean),
+            kl_interval: t_interval_of_ratio(&parts)
+                .map(|interval| interval.within(0.0, f64::INFINITY)),
             kl_max: kl.map(|&kl| f64::from(kl)).fold(0.0, f64::max),
             top1: sum(&|c| c.distance.top1 * c.distance.n_tokens as f64) / tokens as f64,
         })
@@ -180,8 +191,8 @@ mod tests {
             one(1, 1, false, 9, 0.5, distance(&[0.5, 1.5], 0.5)),
             one(2, 2, false, 5, 0.1, distance(&[0.2, 0.2], 0.5)),
         ];
-        assert_eq!(Row::of("full", &all, 1), None);
-        let row = Row::of("h2o", &all, 1).unwrap();
+        assert_eq!(Row::of("full", &all), None);
+        let row = Row::of("h2o", &all).unwrap();
         assert_eq!((row.windows, row.equal.hits, row.ended.hits), (3, 1, 1));
         assert_eq!((row.same_median, row.tokens), (2.0, 6.0));
         let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-7, "{a} {b}");
@@ -192,5 +203,28 @@ mod tests {
         near(row.top1, 0.75);
         let interval = row.same_interval.unwrap();
         assert!(interval.low < row.same_mean && row.same_mean < interval.high);
+        // Short texts far from the full cache and a long one near it: the windows' own means are nowhere near
+        // the mean over tokens.
+        let mut all: Vec<Continuation> = (0..7)
+            .map(|i| one(i, 0, false, 1, 0.0, distance(&[2.0 + 0.01 * i as f32], 0.0)))
+            .collect();
+        all.push(one(7, 0, false, 500, 0.0, distance(&[0.0; 500], 0.0)));
+        let row = Row::of("h2o", &all).unwrap();
+        near(row.kl_mean, 14.21 / 507.0);
+        let interval = row.kl_interval.unwrap();
+        assert!(interval.low <= row.kl_mean && row.kl_mean <= interval.high);
+        assert!(interval.high < 1.0, "{interval:?}");
+        // By hand, of three: means 0, 1 and 0.2 over 4, 2 and 2 tokens.
+        let three = [
+            one(0, 0, false, 4, 0.0, distance(&[0.0; 4], 0.0)),
+            one(1, 0, false, 2, 0.0, distance(&[0.5, 1.5], 0.0)),
+            one(2, 0, false, 2, 0.0, distance(&[0.2, 0.2], 0.0)),
+        ];
+        let row = Row::of("h2o", &three).unwrap();
+        // Residuals -1.2, 1.4 and -0.2; t of two degrees of freedom.
+        let half = 4.302_652_730 * (3.44f64 * 1.5).sqrt() / 8.0;
+        let interval = row.kl_interval.unwrap();
+        assert_eq!(interval.low, 0.0);
+        near(interval.high, 0.3 + half);
     }
 }

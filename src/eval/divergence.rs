@@ -7,8 +7,8 @@
 
 use serde::Serialize;
 
-use super::log_probs::LogProbs;
-use super::stats::{Estimate, Interval, mean, of_mean};
+use super::log_probs::{LogProbs, log_sum_exp};
+use super::stats::{Estimate, Interval, mean, t_interval_of_ratio};
 use crate::engine::{Token, likeliest};
 use crate::error::{Error, Result};
 use crate::quantile::quantile;
@@ -58,10 +58,9 @@ impl Divergence {
             return Err(Error::contract(format!("token {token} of {}", base.len())));
         };
         let first = likeliest(logits)?;
-        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|&x| f64::from((x - most).exp())).sum();
+        let (most, rest) = log_sum_exp(logits);
         // What makes logits log probabilities when it is taken off.
-        let all = most + sum.ln() as f32;
+        let all = most + rest;
         let (nll, nll_base) = (f64::from(all - own), f64::from(-at_base));
         let kl = base.iter().zip(logits).filter(|(p, _)| *p > NONE);
         let kl = kl.map(|(p, &q)| f64::from(p.exp() * (p - q + all))).sum();
@@ -98,40 +97,50 @@ impl Divergence {
         parts.collect()
     }
 
-    /// What came out; `None` of nothing. `seed` draws the windows anew.
-    pub fn statistics(&self, seed: u64) -> Option<Statistics> {
+    /// What came out; `None` of nothing.
+    pub fn statistics(&self) -> Option<Statistics> {
         let n = self.nll.len();
         if n == 0 {
             return None;
         }
         let (nll, base) = (
-            Estimate::of_mean(&self.nll),
-            Estimate::of_mean(&self.nll_base),
+            Estimate::with_standard_error(&self.nll),
+            Estimate::with_standard_error(&self.nll_base),
         );
         let together = covariance(&self.nll, &self.nll_base);
         let (ppl, ppl_base) = (nll.exp(), base.exp());
         // Of a difference of two that go together. Rounding may leave it a hair below 0.
-        let apart = |a: f64, b: f64, ab: f64| (a * a + b * b - 2.0 * ab).max(0.0).sqrt();
+        let apart = |a: Option<f64>, b: Option<f64>, ab: f64| {
+            let (a, b) = (a?, b?);
+            Some((a * a + b * b - 2.0 * ab).max(0.0).sqrt())
+        };
         let ln_ratio = Estimate {
             value: nll.value - base.value,
             error: apart(nll.error, base.error, together),
         };
         let squares: Vec<f64> = self.dp.iter().map(|dp| dp * dp).collect();
-        let square = Estimate::of_mean(&squares);
+        let square = Estimate::with_standard_error(&squares);
         let rms = square.value.sqrt();
         let same = mean(&self.same);
-        // Windows are equally long, so that means of theirs are means over tokens.
         let windows = self.windows();
-        let interval =
-            |of: &dyn Fn(&Part) -> f64| of_mean(&windows.iter().map(of).collect::<Vec<_>>(), seed);
+        let interval = |of: &dyn Fn(&Part) -> f64| {
+            let parts = windows.iter().map(|w| {
+                let n = w.tokens as f64;
+                (of(w) * n, n)
+            });
+            t_interval_of_ratio(&parts.collect::<Vec<_>>())
+        };
+        // What the file rounds may leave a mean a hair below 0.
+        let least = mean(&self.kl).min(0.0);
+        let (no_limit, share) = (f64::INFINITY, 1.0);
         Some(Statistics {
             tokens: n,
             windows: self.ends.len(),
             ppl,
             ppl_base,
-            correlation: match nll.error * base.error {
-                0.0 => None,
-                both => Some(together / both),
+            correlation: match (nll.error, base.error) {
+                (Some(a), Some(b)) if a * b > 0.0 => Some(together / (a * b)),
+                _ => None,
             },
             ln_ratio,
             ppl_ratio: ln_ratio.exp(),
@@ -144,26 +153,23 @@ impl Divergence {
                     ppl.value * ppl_base.value * together,
                 ),
             },
-            kl: Estimate::of_mean(&self.kl),
-            kl_interval: interval(&|w| w.kl),
+            kl: Estimate::with_standard_error(&self.kl),
+            kl_interval: interval(&|w| w.kl).map(|interval| interval.within(least, no_limit)),
             kl_quantiles: Quantiles::of(&self.kl),
-            dp: Estimate::of_mean(&self.dp),
+            dp: Estimate::with_standard_error(&self.dp),
             dp_quantiles: Quantiles::of(&self.dp),
             dp_rms: Estimate {
                 value: rms,
-                error: match rms > 0.0 {
-                    true => 0.5 / rms * square.error,
+                error: square.error.map(|error| match rms > 0.0 {
+                    true => 0.5 / rms * error,
                     false => 0.0,
-                },
+                }),
             },
             top1: Estimate {
                 value: same,
-                error: match n > 1 {
-                    true => (same * (1.0 - same) / (n - 1) as f64).sqrt(),
-                    false => 0.0,
-                },
+                error: (n > 1).then(|| (same * (1.0 - same) / (n - 1) as f64).sqrt()),
             },
-            top1_interval: interval(&|w| w.top1),
+            top1_interval: interval(&|w| w.top1).map(|interval| interval.within(0.0, share)),
         })
     }
 }
@@ -183,7 +189,7 @@ pub struct Part {
     pub top1: f64,
 }
 
-/// What `llama-perplexity --kl-divergence` prints, and intervals by drawing the windows anew.
+/// What `llama-perplexity --kl-divergence` prints, and intervals by Student's t over windows.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Statistics {
     /// Tokens that were predicted.

@@ -3,6 +3,8 @@
 //! A small model goes on behind a key it was asked for, or puts it into a sentence. Exact match would
 //! call that wrong, and whether any cache lost the key would not show.
 
+use super::plain::{folded, normalised};
+
 /// Whether an answer holds one of `right`, and nothing of `wrong` before it.
 ///
 /// 1. Case does not count, nor how much white space there is. Quotation marks around a key and full
@@ -14,7 +16,7 @@
 /// 4. In an answer that a limit cut off (`ended` is false) a key at the very end does not count: what was
 ///    cut off may belong to it.
 pub fn is_right(answer: &str, right: &[String], wrong: &[String], ended: bool) -> bool {
-    let answer = plain(answer);
+    let answer = folded(answer);
     let first = |keys: &[String]| {
         let found = keys
             .iter()
@@ -37,26 +39,22 @@ pub(super) fn is_bare(key: &str) -> bool {
     bare(key).is_empty()
 }
 
-/// Lower case, white space as single spaces.
-fn plain(text: &str) -> String {
-    let words: Vec<&str> = text.split_whitespace().collect();
-    words.join(" ").to_lowercase()
-}
-
 fn bare(key: &str) -> String {
-    super::plain::normalised(key)
+    normalised(key)
 }
 
 /// Where the key stands first; of two at one place the longer is less.
 fn place(answer: &str, key: &str, ended: bool) -> Option<(usize, std::cmp::Reverse<usize>)> {
-    let whole = |&(at, _): &(usize, &str)| {
+    let whole = |at: usize| {
         let (before, behind) = (&answer[..at], &answer[at + key.len()..]);
         let cut = behind.is_empty() && !ended;
         !cut && !goes_on(before.chars().rev(), key.chars().next())
             && !goes_on(behind.chars(), key.chars().next_back())
     };
-    let mut places = answer.match_indices(key).filter(whole);
-    let (at, _) = places.next()?;
+    // Places may overlap: one that is no whole word or number hides none behind it.
+    let starts = answer.char_indices().map(|(at, _)| at);
+    let mut places = starts.filter(|&at| answer[at..].starts_with(key));
+    let at = places.find(|&at| whole(at))?;
     Some((at, std::cmp::Reverse(key.len())))
 }
 
@@ -108,6 +106,8 @@ mod tests {
             ("the river", "\"River.\"", true),
             // The second place is whole.
             ("846061 84606", "84606", true),
+            ("x11 11 11", "11 11", true),
+            ("x11 11 11x", "11 11", false),
             ("Äpfel und Öl", "öl", true),
             ("C++", "c++", true),
         ] {

@@ -27,6 +27,8 @@ const HEADER: u64 = 20;
 /// Nats below the likeliest token from which on all are alike.
 const DEPTH: f32 = 16.0;
 const STEPS: f32 = 65535.0;
+/// Log probabilities above 0 by more than rounding are none.
+const ROUNDING: f32 = 0.01;
 
 /// How much is in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +82,13 @@ pub fn window(chunk: &[Token], bos: Option<Token>) -> Window {
     }
 }
 
+/// The largest logit, and what the logarithm of the sum of all exponentials is above it.
+pub(super) fn log_sum_exp(logits: &[f32]) -> (f32, f32) {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&x| f64::from((x - most).exp())).sum();
+    (most, sum.ln() as f32)
+}
+
 /// What was predicted of one token: `[n_vocab]` logarithms of probabilities.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LogProbs {
@@ -91,10 +100,9 @@ pub struct LogProbs {
 impl LogProbs {
     /// Of logits `[n_vocab]`, rounded as the file has them.
     pub fn of(logits: &[f32]) -> Self {
-        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let (most, rest) = log_sum_exp(logits);
         let least = logits.iter().copied().fold(f32::INFINITY, f32::min);
         let least = least.max(most - DEPTH);
-        let sum: f64 = logits.iter().map(|&x| f64::from((x - most).exp())).sum();
         let scale = (most - least) / STEPS;
         let bits = |x: f32| match scale > 0.0 && x > least {
             // Within 0 to 65535 but for rounding, which the conversion cuts off.
@@ -103,7 +111,7 @@ impl LogProbs {
         };
         LogProbs {
             scale,
-            least: least - most - sum.ln() as f32,
+            least: least - most - rest,
             bits: logits.iter().map(|&x| bits(x)).collect(),
         }
     }
@@ -225,12 +233,14 @@ pub struct Reader {
     path: PathBuf,
     file: BufReader<File>,
     shape: Shape,
-    chunks: Vec<Vec<Token>>,
     bytes: Vec<u8>,
 }
 
 impl Reader {
-    /// Reads and checks what comes before the predictions, and that the file is as long as it says.
+    /// Reads and checks the numbers in front, and that the file is as long as they say.
+    ///
+    /// Nothing is allocated by them yet. A file may be long and hold nothing (a sparse one): before chunks and
+    /// predictions are read, [`Reader::shape`] is to be compared with the model.
     ///
     /// # Errors
     /// [`Error::Io`], and [`Error::File`] for a file that is none of these, or not a whole one.
@@ -262,9 +272,8 @@ impl Reader {
         } = shape;
         if shape.scored() == 0 || n_vocab == 0 || n_chunks == 0 {
             let found = format!("{n_chunks} chunks of {n_ctx} tokens of {n_vocab}");
-            return Err(wrong(format!("holds {found}, expected at least 1 of 4")));
+            return Err(wrong(format!("holds {found}, expected at least 1 of 3")));
         }
-        // Nothing is allocated by numbers that the file cannot bear out.
         if shape.bytes() != Some(length) {
             let expected = match shape.bytes() {
                 Some(bytes) => format!("expected {bytes}"),
@@ -273,23 +282,10 @@ impl Reader {
             let found = format!("{n_chunks} chunks of {n_ctx} tokens of {n_vocab}");
             return Err(wrong(format!("has {length} bytes for {found}, {expected}")));
         }
-        let mut bytes = vec![0; 4 * n_ctx * n_chunks];
-        file.read_exact(&mut bytes).map_err(io)?;
-        let words = bytes.chunks_exact(4);
-        let tokens: Vec<Token> = words
-            .map(|word| Token::from_le_bytes([word[0], word[1], word[2], word[3]]))
-            .collect();
-        let strange = |token: &&Token| usize::try_from(**token).map_or(true, |t| t >= n_vocab);
-        if let Some(token) = tokens.iter().find(strange) {
-            return Err(wrong(format!(
-                "has the token {token}, expected less than {n_vocab}"
-            )));
-        }
         Ok(Reader {
             path: path.to_owned(),
             file,
             shape,
-            chunks: tokens.chunks_exact(n_ctx).map(<[Token]>::to_vec).collect(),
             bytes: Vec::new(),
         })
     }
@@ -299,9 +295,35 @@ impl Reader {
         self.shape
     }
 
-    /// The tokens: `[n_chunks][n_ctx]`.
-    pub fn chunks(&self) -> &[Vec<Token>] {
-        &self.chunks
+    /// A chunk's tokens: `[n_ctx]`. The next prediction is then the first of the same chunk.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::File`] for tokens that the vocabulary lacks, and [`Error::Contract`] behind the
+    /// last.
+    pub fn chunk(&mut self, number: usize) -> Result<Vec<Token>> {
+        let Shape {
+            n_ctx,
+            n_vocab,
+            n_chunks,
+        } = self.shape;
+        if number >= n_chunks {
+            return Err(Error::contract(format!("chunk {number} of {n_chunks}")));
+        }
+        self.seek_to(HEADER + 4 * (n_ctx * number) as u64)?;
+        let mut bytes = vec![0; 4 * n_ctx];
+        let read = self.file.read_exact(&mut bytes);
+        read.map_err(|e| Error::io(&self.path, e))?;
+        let words = bytes.chunks_exact(4);
+        let tokens: Vec<Token> = words
+            .map(|word| Token::from_le_bytes([word[0], word[1], word[2], word[3]]))
+            .collect();
+        let strange = |token: &&Token| usize::try_from(**token).map_or(true, |t| t >= n_vocab);
+        if let Some(token) = tokens.iter().find(strange) {
+            let reason = format!("has the token {token}, expected less than {n_vocab}");
+            return Err(Error::file(&self.path, reason));
+        }
+        self.seek(number)?;
+        Ok(tokens)
     }
 
     /// Goes to the first prediction of a chunk.
@@ -314,6 +336,10 @@ impl Reader {
         } = self.shape;
         let rows = chunk.min(n_chunks) * self.shape.scored();
         let at = HEADER + 4 * (n_ctx * n_chunks) as u64 + rows as u64 * self.shape.row() as u64;
+        self.seek_to(at)
+    }
+
+    fn seek_to(&mut self, at: u64) -> Result<()> {
         let sought = self.file.seek(SeekFrom::Start(at));
         sought.map(drop).map_err(|e| Error::io(&self.path, e))
     }
@@ -321,7 +347,7 @@ impl Reader {
     /// The next prediction.
     ///
     /// # Errors
-    /// [`Error::Io`], also behind the last; [`Error::File`] for numbers that are none.
+    /// [`Error::Io`], also behind the last; [`Error::File`] for numbers that are no log probabilities.
     pub fn read(&mut self) -> Result<LogProbs> {
         self.bytes.resize(self.shape.row(), 0);
         let read = self.file.read_exact(&mut self.bytes);
@@ -332,6 +358,11 @@ impl Reader {
         let (scale, least) = (float(0), float(4));
         if !(scale.is_finite() && scale >= 0.0 && least.is_finite()) {
             let reason = format!("scale {scale} and least {least}, expected finite numbers");
+            return Err(Error::file(&self.path, reason));
+        }
+        let most = least + STEPS * scale;
+        if most > ROUNDING {
+            let reason = format!("a log probability of {most}, expected none above 0");
             return Err(Error::file(&self.path, reason));
         }
         let bits = bits.chunks_exact(2).take(self.shape.n_vocab);

@@ -102,8 +102,8 @@ pub struct Ask {
 /// Makes questions of all tasks by turns. `count` says how many tokens a piece of text has.
 ///
 /// # Errors
-/// Those of `count`; [`Error::Option`] where the text is too short, or so few tokens do not hold the
-/// sentences that are asked for.
+/// Those of `count`; [`Error::Option`] where the text is too short, so few tokens do not hold the
+/// sentences that are asked for, or the text's own sentences do not fill them to nine tenths.
 pub fn questions(
     text: &str,
     options: &Options,
@@ -145,9 +145,9 @@ impl Prose {
         })
     }
 
-    /// Sentences from this one on, as many as have so many tokens at most; behind the last comes the first.
-    /// Where a long one no longer fits, shorter ones soon behind it fill the rest.
-    fn beginning_at(&self, first: usize, tokens: usize) -> Vec<&str> {
+    /// Sentences from this one on, by number, as many as have so many tokens at most; behind the last comes
+    /// the first. Where a long one no longer fits, shorter ones soon behind it fill the rest.
+    fn beginning_at(&self, first: usize, tokens: usize) -> Vec<usize> {
         const SOON: usize = 24;
         let n = self.sentences.len();
         let mut chosen = Vec::new();
@@ -155,7 +155,7 @@ impl Prose {
         for i in (0..n).map(|i| (first + i) % n) {
             if self.tokens[i] <= left {
                 left -= self.tokens[i];
-                chosen.push(self.sentences[i].as_str());
+                chosen.push(i);
             } else {
                 passed += 1;
             }
@@ -164,6 +164,18 @@ impl Prose {
             }
         }
         chosen
+    }
+
+    /// The sentences of these numbers.
+    fn texts(&self, chosen: &[usize]) -> Vec<&str> {
+        chosen.iter().map(|&i| self.sentences[i].as_str()).collect()
+    }
+
+    /// Numbers of the sentences behind the last chosen one, of those that begin at `first`.
+    fn behind(&self, first: usize, chosen: &[usize]) -> impl Iterator<Item = usize> + use<> {
+        let n = self.sentences.len();
+        let passed = chosen.last().map_or(0, |&last| (last + n - first) % n + 1);
+        (passed..n).map(move |i| (first + i) % n)
     }
 }
 
@@ -332,15 +344,38 @@ impl Asked {
             let reason = format!("{tokens}, expected more than the {needed} of a question");
             return Err(Error::option("tokens", reason));
         }
-        let mut text = prose.beginning_at(start, tokens - needed);
-        if text.len() == prose.sentences.len() {
+        let mut chosen = prose.beginning_at(start, tokens - needed);
+        if chosen.len() == prose.sentences.len() {
             let have: usize = prose.tokens.iter().sum();
             let reason = format!("{tokens}, expected less than the text's {have}");
             return Err(Error::option("tokens", reason));
         }
+        let whole = |chosen: &[usize]| longer(&self.body(&prose.texts(chosen)));
         // The tokens of a whole are not quite those of its parts.
-        while longer(&self.body(&text))? > tokens && text.pop().is_some() {}
-        let body = self.body(&text);
+        while whole(&chosen)? > tokens && chosen.pop().is_some() {}
+        let mut found = whole(&chosen)?;
+        let short = |found: usize| 10 * found < 9 * tokens;
+        // Where that took a long sentence, shorter ones from further on fill the gap.
+        for i in prose.behind(start, &chosen) {
+            if !short(found) {
+                break;
+            }
+            if prose.tokens[i] <= tokens - found {
+                chosen.push(i);
+                match whole(&chosen)? {
+                    n if n <= tokens => found = n,
+                    _ => drop(chosen.pop()),
+                }
+            }
+        }
+        // A key without a text around it tests nothing.
+        if short(found) {
+            let reason = format!(
+                "{tokens}, the text's sentences fill {found}: expected a text of shorter ones"
+            );
+            return Err(Error::option("tokens", reason));
+        }
+        let body = self.body(&prose.texts(&chosen));
         let name = self.task.name();
         let ends = self.ends.iter().enumerate();
         let mut turns: Vec<Ask> = ends
@@ -568,6 +603,61 @@ mod tests {
         assert!(refused(&prose(), 20).contains("20, expected more than the"));
         assert!(refused(&prose(), 5000).contains(&too_long));
         assert!(refused("", 300).contains("expected less than the text's 0"));
+        // No end of a sentence anywhere: all of it is one.
+        let giant = "and so on ".repeat(400);
+        let line = refused(&giant, 300);
+        assert!(line.contains("300, the text's sentences fill"), "{line}");
+    }
+
+    /// Tokenizers join what stands at the seams of parts, or need more for the whole.
+    #[test]
+    fn prompts_are_as_long_as_was_said_where_parts_do_not_add_up() {
+        let made =
+            |count: &dyn Fn(&str) -> Result<usize>| questions(&prose(), &options(6, 400, 3), count);
+        let more = |text: &str| {
+            let n = text.split_whitespace().count();
+            Ok(n + n * n / 2000)
+        };
+        // A third less for the whole than for its parts.
+        let less = |text: &str| {
+            let n = text.split_whitespace().count();
+            Ok(if n < 100 { n } else { n * 2 / 3 })
+        };
+        for count in [&more as &dyn Fn(&str) -> Result<usize>, &less] {
+            let lines = made(count).unwrap();
+            assert_eq!(lines.len(), 36);
+            for line in &lines {
+                let first = line.first();
+                let n = |text: &str| count(text).unwrap();
+                let longer = n(&first.question).max(n(&first.prompt));
+                assert!((360..=400).contains(&longer), "{longer}");
+            }
+        }
+    }
+
+    /// One token too many, and the sentence that goes for it is long: shorter ones take its place.
+    #[test]
+    fn a_long_sentence_that_goes_leaves_no_gap() {
+        let long = format!("It was {}long. ", "very ".repeat(60));
+        let text: String = (0..400)
+            .map(|i| {
+                if i % 3 == 0 {
+                    long.as_str()
+                } else {
+                    "So they went home. "
+                }
+            })
+            .collect();
+        // As words are counted without a tokenizer: each part is rounded down.
+        let rounded = |text: &str| Ok(text.split_whitespace().count() * 7 / 5);
+        for seed in 0..8 {
+            for line in questions(&text, &options(2, 400, seed), &rounded).unwrap() {
+                let first = line.first();
+                let n = |text: &str| text.split_whitespace().count() * 7 / 5;
+                let longer = n(&first.question).max(n(&first.prompt));
+                assert!((360..=400).contains(&longer), "{longer}");
+            }
+        }
     }
 
     #[test]

@@ -1,11 +1,15 @@
 //! Text as answers are compared.
 
-/// What exact match compares: lower case, white space as single spaces, without quotation marks
-/// around the whole and full stops at its end.
-pub fn normalised(text: &str) -> String {
+/// Lower case, white space as single spaces.
+pub fn folded(text: &str) -> String {
     let words: Vec<&str> = text.split_whitespace().collect();
-    let text = words.join(" ").to_lowercase();
-    text.trim_matches(['"', '\''])
+    words.join(" ").to_lowercase()
+}
+
+/// What exact match compares: [`folded`], without quotation marks around the whole and full stops at its end.
+pub fn normalised(text: &str) -> String {
+    folded(text)
+        .trim_matches(['"', '\''])
         .trim_end_matches('.')
         .trim_end()
         .to_owned()

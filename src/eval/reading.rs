@@ -7,7 +7,7 @@
 use serde::Serialize;
 
 use super::record::Distance;
-use super::stats::{Estimate, Interval, mean, of_mean};
+use super::stats::{Estimate, Interval, mean, t_interval_of_ratio};
 use crate::attend::Shares;
 use crate::engine::Token;
 use crate::quantile::quantile;
@@ -77,13 +77,13 @@ pub struct Row {
     /// Perplexity of the text.
     pub ppl: f64,
     /// Its standard error as llama.cpp's `llama-perplexity` states it, which takes tokens for
-    /// independent.
-    pub ppl_error: f64,
+    /// independent. None of a single token.
+    pub ppl_error: Option<f64>,
     /// Perplexity up to and with each window.
     pub ppl_so_far: Vec<f64>,
     /// The perplexity over that of the full cache.
     pub ppl_ratio: f64,
-    /// Of `ppl_ratio`, by drawing the windows anew. None of a single window, as below.
+    /// Of `ppl_ratio`, by Student's t over windows. None of a single window, as below.
     pub ppl_ratio_interval: Option<Interval>,
     /// Kullback-Leibler divergence of the predictions from the full cache's, in nats: the mean.
     pub kl_mean: f64,
@@ -106,8 +106,8 @@ pub struct Row {
 }
 
 impl Row {
-    /// `None` where this policy read nothing. `seed` draws the windows anew.
-    pub fn of(contender: &str, readings: &[Reading], seed: u64) -> Option<Self> {
+    /// `None` where this policy read nothing.
+    pub fn of(contender: &str, readings: &[Reading]) -> Option<Self> {
         let own: Vec<&Reading> = readings
             .iter()
             .filter(|reading| reading.contender == contender)
@@ -122,7 +122,7 @@ impl Row {
         let full: f64 = distances().map(|d| d.log_prob_full).sum();
         let nll = own.iter().flat_map(|reading| &reading.log_probs);
         let nll: Vec<f64> = nll.map(|&log_prob| -f64::from(log_prob)).collect();
-        let nll = Estimate::of_mean(&nll);
+        let nll = Estimate::of_any_number(&nll);
         let (mut sum, mut n_so_far) = (0.0, 0);
         let ppl_so_far = distances().map(|d| {
             sum += d.log_prob;
@@ -131,10 +131,12 @@ impl Row {
         });
         let ppl_so_far: Vec<f64> = ppl_so_far.collect();
         let log_prob = sum;
-        // Windows are equally long, so that means of theirs are means over tokens.
+        // Of the sums of windows.
         let of_windows = |of: &dyn Fn(&Distance) -> f64| -> Option<Interval> {
-            of_mean(&distances().map(of).collect::<Vec<_>>(), seed)
+            let parts = distances().map(|d| (of(d), d.n_tokens as f64));
+            t_interval_of_ratio(&parts.collect::<Vec<_>>())
         };
+        let (no_limit, share) = (f64::INFINITY, 1.0);
         let mut kl: Vec<f64> = distances()
             .flat_map(|d| d.kl.iter().map(|&kl| f64::from(kl)))
             .collect();
@@ -153,14 +155,16 @@ impl Row {
             ppl_error: nll.exp().error,
             ppl_so_far,
             ppl_ratio: ((full - log_prob) / n).exp(),
-            ppl_ratio_interval: of_windows(&|d| d.ppl_ratio.ln()).map(Interval::exp),
+            ppl_ratio_interval: of_windows(&|d| d.log_prob_full - d.log_prob).map(Interval::exp),
             kl_mean: mean(&kl),
-            kl_interval: of_windows(&|d| d.kl_mean),
+            kl_interval: of_windows(&|d| d.kl.iter().map(|&kl| f64::from(kl)).sum())
+                .map(|interval| interval.within(0.0, no_limit)),
             kl_median: quantile(&kl, 0.5),
             kl_p99: quantile(&kl, 0.99),
             kl_max: kl.last().copied().unwrap_or_default(),
             top1: same / n,
-            top1_interval: of_windows(&|d| d.top1),
+            top1_interval: of_windows(&|d| d.top1 * d.n_tokens as f64)
+                .map(|interval| interval.within(0.0, share)),
             attended: (!shares.is_empty()).then(|| mean(&shares)),
             cells: mean(&cells),
         })
@@ -217,8 +221,8 @@ mod tests {
             reading(1, distance(&[0.0, 0.5, 0.25, 0.25], -9.0, 0.75)),
             reading(2, distance(&[1.0], -3.0, 0.0)),
         ];
-        assert_eq!(Row::of("full", &readings, 1), None);
-        let row = Row::of("h2o", &readings, 1).unwrap();
+        assert_eq!(Row::of("full", &readings), None);
+        let row = Row::of("h2o", &readings).unwrap();
         assert_eq!((row.windows, row.tokens), (2, 5));
         let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
         near(row.ppl, (12f64 / 5.0).exp());
@@ -226,8 +230,8 @@ mod tests {
         assert_eq!(row.ppl_so_far.len(), 2);
         near(row.ppl_so_far[0], (9f64 / 4.0).exp());
         near(row.ppl_so_far[1], row.ppl);
-        // Too few tokens to state it.
-        assert_eq!(row.ppl_error, 0.0);
+        // Negative log probabilities of 2.25 four times and of 3: a variance of 0.09 over 5 - 1.
+        near(row.ppl_error.unwrap(), (12f64 / 5.0).exp() * 0.15);
         near(row.kl_mean, 0.4);
         near(row.kl_max, 1.0);
         near(row.kl_median, 0.25);
@@ -236,9 +240,13 @@ mod tests {
         let interval = row.kl_interval.unwrap();
         assert!(interval.low < 0.4 && 0.4 < interval.high);
         let interval = row.top1_interval.unwrap();
-        assert_eq!((interval.low, interval.high), (0.0, 0.75));
-        assert!(row.ppl_ratio_interval.is_some());
-        let one = Row::of("h2o", &readings[..1], 1).unwrap();
+        assert_eq!((interval.low, interval.high), (0.0, 1.0));
+        // Differences 1 and 1 of 4 and 1 tokens: 0.4 is their mean, 0.6 what each lies off it.
+        let interval = row.ppl_ratio_interval.unwrap();
+        let half = 12.706_204_736 * (0.72f64 * 2.0).sqrt() / 5.0;
+        assert!((interval.low.ln() - (0.4 - half)).abs() < 1e-8);
+        assert!((interval.high.ln() - (0.4 + half)).abs() < 1e-8);
+        let one = Row::of("h2o", &readings[..1]).unwrap();
         assert_eq!((one.kl_interval, one.ppl_ratio_interval), (None, None));
     }
 }

@@ -7,7 +7,7 @@ use crate::quantile::quantile;
 
 /// Of the standard normal distribution, for 95 %.
 const Z: f64 = 1.96;
-/// Of fewer values no standard error is stated.
+/// Of fewer values llama.cpp's `llama-perplexity` states no standard error.
 const FEWEST: usize = 11;
 
 /// Hits out of `n`, with the 95 % interval of Wilson (1927).
@@ -159,25 +159,71 @@ impl Interval {
             high: self.high.exp(),
         }
     }
+
+    /// Without what cannot be.
+    pub fn within(self, least: f64, most: f64) -> Self {
+        Interval {
+            low: self.low.clamp(least, most),
+            high: self.high.clamp(least, most),
+        }
+    }
 }
 
-/// The bootstrap: where the mean had come to lie, had the values been others of the same kind.
-/// `None` of fewer than two, which have no spread.
-pub fn of_mean(values: &[f64], seed: u64) -> Option<Interval> {
-    if values.len() < 2 {
+/// Where a mean lies, by Student's t: exact for values that are normal and independent. `None` of fewer
+/// than two, which have no spread.
+pub fn t_interval(values: &[f64]) -> Option<Interval> {
+    let parts: Vec<(f64, f64)> = values.iter().map(|&value| (value, 1.0)).collect();
+    t_interval_of_ratio(&parts)
+}
+
+/// The same of a mean over all tokens, from parts of a text: of each the sum and over how many tokens it is.
+/// The standard error is that of a ratio estimator (Cochran, Sampling Techniques, 1977, chapter 6),
+/// with the degrees of freedom of the parts.
+pub fn t_interval_of_ratio(parts: &[(f64, f64)]) -> Option<Interval> {
+    let n = parts.len();
+    let sum: f64 = parts.iter().map(|part| part.0).sum();
+    let over: f64 = parts.iter().map(|part| part.1).sum();
+    if n < 2 || over <= 0.0 {
         return None;
     }
-    let mut noise = Noise::new(seed);
-    let mut draw = || {
-        let drawn = (0..values.len()).map(|_| values[noise.below(values.len())]);
-        drawn.sum::<f64>() / values.len() as f64
-    };
-    let mut draws: Vec<f64> = (0..RESAMPLES).map(|_| draw()).collect();
-    draws.sort_by(f64::total_cmp);
+    let ratio = sum / over;
+    let squares = parts.iter().map(|(sum, over)| (sum - ratio * over).powi(2));
+    let error = (squares.sum::<f64>() * n as f64 / (n - 1) as f64).sqrt() / over;
+    let half = student(n - 1) * error;
     Some(Interval {
-        low: quantile(&draws, 0.025),
-        high: quantile(&draws, 0.975),
+        low: ratio - half,
+        high: ratio + half,
     })
+}
+
+/// How many standard errors hold 95 % of Student's t distribution, with at least one degree of freedom.
+fn student(freedom: usize) -> f64 {
+    // The share within +- t grows with the angle, so that it can be halved down to.
+    let (mut low, mut high) = (0.0, std::f64::consts::FRAC_PI_2);
+    for _ in 0..64 {
+        let middle = 0.5 * (low + high);
+        match share_within(middle, freedom) < 0.95 {
+            true => low = middle,
+            false => high = middle,
+        }
+    }
+    (freedom as f64).sqrt() * low.tan()
+}
+
+/// The share of Student's t distribution within +- t, for `angle` = atan(t / sqrt(freedom)): Abramowitz and
+/// Stegun 1964, 26.7.3 and 26.7.4.
+fn share_within(angle: f64, freedom: usize) -> f64 {
+    let (sin, cos) = angle.sin_cos();
+    let odd = freedom % 2 == 1;
+    let (mut term, mut sum) = (if odd { cos } else { 1.0 }, 0.0);
+    for k in (if odd { 2 } else { 1 }..freedom).step_by(2) {
+        sum += term;
+        term *= cos * cos * k as f64 / (k + 1) as f64;
+    }
+    match odd {
+        true => (angle + sin * sum) / std::f64::consts::FRAC_PI_2,
+        false => sin * sum,
+    }
 }
 
 /// A value and its standard error.
@@ -185,22 +231,31 @@ pub fn of_mean(values: &[f64], seed: u64) -> Option<Interval> {
 pub struct Estimate {
     /// What was found.
     pub value: f64,
-    /// Its standard error; 0 of fewer than 11 values.
-    pub error: f64,
+    /// Its standard error. `None`: too few values to state one.
+    pub error: Option<f64>,
 }
 
 impl Estimate {
-    /// The mean of values.
-    pub fn of_mean(values: &[f64]) -> Self {
+    /// The mean of values, with the standard error that `llama-perplexity --kl-divergence` states: none of
+    /// fewer than 11.
+    pub fn with_standard_error(values: &[f64]) -> Self {
+        Self::of_at_least(FEWEST, values)
+    }
+
+    /// The same as `llama-perplexity` states it without a file to compare with: of two values and more.
+    pub fn of_any_number(values: &[f64]) -> Self {
+        Self::of_at_least(2, values)
+    }
+
+    fn of_at_least(fewest: usize, values: &[f64]) -> Self {
         let n = values.len();
         let middle = mean(values);
         let spread = mean(&values.iter().map(|x| x * x).collect::<Vec<_>>()) - middle * middle;
+        // Rounding may leave it a hair below 0.
+        let error = || (spread.max(0.0) / (n - 1) as f64).sqrt();
         Estimate {
             value: middle,
-            error: match n >= FEWEST && spread > 0.0 {
-                true => (spread / (n - 1) as f64).sqrt(),
-                false => 0.0,
-            },
+            error: (n >= fewest).then(error),
         }
     }
 
@@ -209,7 +264,7 @@ impl Estimate {
         let value = self.value.exp();
         Estimate {
             value,
-            error: value * self.error,
+            error: self.error.map(|error| value * error),
         }
     }
 }
@@ -276,34 +331,74 @@ mod tests {
         assert!(holm(&[]).is_empty());
     }
 
-    /// Of two values a draw is the one, the other or their middle; of many normal ones the interval
-    /// is the textbook's.
+    /// scipy.stats.t.ppf(0.975, n)
+    #[test]
+    fn students_quantiles_are_scipys() {
+        for (n, expected) in [
+            (1, 12.706_204_736),
+            (2, 4.302_652_730),
+            (3, 3.182_446_305),
+            (4, 2.776_445_105),
+            (7, 2.364_624_252),
+            (30, 2.042_272_456),
+            (100, 1.983_971_519),
+            (1000, 1.962_339_081),
+        ] {
+            let found = student(n);
+            assert!((found - expected).abs() < 1e-8, "{n}: {found}");
+        }
+    }
+
+    /// The textbook's: mean +- t s / sqrt(n).
     #[test]
     fn means_lie_where_theory_says() {
-        let two = of_mean(&[1.0, 3.0], 7).unwrap();
-        assert_eq!((two.low, two.high), (1.0, 3.0));
-        let mut noise = Noise::new(5);
-        let values: Vec<f64> = (0..400).map(|_| f64::from(noise.normal())).collect();
-        let interval = of_mean(&values, 7).unwrap();
-        let middle = mean(&values);
-        let deviation = values.iter().map(|x| (x - middle).powi(2)).sum::<f64>() / 400.0;
-        let half = Z * (deviation / 400.0).sqrt();
-        for (ours, theirs) in [
-            (interval.low, middle - half),
-            (interval.high, middle + half),
-        ] {
-            assert!((ours - theirs).abs() < 0.01, "{ours} {theirs}");
+        let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-8, "{a} {b}");
+        let two = t_interval(&[1.0, 3.0]).unwrap();
+        near(two.low, 2.0 - 12.706_204_736);
+        near(two.high, 2.0 + 12.706_204_736);
+        assert_eq!(two.within(0.0, 9.0).low, 0.0);
+        let five = t_interval(&[1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
+        let half = 2.776_445_105 * 0.5f64.sqrt();
+        near(five.low, 3.0 - half);
+        near(five.high, 3.0 + half);
+        assert_eq!(t_interval(&[1.0]), None);
+        assert_eq!(t_interval_of_ratio(&[(0.0, 0.0); 3]), None);
+    }
+
+    /// Parts of several lengths: 95 of 100 intervals hold what the parts were drawn around, also of few.
+    #[test]
+    fn intervals_of_ratios_hold_what_they_say() {
+        let mut noise = Noise::new(3);
+        for n in [3, 5, 20] {
+            let mut held = 0;
+            for _ in 0..4000 {
+                let parts: Vec<(f64, f64)> = (0..n)
+                    .map(|_| {
+                        let tokens = 40.0 + noise.below(20) as f64;
+                        (tokens * (2.0 + f64::from(noise.normal())), tokens)
+                    })
+                    .collect();
+                let found = t_interval_of_ratio(&parts).unwrap();
+                held += usize::from(found.low <= 2.0 && 2.0 <= found.high);
+            }
+            // Four standard errors of 4,000 trials, and what the lengths move.
+            assert!((3720..=3880).contains(&held), "{n}: {held}");
         }
-        assert_eq!(of_mean(&values[..1], 7), None);
     }
 
     #[test]
     fn few_values_have_no_standard_error() {
         let ten: Vec<f64> = (0..10).map(f64::from).collect();
-        assert_eq!(Estimate::of_mean(&ten).error, 0.0);
+        assert_eq!(Estimate::with_standard_error(&ten).error, None);
+        let error = Estimate::of_any_number(&ten).error.unwrap();
+        assert!((error - (8.25f64 / 9.0).sqrt()).abs() < 1e-12);
+        assert_eq!(Estimate::of_any_number(&ten[..1]).error, None);
         let eleven: Vec<f64> = (0..11).map(f64::from).collect();
-        assert!((Estimate::of_mean(&eleven).error - 1.0).abs() < 1e-12);
-        assert_eq!(Estimate::of_mean(&[2.0; 20]).error, 0.0);
+        let error = Estimate::with_standard_error(&eleven).error.unwrap();
+        assert!((error - 1.0).abs() < 1e-12);
+        let same = Estimate::with_standard_error(&[2.0; 20]);
+        assert_eq!(same.error, Some(0.0));
+        assert_eq!(same.exp().error, Some(0.0));
     }
 
     /// With few stories every sample can be counted: all draws of two out of two.

@@ -323,7 +323,6 @@ fn summaries_count_and_compare() {
     );
 }
 
-/// An interrupted run has answers of some policies only: pairs are what both answered.
 #[test]
 fn similarities_are_averaged_where_there_are_some() {
     let (header, mut answers) = three();
@@ -335,6 +334,7 @@ fn similarities_are_averaged_where_there_are_some() {
     assert_eq!(all, [Some(0.375), None, None]);
 }
 
+/// An interrupted run has answers of some policies only: pairs are what both answered.
 #[test]
 fn comparisons_take_what_both_answered() {
     let (header, mut answers) = three();

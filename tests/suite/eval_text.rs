@@ -120,10 +120,46 @@ fn perplexity_is_that_of_the_tokens_themselves() {
 
     // A quantized cache is none from itself, and some from f16.
     let quantized = "--kv-policy full --limit 2 -fa on -ctk q4_0 -ctv q4_0";
+    let all = read(quantized);
+    assert_eq!(all["header"]["reference"]["type_k"], "q4_0");
     for (reference, differs) in [("q4_0", false), ("f16", true)] {
         let all = read(&format!("{quantized} --reference-type {reference}"));
-        assert_eq!(all["header"]["reference_type"], reference);
+        assert_eq!(all["header"]["reference"]["type_k"], reference);
+        assert_eq!(all["header"]["reference"]["type_v"], reference);
         assert_eq!(of(&all["summary"][0], "kl_mean") > 0.0, differs);
+    }
+}
+
+/// Two windows of the same tokens: what draws by lot draws anew for each.
+#[test]
+fn policies_that_draw_do_so_anew_in_each_window() {
+    let line = "Where is the red heart? Row 1, column 2. ";
+    let model = load(&repository(TEXT));
+    let count = |n: usize| model.tokenize(&line.repeat(n), false, false).unwrap().len();
+    let period = count(5) - count(4);
+    let front = model.tokenize("", true, false).unwrap().len();
+    let own = 6 * period;
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("text.txt");
+    fs::write(&file, line.repeat(20)).unwrap();
+    let (path, prompt) = (file.display(), own - 16 + front);
+    for flags in ["--text-predict 16", "--text-predict 16 --text-generate 16"] {
+        let args = format!(
+            "eval --text {path} --text-prompt {prompt} {flags} --limit 3 -t 1 -fa off -c 512 -o json \
+             --kv-policy streaming_llm,random --kv-budget 0.3"
+        );
+        let args: Vec<&str> = args.split_whitespace().collect();
+        let all: Value = serde_json::from_str(&answer(&args)).unwrap();
+        let of = |policy: &str| -> Vec<f64> {
+            let windows = all["windows"].as_array().unwrap().iter();
+            let own = windows.filter(|w| w["contender"].as_str().unwrap().starts_with(policy));
+            own.map(|w| w["distance"]["kl_mean"].as_f64().unwrap())
+                .collect()
+        };
+        let (fixed, drawn) = (of("streaming_llm"), of("random"));
+        assert_eq!((fixed.len(), drawn.len()), (3, 3));
+        assert_eq!(fixed[1], fixed[2], "{flags}: the windows differ");
+        assert_ne!(drawn[1], drawn[2], "{flags}");
     }
 }
 

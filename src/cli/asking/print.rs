@@ -10,6 +10,7 @@ use serde_json::json;
 use super::super::table::Columns;
 use hae::Error;
 use hae::eval::record::{Answer, Header};
+use hae::eval::stats::Interval;
 use hae::eval::summary::{ALL, Comparison, LEVEL, Measure, Row, Summary, Verdict};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -146,13 +147,23 @@ pub fn percent(share: f64) -> String {
 }
 
 /// `96.7 (90.6 to 98.9)`
-fn with_interval(row: &Row) -> String {
+fn accuracy(row: &Row) -> String {
     match (row.accuracy, row.low, row.high) {
         (Some(share), Some(low), Some(high)) => {
-            format!("{} ({} to {})", percent(share), percent(low), percent(high))
+            with_interval(share, Some(Interval { low, high }), percent)
         }
         _ => String::new(),
     }
+}
+
+/// `0.0123 (0.0101 to 0.0150)`
+pub fn with_interval(
+    value: f64,
+    interval: Option<Interval>,
+    show: impl Fn(f64) -> String,
+) -> String {
+    let interval = interval.map(|i| format!(" ({} to {})", show(i.low), show(i.high)));
+    format!("{}{}", show(value), interval.unwrap_or_default())
 }
 
 pub fn shown(value: Option<f64>, show: impl Fn(f64) -> String) -> String {
@@ -171,7 +182,7 @@ fn overall(rows: &[&Row], asked: usize, first: &str) -> Table {
         0 => String::new(),
         _ => r.right.to_string(),
     });
-    columns.add("% (95 % interval)", true, rows, |r| with_interval(r));
+    columns.add("% (95 % interval)", true, rows, |r| accuracy(r));
     columns.add("ANLS", true, rows, |r| shown(r.anls, |x| format!("{x:.3}")));
     columns.add("facts %", true, rows, |r| shown(r.recall, percent));
     columns.add("true %", true, rows, |r| shown(r.precision, percent));
@@ -245,7 +256,7 @@ fn by_task(summary: &Summary, overall: &[&Row]) -> String {
             row.map_or_else(String::new, |r| match r.recall {
                 Some(recall) if r.accuracy.is_none() => percent(recall),
                 _ if overall.len() > WITH_INTERVALS => shown(r.accuracy, percent),
-                _ => with_interval(r),
+                _ => accuracy(r),
             })
         });
     }

@@ -7,7 +7,7 @@ mod windows;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use indicatif::ProgressBar;
 
 use super::args::Loaded;
@@ -30,7 +30,7 @@ use hae::text;
 
 const HEADING: &str = "Text";
 /// What asks questions, of which a text has none.
-const QUESTIONS: [&str; 11] = [
+const QUESTIONS: [&str; 14] = [
     "questions",
     "format",
     "image_dir",
@@ -42,6 +42,9 @@ const QUESTIONS: [&str; 11] = [
     "out",
     "trace",
     "n_predict",
+    "num_crops",
+    "chat_template",
+    "no_conversation",
 ];
 /// Tokens of a chunk, as in `llama-perplexity`.
 const CHUNK: u32 = 512;
@@ -73,10 +76,11 @@ pub struct TextArgs {
     /// predicted. -1: all.
     #[arg(long, value_name = "N", value_parser = chunks, conflicts_with_all = ["text_prompt", "text_predict", "text_generate"], help_heading = HEADING)]
     chunks: Option<usize>,
-    /// With --chunks: read in batches, as llama-perplexity does
+    /// Read chunks in batches, as llama-perplexity does
     ///
     /// Where nothing is evicted and everything attended to. It is faster and shows llama-perplexity's own
-    /// numbers; what is read token by token differs from it by rounding.
+    /// numbers; what is read token by token differs from it by rounding. With --chunks, --kl-divergence-base
+    /// or --kl-divergence.
     #[arg(long, conflicts_with_all = ["text_prompt", "text_predict", "text_generate"], help_heading = HEADING)]
     batched: bool,
     /// Save what is predicted, as llama-perplexity
@@ -118,7 +122,6 @@ struct Reader {
     files: Files,
     loaded: Loaded,
     contenders: Vec<Contender>,
-    seed: u64,
 }
 
 impl TextArgs {
@@ -139,6 +142,11 @@ impl TextArgs {
         }
         let limit = limit.unwrap_or(usize::MAX);
         let limit = limit.min(self.chunks.unwrap_or(usize::MAX));
+        if self.batched && !self.chunked() {
+            let reason =
+                "is for chunks, expected --chunks, --kl-divergence-base or --kl-divergence too";
+            return Err(Error::option("--batched", reason).into());
+        }
         if let (true, Some(base)) = (self.kl_divergence, &self.kl_divergence_base) {
             return base::compare(base, limit, self.batched, args);
         }
@@ -152,7 +160,13 @@ impl TextArgs {
         }
     }
 
-    /// The file's text; no file that the command writes is it.
+    /// Whether the text is cut as llama-perplexity cuts it.
+    fn chunked(&self) -> bool {
+        self.chunks.is_some() || self.kl_divergence_base.is_some()
+    }
+
+    /// The file's text, in chunks with all that llama.cpp takes for text; no file that the command writes is
+    /// it.
     fn read(&self, path: &Path, args: &EvaluationArgs) -> Result<String> {
         let mut files: FilesInUse = args.inference.model.in_use();
         files.reads("--text", path);
@@ -160,7 +174,10 @@ impl TextArgs {
             files.writes("--kl-divergence-base", base)?;
         }
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        Ok(text::decode(path, bytes)?)
+        Ok(match self.chunked() {
+            true => text::unchanged(path, bytes)?,
+            false => text::decode(path, bytes)?,
+        })
     }
 
     /// The full cache that is compared with.
@@ -206,7 +223,6 @@ impl Reader {
             files,
             loaded,
             contenders,
-            seed: args.policy.options_at(None)?.seed,
         })
     }
 
@@ -257,6 +273,21 @@ impl Reader {
 
 fn too_short(path: &Path, n: usize, needed: usize) -> anyhow::Error {
     Error::file(path, format!("{n} tokens, a window has {needed}")).into()
+}
+
+/// An error with the step that it ended.
+fn failed(bar: &ProgressBar, e: Error) -> anyhow::Error {
+    anyhow!("{}: {e}", bar.message())
+}
+
+/// Prints what was measured, if there is anything, also where an error ended the work.
+fn told(done: Result<Done>, any: bool, print: impl FnOnce() -> Result<()>) -> Result<Done> {
+    let printed = match done.is_ok() || any {
+        true => print(),
+        false => Ok(()),
+    };
+    let done = done?;
+    printed.map(|()| done)
 }
 
 /// Works under a bar of so many steps, until a signal cancels it.

@@ -94,10 +94,11 @@ fn files_are_read_as_they_were_written() {
         n_chunks: 2,
     };
     assert_eq!(reader.shape(), shape);
-    assert_eq!(reader.chunks(), [[0, 1, 2, 3], [4, 3, 2, 1]]);
-    reader.seek(1).unwrap();
+    assert_eq!(reader.chunk(1).unwrap(), [4, 3, 2, 1]);
     assert_eq!(reader.read().unwrap(), LogProbs::of(&LOGITS[2]));
-    assert!(reader.read().is_err());
+    assert!(reader.read().is_err() && reader.chunk(2).is_err());
+    assert_eq!(reader.chunk(0).unwrap(), [0, 1, 2, 3]);
+    assert_eq!(reader.read().unwrap(), LogProbs::of(&LOGITS[0]));
     reader.seek(0).unwrap();
     assert_eq!(reader.read().unwrap(), LogProbs::of(&LOGITS[0]));
 
@@ -135,7 +136,8 @@ fn damaged_files_are_refused_before_memory_is_taken() {
     let whole = fs::read(&path).unwrap();
     let refused = |bytes: &[u8]| {
         fs::write(&path, bytes).unwrap();
-        Reader::open(&path).unwrap_err().to_string()
+        let read = |mut reader: Reader| reader.chunk(0);
+        Reader::open(&path).and_then(read).unwrap_err().to_string()
     };
     for (at, with, expected) in [
         (0, &b"GGUF"[..], "does not begin with _logits_"),
@@ -144,7 +146,7 @@ fn damaged_files_are_refused_before_memory_is_taken() {
             &3i32.to_le_bytes()[..],
             "has 92 bytes for 2 chunks of 3 tokens",
         ),
-        (8, &2i32.to_le_bytes()[..], "expected at least 1 of 4"),
+        (8, &2i32.to_le_bytes()[..], "expected at least 1 of 3"),
         (8, &(-4i32).to_le_bytes()[..], "holds 2 chunks of 0 tokens"),
         (8, &i32::MAX.to_le_bytes()[..], "has 92 bytes"),
         (12, &0i32.to_le_bytes()[..], "tokens of 0"),
@@ -172,13 +174,58 @@ fn damaged_files_are_refused_before_memory_is_taken() {
         refused(&whole[..length]);
     }
     refused(&[&whole[..], &[0]].concat());
-    // Numbers that are none.
-    for bits in [f32::NAN, f32::INFINITY, -1.0] {
+    // Numbers that are none, and probabilities of more than 1.
+    let nothing = "expected finite numbers";
+    for (scale, least, expected) in [
+        (f32::NAN, -1.0, nothing),
+        (f32::INFINITY, -1.0, nothing),
+        (-1.0, -1.0, nothing),
+        (0.0, f32::NEG_INFINITY, nothing),
+        (
+            0.0,
+            0.02,
+            "a log probability of 0.02, expected none above 0",
+        ),
+        (
+            1.0,
+            -16.0,
+            "a log probability of 65519, expected none above 0",
+        ),
+    ] {
         let mut bytes = whole.clone();
-        bytes[52..56].copy_from_slice(&bits.to_le_bytes());
+        bytes[52..56].copy_from_slice(&scale.to_le_bytes());
+        bytes[56..60].copy_from_slice(&f32::to_le_bytes(least));
         fs::write(&path, &bytes).unwrap();
         let mut reader = Reader::open(&path).unwrap();
         reader.seek(0).unwrap();
-        assert!(reader.read().unwrap_err().to_string().contains("scale"));
+        let line = reader.read().unwrap_err().to_string();
+        assert!(line.contains(expected), "{line}");
     }
+}
+
+/// A file of zeros that takes no room, as long as what it promises: opening it takes no memory by that.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_long_file_of_nothing_is_opened_as_it_is() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("sparse");
+    let shape = Shape {
+        n_ctx: 1 << 20,
+        n_vocab: 1 << 10,
+        n_chunks: 1 << 10,
+    };
+    let mut head = MAGIC.to_vec();
+    for n in [shape.n_ctx, shape.n_vocab, shape.n_chunks] {
+        head.extend(i32::try_from(n).unwrap().to_le_bytes());
+    }
+    fs::write(&path, head).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(shape.bytes().unwrap()).unwrap();
+    let mut reader = None;
+    let cost = allocation_counter::measure(|| reader = Some(Reader::open(&path).unwrap()));
+    assert!(cost.bytes_max < 1 << 16, "{} bytes", cost.bytes_max);
+    let mut reader = reader.unwrap();
+    assert_eq!(reader.shape(), shape);
+    assert_eq!(reader.chunk(1023).unwrap().len(), 1 << 20);
+    assert_eq!(reader.read().unwrap().len(), 1 << 10);
 }

@@ -6,11 +6,11 @@ use anyhow::Result;
 use serde::Serialize;
 use serde_json::json;
 
-use super::rows::{four, print, with_interval};
-use super::{Read, Reader, working};
+use super::rows::{four, print};
+use super::{Read, Reader, failed, told, working};
 use crate::cli::Done;
 use crate::cli::asking::evaluation::EvaluationArgs;
-use crate::cli::asking::print::{percent, shown};
+use crate::cli::asking::print::{percent, shown, with_interval};
 use crate::cli::output::FileReport;
 use crate::cli::table::Columns;
 use hae::Error;
@@ -51,43 +51,55 @@ struct Collected {
 /// Reads the chunks of a file under every policy and prints how far they are from what it keeps.
 pub fn compare(path: &Path, most: usize, batched: bool, args: &EvaluationArgs) -> Result<Read> {
     let mut base = log_probs::Reader::open(path)?;
-    let Shape { n_ctx, n_vocab, .. } = base.shape();
+    let Shape {
+        n_ctx,
+        n_vocab,
+        n_chunks,
+    } = base.shape();
     // Never more than the file has tokens.
     let needed = u32::try_from(n_ctx).unwrap_or(u32::MAX);
-    let n_ctx = args.inference.context.ctx_size().unwrap_or(needed);
-    let mut reader = Reader::load(args, Some(n_ctx))?;
+    let wanted = args.inference.context.ctx_size().filter(|&n_ctx| n_ctx > 0);
+    let mut reader = Reader::load(args, Some(wanted.unwrap_or(needed)))?;
     reader.holds(needed as usize)?;
+    // Before memory is taken by what may be no such file at all.
+    let trained = reader.loaded.model.n_ctx_train();
+    if wanted.is_none() && needed > trained {
+        let reason =
+            format!("is missing: chunks have {needed} tokens, the model was trained on {trained}");
+        return Err(Error::option("-c", reason).into());
+    }
     let own = reader.loaded.model.n_vocab();
     if n_vocab != own {
         let reason = format!("{n_vocab} tokens of vocabulary, the model has {own}");
         return Err(Error::file(path, reason).into());
     }
     let bos = reader.bos()?;
-    let chunks: Vec<_> = base.chunks().iter().take(most).cloned().collect();
+    let n_chunks = n_chunks.min(most);
     let header = json!({
         "model": reader.files.model_report()?,
         "base": FileReport::read(path, &path.display().to_string())?,
         "n_ctx": needed,
         "batched": batched,
-        "windows": chunks.len(),
+        "windows": n_chunks,
     });
 
     let contenders = &reader.contenders;
     let asker = &mut reader.loaded.asker;
     asker.read_at_once(batched);
     let mut all: Vec<Collected> = contenders.iter().map(|_| Collected::default()).collect();
-    let done = working(chunks.len() * contenders.len(), |bar, watch| {
-        for (number, chunk) in chunks.iter().enumerate() {
-            let window = log_probs::window(chunk, bos);
+    let done = working(n_chunks * contenders.len(), |bar, watch| {
+        for number in 0..n_chunks {
+            bar.set_message(format!("chunk {}", number + 1));
+            let chunk = base.chunk(number).map_err(|e| failed(bar, e))?;
+            let window = log_probs::window(&chunk, bos);
             for (contender, collected) in contenders.iter().zip(&mut all) {
                 bar.set_message(format!("chunk {}, {}", number + 1, contender.record.name));
-                base.seek(number)?;
+                base.seek(number).map_err(|e| failed(bar, e))?;
                 // What a cancelled chunk has said is no chunk's.
                 let mut divergence = collected.divergence.clone();
                 let mut each = |logits: &[f32], token| divergence.add(&base.read()?, logits, token);
-                let Some((attended, cells)) =
-                    asker.predict(contender, &window, &mut each, watch)?
-                else {
+                let predicted = asker.predict(contender, (number, &window), &mut each, watch);
+                let Some((attended, cells)) = predicted.map_err(|e| failed(bar, e))? else {
                     return Ok(Done::Interrupted);
                 };
                 divergence.end_window();
@@ -98,11 +110,11 @@ pub fn compare(path: &Path, most: usize, batched: bool, args: &EvaluationArgs) -
             }
         }
         Ok(Done::Whole)
-    })?;
+    });
 
     let (mut rows, mut shown, mut windows) = (Vec::new(), Vec::new(), Vec::new());
     for (contender, collected) in contenders.iter().zip(&all) {
-        let Some(statistics) = collected.divergence.statistics(reader.seed) else {
+        let Some(statistics) = collected.divergence.statistics() else {
             continue;
         };
         let parts = collected.divergence.windows();
@@ -121,7 +133,9 @@ pub fn compare(path: &Path, most: usize, batched: bool, args: &EvaluationArgs) -
         shown.push(reader.row(contender, &row)?);
         rows.push(row);
     }
-    print(args.output, &header, &shown, &windows, &table(&rows))?;
+    let done = told(done, !rows.is_empty(), || {
+        print(args.output, &header, &shown, &windows, &table(&rows))
+    })?;
     let kl = rows
         .into_iter()
         .map(|row| (row.contender, row.statistics.kl.value));
@@ -132,8 +146,9 @@ pub fn compare(path: &Path, most: usize, batched: bool, args: &EvaluationArgs) -
 }
 
 fn table(rows: &[Row]) -> comfy_table::Table {
-    let estimate = |e: Estimate, show: &dyn Fn(f64) -> String| {
-        format!("{} ± {}", show(e.value), show(e.error))
+    let estimate = |e: Estimate, show: &dyn Fn(f64) -> String| match e.error {
+        Some(error) => format!("{} ± {}", show(e.value), show(error)),
+        None => show(e.value),
     };
     let six = |x: f64| format!("{x:.6}");
     let three = |x: f64| format!("{:.3}", 100.0 * x);

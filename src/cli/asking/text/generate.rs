@@ -5,14 +5,15 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::rows::{four, print, with_interval};
-use super::{Read, Reader, TextArgs, working};
+use super::rows::{four, print, types};
+use super::{Read, Reader, TextArgs, failed, told, working};
 use crate::cli::Done;
 use crate::cli::asking::evaluation::EvaluationArgs;
-use crate::cli::asking::print::percent;
+use crate::cli::asking::print::{percent, with_interval};
 use crate::cli::output::FileReport;
 use crate::cli::table::Columns;
 use hae::eval::continuation::{Continuation, Row};
+use hae::eval::stats::{Interval, Share};
 
 impl TextArgs {
     /// Goes on behind at most so many prompts and prints what came of it.
@@ -28,29 +29,30 @@ impl TextArgs {
         let windows = self.cut(path, &text, &reader.loaded.model, most)?;
         let n_predict = n as usize;
         reader.holds(self.text_prompt as usize + n_predict)?;
+        let reference = self.reference(&reader.loaded);
         let header = json!({
             "model": reader.files.model_report()?,
             "text": FileReport::read(path, &path.display().to_string())?,
             "prompt": self.text_prompt,
             "generate": n,
-            "reference_type": self.reference_type.map(|of| of.name()),
+            "reference": types(&reference),
             "windows": windows.len(),
         });
-        let reference = self.reference(&reader.loaded);
         let contenders = &reader.contenders;
         let asker = &mut reader.loaded.asker;
         let mut all: Vec<Continuation> = Vec::new();
         let done = working(windows.len() * contenders.len(), |bar, watch| {
             for (number, window) in windows.iter().enumerate() {
                 bar.set_message(format!("window {}, reference", number + 1));
-                let said = asker.go_on_in_full(&reference, window, n_predict, watch)?;
-                let Some(said) = said else {
+                let said = asker.go_on_in_full(&reference, window, n_predict, watch);
+                let Some(said) = said.map_err(|e| failed(bar, e))? else {
                     return Ok(Done::Interrupted);
                 };
                 for contender in contenders {
                     bar.set_message(format!("window {}, {}", number + 1, contender.record.name));
                     let at = (number, window);
-                    let Some(one) = asker.go_on(contender, at, &said, n_predict, watch)? else {
+                    let one = asker.go_on(contender, at, &said, n_predict, watch);
+                    let Some(one) = one.map_err(|e| failed(bar, e))? else {
                         return Ok(Done::Interrupted);
                     };
                     all.push(one);
@@ -58,15 +60,17 @@ impl TextArgs {
                 }
             }
             Ok(Done::Whole)
-        })?;
+        });
         let (mut rows, mut shown) = (Vec::new(), Vec::new());
         for contender in contenders {
-            if let Some(row) = Row::of(&contender.record.name, &all, reader.seed) {
+            if let Some(row) = Row::of(&contender.record.name, &all) {
                 shown.push(reader.row(contender, &row)?);
                 rows.push(row);
             }
         }
-        print(args.output, &header, &shown, &all, &table(&rows))?;
+        let done = told(done, !rows.is_empty(), || {
+            print(args.output, &header, &shown, &all, &table(&rows))
+        })?;
         let kl = rows.into_iter().map(|row| (row.contender, row.kl_mean));
         Ok(Read {
             kl: kl.collect(),
@@ -82,13 +86,8 @@ fn table(rows: &[Row]) -> comfy_table::Table {
     columns.add("texts", true, rows, |r| r.windows.to_string());
     columns.add("as full", true, rows, |r| r.equal.hits.to_string());
     columns.add("% (95 % interval)", true, rows, |r| {
-        let (low, high) = (r.equal.low, r.equal.high);
-        format!(
-            "{} ({} to {})",
-            percent(r.equal.share),
-            percent(low),
-            percent(high)
-        )
+        let Share { low, high, .. } = r.equal;
+        with_interval(r.equal.share, Some(Interval { low, high }), percent)
     });
     columns.add("tokens as full (95 % interval)", true, rows, |r| {
         with_interval(r.same_mean, r.same_interval, whole)

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use super::Reader;
 use crate::cli::asking::print::{Format, write};
 use hae::asker::Contender;
-use hae::eval::stats::Interval;
+use hae::llama::ContextOptions;
 
 impl Reader {
     /// A contender's row, in JSON, with what it ran under.
@@ -25,6 +25,14 @@ impl Reader {
         add(&mut all, serde_json::to_value(row)?);
         Ok(all)
     }
+}
+
+/// Of K and V in the full cache that is compared with.
+pub fn types(reference: &ContextOptions) -> Value {
+    json!({
+        "type_k": reference.type_k.name(),
+        "type_v": reference.type_v.name(),
+    })
 }
 
 fn add(to: &mut Value, from: Value) {
@@ -65,16 +73,6 @@ pub fn print(
         }
     };
     write(&text)
-}
-
-/// `0.0123 (0.0101 to 0.0150)`
-pub fn with_interval(
-    value: f64,
-    interval: Option<Interval>,
-    show: impl Fn(f64) -> String,
-) -> String {
-    let interval = interval.map(|i| format!(" ({} to {})", show(i.low), show(i.high)));
-    format!("{}{}", show(value), interval.unwrap_or_default())
 }
 
 pub fn four(value: f64) -> String {

@@ -5,11 +5,11 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::rows::{four, print, with_interval};
-use super::{Read, Reader, TextArgs, working};
+use super::rows::{four, print, types};
+use super::{Read, Reader, TextArgs, failed, told, working};
 use crate::cli::Done;
 use crate::cli::asking::evaluation::EvaluationArgs;
-use crate::cli::asking::print::{percent, shown};
+use crate::cli::asking::print::{percent, shown, with_interval};
 use crate::cli::output::FileReport;
 use crate::cli::table::Columns;
 use hae::engine::Token;
@@ -20,7 +20,7 @@ impl TextArgs {
     /// Reads at most so many windows, or chunks, and prints what came of it.
     pub fn windows(&self, path: &Path, most: usize, args: &EvaluationArgs) -> Result<Read> {
         let text = self.read(path, args)?;
-        let chunked = self.chunks.is_some() || self.kl_divergence_base.is_some() || self.batched;
+        let chunked = self.chunked();
         let n_ctx = chunked.then(|| Reader::chunk(args)).transpose()?;
         let mut reader = Reader::load(args, n_ctx)?;
         let (mut chunks, mut windows): (Vec<Vec<Token>>, Vec<Window>) = Default::default();
@@ -35,13 +35,14 @@ impl TextArgs {
         // All are alike.
         let (prompt, predict) = (windows[0].prompt.len(), windows[0].text.len());
         reader.holds(prompt + predict)?;
+        let reference = self.reference(&reader.loaded);
         let header = json!({
             "model": reader.files.model_report()?,
             "text": FileReport::read(path, &path.display().to_string())?,
             "prompt": prompt,
             "predict": predict,
             "batched": self.batched,
-            "reference_type": self.reference_type.map(|of| of.name()),
+            "reference": types(&reference),
             "windows": windows.len(),
         });
         let n_vocab = reader.loaded.model.n_vocab();
@@ -50,7 +51,6 @@ impl TextArgs {
             .map(|path| Writer::create(path, n_vocab, &chunks))
             .transpose()?;
 
-        let reference = self.reference(&reader.loaded);
         let contenders = &reader.contenders;
         let asker = &mut reader.loaded.asker;
         asker.read_at_once(self.batched);
@@ -58,18 +58,19 @@ impl TextArgs {
         let done = working(windows.len() * contenders.len(), |bar, watch| {
             for (number, window) in windows.iter().enumerate() {
                 bar.set_message(format!("window {}, reference", number + 1));
-                let Some(said) = asker.read_in_full(&reference, window, watch)? else {
+                let said = asker.read_in_full(&reference, window, watch);
+                let Some(said) = said.map_err(|e| failed(bar, e))? else {
                     return Ok(Done::Interrupted);
                 };
                 if let Some(base) = &mut base {
-                    said.logits()
-                        .iter()
-                        .try_for_each(|logits| base.add(logits))?;
+                    let mut logits = said.logits().iter();
+                    let added = logits.try_for_each(|logits| base.add(logits));
+                    added.map_err(|e| failed(bar, e))?;
                 }
                 for contender in contenders {
                     bar.set_message(format!("window {}, {}", number + 1, contender.record.name));
-                    let read = asker.read(contender, (number, window), &said, watch)?;
-                    let Some(reading) = read else {
+                    let read = asker.read(contender, (number, window), &said, watch);
+                    let Some(reading) = read.map_err(|e| failed(bar, e))? else {
                         return Ok(Done::Interrupted);
                     };
                     readings.push(reading);
@@ -77,25 +78,22 @@ impl TextArgs {
                 }
             }
             Ok(Done::Whole)
-        })?;
-        if let (Some(base), Done::Whole) = (base, &done) {
-            base.commit()?;
-        }
+        });
         let mut rows = Vec::new();
         let mut all = Vec::new();
         for contender in contenders {
-            if let Some(row) = Row::of(&contender.record.name, &readings, reader.seed) {
+            if let Some(row) = Row::of(&contender.record.name, &readings) {
                 all.push(reader.row(contender, &row)?);
                 rows.push(row);
             }
         }
-        print(
-            args.output,
-            &header,
-            &all,
-            &readings,
-            &table(&rows, chunked),
-        )?;
+        let done = told(done, !rows.is_empty(), || {
+            let table = table(&rows, chunked);
+            print(args.output, &header, &all, &readings, &table)
+        })?;
+        if let (Some(base), Done::Whole) = (base, &done) {
+            base.commit()?;
+        }
         let kl = rows.into_iter().map(|row| (row.contender, row.kl_mean));
         Ok(Read {
             kl: kl.collect(),
@@ -110,7 +108,10 @@ fn table(rows: &[Row], chunked: bool) -> comfy_table::Table {
     columns.add("tokens", true, rows, |r| r.tokens.to_string());
     columns.add("perplexity", true, rows, |r| match chunked {
         // As llama-perplexity shows it.
-        true => format!("{:.4} ± {:.5}", r.ppl, r.ppl_error),
+        true => match r.ppl_error {
+            Some(error) => format!("{:.4} ± {error:.5}", r.ppl),
+            None => four(r.ppl),
+        },
         false => format!("{:.3}", r.ppl),
     });
     columns.add("of full (95 % interval)", true, rows, |r| {
