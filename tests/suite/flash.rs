@@ -4,8 +4,8 @@
 //! is the yardstick: ours is no further off. One query goes through NVIDIA GPUs as well
 //! (`flash-attention-of-one-query-on-cuda`).
 
-use std::ffi::CStr;
 use std::f64::consts::TAU;
+use std::ffi::CStr;
 use std::ptr::{null, null_mut};
 
 use hae::engine::scripted::hashed;
