@@ -5,6 +5,7 @@
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
 
 mod bench;
+mod digest;
 mod layout;
 mod libclang;
 mod median;

