@@ -5,8 +5,9 @@ use std::collections::HashSet;
 
 use serde::Serialize;
 
+use super::pooled::Pooled;
 use super::record::Distance;
-use super::stats::{Interval, Share, mean, t_interval, t_interval_of_ratio};
+use super::stats::{Interval, Share, mean, t_interval};
 use crate::engine::Token;
 use crate::quantile::median;
 
@@ -93,28 +94,15 @@ impl Row {
     pub fn of(contender: &str, all: &[Continuation]) -> Option<Self> {
         let own: Vec<&Continuation> = all.iter().filter(|c| c.contender == contender).collect();
         let windows = own.len();
-        let tokens: usize = own.iter().map(|c| c.distance.n_tokens).sum();
-        if tokens == 0 {
-            return None;
-        }
+        let pooled = Pooled::of(own.iter().map(|c| &c.distance))?;
         let each =
             |of: &dyn Fn(&Continuation) -> f64| -> Vec<f64> { own.iter().map(|c| of(c)).collect() };
-        let sum = |of: &dyn Fn(&Continuation) -> f64| each(of).iter().sum::<f64>();
         let interval = |of: &dyn Fn(&Continuation) -> f64, most: f64| {
             t_interval(&each(of)).map(|interval| interval.within(0.0, most))
         };
         let count = |of: &dyn Fn(&Continuation) -> bool| {
             Share::of(own.iter().filter(|c| of(c)).count(), windows)
         };
-        let kl = own.iter().flat_map(|c| &c.distance.kl);
-        // Texts end at different lengths.
-        let parts: Vec<(f64, f64)> = own
-            .iter()
-            .map(|c| {
-                let sum = c.distance.kl.iter().map(|&kl| f64::from(kl)).sum();
-                (sum, c.distance.n_tokens as f64)
-            })
-            .collect();
         let same = |c: &Continuation| c.same as f64;
         Some(Row {
             contender: contender.to_owned(),
@@ -127,11 +115,10 @@ impl Row {
             ended: count(&|c| c.ended),
             repeated: mean(&each(&|c| c.repeated)),
             repeated_interval: interval(&|c| c.repeated, 1.0),
-            kl_mean: kl.clone().map(|&kl| f64::from(kl)).sum::<f64>() / tokens as f64,
-            kl_interval: t_interval_of_ratio(&parts)
-                .map(|interval| interval.within(0.0, f64::INFINITY)),
-            kl_max: kl.map(|&kl| f64::from(kl)).fold(0.0, f64::max),
-            top1: sum(&|c| c.distance.top1 * c.distance.n_tokens as f64) / tokens as f64,
+            kl_mean: mean(&pooled.kl),
+            kl_interval: pooled.kl_interval(),
+            kl_max: pooled.kl_max(),
+            top1: pooled.top1(),
         })
     }
 }

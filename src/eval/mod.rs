@@ -18,6 +18,7 @@ pub mod held;
 pub mod log_probs;
 pub mod long_text;
 pub mod plain;
+mod pooled;
 pub mod question;
 pub mod reading;
 pub mod record;

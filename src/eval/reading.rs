@@ -6,8 +6,9 @@
 
 use serde::Serialize;
 
+use super::pooled::Pooled;
 use super::record::Distance;
-use super::stats::{Estimate, Interval, mean, t_interval_of_ratio};
+use super::stats::{Estimate, Interval, mean};
 use crate::attend::Shares;
 use crate::engine::Token;
 use crate::quantile::quantile;
@@ -114,11 +115,8 @@ impl Row {
             .collect();
         let windows = own.len();
         let distances = || own.iter().map(|reading| &reading.distance);
-        let tokens: usize = distances().map(|d| d.n_tokens).sum();
-        if tokens == 0 {
-            return None;
-        }
-        let n = tokens as f64;
+        let pooled = Pooled::of(distances())?;
+        let n = pooled.tokens as f64;
         let full: f64 = distances().map(|d| d.log_prob_full).sum();
         let nll = own.iter().flat_map(|reading| &reading.log_probs);
         let nll: Vec<f64> = nll.map(|&log_prob| -f64::from(log_prob)).collect();
@@ -131,17 +129,6 @@ impl Row {
         });
         let ppl_so_far: Vec<f64> = ppl_so_far.collect();
         let log_prob = sum;
-        // Of the sums of windows.
-        let of_windows = |of: &dyn Fn(&Distance) -> f64| -> Option<Interval> {
-            let parts = distances().map(|d| (of(d), d.n_tokens as f64));
-            t_interval_of_ratio(&parts.collect::<Vec<_>>())
-        };
-        let (no_limit, share) = (f64::INFINITY, 1.0);
-        let mut kl: Vec<f64> = distances()
-            .flat_map(|d| d.kl.iter().map(|&kl| f64::from(kl)))
-            .collect();
-        kl.sort_by(f64::total_cmp);
-        let same: f64 = distances().map(|d| d.top1 * d.n_tokens as f64).sum();
         let shares: Vec<f64> = own
             .iter()
             .filter_map(|reading| reading.attended.map(|shares| shares.all))
@@ -150,21 +137,21 @@ impl Row {
         Some(Row {
             contender: contender.to_owned(),
             windows,
-            tokens,
+            tokens: pooled.tokens,
             ppl: (-log_prob / n).exp(),
             ppl_error: nll.exp().error,
             ppl_so_far,
             ppl_ratio: ((full - log_prob) / n).exp(),
-            ppl_ratio_interval: of_windows(&|d| d.log_prob_full - d.log_prob).map(Interval::exp),
-            kl_mean: mean(&kl),
-            kl_interval: of_windows(&|d| d.kl.iter().map(|&kl| f64::from(kl)).sum())
-                .map(|interval| interval.within(0.0, no_limit)),
-            kl_median: quantile(&kl, 0.5),
-            kl_p99: quantile(&kl, 0.99),
-            kl_max: kl.last().copied().unwrap_or_default(),
-            top1: same / n,
-            top1_interval: of_windows(&|d| d.top1 * d.n_tokens as f64)
-                .map(|interval| interval.within(0.0, share)),
+            ppl_ratio_interval: pooled
+                .interval(|d| d.log_prob_full - d.log_prob)
+                .map(Interval::exp),
+            kl_mean: mean(&pooled.kl),
+            kl_interval: pooled.kl_interval(),
+            kl_median: quantile(&pooled.kl, 0.5),
+            kl_p99: quantile(&pooled.kl, 0.99),
+            kl_max: pooled.kl_max(),
+            top1: pooled.top1(),
+            top1_interval: pooled.top1_interval(),
             attended: (!shares.is_empty()).then(|| mean(&shares)),
             cells: mean(&cells),
         })

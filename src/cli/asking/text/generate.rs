@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::rows::{four, print, types};
+use super::rows::{four, print, rows, types};
 use super::{Read, Reader, TextArgs, failed, told, working};
 use crate::cli::Done;
 use crate::cli::asking::evaluation::EvaluationArgs;
@@ -61,13 +61,7 @@ impl TextArgs {
             }
             Ok(Done::Whole)
         });
-        let (mut rows, mut shown) = (Vec::new(), Vec::new());
-        for contender in contenders {
-            if let Some(row) = Row::of(&contender.record.name, &all) {
-                shown.push(reader.row(contender, &row)?);
-                rows.push(row);
-            }
-        }
+        let (rows, shown) = rows(&reader, |name| Row::of(name, &all))?;
         let done = told(done, !rows.is_empty(), || {
             print(args.output, &header, &shown, &all, &table(&rows))
         })?;

@@ -27,6 +27,21 @@ impl Reader {
     }
 }
 
+/// The row of each contender that has one, and the same in JSON.
+pub fn rows<R: Serialize>(
+    reader: &Reader,
+    of: impl Fn(&str) -> Option<R>,
+) -> Result<(Vec<R>, Vec<Value>)> {
+    let (mut rows, mut shown) = (Vec::new(), Vec::new());
+    for contender in &reader.contenders {
+        if let Some(row) = of(&contender.record.name) {
+            shown.push(reader.row(contender, &row)?);
+            rows.push(row);
+        }
+    }
+    Ok((rows, shown))
+}
+
 /// Of K and V in the full cache that is compared with.
 pub fn types(reference: &ContextOptions) -> Value {
     json!({

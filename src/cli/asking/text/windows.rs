@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::rows::{four, print, types};
+use super::rows::{four, print, rows, types};
 use super::{Read, Reader, TextArgs, failed, told, working};
 use crate::cli::Done;
 use crate::cli::asking::evaluation::EvaluationArgs;
@@ -79,14 +79,7 @@ impl TextArgs {
             }
             Ok(Done::Whole)
         });
-        let mut rows = Vec::new();
-        let mut all = Vec::new();
-        for contender in contenders {
-            if let Some(row) = Row::of(&contender.record.name, &readings) {
-                all.push(reader.row(contender, &row)?);
-                rows.push(row);
-            }
-        }
+        let (rows, all) = rows(&reader, |name| Row::of(name, &readings))?;
         let done = told(done, !rows.is_empty(), || {
             let table = table(&rows, chunked);
             print(args.output, &header, &all, &readings, &table)
