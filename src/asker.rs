@@ -91,11 +91,7 @@ impl Asker {
                 policy: policy.name.clone(),
                 budget,
                 params: plan.policy().params(),
-                cache: (context.by_policy != ByPolicy::default()).then(|| CacheReport {
-                    type_k: plan.context().type_k.name().into(),
-                    type_v: plan.context().type_v.name().into(),
-                    attend: plan.context().attend.if_any(),
-                }),
+                cache: (context.by_policy != ByPolicy::default()).then(|| report(&plan)),
             },
             policy,
             context: context.clone(),
@@ -108,11 +104,7 @@ impl Asker {
     /// As [`Plan::new`].
     pub fn cache(&self, contender: &Contender) -> Result<CacheReport> {
         let plan = self.plan(&contender.context, &contender.policy)?;
-        Ok(CacheReport {
-            type_k: plan.context().type_k.name().into(),
-            type_v: plan.context().type_v.name().into(),
-            attend: plan.context().attend.if_any(),
-        })
+        Ok(report(&plan))
     }
 
     /// Begins with another question.
@@ -342,6 +334,16 @@ impl Asker {
         let turn = self.turn(question, i, pictures);
         let (opened, prompts) = (&mut self.stages[stage], &mut self.prompts);
         turn::prepare(opened, prompts, talk, turn, watch.now, watch.cancelled)
+    }
+}
+
+/// How a cache will be made.
+fn report(plan: &Plan) -> CacheReport {
+    let context = plan.context();
+    CacheReport {
+        type_k: context.type_k.name().into(),
+        type_v: context.type_v.name().into(),
+        attend: context.attend.if_any(),
     }
 }
 

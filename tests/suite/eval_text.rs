@@ -196,3 +196,66 @@ fn texts_that_cannot_be_read_are_refused() {
     let line = refusal(&["eval"]);
     assert!(line.contains("FILE: is missing"), "{line}");
 }
+
+#[test]
+fn lists_of_types_and_amounts_give_what_single_runs_give() {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("text.txt");
+    fs::write(&file, text()).unwrap();
+    let args = |flags: &str| -> Vec<String> {
+        let args = format!(
+            "eval --text {} --text-prompt {PROMPT} --text-predict {PREDICT} --limit 1 -t 1 -c 1024 -o json {flags}",
+            file.display()
+        );
+        args.split_whitespace().map(String::from).collect()
+    };
+    let read = |flags: &str| -> Vec<Value> {
+        let args = args(flags);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let all: Value = serde_json::from_str(&answer(&args)).unwrap();
+        all["summary"].as_array().unwrap().clone()
+    };
+    let lists =
+        "--kv-policy full,h2o --kv-budget 0.6 --cache-types f16,q8_0 --attend-texts 0.2,1.0";
+    let rows = read(lists);
+    let names = rows.iter().map(|row| row["contender"].as_str().unwrap());
+    let of = |policy| {
+        let types = ["f16", "q8_0"].into_iter();
+        types.flat_map(move |t| ["0.2", "1.0"].map(|text| format!("{policy}@{t}@text{text}")))
+    };
+    let expected: Vec<String> = of("full").chain(of("h2o@0.6")).collect();
+    assert_eq!(names.collect::<Vec<_>>(), expected);
+    for (row, flags) in [
+        (1, "--kv-policy full"),
+        (2, "--kv-policy full -ctk q8_0 -ctv q8_0 --attend-text 0.2"),
+        (3, "--kv-policy full -ctk q8_0 -ctv q8_0"),
+        (
+            6,
+            "--kv-policy h2o --kv-budget 0.6 -ctk q8_0 -ctv q8_0 --attend-text 0.2",
+        ),
+    ] {
+        let single = &read(&format!("{flags} --reference-type f16"))[0];
+        for key in ["ppl", "kl_mean", "type_k", "type_v", "attended", "cells"] {
+            assert_eq!(rows[row][key], single[key], "{key}, {flags}");
+        }
+    }
+    assert_ne!(rows[1]["ppl"], rows[3]["ppl"]);
+
+    for (flags, expected) in [
+        (
+            "--cache-types f16,f16",
+            "--cache-types: f16 is in the list twice",
+        ),
+        (
+            "--attend-texts 0.2,0.2",
+            "--attend-texts: 0.2 is in the list twice",
+        ),
+        ("--cache-types f15", "--cache-types"),
+        ("--attend-texts 2,,3", "--attend-texts"),
+    ] {
+        let args = args(flags);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let line = refusal(&args);
+        assert!(line.contains(expected), "{line}");
+    }
+}

@@ -14,7 +14,7 @@ use hae::asker::{Asker, Contender};
 use hae::build::build;
 use hae::eval::question::{Image, Question};
 use hae::eval::record::{FileId, Header, QuestionSet, VERSION};
-use hae::llama::{ContextOptions, Model, Vision};
+use hae::llama::{CacheType, ContextOptions, Model, Vision};
 use hae::open;
 use hae::outfile::FilesInUse;
 use hae::policy::{Amount, PolicySpec};
@@ -41,6 +41,18 @@ pub struct InferenceArgs {
     /// Show llama.cpp's log on stderr
     #[arg(short, long, help_heading = "Output")]
     verbose: bool,
+}
+
+/// A policy as it is to be asked.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    pub name: String,
+    pub policy: PolicySpec,
+    pub budget: Option<Amount>,
+    /// Of K and V, where a list said so.
+    pub types: Option<CacheType>,
+    /// Text that a layer looks at, likewise.
+    pub text: Option<Amount>,
 }
 
 /// A loaded model that can be asked.
@@ -153,14 +165,32 @@ impl Loaded {
         Ok(self.asker.contender(name, policy, budget, &self.context)?)
     }
 
-    /// The same of several.
-    pub fn contenders(
-        &self,
-        all: Vec<(String, PolicySpec, Option<Amount>)>,
-    ) -> Result<Vec<Contender>> {
-        let all = all.into_iter();
-        all.map(|(name, policy, budget)| self.contender(name, policy, budget))
-            .collect()
+    /// Several of them, each with the cache that its lists chose.
+    pub fn contenders(&self, all: Vec<Choice>) -> Result<Vec<Contender>> {
+        let one = |choice: Choice| {
+            let mut context = self.context.clone();
+            if let Some(types) = choice.types {
+                (context.type_k, context.type_v) = (types, types);
+                context.by_policy.types = false;
+            }
+            if choice.text.is_some() {
+                context.attend.text = choice.text;
+                context.by_policy.attend = false;
+            }
+            let listed = choice.types.is_some() || choice.text.is_some();
+            let Choice {
+                name,
+                policy,
+                budget,
+                ..
+            } = choice;
+            let mut contender = self.asker.contender(name, policy, budget, &context)?;
+            if listed {
+                contender.record.cache = Some(self.asker.cache(&contender)?);
+            }
+            Ok(contender)
+        };
+        all.into_iter().map(one).collect()
     }
 }
 

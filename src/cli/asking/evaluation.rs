@@ -1,16 +1,18 @@
 //! What `hae eval` and `hae compare` share: questions under several policies and budgets, each
 //! answer saved as it comes.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::args::{InferenceArgs, Loaded};
+use super::args::{Choice, InferenceArgs, Loaded};
 use super::print::Format;
 use super::questions::Questions;
 use super::run::{Runner, Traces, progress_bar, trace_path};
-use crate::cli::lists::policies;
+use crate::cli::lists::{policies, values};
 use crate::cli::load::Files;
+use crate::cli::named::parse;
 use crate::cli::options::{POLICY, PolicyArgs};
 use crate::cli::{Done, interrupt};
 use hae::Error;
@@ -18,6 +20,7 @@ use hae::asker::Contender;
 use hae::eval::question::Question;
 use hae::eval::record::{self, Answer, Header, QuestionSet};
 use hae::eval::results::{Results, key};
+use hae::llama::CacheType;
 use hae::policy::{Amount, PolicySpec, evicts_nothing};
 use hae::trace;
 
@@ -35,6 +38,16 @@ pub struct EvaluationArgs {
     kv_policy: Vec<String>,
     #[command(flatten)]
     pub policy: PolicyArgs,
+    /// Types of K and V, list
+    ///
+    /// Every policy is asked with each, in the place of -ctk and -ctv.
+    #[arg(long, value_name = "TYPE", conflicts_with_all = ["cache_type_k", "cache_type_v"], help_heading = POLICY)]
+    cache_types: Vec<String>,
+    /// Amounts of text that a layer looks at, list
+    ///
+    /// Numbers or shares, in the place of --attend-text; 1.0 is all. Every policy is asked with each.
+    #[arg(long, value_name = "N|SHARE", conflicts_with = "attend_text", help_heading = POLICY)]
+    attend_texts: Vec<String>,
     #[command(flatten)]
     pub inference: InferenceArgs,
     /// Save each answer as it comes, or go on
@@ -75,15 +88,18 @@ pub struct Outcome {
 }
 
 impl EvaluationArgs {
-    /// Every policy at every budget, with its name; `full` has none. What can be wrong with a
-    /// budget without a model is found here.
-    pub fn contenders(&self) -> Result<Vec<(String, PolicySpec, Option<Amount>)>> {
+    /// Every policy at every budget (`full` has none), with every type and amount of text. What can be wrong with
+    /// them without a model is found here.
+    pub fn contenders(&self) -> Result<Vec<Choice>> {
         let policies = policies(&self.kv_policy, false)?;
         let budgets = self.policy.budgets();
-        if let Some(i) = (0..budgets.len()).find(|&i| budgets[..i].contains(&budgets[i])) {
-            let reason = format!("{} is in the list twice", budgets[i]);
-            return Err(Error::option("--kv-budget", reason).into());
-        }
+        let types = values("--cache-types", &self.cache_types, parse::<CacheType>)?;
+        let texts = values("--attend-texts", &self.attend_texts, |text| {
+            text.parse::<Amount>().map_err(|e| e.to_string())
+        })?;
+        once("--kv-budget", budgets.iter().map(Amount::to_string))?;
+        once("--cache-types", types.iter().map(|of| of.name().to_owned()))?;
+        once("--attend-texts", texts.iter().map(Amount::to_string))?;
         self.policy.refuse_unread(&policies, self.trace.is_some())?;
         for &budget in budgets {
             if let Amount::Share(share) = budget
@@ -102,11 +118,41 @@ impl EvaluationArgs {
             };
             for budget in budgets {
                 let options = self.policy.options_at(budget)?;
-                let name = record::Contender::name_of(policy, budget);
-                all.push((name, PolicySpec::of(policy, &options), budget));
+                let policy = PolicySpec::of(policy, &options);
+                for types in each(&types) {
+                    for text in each(&texts) {
+                        let mut name = record::Contender::name_of(&policy.name, budget);
+                        name.extend(types.map(|types| format!("@{}", types.name())));
+                        name.extend(text.map(|text| format!("@text{text}")));
+                        all.push(Choice {
+                            name,
+                            policy: policy.clone(),
+                            budget,
+                            types,
+                            text,
+                        });
+                    }
+                }
             }
         }
         Ok(all)
+    }
+}
+
+/// Each value of a list, or once none where the list is empty.
+fn each<T: Copy>(list: &[T]) -> Vec<Option<T>> {
+    match list {
+        [] => vec![None],
+        list => list.iter().copied().map(Some).collect(),
+    }
+}
+
+/// Refuses a list that has something twice.
+fn once(flag: &'static str, mut list: impl Iterator<Item = String>) -> Result<()> {
+    let mut seen = HashSet::new();
+    match list.find(|name| !seen.insert(name.clone())) {
+        Some(name) => Err(Error::option(flag, format!("{name} is in the list twice")).into()),
+        None => Ok(()),
     }
 }
 
@@ -115,7 +161,10 @@ impl Evaluation<'_> {
         let args = self.args;
         args.inference.check()?;
         let contenders = args.contenders()?;
-        let names: Vec<String> = contenders.iter().map(|(name, ..)| name.clone()).collect();
+        let names: Vec<String> = contenders
+            .iter()
+            .map(|choice| choice.name.clone())
+            .collect();
         self.check_files(&names)?;
         let files = Files::find(&args.inference.model)?;
         let questions = self.questions.iter();
