@@ -6,7 +6,9 @@ use anyhow::Result;
 use sha2::{Digest, Sha256};
 
 use super::Done;
-use super::asking::{Evaluation, EvaluationArgs, Format, print_answers, print_json, print_summary};
+use super::asking::{
+    Evaluation, EvaluationArgs, Format, TextArgs, print_answers, print_json, print_summary,
+};
 use super::crops::CropArgs;
 use super::inputs::{self, EscapeArgs};
 use super::output::FileReport;
@@ -16,9 +18,14 @@ use hae::eval::question::{Expected, Image, Question, Turn};
 use hae::eval::record::{FileId, QuestionSet};
 use hae::eval::summary::Summary;
 
+/// What asks, where a text is read.
+const PROMPTS: [&str; 5] = ["image", "prompt", "file", "repetitions", "no_distance"];
+
 #[derive(Debug, clap::Args)]
 #[command(
     allow_negative_numbers = true,
+    mut_arg("text", |arg| arg.conflicts_with_all(PROMPTS)),
+    mut_arg("kl_divergence_base", |arg| arg.conflicts_with_all(PROMPTS)),
     next_help_heading = "Prompt",
     after_help = "Lists: values separated by commas. Every policy but full is asked at every --kv-budget."
 )]
@@ -55,10 +62,19 @@ pub struct Args {
     #[arg(long)]
     no_distance: bool,
     #[command(flatten)]
+    text: TextArgs,
+    /// Windows of the text, at most
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), requires = "text", help_heading = "Text")]
+    limit: Option<u32>,
+    #[command(flatten)]
     pub evaluation: EvaluationArgs,
 }
 
 pub fn run(args: &Args) -> Result<Done> {
+    if args.text.wanted() {
+        let limit = args.limit.map(|n| n as usize);
+        return Ok(args.text.run(limit, &args.evaluation)?.done);
+    }
     let num_crops = args.crops.num_crops()?;
     let (questions, file, format) = match (&args.prompt, &args.file) {
         (Some(text), _) => {

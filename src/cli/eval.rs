@@ -11,9 +11,23 @@ use hae::Error;
 use hae::eval::split::Part;
 use hae::eval::summary::Summary;
 
+/// What asks questions, of which a text has none.
+const QUESTIONS: [&str; 8] = [
+    "questions",
+    "format",
+    "image_dir",
+    "subset",
+    "every",
+    "part",
+    "distance",
+    "min_accuracy",
+];
+
 #[derive(Debug, clap::Args)]
 #[command(
     allow_negative_numbers = true,
+    mut_arg("text", |arg| arg.conflicts_with_all(QUESTIONS)),
+    mut_arg("kl_divergence_base", |arg| arg.conflicts_with_all(QUESTIONS)),
     after_help = "Lists: values separated by commas. Every policy but full is asked at every --kv-budget."
 )]
 pub struct Args {

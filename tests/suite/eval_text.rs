@@ -7,7 +7,7 @@ use hae::llama::{CacheType, ContextOptions};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::bin::{answer, refusal};
+use crate::bin::{answer, hae, refusal};
 use crate::model::{TEXT, engine, exact, load, repository};
 
 const PROMPT: usize = 96;
@@ -210,9 +210,7 @@ fn lists_of_types_and_amounts_give_what_single_runs_give() {
         args.split_whitespace().map(String::from).collect()
     };
     let read = |flags: &str| -> Vec<Value> {
-        let args = args(flags);
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let all: Value = serde_json::from_str(&answer(&args)).unwrap();
+        let all: Value = serde_json::from_str(&answer(&args(flags))).unwrap();
         all["summary"].as_array().unwrap().clone()
     };
     let lists =
@@ -241,6 +239,22 @@ fn lists_of_types_and_amounts_give_what_single_runs_give() {
     }
     assert_ne!(rows[1]["ppl"], rows[3]["ppl"]);
 
+    let mut compare = args(lists);
+    compare[0] = "compare".into();
+    let all: Value = serde_json::from_str(&answer(&compare)).unwrap();
+    assert_eq!(all["summary"].as_array(), Some(&rows));
+    compare.extend(["-p".into(), "hi".into()]);
+    let with_questions = [&args(lists)[..], &["questions.jsonl".into()]].concat();
+    for args in [compare, with_questions] {
+        let output = hae().args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            stderr.contains("'--text <FILE>' cannot be used with"),
+            "{stderr}"
+        );
+    }
+
     for (flags, expected) in [
         (
             "--cache-types f16,f16",
@@ -253,9 +267,7 @@ fn lists_of_types_and_amounts_give_what_single_runs_give() {
         ("--cache-types f15", "--cache-types"),
         ("--attend-texts 2,,3", "--attend-texts"),
     ] {
-        let args = args(flags);
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let line = refusal(&args);
+        let line = refusal(&args(flags));
         assert!(line.contains(expected), "{line}");
     }
 }

@@ -29,16 +29,8 @@ use hae::outfile::FilesInUse;
 use hae::text;
 
 const HEADING: &str = "Text";
-/// What asks questions, of which a text has none.
-const QUESTIONS: [&str; 14] = [
-    "questions",
-    "format",
-    "image_dir",
-    "subset",
-    "every",
-    "part",
-    "distance",
-    "min_accuracy",
+/// What asks questions, of which a text has none. Commands add their own.
+const QUESTIONS: [&str; 6] = [
     "out",
     "trace",
     "n_predict",
