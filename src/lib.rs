@@ -64,6 +64,7 @@ pub mod replay;
 #[cfg(feature = "report")]
 pub mod report;
 pub mod saved;
+pub mod serve;
 pub mod tempfiles;
 pub mod text;
 pub mod trace;
