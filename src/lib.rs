@@ -51,6 +51,8 @@ mod error;
 pub mod eval;
 pub mod generate;
 pub mod guard;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod image;
 #[allow(unsafe_code)]
 pub mod llama;

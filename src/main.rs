@@ -51,6 +51,23 @@ enum Command {
 }
 
 impl Command {
+    /// Fetches the model of a command that wants one of the hub's.
+    fn fetch(&mut self) -> anyhow::Result<()> {
+        match self {
+            Command::Run(args) => args.model.fetch(),
+            Command::Demo(args) => args.model.fetch(),
+            Command::Bench(args) => args.fetch(),
+            Command::Compare(args) => args.evaluation.inference.model.fetch(),
+            Command::Eval(args) => args.evaluation.inference.model.fetch(),
+            Command::Calibrate(args) => args.inference.model.fetch(),
+            Command::Convert(_)
+            | Command::Quantize(_)
+            | Command::Replay(_)
+            | Command::Report(_)
+            | Command::Policies => Ok(()),
+        }
+    }
+
     /// Of a command that computes with a model.
     fn poll(&self) -> Option<PollArgs> {
         match self {
@@ -91,7 +108,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let cli = program
+    let mut cli = program
         .try_get_matches_from_mut(args)
         .and_then(|matches| Cli::from_arg_matches(&matches))
         .unwrap_or_else(|e| e.exit());
@@ -100,6 +117,7 @@ fn main() -> ExitCode {
     }
     let command = || {
         interrupt::install()?;
+        cli.command.fetch()?;
         match cli.command {
             Command::Run(args) => run::run(&args),
             Command::Convert(args) => convert::run(&args),

@@ -7,15 +7,64 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::options::ModelArgs;
+use super::options::{HubArgs, ModelArgs};
 use super::output::FileReport;
-use super::warn;
+use super::{note, warn};
 use hae::Error;
 use hae::calibrate::file::Calibration;
 use hae::chat::{Begin, Chat, ChatOptions};
 use hae::embedded::Embedded;
+use hae::hub::{Found, Progress};
 use hae::llama::{Model, ModelOptions, Vision, VisionOptions};
 use hae::prompt::Template;
+
+impl ModelArgs {
+    /// Sees to it that the model is here, and names its files as if they had been given.
+    pub fn fetch(&mut self) -> Result<()> {
+        if let Some(found) = fetched(&self.hub, self.mmproj.is_none())? {
+            self.model = Some(found.model);
+            self.mmproj = self.mmproj.take().or(found.mmproj);
+        }
+        Ok(())
+    }
+}
+
+/// The files of a model of the hub, if one is asked for. What is fetched shows on stderr.
+pub fn fetched(args: &HubArgs, mmproj: bool) -> Result<Option<Found>> {
+    let Some((hub, wanted)) = args.wanted(mmproj)? else {
+        return Ok(None);
+    };
+    let mut bar: Option<(String, ProgressBar)> = None;
+    let mut show = |progress: Progress<'_>| {
+        if bar.as_ref().is_none_or(|(file, _)| file != progress.file) {
+            note(&format!("fetching {}", progress.file));
+            bar = Some((progress.file.to_owned(), bytes_bar(progress.of)));
+        }
+        if let Some((_, bar)) = &bar {
+            bar.set_position(progress.bytes);
+            if progress.bytes == progress.of {
+                bar.finish_and_clear();
+            }
+        }
+        Ok(())
+    };
+    let found = hub.fetch(&wanted, &mut show);
+    drop(bar);
+    let found = found?;
+    if let Some(reason) = &found.stale {
+        warn(&format!(
+            "the hub was not reached ({reason}), the model is the one that was fetched before"
+        ));
+    }
+    Ok(Some(found))
+}
+
+/// How much of a file is here, on stderr, when that is a terminal.
+fn bytes_bar(bytes: u64) -> ProgressBar {
+    let template = "{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    let style = ProgressStyle::with_template(template);
+    ProgressBar::new(bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
 
 /// The two files of a model.
 #[derive(Debug)]

@@ -3,6 +3,7 @@
 
 mod context;
 mod elsewhere;
+mod hub;
 mod model;
 mod policy;
 mod sampler;
@@ -10,6 +11,7 @@ pub mod spelling;
 mod template;
 
 pub use context::{AttendArgs, ContextArgs, default_threads};
+pub use hub::HubArgs;
 pub use model::{GpuLayers, ModelArgs, gpu_layers};
 pub use policy::{PolicyArgs, Taken};
 pub use sampler::SamplerArgs;

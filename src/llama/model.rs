@@ -11,7 +11,7 @@ use llama_cpp_sys_2 as sys;
 use super::cache_type::CacheType;
 use super::gguf::{Gguf, c_path};
 use super::rows::check_token;
-use super::{backend, devices, hparams, log, weights};
+use super::{backend, devices, gguf, hparams, log, weights};
 use crate::engine::{Token, Vocabulary};
 use crate::error::{Error, Result};
 
@@ -63,11 +63,24 @@ impl Model {
                 "is a vision file (architecture clip), expected a text model: pass it as `mmproj`",
             ));
         }
-        hparams::check(&meta, &arch)?;
+        let mut tensors = meta.tensors();
         weights::check(&meta)?;
+        // Of a model in several files llama.cpp opens the others by itself.
+        let in_parts = meta.unsigned("split.count").is_ok_and(|n| n > 1);
+        for part in path
+            .to_str()
+            .filter(|_| in_parts)
+            .map_or(Vec::new(), gguf::parts)
+            .iter()
+            .skip(1)
+        {
+            let part = Gguf::open(part.as_ref())?;
+            weights::check(&part)?;
+            tensors.extend(part.tensors());
+        }
+        hparams::check(&meta, &arch, &tensors)?;
         let orig_key = format!("{arch}.rope.scaling.original_context_length");
-        let two_sets = meta
-            .tensors()
+        let two_sets = tensors
             .iter()
             .any(|t| t.name.ends_with("rope_factors_long.weight"));
         let long_rope_from = two_sets

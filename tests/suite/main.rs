@@ -30,6 +30,7 @@ mod full_model;
 mod gguf;
 mod holes;
 mod house;
+mod hub;
 mod image;
 mod imports;
 mod inputs;

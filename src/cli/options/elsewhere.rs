@@ -4,20 +4,12 @@
 pub const ELSEWHERE: &[(&[&str], &str)] = &[
     (
         &[
-            "-hf",
-            "-hfr",
-            "--hf-repo",
-            "-hff",
-            "--hf-file",
             "-mu",
             "--model-url",
             "-mmu",
             "--mmproj-url",
             "-dr",
             "--docker-repo",
-            "-hft",
-            "--hf-token",
-            "--offline",
             "-hfd",
             "-hfrd",
             "--hf-repo-draft",
@@ -28,7 +20,7 @@ pub const ELSEWHERE: &[(&[&str], &str)] = &[
             "--vision-gemma-4b-default",
             "--vision-gemma-12b-default",
         ],
-        "nothing is downloaded: fetch the model and its mmproj, and give them with -m and --mmproj",
+        "is not there: give a repository with -hf, or files with -m and --mmproj",
     ),
     (
         &["--jinja", "--no-jinja"],
@@ -103,14 +95,8 @@ pub const ELSEWHERE: &[(&[&str], &str)] = &[
         "is not there: -ngl says how many layers go to the GPU, with their part of the cache",
     ),
     (
-        &[
-            "--no-mmproj",
-            "--no-mmproj-auto",
-            "--mmproj-auto",
-            "--no-mmproj-offload",
-            "--mmproj-offload",
-        ],
-        "is not there: leave --mmproj out for text alone, -ngl 0 keeps all off the GPU",
+        &["--no-mmproj-offload", "--mmproj-offload"],
+        "is not there: -ngl 0 keeps all off the GPU",
     ),
     (
         &["--image-min-tokens", "--image-max-tokens"],
@@ -255,6 +241,7 @@ pub const ELSEWHERE: &[(&[&str], &str)] = &[
             "--fit-target",
             "-fitc",
             "--fit-ctx",
+            "--mmproj-auto",
             "--no-log-prefix",
             "--no-log-timestamps",
             "--no-log-jsonl",
