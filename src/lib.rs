@@ -56,6 +56,7 @@ pub mod hub;
 pub mod image;
 #[allow(unsafe_code)]
 pub mod llama;
+pub mod memory;
 pub mod noise;
 pub mod open;
 pub mod outfile;

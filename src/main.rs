@@ -8,7 +8,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use cli::polling::PollArgs;
 use cli::{
-    Done, bench, calibrate, compare, convert, demo, eval, help, interrupt, options, quantize,
+    Done, bench, calibrate, compare, convert, demo, eval, help, interrupt, options, plan, quantize,
     replay, report, run,
 };
 
@@ -34,6 +34,8 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Ask about a picture twice, with llama.cpp's KV cache and with HAE, and compare
     Demo(Box<demo::Args>),
+    /// Say what a run will take of which memory, and whether it fits, without loading anything
+    Plan(Box<plan::Args>),
     /// Measure speed and memory under several cache policies, as llama-bench does
     Bench(Box<bench::Args>),
     /// Answer a prompt, or a file of them, under several cache policies and budgets, side by side
@@ -56,6 +58,7 @@ impl Command {
         match self {
             Command::Run(args) => args.model.fetch(),
             Command::Demo(args) => args.model.fetch(),
+            Command::Plan(args) => args.model.fetch(),
             Command::Bench(args) => args.fetch(),
             Command::Compare(args) => args.evaluation.inference.model.fetch(),
             Command::Eval(args) => args.evaluation.inference.model.fetch(),
@@ -73,6 +76,7 @@ impl Command {
         match self {
             Command::Run(args) => Some(args.context.poll),
             Command::Demo(args) => Some(args.context.poll),
+            Command::Plan(args) => Some(args.context.poll),
             Command::Bench(args) => Some(args.poll),
             Command::Compare(args) => Some(args.evaluation.inference.context.poll),
             Command::Eval(args) => Some(args.evaluation.inference.context.poll),
@@ -123,6 +127,7 @@ fn main() -> ExitCode {
             Command::Convert(args) => convert::run(&args),
             Command::Quantize(args) => quantize::run(&args),
             Command::Demo(args) => demo::run(&args),
+            Command::Plan(args) => plan::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Compare(args) => compare::run(&args),
             Command::Eval(args) => eval::run(&args),

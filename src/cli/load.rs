@@ -15,7 +15,11 @@ use hae::calibrate::file::Calibration;
 use hae::chat::{Begin, Chat, ChatOptions};
 use hae::embedded::Embedded;
 use hae::hub::{Found, Progress};
-use hae::llama::{Model, ModelOptions, Vision, VisionOptions};
+use hae::llama::gguf::Gguf;
+use hae::llama::{ContextOptions, Model, ModelOptions, Vision, VisionOptions, devices};
+use hae::memory::fit::{Choice, Fit, choose};
+use hae::memory::{Work, estimate};
+use hae::policy::PolicySpec;
 use hae::prompt::Template;
 
 impl ModelArgs {
@@ -196,6 +200,7 @@ pub fn load_model(files: &Files, args: &ModelArgs) -> Result<Model> {
         n_gpu_layers: args.gpu_layers,
         no_mmap: args.no_mmap,
         mlock: args.mlock,
+        ..ModelOptions::default()
     };
     let model = Model::load(&files.model, &options);
     bar.finish_and_clear();
@@ -216,6 +221,66 @@ pub fn load_vision(
         n_threads,
     };
     Ok(Some(Vision::load(path, model, &options)?))
+}
+
+/// What a run takes, with what `--fit` chooses for it.
+pub fn measured(
+    files: &Files,
+    args: &ModelArgs,
+    context: &ContextOptions,
+    may: Option<Fit>,
+    margin: u64,
+    (policy, work): (&PolicySpec, &Work),
+) -> Result<Choice> {
+    let bar = spinner("measuring");
+    let mut loaded: Option<(Model, Option<Vision>)> = None;
+    let mut measure = |n_gpu_layers, context: &ContextOptions| {
+        let same = |(model, _): &(Model, _)| Model::options(model).n_gpu_layers == n_gpu_layers;
+        let (model, mut vision) = match loaded.take().filter(same) {
+            Some(loaded) => loaded,
+            None => {
+                let options = ModelOptions {
+                    n_gpu_layers,
+                    measure: true,
+                    ..ModelOptions::default()
+                };
+                let model = Model::load(&files.model, &options)?;
+                let options = VisionOptions {
+                    use_gpu: n_gpu_layers != Some(0),
+                    n_threads: context.n_threads,
+                };
+                let path = files.mmproj.as_deref();
+                let vision = path.map(|path| Vision::load(path, &model, &options));
+                (model, vision.transpose()?)
+            }
+        };
+        let estimate = estimate(&model, vision.as_mut(), context, policy, work, margin);
+        loaded = Some((model, vision));
+        estimate
+    };
+    let choice = match may {
+        Some(mut may) => {
+            if may.layers.is_some() {
+                let meta = Gguf::open(&files.model)?;
+                let arch = meta.text("general.architecture")?;
+                let blocks = meta.unsigned(&format!("{arch}.block_count"))?;
+                let gpus = devices()?.iter().any(|device| device.is_gpu);
+                // The last layer is what comes behind them.
+                may.layers = u32::try_from(blocks + 1).ok().filter(|_| gpus);
+            }
+            choose((args.gpu_layers, context), may, &mut measure)
+        }
+        None => {
+            let nothing = Fit {
+                types: false,
+                layers: None,
+                cells: None,
+            };
+            choose((args.gpu_layers, context), nothing, &mut measure)
+        }
+    };
+    bar.finish_and_clear();
+    Ok(choice?)
 }
 
 /// A sign of life on stderr, when that is a terminal.

@@ -24,6 +24,9 @@ pub struct ModelOptions {
     pub no_mmap: bool,
     /// Keep the weights from being swapped out (`--mlock`).
     pub mlock: bool,
+    /// Take no memory for weights, contexts and their caches, and say how much it would be ([`crate::memory`]). Nothing
+    /// can be computed with it.
+    pub measure: bool,
 }
 
 /// A GGUF text model. Clones share its weights, and so do the contexts made from it, each of which
@@ -97,6 +100,9 @@ impl Model {
         }
         if options.mlock {
             params = params.with_use_mlock(true);
+        }
+        if options.measure {
+            params = params.with_no_alloc(true);
         }
         let backend = backend()?;
         c_path(path)?;

@@ -63,6 +63,7 @@ mod one_rule;
 mod others;
 mod parity;
 mod passes;
+mod plan;
 mod policies;
 mod polling;
 mod precision;

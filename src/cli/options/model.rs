@@ -8,7 +8,7 @@ use hae::open::RopeChoice;
 use hae::outfile::FilesInUse;
 
 /// Which files to load, and onto what.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// Text model [default: a small one in this program]

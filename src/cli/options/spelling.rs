@@ -10,7 +10,7 @@ use hae::Error;
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 15] = [
+const ONE_DASH: [(&str, &str); 19] = [
     ("-ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
@@ -23,6 +23,10 @@ const ONE_DASH: [(&str, &str); 15] = [
     ("-hfr", "--hf-repo"),
     ("-hff", "--hf-file"),
     ("-hft", "--hf-token"),
+    ("-fit", "--fit"),
+    ("-fitt", "--fit-target"),
+    ("-fitc", "--fit-ctx"),
+    ("-np", "--parallel"),
     ("-no-cnv", "--no-conversation"),
     ("-pg", "--pg"),
     ("--usage", "--help"),
@@ -70,19 +74,18 @@ pub fn llama_spelling(
         let flag = if respelled { &*dashed } else { flag };
         let long = ONE_DASH.iter().find(|(short, _)| *short == flag);
         let flag = long.map_or(flag, |(_, long)| *long);
+        // One that this command does not have, whatever it is called.
+        if let Some((name, answer)) = elsewhere(flag, &command) {
+            return Err(Error::option(name, answer));
+        }
         match (long, value) {
             (Some((_, long)), Some(value)) => out.push(format!("{long}={value}").into()),
             (Some((_, long)), None) => out.push((*long).into()),
-            (None, _) => {
-                if let Some((name, answer)) = elsewhere(flag, &command) {
-                    return Err(Error::option(name, answer));
-                }
-                out.push(match (respelled, value) {
-                    (false, _) => arg.clone(),
-                    (true, Some(value)) => format!("{flag}={value}").into(),
-                    (true, None) => flag.into(),
-                });
-            }
+            (None, _) => out.push(match (respelled, value) {
+                (false, _) => arg.clone(),
+                (true, Some(value)) => format!("{flag}={value}").into(),
+                (true, None) => flag.into(),
+            }),
         }
         if value.is_none() && takes_any(flag, &command) {
             out.extend(args.next());
