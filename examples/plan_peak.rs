@@ -43,6 +43,8 @@ fn main() -> Result<()> {
     let load = |measure| -> Result<(Model, Vision)> {
         let options = ModelOptions {
             n_gpu_layers: Some(0),
+            // Pages of a mapped file count as the process's until somebody else needs the memory.
+            no_mmap: true,
             measure,
             ..ModelOptions::default()
         };
