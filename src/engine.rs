@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 
 pub use pass::Pass;
 pub use trials::TrialRuns;
-pub use words::{Greedy, Sampler, Vocabulary, likeliest};
+pub use words::{Constraint, Greedy, Sampler, Vocabulary, likeliest};
 
 pub use crate::cache::Observation;
 

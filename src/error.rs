@@ -82,6 +82,14 @@ pub enum Error {
         /// What it returned or logged.
         reason: String,
     },
+    /// A model that does not come from the hub.
+    #[error("{repo}: {reason}")]
+    Hub {
+        /// `user/repo`.
+        repo: String,
+        /// Why not.
+        reason: String,
+    },
     /// A policy that needs what the memory of this model does not allow.
     #[error("kv policy {policy} cannot serve this model: {reason}")]
     Unsupported {

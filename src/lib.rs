@@ -51,9 +51,12 @@ mod error;
 pub mod eval;
 pub mod generate;
 pub mod guard;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod image;
 #[allow(unsafe_code)]
 pub mod llama;
+pub mod memory;
 pub mod noise;
 pub mod open;
 pub mod outfile;
@@ -64,6 +67,7 @@ pub mod replay;
 #[cfg(feature = "report")]
 pub mod report;
 pub mod saved;
+pub mod serve;
 pub mod tempfiles;
 pub mod text;
 pub mod trace;

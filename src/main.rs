@@ -8,7 +8,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use cli::polling::PollArgs;
 use cli::{
-    Done, bench, calibrate, compare, convert, demo, eval, help, interrupt, options, quantize,
+    Done, bench, calibrate, compare, convert, demo, eval, help, interrupt, options, plan, quantize,
     replay, report, run,
 };
 
@@ -34,6 +34,8 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Ask about a picture twice, with llama.cpp's KV cache and with HAE, and compare
     Demo(Box<demo::Args>),
+    /// Say what a run will take of which memory, and whether it fits, without loading anything
+    Plan(Box<plan::Args>),
     /// Measure speed and memory under several cache policies, as llama-bench does
     Bench(Box<bench::Args>),
     /// Answer a prompt, or a file of them, under several cache policies and budgets, side by side
@@ -51,11 +53,30 @@ enum Command {
 }
 
 impl Command {
+    /// Fetches the model of a command that wants one of the hub's.
+    fn fetch(&mut self) -> anyhow::Result<()> {
+        match self {
+            Command::Run(args) => args.model.fetch(),
+            Command::Demo(args) => args.model.fetch(),
+            Command::Plan(args) => args.model.fetch(),
+            Command::Bench(args) => args.fetch(),
+            Command::Compare(args) => args.evaluation.inference.model.fetch(),
+            Command::Eval(args) => args.evaluation.inference.model.fetch(),
+            Command::Calibrate(args) => args.inference.model.fetch(),
+            Command::Convert(_)
+            | Command::Quantize(_)
+            | Command::Replay(_)
+            | Command::Report(_)
+            | Command::Policies => Ok(()),
+        }
+    }
+
     /// Of a command that computes with a model.
     fn poll(&self) -> Option<PollArgs> {
         match self {
             Command::Run(args) => Some(args.context.poll),
             Command::Demo(args) => Some(args.context.poll),
+            Command::Plan(args) => Some(args.context.poll),
             Command::Bench(args) => Some(args.poll),
             Command::Compare(args) => Some(args.evaluation.inference.context.poll),
             Command::Eval(args) => Some(args.evaluation.inference.context.poll),
@@ -91,7 +112,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let cli = program
+    let mut cli = program
         .try_get_matches_from_mut(args)
         .and_then(|matches| Cli::from_arg_matches(&matches))
         .unwrap_or_else(|e| e.exit());
@@ -100,11 +121,13 @@ fn main() -> ExitCode {
     }
     let command = || {
         interrupt::install()?;
+        cli.command.fetch()?;
         match cli.command {
             Command::Run(args) => run::run(&args),
             Command::Convert(args) => convert::run(&args),
             Command::Quantize(args) => quantize::run(&args),
             Command::Demo(args) => demo::run(&args),
+            Command::Plan(args) => plan::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Compare(args) => compare::run(&args),
             Command::Eval(args) => eval::run(&args),

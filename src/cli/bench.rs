@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::crops::CropArgs;
 use super::load::{self, Files};
-use super::options::{AttendArgs, PolicyArgs};
+use super::options::{AttendArgs, HubArgs, PolicyArgs};
 use super::output::ContextReport;
 use super::polling::PollArgs;
 use super::{Done, interrupt, warn};
@@ -44,6 +44,8 @@ pub struct Args {
     /// -mm: vision file, one for all or one each
     #[arg(long, alias = "mm", value_name = "FILE")]
     mmproj: Vec<PathBuf>,
+    #[command(flatten)]
+    hub: HubArgs,
     /// Policies, list
     ///
     /// They are measured by turns. The first is what the others are compared with.
@@ -150,6 +152,17 @@ pub struct Args {
     /// Show llama.cpp's log on stderr
     #[arg(short, long, help_heading = "Output")]
     verbose: bool,
+}
+
+impl Args {
+    /// Sees to it that the model is here, and names its files as if they had been given.
+    pub fn fetch(&mut self) -> Result<()> {
+        if let Some(found) = load::fetched(&self.hub, self.mmproj.is_empty())? {
+            self.model = vec![found.model];
+            self.mmproj.extend(found.mmproj);
+        }
+        Ok(())
+    }
 }
 
 pub fn run(args: &Args) -> Result<Done> {

@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(short, long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
     repetitions: u32,
     #[command(flatten)]
-    model: ModelArgs,
+    pub model: ModelArgs,
     #[command(flatten)]
     pub context: ContextArgs,
     #[command(flatten)]

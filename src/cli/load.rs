@@ -7,15 +7,68 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::options::ModelArgs;
+use super::options::{HubArgs, ModelArgs};
 use super::output::FileReport;
-use super::warn;
+use super::{note, warn};
 use hae::Error;
 use hae::calibrate::file::Calibration;
 use hae::chat::{Begin, Chat, ChatOptions};
 use hae::embedded::Embedded;
-use hae::llama::{Model, ModelOptions, Vision, VisionOptions};
+use hae::hub::{Found, Progress};
+use hae::llama::gguf::Gguf;
+use hae::llama::{ContextOptions, Model, ModelOptions, Vision, VisionOptions, devices};
+use hae::memory::fit::{Choice, Fit, choose};
+use hae::memory::{Work, estimate};
+use hae::policy::PolicySpec;
 use hae::prompt::Template;
+
+impl ModelArgs {
+    /// Sees to it that the model is here, and names its files as if they had been given.
+    pub fn fetch(&mut self) -> Result<()> {
+        if let Some(found) = fetched(&self.hub, self.mmproj.is_none())? {
+            self.model = Some(found.model);
+            self.mmproj = self.mmproj.take().or(found.mmproj);
+        }
+        Ok(())
+    }
+}
+
+/// The files of a model of the hub, if one is asked for. What is fetched shows on stderr.
+pub fn fetched(args: &HubArgs, mmproj: bool) -> Result<Option<Found>> {
+    let Some((hub, wanted)) = args.wanted(mmproj)? else {
+        return Ok(None);
+    };
+    let mut bar: Option<(String, ProgressBar)> = None;
+    let mut show = |progress: Progress<'_>| {
+        if bar.as_ref().is_none_or(|(file, _)| file != progress.file) {
+            note(&format!("fetching {}", progress.file));
+            bar = Some((progress.file.to_owned(), bytes_bar(progress.of)));
+        }
+        if let Some((_, bar)) = &bar {
+            bar.set_position(progress.bytes);
+            if progress.bytes == progress.of {
+                bar.finish_and_clear();
+            }
+        }
+        Ok(())
+    };
+    let found = hub.fetch(&wanted, &mut show);
+    drop(bar);
+    let found = found?;
+    if let Some(reason) = &found.stale {
+        warn(&format!(
+            "the hub was not reached ({reason}), the model is the one that was fetched before"
+        ));
+    }
+    Ok(Some(found))
+}
+
+/// How much of a file is here, on stderr, when that is a terminal.
+fn bytes_bar(bytes: u64) -> ProgressBar {
+    let template = "{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    let style = ProgressStyle::with_template(template);
+    ProgressBar::new(bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
 
 /// The two files of a model.
 #[derive(Debug)]
@@ -147,6 +200,7 @@ pub fn load_model(files: &Files, args: &ModelArgs) -> Result<Model> {
         n_gpu_layers: args.gpu_layers,
         no_mmap: args.no_mmap,
         mlock: args.mlock,
+        ..ModelOptions::default()
     };
     let model = Model::load(&files.model, &options);
     bar.finish_and_clear();
@@ -167,6 +221,66 @@ pub fn load_vision(
         n_threads,
     };
     Ok(Some(Vision::load(path, model, &options)?))
+}
+
+/// What a run takes, with what `--fit` chooses for it.
+pub fn measured(
+    files: &Files,
+    args: &ModelArgs,
+    context: &ContextOptions,
+    may: Option<Fit>,
+    margin: u64,
+    (policy, work): (&PolicySpec, &Work),
+) -> Result<Choice> {
+    let bar = spinner("measuring");
+    let mut loaded: Option<(Model, Option<Vision>)> = None;
+    let mut measure = |n_gpu_layers, context: &ContextOptions| {
+        let same = |(model, _): &(Model, _)| Model::options(model).n_gpu_layers == n_gpu_layers;
+        let (model, mut vision) = match loaded.take().filter(same) {
+            Some(loaded) => loaded,
+            None => {
+                let options = ModelOptions {
+                    n_gpu_layers,
+                    measure: true,
+                    ..ModelOptions::default()
+                };
+                let model = Model::load(&files.model, &options)?;
+                let options = VisionOptions {
+                    use_gpu: n_gpu_layers != Some(0),
+                    n_threads: context.n_threads,
+                };
+                let path = files.mmproj.as_deref();
+                let vision = path.map(|path| Vision::load(path, &model, &options));
+                (model, vision.transpose()?)
+            }
+        };
+        let estimate = estimate(&model, vision.as_mut(), context, policy, work, margin);
+        loaded = Some((model, vision));
+        estimate
+    };
+    let choice = match may {
+        Some(mut may) => {
+            if may.layers.is_some() {
+                let meta = Gguf::open(&files.model)?;
+                let arch = meta.text("general.architecture")?;
+                let blocks = meta.unsigned(&format!("{arch}.block_count"))?;
+                let gpus = devices()?.iter().any(|device| device.is_gpu);
+                // The last layer is what comes behind them.
+                may.layers = u32::try_from(blocks + 1).ok().filter(|_| gpus);
+            }
+            choose((args.gpu_layers, context), may, &mut measure)
+        }
+        None => {
+            let nothing = Fit {
+                types: false,
+                layers: None,
+                cells: None,
+            };
+            choose((args.gpu_layers, context), nothing, &mut measure)
+        }
+    };
+    bar.finish_and_clear();
+    Ok(choice?)
 }
 
 /// A sign of life on stderr, when that is a terminal.

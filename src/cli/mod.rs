@@ -19,6 +19,7 @@ mod load;
 mod named;
 pub mod options;
 mod output;
+pub mod plan;
 pub mod polling;
 pub mod quantize;
 pub mod replay;

@@ -3,6 +3,8 @@
 
 mod context;
 mod elsewhere;
+mod fit;
+mod hub;
 mod model;
 mod policy;
 mod sampler;
@@ -10,6 +12,8 @@ pub mod spelling;
 mod template;
 
 pub use context::{AttendArgs, ContextArgs, default_threads};
+pub use fit::FitArgs;
+pub use hub::HubArgs;
 pub use model::{GpuLayers, ModelArgs, gpu_layers};
 pub use policy::{PolicyArgs, Taken};
 pub use sampler::SamplerArgs;

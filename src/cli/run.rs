@@ -13,7 +13,9 @@ use super::chat::Start;
 use super::crops::CropArgs;
 use super::inputs::{self, EscapeArgs, check_stdin};
 use super::load::{self, Files, Setup};
-use super::options::{ContextArgs, ModelArgs, POLICY, PolicyArgs, SamplerArgs, TemplateArgs};
+use super::options::{
+    ContextArgs, FitArgs, ModelArgs, POLICY, PolicyArgs, SamplerArgs, TemplateArgs,
+};
 use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, is_of_output, note, session};
 use hae::Error;
@@ -21,6 +23,7 @@ use hae::answer::Answer;
 use hae::build::build;
 use hae::chat::{Begin, Chat, ChatOptions};
 use hae::generate::Finish;
+use hae::memory::Work;
 use hae::policy::PolicySpec;
 use hae::trace;
 use hae::turn::Turn;
@@ -74,9 +77,11 @@ pub struct Args {
     #[command(flatten)]
     template: TemplateArgs,
     #[command(flatten)]
-    model: ModelArgs,
+    pub model: ModelArgs,
     #[command(flatten)]
     pub context: ContextArgs,
+    #[command(flatten)]
+    fit: FitArgs,
     #[command(flatten)]
     sampler: SamplerArgs,
     /// full keeps all, hae prunes
@@ -153,11 +158,29 @@ pub fn run(args: &Args) -> Result<Done> {
     };
     let policy = PolicySpec::new(&args.kv_policy, policy_options);
     args.context.refuse_unread(&policy)?;
+    let mut context = args.context.options()?;
+    let mut model = args.model.clone();
+    if let Some(may) = args.fit.may(&args.model, &args.context) {
+        let sizes = pictures.iter().map(|p| (p.width, p.height, p.num_crops));
+        let work = Work {
+            pictures: sizes.collect(),
+            ..Work::default()
+        };
+        let margin = args.fit.margin();
+        let asked = (&policy, &work);
+        let choice = load::measured(&files, &model, &context, Some(may), margin, asked)?;
+        if !choice.estimate.fits {
+            let reason =
+                "nothing fits the free memory: hae plan with the same flags says what is missing";
+            return Err(Error::option("--fit", reason).into());
+        }
+        (context, model.gpu_layers) = (choice.context, choice.n_gpu_layers);
+    }
     let setup = Setup {
         files: &files,
-        model: &args.model,
+        model: &model,
         options: ChatOptions {
-            context: args.context.options()?,
+            context,
             rope: args.model.rope_factors,
             policy,
             sampler: args.sampler.options(load::clock_seed())?,

@@ -67,3 +67,18 @@ pub fn likeliest(logits: &[f32]) -> Result<Token> {
     best.and_then(|(token, _)| Token::try_from(token).ok())
         .ok_or_else(|| Error::contract("no logits"))
 }
+
+/// What an answer must keep to: a grammar, a schema, an expression.
+pub trait Constraint: Send {
+    /// Puts the logits, `[n_vocab]`, of every token that may not come now to minus infinity.
+    ///
+    /// # Errors
+    /// When no token may come.
+    fn mask(&mut self, logits: &mut [f32]) -> Result<()>;
+
+    /// The token that was chosen.
+    ///
+    /// # Errors
+    /// For one that may not come.
+    fn accept(&mut self, token: Token) -> Result<()>;
+}

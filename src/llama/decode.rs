@@ -34,6 +34,9 @@ impl Drop for NonCausal {
 impl LlamaEngine {
     /// As [`crate::engine::Engine::decode_parts`].
     pub(super) fn run(&mut self, parts: &mut [Part<'_>]) -> Result<()> {
+        if self.model.options().measure {
+            return Err(Error::contract("a model that was loaded to be measured"));
+        }
         let n = Pass::new(self.n_ubatch(), self.options.taps()).check(parts)?;
         for part in parts.iter_mut() {
             self.check_seq("llama_decode", part.batch.seq)?;

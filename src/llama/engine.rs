@@ -103,7 +103,7 @@ impl LlamaEngine {
             )
         };
         let engine = make(options, watched)?;
-        if watched || engine.is_plain() {
+        if watched || engine.is_plain() || model.options().measure {
             return Ok(engine);
         }
         if engine.options.n_seq_max > 1 {

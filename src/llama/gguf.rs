@@ -8,6 +8,7 @@
 
 mod fingerprint;
 pub mod header;
+mod parts;
 mod read;
 mod write;
 
@@ -19,6 +20,7 @@ use llama_cpp_sys_2 as sys;
 use crate::error::{Error, Result};
 
 pub use fingerprint::fingerprint;
+pub use parts::{PartName, parts};
 pub use read::{Gguf, TensorInfo, Value};
 pub use write::{DataWriter, Writer};
 

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use super::gguf::{Gguf, Value};
+use super::gguf::{Gguf, TensorInfo, Value};
 use crate::error::{Error, Result};
 
 /// `LLAMA_MAX_LAYERS`
@@ -15,7 +15,7 @@ const MAX_EXPERTS: u64 = 1024;
 ///
 /// # Errors
 /// [`Error::File`] naming the key, its value and what was expected.
-pub(super) fn check(gguf: &Gguf, arch: &str) -> Result<()> {
+pub(super) fn check(gguf: &Gguf, arch: &str, tensors: &[TensorInfo]) -> Result<()> {
     let wrong = |reason: String| Err(Error::file(gguf.path(), reason));
     let optional = |key: &str| match gguf.get(key) {
         None => Ok(None),
@@ -86,7 +86,7 @@ pub(super) fn check(gguf: &Gguf, arch: &str) -> Result<()> {
         ));
     }
     if arch == "phi3" {
-        check_phi3(gguf, blocks)?;
+        check_phi3(gguf, blocks, tensors)?;
     }
     Ok(())
 }
@@ -113,8 +113,7 @@ pub(super) fn check_vision(gguf: &Gguf) -> Result<()> {
 
 /// llama.cpp takes all of these for optional with this architecture, and reads through a null
 /// pointer, or without rope factors, where they are missing (models/phi3.cpp).
-fn check_phi3(gguf: &Gguf, blocks: u64) -> Result<()> {
-    let tensors = gguf.tensors();
+fn check_phi3(gguf: &Gguf, blocks: u64, tensors: &[TensorInfo]) -> Result<()> {
     let names: HashSet<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
     let missing = |name: &str| {
         Err(Error::file(

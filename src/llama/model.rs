@@ -11,7 +11,7 @@ use llama_cpp_sys_2 as sys;
 use super::cache_type::CacheType;
 use super::gguf::{Gguf, c_path};
 use super::rows::check_token;
-use super::{backend, devices, hparams, log, weights};
+use super::{backend, devices, gguf, hparams, log, weights};
 use crate::engine::{Token, Vocabulary};
 use crate::error::{Error, Result};
 
@@ -24,6 +24,9 @@ pub struct ModelOptions {
     pub no_mmap: bool,
     /// Keep the weights from being swapped out (`--mlock`).
     pub mlock: bool,
+    /// Take no memory for weights, contexts and their caches, and say how much it would be ([`crate::memory`]). Nothing
+    /// can be computed with it.
+    pub measure: bool,
 }
 
 /// A GGUF text model. Clones share its weights, and so do the contexts made from it, each of which
@@ -63,11 +66,24 @@ impl Model {
                 "is a vision file (architecture clip), expected a text model: pass it as `mmproj`",
             ));
         }
-        hparams::check(&meta, &arch)?;
+        let mut tensors = meta.tensors();
         weights::check(&meta)?;
+        // Of a model in several files llama.cpp opens the others by itself.
+        let in_parts = meta.unsigned("split.count").is_ok_and(|n| n > 1);
+        for part in path
+            .to_str()
+            .filter(|_| in_parts)
+            .map_or(Vec::new(), gguf::parts)
+            .iter()
+            .skip(1)
+        {
+            let part = Gguf::open(part.as_ref())?;
+            weights::check(&part)?;
+            tensors.extend(part.tensors());
+        }
+        hparams::check(&meta, &arch, &tensors)?;
         let orig_key = format!("{arch}.rope.scaling.original_context_length");
-        let two_sets = meta
-            .tensors()
+        let two_sets = tensors
             .iter()
             .any(|t| t.name.ends_with("rope_factors_long.weight"));
         let long_rope_from = two_sets
@@ -84,6 +100,9 @@ impl Model {
         }
         if options.mlock {
             params = params.with_use_mlock(true);
+        }
+        if options.measure {
+            params = params.with_no_alloc(true);
         }
         let backend = backend()?;
         c_path(path)?;

@@ -169,6 +169,9 @@ impl ContextOptions {
             ));
         }
         self.check_sequences(model)?;
+        if model.options().measure {
+            return Ok(());
+        }
         let n_layer = n_layer_first.unwrap_or(model.n_layer());
         memory::check(
             model,

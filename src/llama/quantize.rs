@@ -276,5 +276,5 @@ fn check(gguf: &Gguf, options: Options) -> Result<()> {
             kind.name
         ));
     }
-    hparams::check(gguf, &arch)
+    hparams::check(gguf, &arch, &gguf.tensors())
 }

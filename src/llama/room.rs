@@ -47,9 +47,9 @@ fn padded(n: usize) -> usize {
     n.max(1).next_multiple_of(STEP)
 }
 
-/// Cells to grow to when so many are needed: a step, but a sixteenth of a large cache, which costs
+/// Cells that the cache grows to when so many are needed: a step, but a sixteenth of a large cache, which costs
 /// a copy of all of it to change.
-fn grown(n: usize) -> usize {
+pub fn grown(n: usize) -> usize {
     padded(n) + n / 16 / STEP * STEP
 }
 

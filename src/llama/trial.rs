@@ -22,7 +22,7 @@ const CELLS_IN_ADVANCE: usize = 4096;
 impl LlamaEngine {
     /// An empty engine of the layers up to the last whose attention is read, that computes as this
     /// one does.
-    fn trial_engine(&self, n_ctx: usize) -> Result<Option<Box<LlamaEngine>>> {
+    pub(super) fn trial_engine(&self, n_ctx: usize) -> Result<Option<Box<LlamaEngine>>> {
         let Some(last) = self.last_score_layer() else {
             return Ok(None);
         };

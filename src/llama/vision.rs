@@ -96,6 +96,12 @@ pub struct ImageTokens {
     pub separators: Vec<u32>,
 }
 
+impl ImageTokens {
+    pub(super) fn raw(&self) -> *const sys::mtmd_input_chunk {
+        self.chunk.as_ptr()
+    }
+}
+
 impl Drop for ImageTokens {
     fn drop(&mut self) {
         // SAFETY: made by mtmd_input_chunk_copy, freed once.
@@ -217,7 +223,11 @@ impl Vision {
             params.n_threads = options.n_threads;
             params.print_timings = false;
             params.warmup = false;
-            sys::mtmd_init_from_file(c_path.as_ptr(), model.inner.as_ptr(), params)
+            let init = match model.options().measure {
+                true => sys::mtmd_hae_init_no_alloc,
+                false => sys::mtmd_init_from_file,
+            };
+            init(c_path.as_ptr(), model.inner.as_ptr(), params)
         };
         let ctx = NonNull::new(ctx).ok_or_else(|| {
             Error::file(
@@ -237,6 +247,10 @@ impl Vision {
             return Err(Error::file(path, "holds no vision encoder"));
         }
         Ok(vision)
+    }
+
+    pub(super) fn raw(&mut self) -> *mut sys::mtmd_context {
+        self.ctx.as_ptr()
     }
 
     /// The vision file.
@@ -413,6 +427,11 @@ impl Vision {
     /// # Errors
     /// [`Error::Llama`] when the encoder fails.
     pub fn encode(&mut self, image: &ImageTokens) -> Result<ImageEmbeddings> {
+        if self.model.options().measure {
+            return Err(Error::contract(
+                "a vision file that was loaded to be measured",
+            ));
+        }
         log::forget();
         // SAFETY: context and chunk are alive.
         let status = unsafe { sys::mtmd_encode_chunk(self.ctx.as_ptr(), image.chunk.as_ptr()) };

@@ -197,3 +197,47 @@ pub fn tokenize_pieces(model: &LlamaModel, prompt: &str) -> Vec<i32> {
         }
     }
 }
+
+/// The two files that `llama-gguf-split` would make of a model.
+pub fn halves(path: &Path) -> [Vec<u8>; 2] {
+    let folder = TempDir::new().unwrap();
+    let c = |text: &str| std::ffi::CString::new(text).unwrap();
+    let path = c(path.to_str().unwrap());
+    // SAFETY: a good file of this repository; tensors live in `data` until it is freed, after all files are
+    // written; every text outlives the call.
+    unsafe {
+        let mut data = std::ptr::null_mut();
+        let params = sys::gguf_init_params {
+            no_alloc: false,
+            ctx: &raw mut data,
+        };
+        let whole = sys::gguf_init_from_file(path.as_ptr(), params);
+        assert!(!whole.is_null());
+        let n = sys::gguf_get_n_tensors(whole);
+        let halves = [0..n / 2, n / 2..n].map(|range| {
+            let file = folder.path().join(range.start.to_string());
+            let half = sys::gguf_init_empty();
+            let number = u16::from(range.start > 0);
+            if number == 0 {
+                sys::gguf_set_kv(half, whole);
+            }
+            sys::gguf_set_val_u16(half, c("split.no").as_ptr(), number);
+            sys::gguf_set_val_u16(half, c("split.count").as_ptr(), 2);
+            sys::gguf_set_val_i32(half, c("split.tensors.count").as_ptr(), n as i32);
+            for i in range {
+                let tensor = sys::ggml_get_tensor(data, sys::gguf_get_tensor_name(whole, i));
+                sys::gguf_add_tensor(half, tensor);
+            }
+            assert!(sys::gguf_write_to_file(
+                half,
+                c(file.to_str().unwrap()).as_ptr(),
+                false
+            ));
+            sys::gguf_free(half);
+            std::fs::read(file).unwrap()
+        });
+        sys::gguf_free(whole);
+        sys::ggml_free(data);
+        halves
+    }
+}

@@ -187,17 +187,21 @@ fn spellings_of_llama_cpp_are_taken() {
 #[test]
 fn flags_of_llama_cpp_that_are_not_here_are_answered_in_a_line() {
     for (args, expected) in [
-        (&["-hf", "x/y"][..], "hae: -hf: nothing is downloaded"),
         (
-            &["--hf-repo", "x/y"],
-            "hae: --hf-repo: nothing is downloaded",
+            &["-mu", "x/y"][..],
+            "hae: -mu: is not there: give a repository",
         ),
+        (
+            &["--docker-repo", "x/y"],
+            "hae: --docker-repo: is not there: give a repository",
+        ),
+        (&["-np", "4"], "hae: --parallel: changes nothing here"),
         (&["--jinja"], "hae: --jinja: no Jinja is run"),
         (&["-cnv"], "hae: -cnv: without -p it is a chat"),
         (&["--color"], "hae: --color: changes nothing here"),
         (&["-i"], "hae: -i: without -p it is a chat"),
         (&["-st"], "hae: -st: with -p it ends after one answer"),
-        (&["--hf_repo=x/y"], "hae: --hf-repo: nothing is downloaded"),
+        (&["--model_url=x/y"], "hae: --model-url: is not there"),
         (
             &["--rope-scaling", "yarn"],
             "hae: --rope-scaling: is not there",

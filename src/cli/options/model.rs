@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use super::HubArgs;
 use crate::cli::named::named;
 use hae::open::RopeChoice;
 use hae::outfile::FilesInUse;
 
 /// Which files to load, and onto what.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// Text model [default: a small one in this program]
@@ -18,6 +19,8 @@ pub struct ModelArgs {
     /// -mm: vision file (GGUF) of the model
     #[arg(long, alias = "mm", value_name = "FILE")]
     pub mmproj: Option<PathBuf>,
+    #[command(flatten)]
+    pub hub: HubArgs,
     /// -ngl: layers on the GPU, or all
     ///
     /// A number, all, or auto for llama.cpp's choice. --n-gpu-layers is the same.

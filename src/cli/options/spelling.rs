@@ -10,7 +10,7 @@ use hae::Error;
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 11] = [
+const ONE_DASH: [(&str, &str); 19] = [
     ("-ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
@@ -19,6 +19,14 @@ const ONE_DASH: [(&str, &str); 11] = [
     ("-tb", "--threads-batch"),
     ("-sys", "--system-prompt"),
     ("-mm", "--mmproj"),
+    ("-hf", "--hf-repo"),
+    ("-hfr", "--hf-repo"),
+    ("-hff", "--hf-file"),
+    ("-hft", "--hf-token"),
+    ("-fit", "--fit"),
+    ("-fitt", "--fit-target"),
+    ("-fitc", "--fit-ctx"),
+    ("-np", "--parallel"),
     ("-no-cnv", "--no-conversation"),
     ("-pg", "--pg"),
     ("--usage", "--help"),
@@ -66,19 +74,18 @@ pub fn llama_spelling(
         let flag = if respelled { &*dashed } else { flag };
         let long = ONE_DASH.iter().find(|(short, _)| *short == flag);
         let flag = long.map_or(flag, |(_, long)| *long);
+        // One that this command does not have, whatever it is called.
+        if let Some((name, answer)) = elsewhere(flag, &command) {
+            return Err(Error::option(name, answer));
+        }
         match (long, value) {
             (Some((_, long)), Some(value)) => out.push(format!("{long}={value}").into()),
             (Some((_, long)), None) => out.push((*long).into()),
-            (None, _) => {
-                if let Some((name, answer)) = elsewhere(flag, &command) {
-                    return Err(Error::option(name, answer));
-                }
-                out.push(match (respelled, value) {
-                    (false, _) => arg.clone(),
-                    (true, Some(value)) => format!("{flag}={value}").into(),
-                    (true, None) => flag.into(),
-                });
-            }
+            (None, _) => out.push(match (respelled, value) {
+                (false, _) => arg.clone(),
+                (true, Some(value)) => format!("{flag}={value}").into(),
+                (true, None) => flag.into(),
+            }),
         }
         if value.is_none() && takes_any(flag, &command) {
             out.extend(args.next());
@@ -202,8 +209,8 @@ mod tests {
     #[test]
     fn options_of_llama_cpp_that_are_not_here_are_answered() {
         for (args, expected) in [
-            (&["-hf", "x/y"][..], "-hf: nothing is downloaded"),
-            (&["--hf-repo=x/y"], "--hf-repo: nothing is downloaded"),
+            (&["-mu", "x/y"][..], "-mu: is not there: give"),
+            (&["--docker-repo=x/y"], "--docker-repo: is not there"),
             (&["--jinja", "-p", "hi"], "--jinja: no Jinja is run"),
             (&["-m", "a", "-cnv"], "-cnv: without -p it is a chat"),
         ] {
@@ -233,9 +240,9 @@ mod tests {
             "-a_b",
         ];
         assert_eq!(spelled(&args).unwrap(), expected);
-        let error = spelled(&["hae", "run", "--hf_repo=x/y"]).unwrap_err();
+        let error = spelled(&["hae", "run", "--model_url=x/y"]).unwrap_err();
         assert!(
-            error.to_string().starts_with("--hf-repo: nothing is"),
+            error.to_string().starts_with("--model-url: is not there"),
             "{error}"
         );
         // Flags without a command, as llama-cli takes them.
