@@ -2,3 +2,5 @@
 //! HTTP interface to it.
 
 pub mod ask;
+#[cfg(feature = "serve")]
+pub mod http;
