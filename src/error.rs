@@ -82,6 +82,9 @@ pub enum Error {
         /// What it returned or logged.
         reason: String,
     },
+    /// A question to a server that closes, or has closed, before it was answered.
+    #[error("the server has closed")]
+    Closed,
     /// A policy that needs what the memory of this model does not allow.
     #[error("kv policy {policy} cannot serve this model: {reason}")]
     Unsupported {

@@ -2,3 +2,4 @@
 //! HTTP interface to it.
 
 pub mod ask;
+pub mod hall;
