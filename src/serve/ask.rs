@@ -32,7 +32,7 @@ pub struct Ask {
     pub prompt: Vec<Part>,
     /// Tokens to generate at most; `None`: until the model ends or the context is full.
     pub n_predict: Option<usize>,
-    /// How tokens are chosen.
+    /// How tokens are chosen. A repeat penalty looks back on the answer.
     pub sampler: SamplerOptions,
     /// Texts that end the answer; they are not part of it. None is empty.
     pub stop: Vec<String>,

@@ -77,7 +77,7 @@ pub struct HallOptions {
     /// Lets questions choose policies that read attention also where the hall's own does not, at the cost
     /// of some memory.
     pub policy_by_request: bool,
-    /// Keeps what steps looked up, for those who watch.
+    /// Keeps what steps looked up, for those who watch: it costs some memory and time, where steps look up.
     pub watch: bool,
     /// What the model is called; `None`: as its file.
     pub alias: Option<String>,
@@ -97,7 +97,7 @@ impl Default for HallOptions {
             queue: 64,
             picture_cache_bytes: 256 << 20,
             policy_by_request: true,
-            watch: true,
+            watch: false,
             alias: None,
         }
     }

@@ -240,7 +240,7 @@ impl<M: Mind> Worker<M> {
         if kept == 0 {
             let seq = self.rooms[i].seq;
             self.rooms[i].slot = slot(&mut self.mind, controller, seq);
-            self.rooms[i].held = Held::nothing(policy);
+            self.rooms[i].hold(Held::nothing(policy));
         }
         let engine = self.mind.engine();
         self.rooms[i].slot.with(engine, |session| {

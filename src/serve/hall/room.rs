@@ -65,6 +65,8 @@ pub(super) struct Room<P> {
     pub slot: Slot<'static>,
     pub seq: SeqId,
     pub held: Held,
+    /// Rows of what it holds.
+    pub rows: usize,
     /// When it was last used, in questions; 0: never.
     pub used: u64,
     pub work: Option<Work<P>>,
@@ -77,9 +79,16 @@ impl<P> Room<P> {
             slot,
             seq,
             held: Held::nothing(policy),
+            rows: 0,
             used: 0,
             work: None,
         }
+    }
+
+    /// Lets it hold this.
+    pub fn hold(&mut self, held: Held) {
+        self.rows = units::rows(&held.units);
+        self.held = held;
     }
 
     /// Cells of its conversation.
@@ -134,6 +143,7 @@ impl<P> Room<P> {
         if done {
             self.held.units.truncate(kept);
             self.held.before_answer = self.held.before_answer.min(kept);
+            self.rows = units::rows(&self.held.units);
         }
         Ok(done)
     }
@@ -143,7 +153,7 @@ impl<P> Room<P> {
     /// # Errors
     /// The engine's own.
     pub fn clear<E: Engine>(&mut self, engine: &mut E, tidy: bool) -> Result<()> {
-        self.held = Held::nothing(self.held.policy.clone());
+        self.hold(Held::nothing(self.held.policy.clone()));
         let seq = self.seq;
         self.slot.with(engine, |session| {
             // A trial run that a prompt was to go on from ends with it.

@@ -310,6 +310,8 @@ impl<M: Mind> Worker<M> {
                     finish,
                     ..answer
                 });
+                // Who hears of the end can ask again, and finds it counted.
+                self.publish();
                 asker.tell(Told::Ended { end, rest, answer });
             }
             Err(error) => self.give_up(i, asker, error),
@@ -371,6 +373,7 @@ impl<M: Mind> Worker<M> {
         drop(self.rooms[i].slot.end());
         // The error that led here says more than one that follows from it.
         drop(self.clear(i));
+        self.publish();
         asker.tell(Told::Failed(error));
     }
 }
@@ -383,6 +386,7 @@ fn note<P>(room: &mut Room<P>, new: &[Unit], generated: &Generated) {
     let fed = generated.tokens.len() - usize::from(generated.pending.is_some());
     let tokens = generated.tokens[..fed].iter().copied();
     held.units.extend(tokens.map(Unit::Token));
+    room.rows += units::rows(new) + fed;
 }
 
 /// A turn that ended before its prompt began.

@@ -9,7 +9,7 @@ use super::desk::{Asker, Errand, Errands, Shared};
 use super::mind::Mind;
 use super::pictures::Pictures;
 use super::room::Room;
-use super::units::{self, Piece, Unit};
+use super::units::{Piece, Unit};
 use crate::cache::{BinOptions, Counts, PerModality};
 use crate::controller::Controller;
 use crate::engine::{Engine, SeqId};
@@ -174,7 +174,7 @@ impl<M: Mind> Worker<M> {
     }
 
     fn errand(&mut self, i: usize, errand: &Errand) -> Result<(usize, u64)> {
-        let tokens = |room: &Room<M::Picture>| units::rows(&room.held.units);
+        let tokens = |room: &Room<M::Picture>| room.rows;
         match errand {
             Errand::Save(file) => {
                 let room = &mut self.rooms[i];
@@ -189,7 +189,7 @@ impl<M: Mind> Worker<M> {
                 let room = &mut self.rooms[i];
                 let restored = self.mind.restore(&mut room.slot, saved);
                 let restored = restored.and_then(|held| {
-                    room.held = held;
+                    room.hold(held);
                     room.check()
                 });
                 if let Err(error) = restored {
@@ -313,7 +313,7 @@ fn state<P>(id: usize, room: &Room<P>) -> SlotState {
         n_decoded: work.map_or(0, |work| work.said),
         cells: room.counts(),
         policy: room.held.policy.name.clone(),
-        n_held: units::rows(&room.held.units),
+        n_held: room.rows,
         n_reserved: room.claims(),
     }
 }
