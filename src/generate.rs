@@ -168,6 +168,36 @@ impl<E: Engine> Session<E> {
         self
     }
 
+    /// The same at any time: how many it may take changes with what the others need.
+    pub fn set_share(&mut self, cells: usize) {
+        self.most = cells;
+    }
+
+    /// Takes back everything from position `from` on, for another prompt that begins with what is before.
+    /// False: the cache does not hold the token before it any more, or has moved it, so that nothing can go on
+    /// from there; nothing was taken back.
+    ///
+    /// # Errors
+    /// The engine's own, for one that cannot take this back; the conversation has to be cleared then.
+    pub fn take_back(&mut self, from: Pos) -> Result<bool> {
+        self.abandon()?;
+        let next = self.controller.next_pos();
+        if from == next {
+            return Ok(true);
+        }
+        let before = |entry: crate::cache::Entry| entry.pos + 1 == from;
+        let held = from == 0 || self.controller.ledger().entries().any(before);
+        if from > next || !held {
+            return Ok(false);
+        }
+        self.follow_moves()?;
+        let left = self.controller.rewind(from);
+        self.engine.rewind(self.feed.seq, from, left)?;
+        self.history.truncate(from);
+        self.store.truncate(from);
+        Ok(true)
+    }
+
     /// Follows tokens that were moved when others made room in the cache they share. Whatever goes in
     /// does so first; who looks at the ledger's cells between may have to.
     ///

@@ -161,7 +161,19 @@ pub fn tokenize(
     pictures: &[&Picture],
     first: bool,
 ) -> Result<Vec<Piece>> {
-    let mut parts = places::parts(text, pictures)?;
+    tokenize_parts(model, vision, places::parts(text, pictures)?, first)
+}
+
+/// The same of texts and pictures that are in order already, without two texts behind one another.
+///
+/// # Errors
+/// As [`tokenize`].
+pub fn tokenize_parts(
+    model: &Model,
+    vision: Option<&Vision>,
+    mut parts: Vec<Part<'_>>,
+    first: bool,
+) -> Result<Vec<Piece>> {
     match (vision, &mut parts[..]) {
         (_, [Part::Text(text)]) => Ok(vec![Piece::Text(model.tokenize(text, first, true)?)]),
         (None, _) => Err(Error::option(

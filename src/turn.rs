@@ -18,7 +18,7 @@ use crate::open::{Opened, Reach};
 use crate::prompt::{Transcript, place_pictures};
 use prompts::{Key, Shape};
 
-pub use prompts::{Prompts, segment};
+pub use prompts::{Content, Prompts, contents, numbered, segment};
 
 /// What a user says and shows.
 #[derive(Clone, Copy, Debug, Default)]
@@ -227,12 +227,8 @@ fn check_fit(
     let n_ubatch = session.engine.n_ubatch();
     let non_causal = vision.is_some_and(Vision::non_causal);
     let images = || shapes.iter().filter(|shape| shape.is_image);
-    if let Some(image) = images().find(|image| non_causal && image.rows > n_ubatch) {
-        let reason = format!(
-            "{n_ubatch} rows, but a picture takes {} at once with this model: give at least as many with `n_batch` and `n_ubatch`",
-            image.rows
-        );
-        return Err(Error::option("n_ubatch", reason));
+    if non_causal {
+        images().try_for_each(|image| check_picture(image.rows, n_ubatch))?;
     }
     let judged = session.judges_first(images().next().is_some());
     let counts = session.controller.ledger().counts();
@@ -254,13 +250,38 @@ fn check_fit(
     }
     let new: usize = shapes.iter().map(|shape| shape.positions).sum();
     let positions = session.controller.next_pos() as usize + carried + new;
-    if let Some(reach) = opened.reach.filter(|&reach| positions > reach && !shifts) {
-        let reason = format!(
-            "the short factors reach {reach} positions, the prompt ends at {positions}: give long, or a larger `n_ctx`"
-        );
-        return Err(Error::option("rope_factors", reason));
+    match opened.reach.filter(|_| !shifts) {
+        Some(reach) => check_reach(positions, reach),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Whether a picture of so many rows that attend to all of it can go in at once.
+///
+/// # Errors
+/// [`Error::Option`] when not.
+pub fn check_picture(rows: usize, n_ubatch: usize) -> Result<()> {
+    if rows <= n_ubatch {
+        return Ok(());
+    }
+    let reason = format!(
+        "{n_ubatch} rows, but a picture takes {rows} at once with this model: give at least as many with `n_batch` and `n_ubatch`"
+    );
+    Err(Error::option("n_ubatch", reason))
+}
+
+/// Whether a prompt that ends at so many positions is within the reach of the rope factors.
+///
+/// # Errors
+/// [`Error::Option`] when not.
+pub fn check_reach(positions: usize, reach: usize) -> Result<()> {
+    if positions <= reach {
+        return Ok(());
+    }
+    let reason = format!(
+        "the short factors reach {reach} positions, the prompt ends at {positions}: give long, or a larger `n_ctx`"
+    );
+    Err(Error::option("rope_factors", reason))
 }
 
 /// Tells a recorder, if there is one, which pictures are shown, with their numbers.

@@ -293,6 +293,24 @@ impl Model {
         ))
     }
 
+    /// The token that a text begins with, where the vocabulary has one.
+    pub fn bos(&self) -> Option<Token> {
+        Some(self.inner.vocab().bos().0).filter(|&token| self.has_token(token))
+    }
+
+    /// The token that ends a text, where the vocabulary has one.
+    pub fn eos(&self) -> Option<Token> {
+        Some(self.inner.vocab().eos().0).filter(|&token| self.has_token(token))
+    }
+
+    /// How the vocabulary writes a token, special ones too; empty for one that it does not have.
+    pub fn written(&self, token: Token) -> String {
+        let vocab = self.inner.vocab();
+        let text = (self.has_token(token)).then(|| vocab.text(LlamaToken(token)));
+        let text = text.flatten().map(|text| text.to_string_lossy());
+        text.unwrap_or_default().into_owned()
+    }
+
     /// The chat template in the file.
     pub fn chat_template(&self) -> Option<String> {
         self.inner

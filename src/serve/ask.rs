@@ -27,13 +27,12 @@ pub enum Part {
 }
 
 /// A question: a whole prompt, whatever a slot may hold of it already.
-#[derive(Default)]
 pub struct Ask {
     /// The whole prompt. A slot that holds the beginning of it goes on from there.
     pub prompt: Vec<Part>,
     /// Tokens to generate at most; `None`: until the model ends or the context is full.
     pub n_predict: Option<usize>,
-    /// How tokens are chosen.
+    /// How tokens are chosen. A repeat penalty looks back on the answer.
     pub sampler: SamplerOptions,
     /// Texts that end the answer; they are not part of it. None is empty.
     pub stop: Vec<String>,
@@ -53,6 +52,25 @@ pub struct Ask {
     pub cache_prompt: bool,
     /// Whether [`Told::Seen`] is wanted.
     pub watch: bool,
+}
+
+/// An empty prompt, greedily, that uses what a slot holds.
+impl Default for Ask {
+    fn default() -> Self {
+        Ask {
+            prompt: Vec::new(),
+            n_predict: None,
+            sampler: SamplerOptions::default(),
+            stop: Vec::new(),
+            n_probs: 0,
+            constraint: None,
+            policy: None,
+            attend: None,
+            slot: None,
+            cache_prompt: true,
+            watch: false,
+        }
+    }
 }
 
 /// A token and how likely it was.
@@ -108,7 +126,8 @@ pub struct Seen {
 /// between tokens.
 #[derive(Debug)]
 pub enum Told {
-    /// It is in the queue still. Comes a few times a second, so that a client that went away is noticed.
+    /// It is in the queue still, or its answer waits for cells. Comes a few times a second, so that a client
+    /// that went away is noticed.
     Waits {
         /// Questions before it.
         before: usize,

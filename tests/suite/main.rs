@@ -81,6 +81,7 @@ mod runtime;
 mod seen;
 mod separators;
 mod sequences;
+mod serve_hall;
 mod session;
 mod signals;
 mod stock;
