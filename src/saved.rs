@@ -20,7 +20,7 @@ use crate::outfile::OutFile;
 use crate::prompt::Transcript;
 
 const MAGIC: &[u8; 8] = b"HAE-SESS";
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const HEADER: usize = MAGIC.len() + 4 + 32;
 
 /// What a model must share with the one that a session was made with.
