@@ -24,7 +24,9 @@ use std::time::Duration;
 use crate::attend::{Attended, Looked};
 use crate::cache::{BinOptions, Cell, Pos};
 use crate::controller::{Controller, Event, Origin};
-use crate::engine::{Engine, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary};
+use crate::engine::{
+    Constraint, Engine, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary,
+};
 use crate::error::{Error, Result};
 use feed::Feed;
 use prefill::Intake;
@@ -54,6 +56,10 @@ pub struct Session<E> {
     pub controller: Controller,
     /// Chooses the conversation's tokens.
     pub sampler: Box<dyn Sampler>,
+    /// What the answer must keep to that comes next, if anything: one for each answer.
+    pub constraint: Option<Box<dyn Constraint>>,
+    /// The logits under it. Reused.
+    masked: Vec<f32>,
     history: History,
     store: RowStore,
     feed: Feed,
@@ -78,6 +84,8 @@ impl<E> Session<E> {
             engine: own,
             controller,
             sampler,
+            constraint,
+            masked,
             history,
             store,
             feed,
@@ -92,6 +100,8 @@ impl<E> Session<E> {
             engine,
             controller,
             sampler,
+            constraint,
+            masked,
             history,
             store,
             feed,
@@ -141,6 +151,8 @@ impl<E: Engine> Session<E> {
     pub fn new(engine: E, controller: Controller) -> Self {
         Session {
             sampler: engine.sampler(),
+            constraint: None,
+            masked: Vec::new(),
             engine,
             controller,
             history: History::default(),
@@ -234,10 +246,19 @@ impl<E: Engine> Session<E> {
     /// Chooses the next token from the last logits.
     ///
     /// # Errors
-    /// Those of [`Engine::logits_of`], when another sequence had a batch since, and of the sampler.
+    /// Those of [`Engine::logits_of`], when another sequence had a batch since, of the sampler, and of
+    /// what the answer must keep to.
     pub fn sample(&mut self) -> Result<Token> {
         let logits = self.engine.logits_of(self.feed.seq)?;
-        self.sampler.sample(logits)
+        let Some(constraint) = &mut self.constraint else {
+            return self.sampler.sample(logits);
+        };
+        self.masked.clear();
+        self.masked.extend_from_slice(logits);
+        constraint.mask(&mut self.masked)?;
+        let token = self.sampler.sample(&self.masked)?;
+        constraint.accept(token)?;
+        Ok(token)
     }
 
     /// Tells how many tokens will go through the model after the next prompt, for policies that
@@ -274,6 +295,7 @@ impl<E: Engine> Session<E> {
     /// Forgets what went in: the engine and the controller were cleared.
     pub fn forget(&mut self) {
         self.sampler.reset();
+        self.constraint = None;
         self.history.clear();
         self.store.clear();
         self.intake = None;

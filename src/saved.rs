@@ -24,7 +24,7 @@ use crate::prompt::Transcript;
 
 const KIND: Kind = Kind {
     magic: *b"HAE-SESS",
-    version: 3,
+    version: 4,
     name: "session",
 };
 const HEADER: usize = KIND.magic.len() + 4 + 32;

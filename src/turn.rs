@@ -151,7 +151,7 @@ pub fn prepare(
     now: &dyn Fn() -> Duration,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Prompt> {
-    let (key, pictures) = place(opened.model(), prompts, talk, turn)?;
+    let (key, pictures) = place(prompts, talk, turn)?;
     let read = prompts.read(opened.model(), &key, &pictures, now)?;
     let shapes = read.shapes();
     let carried = usize::from(talk.pending.is_some());
@@ -177,7 +177,6 @@ pub fn prepare(
 /// Puts a turn behind what was said: the text that goes in for it, and its pictures in the order of
 /// their places.
 fn place<'p>(
-    model: &Model,
     prompts: &Prompts,
     talk: &mut Talk,
     turn: Turn<'p>,
@@ -187,7 +186,7 @@ fn place<'p>(
     let shown = talk.transcript.pictures();
     let (content, order) = place_pictures(turn.text, shown, turn.pictures.len(), line)?;
     let key = Key {
-        text: talk.transcript.ask(model, content)?,
+        text: talk.transcript.ask(content)?,
         first,
         images: talk.images,
     };
@@ -202,7 +201,7 @@ pub fn reach(model: &Model, prompts: &Prompts, talk: &Talk, turn: Turn<'_>) -> R
     let Some(n_predict) = turn.n_predict else {
         return Ok(Reach::Cache);
     };
-    let (key, pictures) = place(model, prompts, &mut talk.clone(), turn)?;
+    let (key, pictures) = place(prompts, &mut talk.clone(), turn)?;
     let read = prompts.read(model, &key, &pictures, &|| Duration::ZERO)?;
     let positions: usize = read.shapes().iter().map(|shape| shape.positions).sum();
     Ok(Reach::Positions(positions.saturating_add(n_predict)))

@@ -15,7 +15,7 @@ use hae::calibrate::file::Calibration;
 use hae::chat::{Begin, Chat, ChatOptions};
 use hae::embedded::Embedded;
 use hae::llama::{Model, ModelOptions, Vision, VisionOptions};
-use hae::prompt::Template;
+use hae::prompt::{ChatTemplate, Source, Template};
 
 /// The two files of a model.
 #[derive(Debug)]
@@ -113,8 +113,8 @@ impl Setup<'_> {
         let n_threads = self.options.context.n_threads;
         let vision = load_vision(self.files, self.model, n_threads, &model)?;
         self.check_num_crops(vision.as_ref())?;
-        warn_about_template(&model, &self.options.template);
         let chat = Chat::begin(&model, vision, &self.options, begin)?;
+        warn_about_template(&model, &self.options.template, chat.template());
         Ok((chat, start.elapsed()))
     }
 
@@ -131,12 +131,18 @@ impl Setup<'_> {
     }
 }
 
-/// A model without a template takes prompts as they are, which few know.
-pub fn warn_about_template(model: &Model, chosen: &Template) {
-    if *chosen == Template::Model && model.chat_template().is_none() {
+/// A model without a template takes prompts as they are, which few know. Nor would anybody learn
+/// that a template's text is not run.
+pub fn warn_about_template(model: &Model, chosen: &Template, made: Option<&ChatTemplate>) {
+    if chosen.source == Source::Model && made.is_none() {
         warn(&format!(
             "{}: has no chat template, prompts go in as they are: name one with --chat-template, or give --no-conversation",
             model.path().display()
+        ));
+    }
+    if let Some(reason) = made.and_then(ChatTemplate::fallback) {
+        warn(&format!(
+            "the chat template cannot be run ({reason}): llama.cpp's own of that name takes its place, which --no-jinja asks for"
         ));
     }
 }

@@ -1,6 +1,7 @@
 //! Flags that several commands share: llama.cpp's names where llama.cpp has one. Each file has its
 //! flags, what they come to in the library's types, and their tests.
 
+mod constraint;
 mod context;
 mod elsewhere;
 mod model;
@@ -9,6 +10,7 @@ mod sampler;
 pub mod spelling;
 mod template;
 
+pub use constraint::ConstraintArgs;
 pub use context::{AttendArgs, ContextArgs, default_threads};
 pub use model::{GpuLayers, ModelArgs, gpu_layers};
 pub use policy::{PolicyArgs, Taken};

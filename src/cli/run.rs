@@ -13,7 +13,9 @@ use super::chat::Start;
 use super::crops::CropArgs;
 use super::inputs::{self, EscapeArgs, check_stdin};
 use super::load::{self, Files, Setup};
-use super::options::{ContextArgs, ModelArgs, POLICY, PolicyArgs, SamplerArgs, TemplateArgs};
+use super::options::{
+    ConstraintArgs, ContextArgs, ModelArgs, POLICY, PolicyArgs, SamplerArgs, TemplateArgs,
+};
 use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, is_of_output, note, session};
 use hae::Error;
@@ -79,6 +81,8 @@ pub struct Args {
     pub context: ContextArgs,
     #[command(flatten)]
     sampler: SamplerArgs,
+    #[command(flatten)]
+    constraint: ConstraintArgs,
     /// full keeps all, hae prunes
     ///
     /// full is llama.cpp's cache as it is. hae drops the visual tokens that the question does not
@@ -139,7 +143,7 @@ pub fn run(args: &Args) -> Result<Done> {
         Some(path) => session::open(path)?,
         None => None,
     };
-    let template = args.template.template();
+    let template = args.template.template()?;
     if let Some(saved) = &session {
         session::check_flags(saved, &template, args.system_prompt.as_deref())?;
     }
@@ -163,6 +167,7 @@ pub fn run(args: &Args) -> Result<Done> {
             sampler: args.sampler.options(load::clock_seed())?,
             template,
             system_prompt: args.system_prompt.clone(),
+            grammar: args.constraint.grammar()?,
         },
         num_crops,
     };

@@ -36,6 +36,7 @@ mod taps;
 mod threads;
 mod trial;
 mod vision;
+mod vocab;
 mod weights;
 
 pub use abort::on_abort;
@@ -52,6 +53,7 @@ pub use state::SequenceState;
 pub use taps::ScoreSource;
 pub use threads::Poll;
 pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Part, Piece, Vision, VisionOptions};
+pub use vocab::Around;
 
 use std::sync::OnceLock;
 

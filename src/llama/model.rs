@@ -212,7 +212,7 @@ impl Model {
         }
     }
 
-    fn vocab(&self) -> *const sys::llama_vocab {
+    pub(super) fn vocab(&self) -> *const sys::llama_vocab {
         // SAFETY: the pointer is valid while `self.inner` lives; the vocabulary is a part of it.
         unsafe { sys::llama_model_get_vocab(self.inner.as_ptr()) }
     }
@@ -261,11 +261,11 @@ impl Model {
         ))
     }
 
-    /// Appends a token's text bytes to `out`.
+    /// Appends a token's text bytes to `out`; `special`: also those of one that only controls.
     ///
     /// # Errors
     /// [`Error::Llama`] for a token that is not in the vocabulary.
-    fn text(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
+    pub(super) fn text(&self, token: Token, special: bool, out: &mut Vec<u8>) -> Result<()> {
         const CALL: &str = "llama_token_to_piece";
         check_token(CALL, token, self.n_vocab())?;
         let start = out.len();
@@ -276,7 +276,7 @@ impl Model {
             log::forget();
             // SAFETY: the model is alive, the token one of its vocabulary, and `to` has as much
             // room as is said.
-            let n = unsafe { sys::llama_token_to_piece(self.vocab(), token, to, room, 0, false) };
+            let n = unsafe { sys::llama_token_to_piece(self.vocab(), token, to, room, 0, special) };
             match (usize::try_from(n), n.checked_neg()) {
                 (Ok(n), _) => {
                     out.truncate(start + n);
@@ -335,6 +335,6 @@ impl Vocabulary for Model {
     }
 
     fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
-        self.text(token, out)
+        self.text(token, false, out)
     }
 }
