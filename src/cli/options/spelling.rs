@@ -10,7 +10,7 @@ use hae::Error;
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 12] = [
+const ONE_DASH: [(&str, &str); 14] = [
     ("-ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
@@ -22,6 +22,8 @@ const ONE_DASH: [(&str, &str); 12] = [
     ("-mm", "--mmproj"),
     ("-no-cnv", "--no-conversation"),
     ("-pg", "--pg"),
+    ("-np", "--parallel"),
+    ("-to", "--timeout"),
     ("--usage", "--help"),
 ];
 
@@ -67,19 +69,17 @@ pub fn llama_spelling(
         let flag = if respelled { &*dashed } else { flag };
         let long = ONE_DASH.iter().find(|(short, _)| *short == flag);
         let flag = long.map_or(flag, |(_, long)| *long);
+        if let Some((name, answer)) = elsewhere(flag, &command) {
+            return Err(Error::option(name, answer));
+        }
         match (long, value) {
             (Some((_, long)), Some(value)) => out.push(format!("{long}={value}").into()),
             (Some((_, long)), None) => out.push((*long).into()),
-            (None, _) => {
-                if let Some((name, answer)) = elsewhere(flag, &command) {
-                    return Err(Error::option(name, answer));
-                }
-                out.push(match (respelled, value) {
-                    (false, _) => arg.clone(),
-                    (true, Some(value)) => format!("{flag}={value}").into(),
-                    (true, None) => flag.into(),
-                });
-            }
+            (None, _) => out.push(match (respelled, value) {
+                (false, _) => arg.clone(),
+                (true, Some(value)) => format!("{flag}={value}").into(),
+                (true, None) => flag.into(),
+            }),
         }
         if value.is_none() && takes_any(flag, &command) {
             out.extend(args.next());
