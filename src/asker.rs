@@ -22,7 +22,7 @@ use crate::image::Picture;
 use crate::llama::{ByPolicy, ContextOptions, LlamaEngine, Model, SamplerOptions, Vision};
 use crate::open::{Opened, Plan, Reach, RopeChoice};
 use crate::policy::{Amount, PolicyOptions, PolicySpec};
-use crate::prompt::Transcript;
+use crate::prompt::{ChatTemplate, Transcript};
 use crate::trace;
 use crate::turn::{self, Prompts, Talk, Turn};
 
@@ -45,7 +45,7 @@ pub struct Asker {
     model: Model,
     prompts: Prompts,
     /// `None`: prompts go in as they are.
-    template: Option<String>,
+    template: Option<ChatTemplate>,
     rope: RopeChoice,
     stages: Vec<Opened>,
     /// [`Asker::read_at_once`].
@@ -59,7 +59,7 @@ impl Asker {
     pub fn new(
         model: &Model,
         vision: Option<Vision>,
-        template: Option<String>,
+        template: Option<ChatTemplate>,
         rope: RopeChoice,
     ) -> Self {
         Asker {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::answer::{Answer, Kv};
 use crate::attend::Attend;
 use crate::cache::Pos;
+use crate::constrain::{Grammar, Grammars};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::generate::Hooks;
@@ -15,7 +16,7 @@ use crate::image::Picture;
 use crate::llama::{ByPolicy, ContextOptions, Model, RopeFactors, SamplerOptions, Vision};
 use crate::open::{Opened, Plan, Reach, RopeChoice, rope_name};
 use crate::policy::PolicySpec;
-use crate::prompt::{Template, Transcript};
+use crate::prompt::{ChatTemplate, Template, Transcript};
 use crate::saved::Saved;
 use crate::trace;
 use crate::turn::{self, Prompts, Talk, Turn};
@@ -38,6 +39,8 @@ pub struct ChatOptions {
     pub template: Template,
     /// Goes before the first turn. Needs a template with such a role.
     pub system_prompt: Option<String>,
+    /// What each answer must keep to.
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for ChatOptions {
@@ -52,6 +55,7 @@ impl Default for ChatOptions {
             sampler: SamplerOptions::default(),
             template: Template::default(),
             system_prompt: None,
+            grammar: None,
         }
     }
 }
@@ -72,6 +76,7 @@ pub struct Chat {
     opened: Opened,
     prompts: Prompts,
     talk: Talk,
+    grammar: Option<(Grammars, Grammar)>,
 }
 
 impl std::fmt::Debug for Chat {
@@ -116,9 +121,21 @@ impl Chat {
         if begin.trace.is_some() {
             plan.read_for_trace(&policy.options)?;
         }
-        let system_prompt = options.system_prompt.as_deref();
-        let template = options.template.of(model, system_prompt)?;
+        let template = options.template.of(model)?;
+        if template.is_none() && options.system_prompt.is_some() {
+            let reason =
+                "the model has no chat template to put it into, name one with `chat_template`";
+            return Err(Error::option("system_prompt", reason));
+        }
         let talk = Talk::new(Transcript::new(template, options.system_prompt.clone()));
+        let grammar = match &options.grammar {
+            Some(grammar) => {
+                let grammars = Grammars::of(model)?;
+                grammars.constraint(grammar)?;
+                Some((grammars, grammar.clone()))
+            }
+            None => None,
+        };
         let prompts = Prompts::new(vision);
         // Cached keys were rotated once and for all.
         let rope = match (options.rope, begin.saved) {
@@ -142,6 +159,7 @@ impl Chat {
             opened,
             prompts,
             talk,
+            grammar,
         };
         if let Some(saved) = begin.saved {
             chat.resume(saved.clone())?;
@@ -179,9 +197,14 @@ impl Chat {
             opened,
             prompts,
             talk,
-            ..
+            grammar,
         } = self;
-        turn::answer(opened, prompts, talk, turn, hooks)
+        if let Some((grammars, grammar)) = grammar {
+            opened.session.constraint = Some(grammars.constraint(grammar)?);
+        }
+        let answer = turn::answer(opened, prompts, talk, turn, hooks);
+        opened.session.constraint = None;
+        answer
     }
 
     /// Forgets everything that was said and shown.
@@ -201,6 +224,11 @@ impl Chat {
     /// The position that the next token takes, whatever was evicted.
     pub fn next_pos(&self) -> Pos {
         self.opened.session.controller.next_pos()
+    }
+
+    /// The chat template; `None`: prompts go in as they are.
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        self.talk.transcript.template()
     }
 
     /// Whether it can be shown pictures.

@@ -60,6 +60,12 @@ pub enum Error {
         /// What was found.
         value: f32,
     },
+    /// An answer that cannot go on as it must, by a grammar or a schema.
+    #[error("the answer cannot go on: {reason}")]
+    Constraint {
+        /// What stands against it.
+        reason: String,
+    },
     /// The cache does not hold what its bookkeeping says: a bug, in a policy or an engine.
     #[error("cache bookkeeping: cell {cell} {reason}")]
     Cell {
@@ -90,6 +96,9 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A question to a server that closes, or has closed, before it was answered.
+    #[error("the server has closed")]
+    Closed,
     /// A policy that needs what the memory of this model does not allow.
     #[error("kv policy {policy} cannot serve this model: {reason}")]
     Unsupported {
@@ -121,6 +130,13 @@ impl Error {
     pub fn option(name: &'static str, reason: impl Into<String>) -> Self {
         Error::Option {
             name,
+            reason: reason.into(),
+        }
+    }
+
+    /// An [`Error::Constraint`].
+    pub(crate) fn constraint(reason: impl Into<String>) -> Self {
+        Error::Constraint {
             reason: reason.into(),
         }
     }

@@ -24,7 +24,9 @@ use std::time::Duration;
 use crate::attend::{Attended, Looked};
 use crate::cache::{BinOptions, Cell, Pos};
 use crate::controller::{Controller, Event, Origin};
-use crate::engine::{Engine, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary};
+use crate::engine::{
+    Constraint, Engine, Observation, Sampler, SeqId, Token, TrialRuns, Vocabulary,
+};
 use crate::error::{Error, Result};
 use feed::Feed;
 use prefill::Intake;
@@ -54,6 +56,10 @@ pub struct Session<E> {
     pub controller: Controller,
     /// Chooses the conversation's tokens.
     pub sampler: Box<dyn Sampler>,
+    /// What the answer must keep to that comes next, if anything: one for each answer.
+    pub constraint: Option<Box<dyn Constraint>>,
+    /// The logits under it. Reused.
+    masked: Vec<f32>,
     history: History,
     store: RowStore,
     feed: Feed,
@@ -78,6 +84,8 @@ impl<E> Session<E> {
             engine: own,
             controller,
             sampler,
+            constraint,
+            masked,
             history,
             store,
             feed,
@@ -92,6 +100,8 @@ impl<E> Session<E> {
             engine,
             controller,
             sampler,
+            constraint,
+            masked,
             history,
             store,
             feed,
@@ -141,6 +151,8 @@ impl<E: Engine> Session<E> {
     pub fn new(engine: E, controller: Controller) -> Self {
         Session {
             sampler: engine.sampler(),
+            constraint: None,
+            masked: Vec::new(),
             engine,
             controller,
             history: History::default(),
@@ -166,6 +178,36 @@ impl<E: Engine> Session<E> {
     pub fn with_share(mut self, cells: usize) -> Self {
         self.most = cells;
         self
+    }
+
+    /// The same at any time: how many it may take changes with what the others need.
+    pub fn set_share(&mut self, cells: usize) {
+        self.most = cells;
+    }
+
+    /// Takes back everything from position `from` on, for another prompt that begins with what is before.
+    /// False: the cache does not hold the token before it any more, or has moved it, so that nothing can go on
+    /// from there; nothing was taken back.
+    ///
+    /// # Errors
+    /// The engine's own, for one that cannot take this back; the conversation has to be cleared then.
+    pub fn take_back(&mut self, from: Pos) -> Result<bool> {
+        self.abandon()?;
+        let next = self.controller.next_pos();
+        if from == next {
+            return Ok(true);
+        }
+        let before = |entry: crate::cache::Entry| entry.pos + 1 == from;
+        let held = from == 0 || self.controller.ledger().entries().any(before);
+        if from > next || !held {
+            return Ok(false);
+        }
+        self.follow_moves()?;
+        let left = self.controller.rewind(from);
+        self.engine.rewind(self.feed.seq, from, left)?;
+        self.history.truncate(from);
+        self.store.truncate(from);
+        Ok(true)
     }
 
     /// Follows tokens that were moved when others made room in the cache they share. Whatever goes in
@@ -204,10 +246,19 @@ impl<E: Engine> Session<E> {
     /// Chooses the next token from the last logits.
     ///
     /// # Errors
-    /// Those of [`Engine::logits_of`], when another sequence had a batch since, and of the sampler.
+    /// Those of [`Engine::logits_of`], when another sequence had a batch since, of the sampler, and of
+    /// what the answer must keep to.
     pub fn sample(&mut self) -> Result<Token> {
         let logits = self.engine.logits_of(self.feed.seq)?;
-        self.sampler.sample(logits)
+        let Some(constraint) = &mut self.constraint else {
+            return self.sampler.sample(logits);
+        };
+        self.masked.clear();
+        self.masked.extend_from_slice(logits);
+        constraint.mask(&mut self.masked)?;
+        let token = self.sampler.sample(&self.masked)?;
+        constraint.accept(token)?;
+        Ok(token)
     }
 
     /// Tells how many tokens will go through the model after the next prompt, for policies that
@@ -244,6 +295,7 @@ impl<E: Engine> Session<E> {
     /// Forgets what went in: the engine and the controller were cleared.
     pub fn forget(&mut self) {
         self.sampler.reset();
+        self.constraint = None;
         self.history.clear();
         self.store.clear();
         self.intake = None;

@@ -7,6 +7,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use cli::polling::PollArgs;
+#[cfg(feature = "serve")]
+use cli::serve;
 use cli::{
     Done, bench, calibrate, compare, convert, demo, eval, help, interrupt, options, plan, quantize,
     replay, report, run,
@@ -28,6 +30,9 @@ struct Cli {
 enum Command {
     /// Answer a prompt about pictures, or chat when no prompt is given
     Run(Box<run::Args>),
+    /// Serve a model by HTTP, with the paths of OpenAI's interface and of llama.cpp's server
+    #[cfg(feature = "serve")]
+    Serve(Box<serve::Args>),
     /// Make GGUFs from a Phi-3.5-vision directory in Hugging Face layout
     Convert(convert::ConvertArgs),
     /// Quantize a GGUF with llama.cpp
@@ -57,6 +62,8 @@ impl Command {
     fn fetch(&mut self) -> anyhow::Result<()> {
         match self {
             Command::Run(args) => args.model.fetch(),
+            #[cfg(feature = "serve")]
+            Command::Serve(args) => args.model.fetch(),
             Command::Demo(args) => args.model.fetch(),
             Command::Plan(args) => args.model.fetch(),
             Command::Bench(args) => args.fetch(),
@@ -75,6 +82,8 @@ impl Command {
     fn poll(&self) -> Option<PollArgs> {
         match self {
             Command::Run(args) => Some(args.context.poll),
+            #[cfg(feature = "serve")]
+            Command::Serve(args) => Some(args.context.poll),
             Command::Demo(args) => Some(args.context.poll),
             Command::Plan(args) => Some(args.context.poll),
             Command::Bench(args) => Some(args.poll),
@@ -124,6 +133,8 @@ fn main() -> ExitCode {
         cli.command.fetch()?;
         match cli.command {
             Command::Run(args) => run::run(&args),
+            #[cfg(feature = "serve")]
+            Command::Serve(args) => serve::run(&args),
             Command::Convert(args) => convert::run(&args),
             Command::Quantize(args) => quantize::run(&args),
             Command::Demo(args) => demo::run(&args),

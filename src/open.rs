@@ -127,7 +127,7 @@ impl Plan {
     /// # Errors
     /// [`Error::Option`] for layers that are not there, or a model whose cells cannot be told apart.
     pub fn read_for_trace(&mut self, options: &PolicyOptions) -> Result<()> {
-        self.context.keep_sets = !self.context.attend.is_whole();
+        self.keep_sets();
         if self.policy.evicts() {
             return Ok(());
         }
@@ -138,6 +138,24 @@ impl Plan {
         options.validate(self.limits)?;
         self.context.score_layers = options.layers.resolve(self.limits.n_layer);
         Ok(())
+    }
+
+    /// Lets policies that are chosen later see the attention that these options name, where the policy
+    /// asks for none.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for layers that are not there.
+    pub fn read_for_others(&mut self, options: &PolicyOptions) -> Result<()> {
+        if self.context.score_layers.is_empty() && self.model.eviction_obstacle().is_none() {
+            options.validate(self.limits)?;
+            self.context.score_layers = options.layers.resolve(self.limits.n_layer);
+        }
+        Ok(())
+    }
+
+    /// Keeps what lookups choose, where there are some, for those who want to see it.
+    pub fn keep_sets(&mut self) {
+        self.context.keep_sets = !self.context.attend.is_whole();
     }
 
     /// Chooses the longrope factors; other models have one set and need no choice. `reach` is asked

@@ -1,22 +1,24 @@
 //! Text and pictures of a turn, to what the model takes: chat template, places of the pictures,
 //! and only the part that the cache does not hold yet.
 
+mod jinja;
 mod places;
+mod shape;
 mod template;
 
 pub use places::place_pictures;
-pub use template::Template;
+pub use template::{ChatTemplate, Input, Source, Template};
 
 use crate::error::{Error, Result};
 use crate::image::Picture;
-use crate::llama::chat::{self, Message};
+use crate::llama::chat::Message;
 use crate::llama::{Model, Part, Piece, Vision};
 
 /// The text of a conversation as the model has seen it.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Transcript {
-    /// Name or text of the chat template; `None`: prompts go in as they are.
-    template: Option<String>,
+    /// `None`: prompts go in as they are.
+    template: Option<ChatTemplate>,
     messages: Vec<Message>,
     /// Formatted text up to where the last answer starts, and the answer: what the cache holds.
     fed: String,
@@ -24,9 +26,9 @@ pub struct Transcript {
 }
 
 impl Transcript {
-    /// A conversation that begins. `template` is the name or text of a chat template, `None`:
-    /// prompts go in as they are. `system` goes before the first turn.
-    pub fn new(template: Option<String>, system: Option<String>) -> Self {
+    /// A conversation that begins. Without a `template` prompts go in as they are. `system` goes
+    /// before the first turn.
+    pub fn new(template: Option<ChatTemplate>, system: Option<String>) -> Self {
         let messages = system
             .into_iter()
             .map(|content| Message {
@@ -42,9 +44,9 @@ impl Transcript {
         }
     }
 
-    /// Name or text of the chat template; `None`: prompts go in as they are.
-    pub fn template(&self) -> Option<&str> {
-        self.template.as_deref()
+    /// The chat template; `None`: prompts go in as they are.
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
     }
 
     /// The system prompt, if there is one.
@@ -74,9 +76,9 @@ impl Transcript {
     /// it.
     ///
     /// # Errors
-    /// [`Error::Option`] for a template that llama.cpp does not know, or one that rewrites
-    /// earlier turns, which a cache cannot follow.
-    pub fn ask(&mut self, model: &Model, content: String) -> Result<String> {
+    /// [`Error::Option`] for what the template says against it, or one that rewrites earlier turns,
+    /// which a cache cannot follow.
+    pub fn ask(&mut self, content: String) -> Result<String> {
         let Some(template) = &self.template else {
             self.fed.push_str(&content);
             return Ok(content);
@@ -85,7 +87,7 @@ impl Transcript {
             role: "user".into(),
             content,
         });
-        let full = match chat::apply(model, template, &self.messages, true) {
+        let full = match template.apply(&self.messages, true) {
             Ok(full) => full,
             Err(e) => {
                 self.messages.pop();
@@ -96,7 +98,7 @@ impl Transcript {
             .strip_prefix(self.fed.as_str())
             .and_then(|rest| after_answer(rest, &self.answer))
             .map(str::to_owned)
-            .or_else(|| self.behind_history(model, template, &full));
+            .or_else(|| self.behind_history(template, &full));
         let Some(new) = new else {
             self.messages.pop();
             return Err(Error::option(
@@ -113,16 +115,26 @@ impl Transcript {
     /// what it writes behind the history that ends with the answer, as llama.cpp's own chats take
     /// it (`common_chat_format_single`). What closes the answer goes before it, which the model
     /// was trained to see; llama.cpp leaves that out.
-    fn behind_history(&self, model: &Model, template: &str, full: &str) -> Option<String> {
-        let (_, past) = self.messages.split_last()?;
-        let format = |messages: &[Message]| chat::apply(model, template, messages, false).ok();
-        let new = full.strip_prefix(format(past)?.as_str())?;
-        let mut past = past.to_vec();
-        let answer = past.last_mut().filter(|last| last.role == "assistant")?;
+    fn behind_history(&self, template: &ChatTemplate, full: &str) -> Option<String> {
+        let (asked, past) = self.messages.split_last()?;
+        let format = |messages: &[Message]| template.apply(messages, false).ok();
+        let mut marked = past.to_vec();
+        let answer = marked.last_mut().filter(|last| last.role == "assistant")?;
         answer.content = places::ANSWER.into();
-        let history = format(&past)?;
-        let (_, closing) = history.rsplit_once(places::ANSWER)?;
-        Some(format!("{closing}{new}"))
+        if let Some(new) = full.strip_prefix(format(past)?.as_str()) {
+            let history = format(&marked)?;
+            let (_, closing) = history.rsplit_once(places::ANSWER)?;
+            return Some(format!("{closing}{new}"));
+        }
+        // One that writes the newest answer otherwise than an older one, as those do that leave out the
+        // thoughts of older ones: what it writes behind the answer, where it writes the same before it.
+        let before = format(&marked[..marked.len() - 1])?;
+        marked.push(asked.clone());
+        let full = template.apply(&marked, true).ok()?;
+        let (_, new) = full
+            .strip_prefix(before.as_str())?
+            .rsplit_once(places::ANSWER)?;
+        Some(new.to_owned())
     }
 
     /// Adds the answer that the model gave.
@@ -161,7 +173,19 @@ pub fn tokenize(
     pictures: &[&Picture],
     first: bool,
 ) -> Result<Vec<Piece>> {
-    let mut parts = places::parts(text, pictures)?;
+    tokenize_parts(model, vision, places::parts(text, pictures)?, first)
+}
+
+/// The same of texts and pictures that are in order already, without two texts behind one another.
+///
+/// # Errors
+/// As [`tokenize`].
+pub fn tokenize_parts(
+    model: &Model,
+    vision: Option<&Vision>,
+    mut parts: Vec<Part<'_>>,
+    first: bool,
+) -> Result<Vec<Piece>> {
     match (vision, &mut parts[..]) {
         (_, [Part::Text(text)]) => Ok(vec![Piece::Text(model.tokenize(text, first, true)?)]),
         (None, _) => Err(Error::option(

@@ -5,9 +5,12 @@
 //! postcard's encoding. llama.cpp checks what it finds in its own part; the checksum keeps damage
 //! from getting that far.
 
+mod session;
+
 use std::io::Write;
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -19,9 +22,12 @@ use crate::llama::{CacheType, FlashAttention, RopeFactors, SequenceState};
 use crate::outfile::OutFile;
 use crate::prompt::Transcript;
 
-const MAGIC: &[u8; 8] = b"HAE-SESS";
-const VERSION: u32 = 3;
-const HEADER: usize = MAGIC.len() + 4 + 32;
+const KIND: Kind = Kind {
+    magic: *b"HAE-SESS",
+    version: 4,
+    name: "session",
+};
+const HEADER: usize = KIND.magic.len() + 4 + 32;
 
 /// What a model must share with the one that a session was made with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,15 +127,8 @@ impl Saved {
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] when it cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let body = postcard::to_stdvec(self).map_err(|e| Error::file(path, e.to_string()))?;
-        let out = OutFile::create_private(path)?;
-        let digest = Sha256::digest(&body);
-        let mut file = out.file();
-        [&MAGIC[..], &VERSION.to_le_bytes(), &digest, &body]
-            .into_iter()
-            .try_for_each(|part| file.write_all(part))
-            .map_err(|e| Error::io(path, e))?;
-        out.commit()
+        KIND.write(self, path)?;
+        Ok(())
     }
 
     /// Reads a file that [`Saved::write`] wrote.
@@ -137,23 +136,65 @@ impl Saved {
     /// # Errors
     /// [`Error::Io`], or [`Error::File`] when it is something else, of another version, or damaged.
     pub fn read(path: &Path) -> Result<Self> {
+        KIND.read(path).map(|(saved, _)| saved)
+    }
+}
+
+/// A kind of file: a header (magic, version, SHA-256 of the rest) and a value in postcard's encoding.
+#[derive(Clone, Copy, Debug)]
+pub struct Kind {
+    /// What it begins with.
+    pub magic: [u8; 8],
+    /// Of what is in it.
+    pub version: u32,
+    /// What messages call it.
+    pub name: &'static str,
+}
+
+impl Kind {
+    /// Writes the file, whole or not at all, as its owner's alone. Gives its bytes.
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`] when it cannot be written.
+    pub fn write(self, value: &impl Serialize, path: &Path) -> Result<u64> {
+        let body = postcard::to_stdvec(value).map_err(|e| Error::file(path, e.to_string()))?;
+        let out = OutFile::create_private(path)?;
+        let digest = Sha256::digest(&body);
+        let mut file = out.file();
+        [&self.magic[..], &self.version.to_le_bytes(), &digest, &body]
+            .into_iter()
+            .try_for_each(|part| file.write_all(part))
+            .map_err(|e| Error::io(path, e))?;
+        out.commit()?;
+        Ok((HEADER + body.len()) as u64)
+    }
+
+    /// Reads such a file; with its bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::File`] when it is something else, of another version, or damaged.
+    pub fn read<T: DeserializeOwned>(self, path: &Path) -> Result<(T, u64)> {
+        let Kind { name, version, .. } = self;
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
         let Some((header, body)) = bytes.split_at_checked(HEADER) else {
-            return Err(Error::file(path, "is no session of hae: too short"));
+            let reason = format!("is no {name} of hae: too short");
+            return Err(Error::file(path, reason));
         };
-        let (magic, rest) = header.split_at(MAGIC.len());
-        let (version, digest) = rest.split_at(4);
-        if magic != MAGIC {
-            return Err(Error::file(path, "is no session of hae"));
+        let (magic, rest) = header.split_at(self.magic.len());
+        let (found, digest) = rest.split_at(4);
+        if magic != self.magic {
+            return Err(Error::file(path, format!("is no {name} of hae")));
         }
-        if version != VERSION.to_le_bytes() {
-            let found = version.iter().rev().fold(0, |n, &b| n << 8 | u32::from(b));
-            let reason = format!("is a session of version {found}, expected {VERSION}");
+        if found != version.to_le_bytes() {
+            let found = found.iter().rev().fold(0, |n, &b| n << 8 | u32::from(b));
+            let reason = format!("is a {name} of version {found}, expected {version}");
             return Err(Error::file(path, reason));
         }
         if Sha256::digest(body).as_slice() != digest {
             return Err(Error::file(path, "is damaged: its checksum does not match"));
         }
-        postcard::from_bytes(body).map_err(|e| Error::file(path, format!("is damaged: {e}")))
+        let value = postcard::from_bytes(body)
+            .map_err(|e| Error::file(path, format!("is damaged: {e}")))?;
+        Ok((value, bytes.len() as u64))
     }
 }

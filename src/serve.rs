@@ -2,3 +2,6 @@
 //! HTTP interface to it.
 
 pub mod ask;
+pub mod hall;
+#[cfg(feature = "serve")]
+pub mod http;

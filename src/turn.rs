@@ -18,7 +18,7 @@ use crate::open::{Opened, Reach};
 use crate::prompt::{Transcript, place_pictures};
 use prompts::{Key, Shape};
 
-pub use prompts::{Prompts, segment};
+pub use prompts::{Content, Prompts, contents, numbered, segment};
 
 /// What a user says and shows.
 #[derive(Clone, Copy, Debug, Default)]
@@ -151,7 +151,7 @@ pub fn prepare(
     now: &dyn Fn() -> Duration,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Prompt> {
-    let (key, pictures) = place(opened.model(), prompts, talk, turn)?;
+    let (key, pictures) = place(prompts, talk, turn)?;
     let read = prompts.read(opened.model(), &key, &pictures, now)?;
     let shapes = read.shapes();
     let carried = usize::from(talk.pending.is_some());
@@ -177,7 +177,6 @@ pub fn prepare(
 /// Puts a turn behind what was said: the text that goes in for it, and its pictures in the order of
 /// their places.
 fn place<'p>(
-    model: &Model,
     prompts: &Prompts,
     talk: &mut Talk,
     turn: Turn<'p>,
@@ -187,7 +186,7 @@ fn place<'p>(
     let shown = talk.transcript.pictures();
     let (content, order) = place_pictures(turn.text, shown, turn.pictures.len(), line)?;
     let key = Key {
-        text: talk.transcript.ask(model, content)?,
+        text: talk.transcript.ask(content)?,
         first,
         images: talk.images,
     };
@@ -202,7 +201,7 @@ pub fn reach(model: &Model, prompts: &Prompts, talk: &Talk, turn: Turn<'_>) -> R
     let Some(n_predict) = turn.n_predict else {
         return Ok(Reach::Cache);
     };
-    let (key, pictures) = place(model, prompts, &mut talk.clone(), turn)?;
+    let (key, pictures) = place(prompts, &mut talk.clone(), turn)?;
     let read = prompts.read(model, &key, &pictures, &|| Duration::ZERO)?;
     let positions: usize = read.shapes().iter().map(|shape| shape.positions).sum();
     Ok(Reach::Positions(positions.saturating_add(n_predict)))
@@ -227,12 +226,8 @@ fn check_fit(
     let n_ubatch = session.engine.n_ubatch();
     let non_causal = vision.is_some_and(Vision::non_causal);
     let images = || shapes.iter().filter(|shape| shape.is_image);
-    if let Some(image) = images().find(|image| non_causal && image.rows > n_ubatch) {
-        let reason = format!(
-            "{n_ubatch} rows, but a picture takes {} at once with this model: give at least as many with `n_batch` and `n_ubatch`",
-            image.rows
-        );
-        return Err(Error::option("n_ubatch", reason));
+    if non_causal {
+        images().try_for_each(|image| check_picture(image.rows, n_ubatch))?;
     }
     let judged = session.judges_first(images().next().is_some());
     let counts = session.controller.ledger().counts();
@@ -254,13 +249,38 @@ fn check_fit(
     }
     let new: usize = shapes.iter().map(|shape| shape.positions).sum();
     let positions = session.controller.next_pos() as usize + carried + new;
-    if let Some(reach) = opened.reach.filter(|&reach| positions > reach && !shifts) {
-        let reason = format!(
-            "the short factors reach {reach} positions, the prompt ends at {positions}: give long, or a larger `n_ctx`"
-        );
-        return Err(Error::option("rope_factors", reason));
+    match opened.reach.filter(|_| !shifts) {
+        Some(reach) => check_reach(positions, reach),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Whether a picture of so many rows that attend to all of it can go in at once.
+///
+/// # Errors
+/// [`Error::Option`] when not.
+pub fn check_picture(rows: usize, n_ubatch: usize) -> Result<()> {
+    if rows <= n_ubatch {
+        return Ok(());
+    }
+    let reason = format!(
+        "{n_ubatch} rows, but a picture takes {rows} at once with this model: give at least as many with `n_batch` and `n_ubatch`"
+    );
+    Err(Error::option("n_ubatch", reason))
+}
+
+/// Whether a prompt that ends at so many positions is within the reach of the rope factors.
+///
+/// # Errors
+/// [`Error::Option`] when not.
+pub fn check_reach(positions: usize, reach: usize) -> Result<()> {
+    if positions <= reach {
+        return Ok(());
+    }
+    let reason = format!(
+        "the short factors reach {reach} positions, the prompt ends at {positions}: give long, or a larger `n_ctx`"
+    );
+    Err(Error::option("rope_factors", reason))
 }
 
 /// Tells a recorder, if there is one, which pictures are shown, with their numbers.

@@ -110,6 +110,15 @@ fn unescaped(text: &[u8]) -> Vec<u8> {
     out
 }
 
+/// The text of a file that a flag names.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::File`] for what is no text.
+pub fn text(path: &Path) -> Result<String, Error> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    text::decode(path, bytes)
+}
+
 fn is_stdin(path: &Path) -> bool {
     path == Path::new(STDIN)
 }

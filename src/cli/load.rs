@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::options::{HubArgs, ModelArgs};
+use super::options::{ContextArgs, FitArgs, HubArgs, ModelArgs};
 use super::output::FileReport;
 use super::{note, warn};
 use hae::Error;
@@ -20,7 +20,7 @@ use hae::llama::{ContextOptions, Model, ModelOptions, Vision, VisionOptions, dev
 use hae::memory::fit::{Choice, Fit, choose};
 use hae::memory::{Work, estimate};
 use hae::policy::PolicySpec;
-use hae::prompt::Template;
+use hae::prompt::{ChatTemplate, Source, Template};
 
 impl ModelArgs {
     /// Sees to it that the model is here, and names its files as if they had been given.
@@ -111,6 +111,12 @@ impl Files {
         }
     }
 
+    /// What to call the embedded model; others are called as their files.
+    #[cfg(feature = "serve")]
+    pub fn alias(&self) -> Option<String> {
+        self.embedded.is_some().then(|| "small-phi3v".into())
+    }
+
     /// Where the model's calibration lies, if it has one; the embedded model has no place beside it.
     pub fn calibration(&self) -> Option<PathBuf> {
         let own = self.embedded.is_none();
@@ -166,8 +172,8 @@ impl Setup<'_> {
         let n_threads = self.options.context.n_threads;
         let vision = load_vision(self.files, self.model, n_threads, &model)?;
         self.check_num_crops(vision.as_ref())?;
-        warn_about_template(&model, &self.options.template);
         let chat = Chat::begin(&model, vision, &self.options, begin)?;
+        warn_about_template(&model, &self.options.template, chat.template());
         Ok((chat, start.elapsed()))
     }
 
@@ -184,12 +190,18 @@ impl Setup<'_> {
     }
 }
 
-/// A model without a template takes prompts as they are, which few know.
-pub fn warn_about_template(model: &Model, chosen: &Template) {
-    if *chosen == Template::Model && model.chat_template().is_none() {
+/// A model without a template takes prompts as they are, which few know. Nor would anybody learn
+/// that a template's text is not run.
+pub fn warn_about_template(model: &Model, chosen: &Template, made: Option<&ChatTemplate>) {
+    if chosen.source == Source::Model && made.is_none() {
         warn(&format!(
             "{}: has no chat template, prompts go in as they are: name one with --chat-template, or give --no-conversation",
             model.path().display()
+        ));
+    }
+    if let Some(reason) = made.and_then(ChatTemplate::fallback) {
+        warn(&format!(
+            "the chat template cannot be run ({reason}): llama.cpp's own of that name takes its place, which --no-jinja asks for"
         ));
     }
 }
@@ -221,6 +233,27 @@ pub fn load_vision(
         n_threads,
     };
     Ok(Some(Vision::load(path, model, &options)?))
+}
+
+/// What was asked for, or what `--fit` makes of it.
+pub fn fitted(
+    files: &Files,
+    (model, flags, fit): (&ModelArgs, &ContextArgs, &FitArgs),
+    context: ContextOptions,
+    asked: (&PolicySpec, &Work),
+) -> Result<(ModelArgs, ContextOptions)> {
+    let mut model = model.clone();
+    let Some(may) = fit.may(&model, flags) else {
+        return Ok((model, context));
+    };
+    let choice = measured(files, &model, &context, Some(may), fit.margin(), asked)?;
+    if !choice.estimate.fits {
+        let reason =
+            "nothing fits the free memory: hae plan with the same flags says what is missing";
+        return Err(Error::option("--fit", reason).into());
+    }
+    model.gpu_layers = choice.n_gpu_layers;
+    Ok((model, choice.context))
 }
 
 /// What a run takes, with what `--fit` chooses for it.

@@ -25,6 +25,8 @@ pub mod quantize;
 pub mod replay;
 pub mod report;
 pub mod run;
+#[cfg(feature = "serve")]
+pub mod serve;
 mod session;
 pub mod spell;
 mod table;

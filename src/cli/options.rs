@@ -1,6 +1,7 @@
 //! Flags that several commands share: llama.cpp's names where llama.cpp has one. Each file has its
 //! flags, what they come to in the library's types, and their tests.
 
+mod constraint;
 mod context;
 mod elsewhere;
 mod fit;
@@ -11,6 +12,7 @@ mod sampler;
 pub mod spelling;
 mod template;
 
+pub use constraint::ConstraintArgs;
 pub use context::{AttendArgs, ContextArgs, default_threads};
 pub use fit::FitArgs;
 pub use hub::HubArgs;

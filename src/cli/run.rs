@@ -14,7 +14,7 @@ use super::crops::CropArgs;
 use super::inputs::{self, EscapeArgs, check_stdin};
 use super::load::{self, Files, Setup};
 use super::options::{
-    ContextArgs, FitArgs, ModelArgs, POLICY, PolicyArgs, SamplerArgs, TemplateArgs,
+    ConstraintArgs, ContextArgs, FitArgs, ModelArgs, POLICY, PolicyArgs, SamplerArgs, TemplateArgs,
 };
 use super::output::{ContextReport, Report};
 use super::{Done, chat, interrupt, is_of_output, note, session};
@@ -84,6 +84,8 @@ pub struct Args {
     fit: FitArgs,
     #[command(flatten)]
     sampler: SamplerArgs,
+    #[command(flatten)]
+    constraint: ConstraintArgs,
     /// full keeps all, hae prunes
     ///
     /// full is llama.cpp's cache as it is. hae drops the visual tokens that the question does not
@@ -144,7 +146,7 @@ pub fn run(args: &Args) -> Result<Done> {
         Some(path) => session::open(path)?,
         None => None,
     };
-    let template = args.template.template();
+    let template = args.template.template()?;
     if let Some(saved) = &session {
         session::check_flags(saved, &template, args.system_prompt.as_deref())?;
     }
@@ -158,24 +160,14 @@ pub fn run(args: &Args) -> Result<Done> {
     };
     let policy = PolicySpec::new(&args.kv_policy, policy_options);
     args.context.refuse_unread(&policy)?;
-    let mut context = args.context.options()?;
-    let mut model = args.model.clone();
-    if let Some(may) = args.fit.may(&args.model, &args.context) {
-        let sizes = pictures.iter().map(|p| (p.width, p.height, p.num_crops));
-        let work = Work {
-            pictures: sizes.collect(),
-            ..Work::default()
-        };
-        let margin = args.fit.margin();
-        let asked = (&policy, &work);
-        let choice = load::measured(&files, &model, &context, Some(may), margin, asked)?;
-        if !choice.estimate.fits {
-            let reason =
-                "nothing fits the free memory: hae plan with the same flags says what is missing";
-            return Err(Error::option("--fit", reason).into());
-        }
-        (context, model.gpu_layers) = (choice.context, choice.n_gpu_layers);
-    }
+    let sizes = pictures.iter().map(|p| (p.width, p.height, p.num_crops));
+    let work = Work {
+        pictures: sizes.collect(),
+        ..Work::default()
+    };
+    let context = args.context.options()?;
+    let flags = (&args.model, &args.context, &args.fit);
+    let (model, context) = load::fitted(&files, flags, context, (&policy, &work))?;
     let setup = Setup {
         files: &files,
         model: &model,
@@ -186,6 +178,7 @@ pub fn run(args: &Args) -> Result<Done> {
             sampler: args.sampler.options(load::clock_seed())?,
             template,
             system_prompt: args.system_prompt.clone(),
+            grammar: args.constraint.grammar()?,
         },
         num_crops,
     };

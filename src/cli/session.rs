@@ -8,7 +8,7 @@ use anyhow::Result;
 use hae::Error;
 use hae::chat::Chat;
 use hae::outfile::OutFile;
-use hae::prompt::Template;
+use hae::prompt::{ChatTemplate, Source, Template};
 use hae::saved::Saved;
 
 /// The conversation to go on with; `None` where one begins: the file is not there, or empty, as
@@ -34,17 +34,17 @@ pub fn open(path: &Path) -> Result<Option<Saved>> {
 /// [`Error::Option`] naming the flag.
 pub fn check_flags(saved: &Saved, template: &Template, system: Option<&str>) -> hae::Result<()> {
     let refuse = |flag, reason: String| Err(Error::option(flag, reason));
-    let own = saved.transcript.template();
-    match (template, own) {
-        (Template::Raw, Some(_)) => {
+    let own = saved.transcript.template().map(ChatTemplate::text);
+    match (&template.source, own) {
+        (Source::Raw, Some(_)) => {
             let reason = "the session goes through a chat template, expected none of this flag";
             return refuse("-no-cnv", reason.into());
         }
-        (Template::Named(_), None) => {
+        (Source::Named(_), None) => {
             let reason = "the session was made with -no-cnv, expected the same and no template";
             return refuse("--chat-template", reason.into());
         }
-        (Template::Named(named), Some(own)) if named != own => {
+        (Source::Named(named), Some(own)) if named != own => {
             let reason = format!(
                 "the session was made with another one ({}), expected that or none",
                 shown(own)

@@ -103,6 +103,17 @@ impl History {
         tokens.get(usize::try_from(from - last.base).ok()?..)
     }
 
+    /// Forgets everything from this position on. A picture that reaches over it goes as a whole.
+    pub(super) fn truncate(&mut self, from: Pos) {
+        while let Some(last) = self.pieces.last_mut().filter(|last| last.end() > from) {
+            let keep = usize::try_from(from - last.base).unwrap_or(0);
+            match last.segment.to_mut() {
+                Segment::Tokens(tokens) if keep > 0 => tokens.truncate(keep),
+                _ => drop(self.pieces.pop()),
+            }
+        }
+    }
+
     pub(super) fn clear(&mut self) {
         self.pieces.clear();
     }

@@ -361,6 +361,19 @@ impl RowStore {
         }
     }
 
+    /// Drops rows of tokens from this position on: they were taken back.
+    pub(super) fn truncate(&mut self, from: Pos) {
+        let mut gone = Vec::new();
+        for batch in &mut self.batches {
+            let (stay, go): (Vec<Kept>, Vec<Kept>) =
+                batch.rows.iter().partition(|row| row.pos < from);
+            batch.rows = stay;
+            gone.extend(go);
+        }
+        self.batches.retain(|batch| !batch.rows.is_empty());
+        self.release(&gone);
+    }
+
     pub(super) fn clear(&mut self) {
         *self = RowStore::new(self.options);
     }

@@ -1,6 +1,7 @@
 use std::cell::Cell as Slot;
 
 mod sequences;
+mod take_back;
 mod together;
 
 use super::*;

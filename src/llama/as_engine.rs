@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::engine::LlamaEngine;
-use super::sampler::Chain;
+use super::sampler::{Chain, SamplerOptions};
 use crate::attend::Attend;
 use crate::cache::{Cell, Pos};
 use crate::engine::{
@@ -19,6 +19,14 @@ impl LlamaEngine {
     pub(super) fn logits_at(&self, row: i32) -> Result<&[f32]> {
         let logits = self.ctx.get_logits_ith(row).get(..self.model.n_vocab());
         logits.ok_or_else(|| Error::llama(LOGITS, "no logits"))
+    }
+}
+
+impl LlamaEngine {
+    /// A sampler for a conversation that chooses in its own way.
+    pub fn sampler_of(&self, options: &SamplerOptions) -> Box<dyn Sampler> {
+        let n_vocab = self.model.n_vocab();
+        Box::new(Chain::new(options, n_vocab, self.n_ctx))
     }
 }
 
@@ -67,8 +75,7 @@ impl Engine for LlamaEngine {
     }
 
     fn sampler(&self) -> Box<dyn Sampler> {
-        let n_vocab = self.model.n_vocab();
-        Box::new(Chain::new(&self.sampling, n_vocab, self.n_ctx))
+        self.sampler_of(&self.sampling)
     }
 
     fn remove(&mut self, seq: SeqId, ranges: &[Range<Pos>]) -> Result<()> {

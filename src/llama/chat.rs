@@ -1,11 +1,10 @@
 //! Chat templates, through llama.cpp's own list of them.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 
-use llama_cpp_2::model::{LlamaChatMessage, LlamaChatTemplate};
 use llama_cpp_sys_2 as sys;
 
-use super::{Model, log};
+use super::log;
 use crate::error::{Error, Result};
 
 /// One turn of a conversation.
@@ -22,29 +21,52 @@ pub struct Message {
 ///
 /// # Errors
 /// [`Error::Option`] when llama.cpp does not know the template.
-pub fn apply(
-    model: &Model,
-    template: &str,
-    messages: &[Message],
-    open_answer: bool,
-) -> Result<String> {
+pub fn apply(template: &str, messages: &[Message], open_answer: bool) -> Result<String> {
     let bad = |reason: String| Error::option("chat_template", reason);
-    let template = LlamaChatTemplate::new(template)
-        .map_err(|_| bad("the template contains a NUL byte".into()))?;
-    let messages = messages
+    let template =
+        CString::new(template).map_err(|_| bad("the template contains a NUL byte".into()))?;
+    let text = |text: &str| {
+        CString::new(text)
+            .map_err(|_| Error::option("prompt_text", "the prompt contains a NUL byte"))
+    };
+    let texts = messages
         .iter()
-        .map(|m| LlamaChatMessage::new(m.role.to_owned(), m.content.clone()))
-        .collect::<std::result::Result<Vec<_>, _>>()
-        .map_err(|_| Error::option("prompt_text", "the prompt contains a NUL byte"))?;
-    log::forget();
-    model
-        .inner
-        .apply_chat_template(&template, &messages, open_answer)
-        .map_err(|_| {
-            bad(log::take_reason(
-                "llama.cpp does not know this template, expected a name such as phi3, chatml or llama3",
-            ))
+        .map(|m| Ok((text(&m.role)?, text(&m.content)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let chat: Vec<_> = texts
+        .iter()
+        .map(|(role, content)| sys::llama_chat_message {
+            role: role.as_ptr(),
+            content: content.as_ptr(),
         })
+        .collect();
+    let said: usize = messages.iter().map(|m| m.content.len()).sum();
+    let mut out = vec![0_u8; 2 * said + 256];
+    for _ in 0..2 {
+        let room = i32::try_from(out.len()).unwrap_or(i32::MAX);
+        log::forget();
+        // SAFETY: the texts end with a NUL and outlive the call, and `out` has as much room as is said.
+        let n = unsafe {
+            sys::llama_chat_apply_template(
+                template.as_ptr(),
+                chat.as_ptr(),
+                chat.len(),
+                open_answer,
+                out.as_mut_ptr().cast(),
+                room,
+            )
+        };
+        let Ok(n) = usize::try_from(n) else { break };
+        let fits = n <= room as usize;
+        out.resize(n, 0);
+        if fits {
+            return String::from_utf8(out)
+                .map_err(|_| bad("what llama.cpp made of it is no UTF-8".into()));
+        }
+    }
+    Err(bad(log::take_reason(
+        "llama.cpp does not know this template, expected a name such as phi3, chatml or llama3",
+    )))
 }
 
 /// The names of the templates that llama.cpp knows.

@@ -37,6 +37,7 @@ mod taps;
 mod threads;
 mod trial;
 mod vision;
+mod vocab;
 mod weights;
 
 pub use abort::on_abort;
@@ -55,6 +56,7 @@ pub use state::SequenceState;
 pub use taps::ScoreSource;
 pub use threads::Poll;
 pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Part, Piece, Vision, VisionOptions};
+pub use vocab::Around;
 
 use std::sync::OnceLock;
 

@@ -231,7 +231,7 @@ impl Model {
         }
     }
 
-    fn vocab(&self) -> *const sys::llama_vocab {
+    pub(super) fn vocab(&self) -> *const sys::llama_vocab {
         // SAFETY: the pointer is valid while `self.inner` lives; the vocabulary is a part of it.
         unsafe { sys::llama_model_get_vocab(self.inner.as_ptr()) }
     }
@@ -280,11 +280,11 @@ impl Model {
         ))
     }
 
-    /// Appends a token's text bytes to `out`.
+    /// Appends a token's text bytes to `out`; `special`: also those of one that only controls.
     ///
     /// # Errors
     /// [`Error::Llama`] for a token that is not in the vocabulary.
-    fn text(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
+    pub(super) fn text(&self, token: Token, special: bool, out: &mut Vec<u8>) -> Result<()> {
         const CALL: &str = "llama_token_to_piece";
         check_token(CALL, token, self.n_vocab())?;
         let start = out.len();
@@ -295,7 +295,7 @@ impl Model {
             log::forget();
             // SAFETY: the model is alive, the token one of its vocabulary, and `to` has as much
             // room as is said.
-            let n = unsafe { sys::llama_token_to_piece(self.vocab(), token, to, room, 0, false) };
+            let n = unsafe { sys::llama_token_to_piece(self.vocab(), token, to, room, 0, special) };
             match (usize::try_from(n), n.checked_neg()) {
                 (Ok(n), _) => {
                     out.truncate(start + n);
@@ -310,6 +310,24 @@ impl Model {
             CALL,
             log::take_reason("the token has no text"),
         ))
+    }
+
+    /// The token that a text begins with, where the vocabulary has one.
+    pub fn bos(&self) -> Option<Token> {
+        Some(self.inner.vocab().bos().0).filter(|&token| self.has_token(token))
+    }
+
+    /// The token that ends a text, where the vocabulary has one.
+    pub fn eos(&self) -> Option<Token> {
+        Some(self.inner.vocab().eos().0).filter(|&token| self.has_token(token))
+    }
+
+    /// How the vocabulary writes a token, special ones too; empty for one that it does not have.
+    pub fn written(&self, token: Token) -> String {
+        let vocab = self.inner.vocab();
+        let text = (self.has_token(token)).then(|| vocab.text(LlamaToken(token)));
+        let text = text.flatten().map(|text| text.to_string_lossy());
+        text.unwrap_or_default().into_owned()
     }
 
     /// The chat template in the file.
@@ -336,6 +354,6 @@ impl Vocabulary for Model {
     }
 
     fn piece(&self, token: Token, out: &mut Vec<u8>) -> Result<()> {
-        self.text(token, out)
+        self.text(token, false, out)
     }
 }

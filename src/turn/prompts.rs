@@ -40,7 +40,7 @@ pub(super) struct Key {
 }
 
 /// What a piece of embeddings shows: pictures by their hash, and which piece of theirs it is.
-type Content = ([u8; 32], usize);
+pub type Content = ([u8; 32], usize);
 
 struct Picked {
     /// As picture 0.
@@ -161,7 +161,10 @@ impl Prompts {
         };
         let mut whole = true;
         let contents = match &self.kept {
-            Some(_) => contents(&encoded.shapes, pictures),
+            Some(_) => {
+                let n = encoded.shapes.iter().filter(|shape| shape.is_image);
+                contents(n.count(), pictures.iter().copied())
+            }
             None => Vec::new(),
         };
         for piece in pieces {
@@ -221,11 +224,10 @@ impl Prompts {
     }
 }
 
-/// What each image piece of a prompt shows. Most models make one piece of a picture; of those that
+/// What each of the `n` image pieces of a prompt shows. Most models make one piece of a picture; of those that
 /// make several nobody knows which piece belongs to which picture, so there all of them name it.
-fn contents(shapes: &[Shape], pictures: &[&Picture]) -> Vec<Content> {
-    let n = shapes.iter().filter(|shape| shape.is_image).count();
-    let hashes: Vec<[u8; 32]> = pictures.iter().map(|picture| picture.sha256()).collect();
+pub fn contents<'p>(n: usize, pictures: impl Iterator<Item = &'p Picture>) -> Vec<Content> {
+    let hashes: Vec<[u8; 32]> = pictures.map(Picture::sha256).collect();
     if hashes.len() == n {
         return hashes.into_iter().map(|hash| (hash, 0)).collect();
     }
@@ -251,7 +253,8 @@ pub fn segment(encoded: ImageEmbeddings, image: u32) -> Segment {
     }
 }
 
-fn numbered(segment: &Segment, number: u32) -> Segment {
+/// The same picture under another number.
+pub fn numbered(segment: &Segment, number: u32) -> Segment {
     let mut segment = segment.clone();
     if let Segment::Image { image, .. } = &mut segment {
         *image = number;

@@ -17,7 +17,7 @@ use hae::image::Picture;
 use hae::llama::{ContextOptions, FlashAttention, LlamaEngine, Model, ScoreSource};
 use hae::open::{Plan, RopeChoice};
 use hae::policy::{Amount, PolicyOptions, PolicySpec};
-use hae::prompt::{place_pictures, tokenize};
+use hae::prompt::{Template, place_pictures, tokenize};
 use hae::{generate::Segment, llama::Piece, turn};
 
 use crate::model::{TEXT, VISION, engine, exact, load, load_vision, prefill, repository};
@@ -107,7 +107,7 @@ fn the_full_cache_is_at_no_distance_of_itself() {
     let mut asker = Asker::new(
         &model,
         Some(vision),
-        model.chat_template(),
+        Template::default().of(&model).unwrap(),
         RopeChoice::Auto,
     );
     let full = [contender(&asker, "full", PolicyOptions::default(), &base)];

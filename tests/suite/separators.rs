@@ -8,7 +8,7 @@ use hae::llama::{ContextOptions, LlamaEngine, Model, Piece, Vision};
 use hae::policy::{
     Amount, DapMode, DapOptions, DapRule, Layers, Limits, PolicyOptions, Scope, create,
 };
-use hae::prompt::{Transcript, place_pictures, tokenize};
+use hae::prompt::{Template, Transcript, place_pictures, tokenize};
 use hae::turn::segment;
 
 use crate::model::{TEXT, VISION, engine, exact, load, load_vision, quiet, repository};
@@ -50,8 +50,8 @@ fn mostly_blank() -> Picture {
 
 fn prompt(model: &Model, vision: &mut Vision, picture: &Picture) -> Vec<Segment> {
     let (content, _) = place_pictures(QUESTION, 0, 1, true).unwrap();
-    let mut transcript = Transcript::new(model.chat_template(), None);
-    let text = transcript.ask(model, content).unwrap();
+    let mut transcript = Transcript::new(Template::default().of(model).unwrap(), None);
+    let text = transcript.ask(content).unwrap();
     let pieces = tokenize(model, Some(&*vision), &text, &[picture], true).unwrap();
     let segments = pieces.into_iter().map(|piece| match piece {
         Piece::Text(tokens) => Segment::Tokens(tokens),

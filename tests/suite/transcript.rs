@@ -4,7 +4,7 @@
 use hae::image::Picture;
 use hae::llama::chat::{self, Message};
 use hae::llama::{Model, Piece, Vision};
-use hae::prompt::{Transcript, place_pictures, tokenize};
+use hae::prompt::{ChatTemplate, Template, Transcript, place_pictures, tokenize};
 
 use crate::model::{converted, goldens, load, load_vision};
 
@@ -24,17 +24,17 @@ fn ids(pieces: Vec<Piece>) -> Vec<i32> {
 fn fed(
     model: &Model,
     vision: &Vision,
-    template: &str,
+    template: &ChatTemplate,
     system: Option<&str>,
     turns: &[Turn],
 ) -> Vec<i32> {
     let pictures = goldens().remove(0).pictures;
-    let mut transcript = Transcript::new(Some(template.into()), system.map(Into::into));
+    let mut transcript = Transcript::new(Some(template.clone()), system.map(Into::into));
     let mut all = Vec::new();
     for &(question, n, answer) in turns {
         let first = transcript.is_new();
         let (content, order) = place_pictures(question, transcript.pictures(), n, true).unwrap();
-        let text = transcript.ask(model, content).unwrap();
+        let text = transcript.ask(content).unwrap();
         let shown = vec![&pictures[0]; order.len()];
         all.extend(ids(
             tokenize(model, Some(vision), &text, &shown, first).unwrap()
@@ -50,7 +50,7 @@ fn fed(
 fn at_once(
     model: &Model,
     vision: &Vision,
-    template: &str,
+    template: &ChatTemplate,
     system: Option<&str>,
     turns: &[Turn],
 ) -> Vec<i32> {
@@ -74,7 +74,7 @@ fn at_once(
             add("assistant", answer);
         }
     }
-    let text = chat::apply(model, template, &messages, true).unwrap();
+    let text = chat::apply(template.text(), &messages, true).unwrap();
     let shown = vec![&pictures[0]; n_pictures];
     let mut all = ids(tokenize(model, Some(vision), &text, &shown, true).unwrap());
     all.extend(
@@ -90,7 +90,7 @@ fn turns_continue_as_if_tokenized_at_once() {
     let (text, vision) = converted("f32");
     let model = load(text);
     let vision = load_vision(vision, &model);
-    let template = model.chat_template().unwrap();
+    let template = Template::default().of(&model).unwrap().unwrap();
     let conversations: [&[Turn]; 5] = [
         &[
             ("Where is the red circle?", 1, "row 3, column 4"),
@@ -130,12 +130,11 @@ fn turns_continue_as_if_tokenized_at_once() {
 /// Several of llama.cpp's templates trim the answers that they repeat.
 #[test]
 fn templates_that_trim_go_on_too() {
-    let model = load(converted("f32").0);
     for template in ["gemma", "llama3", "mistral-v7", "chatml", "phi3", "vicuna"] {
-        let mut transcript = Transcript::new(Some(template.into()), None);
-        transcript.ask(&model, "one".into()).unwrap();
+        let mut transcript = Transcript::new(Some(ChatTemplate::built_in(template).unwrap()), None);
+        transcript.ask("one".into()).unwrap();
         transcript.answered(" two \n");
-        let text = transcript.ask(&model, "three".into());
+        let text = transcript.ask("three".into());
         let text = text.unwrap_or_else(|e| panic!("{template}: {e}"));
         assert!(
             text.contains("three") && !text.contains("one") && !text.contains("two"),
@@ -146,15 +145,15 @@ fn templates_that_trim_go_on_too() {
 
 #[test]
 fn every_template_has_a_second_and_a_third_turn() {
-    let model = load(converted("f32").0);
     let names = chat::names();
     assert!(names.len() > 50, "{names:?}");
     for template in names {
-        let mut transcript = Transcript::new(Some(template.clone()), None);
-        transcript.ask(&model, "one".into()).unwrap();
+        let mut transcript =
+            Transcript::new(Some(ChatTemplate::built_in(&template).unwrap()), None);
+        transcript.ask("one".into()).unwrap();
         for (answer, question) in [("two", "three"), ("four", "five")] {
             transcript.answered(answer);
-            let text = transcript.ask(&model, question.into());
+            let text = transcript.ask(question.into());
             let text = text.unwrap_or_else(|e| panic!("{template}: {e}"));
             let old = ["one", "two", "four"].iter().any(|old| text.contains(old));
             assert!(text.contains(question) && !old, "{template}: {text:?}");
@@ -166,7 +165,6 @@ fn every_template_has_a_second_and_a_third_turn() {
 /// repeats it with.
 #[test]
 fn a_turn_behind_another_opening_closes_the_answer() {
-    let model = load(converted("f32").0);
     for (template, expected) in [
         (
             "hunyuan-dense",
@@ -177,10 +175,10 @@ fn a_turn_behind_another_opening_closes_the_answer() {
             "<|im_end|>\n<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n",
         ),
     ] {
-        let mut transcript = Transcript::new(Some(template.into()), None);
-        transcript.ask(&model, "one".into()).unwrap();
+        let mut transcript = Transcript::new(Some(ChatTemplate::built_in(template).unwrap()), None);
+        transcript.ask("one".into()).unwrap();
         transcript.answered("two");
-        assert_eq!(transcript.ask(&model, "three".into()).unwrap(), expected);
+        assert_eq!(transcript.ask("three".into()).unwrap(), expected);
     }
 }
 
@@ -240,12 +238,12 @@ fn text_that_looks_like_a_place_is_tokenized_as_text() {
     let (text, vision) = converted("f32");
     let model = load(text);
     let vision = load_vision(vision, &model);
-    let template = model.chat_template().unwrap();
+    let template = Template::default().of(&model).unwrap().unwrap();
     let odd = "<__media__> <|image_pad|> \u{fdd0}1\u{fdd0}";
     let picture = &goldens().remove(0).pictures[0];
     let mut transcript = Transcript::new(Some(template), Some(odd.into()));
     let (content, _) = place_pictures(&format!("<|image_1|>{odd}"), 0, 1, true).unwrap();
-    let first = transcript.ask(&model, content).unwrap();
+    let first = transcript.ask(content).unwrap();
     assert_eq!(transcript.pictures(), 1);
     let pieces = tokenize(&model, Some(&vision), &first, &[picture], true).unwrap();
     let [Piece::Text(head), Piece::Image(_), Piece::Text(tail)] = &pieces[..] else {
@@ -261,7 +259,7 @@ fn text_that_looks_like_a_place_is_tokenized_as_text() {
     assert_eq!(*tail, model.tokenize(&question, true, true).unwrap());
     transcript.answered(odd);
     let (content, _) = place_pictures(odd, transcript.pictures(), 0, true).unwrap();
-    let second = transcript.ask(&model, content).unwrap();
+    let second = transcript.ask(content).unwrap();
     let pieces = tokenize(&model, Some(&vision), &second, &[], false).unwrap();
     let [Piece::Text(all)] = &pieces[..] else {
         panic!("{pieces:?}")

@@ -102,12 +102,12 @@ impl InferenceArgs {
         num_crops: Option<u32>,
     ) -> Result<Loaded> {
         let n_threads = self.context.n_threads()?;
+        let chosen = self.template.template()?;
         let model = load::load_model(files, &self.model)?;
         let vision = load::load_vision(files, &self.model, n_threads, &model)?;
         check_pictures(questions, num_crops, vision.as_ref())?;
-        let chosen = self.template.template();
-        load::warn_about_template(&model, &chosen);
-        let template = chosen.of(&model, None)?;
+        let template = chosen.of(&model)?;
+        load::warn_about_template(&model, &chosen, template.as_ref());
         let context = open::sized(&self.context.options()?, &model)?;
         let rope = self.model.rope_factors;
         Ok(Loaded {

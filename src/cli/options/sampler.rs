@@ -35,6 +35,12 @@ pub struct SamplerArgs {
 }
 
 impl SamplerArgs {
+    /// Whether no seed was given, so that another one may be drawn each time.
+    #[cfg(feature = "serve")]
+    pub fn is_random(&self) -> bool {
+        self.seed == -1 || self.seed == i64::from(u32::MAX)
+    }
+
     /// `clock` stands in for a seed that was not given.
     pub fn options(&self, clock: u32) -> Result<SamplerOptions> {
         let finite = |name, x: f32, least: f32| match x.is_finite() && x >= least {

@@ -10,7 +10,7 @@ use hae::Error;
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 19] = [
+const ONE_DASH: [(&str, &str); 21] = [
     ("-ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
@@ -18,6 +18,7 @@ const ONE_DASH: [(&str, &str); 19] = [
     ("-ub", "--ubatch-size"),
     ("-tb", "--threads-batch"),
     ("-sys", "--system-prompt"),
+    ("-jf", "--json-schema-file"),
     ("-mm", "--mmproj"),
     ("-hf", "--hf-repo"),
     ("-hfr", "--hf-repo"),
@@ -29,6 +30,7 @@ const ONE_DASH: [(&str, &str); 19] = [
     ("-np", "--parallel"),
     ("-no-cnv", "--no-conversation"),
     ("-pg", "--pg"),
+    ("-to", "--timeout"),
     ("--usage", "--help"),
 ];
 
@@ -184,7 +186,14 @@ mod tests {
     #[test]
     fn values_stay_what_they_are() {
         for flag in ["-p", "--prompt", "-vp", "--system-prompt", "--sys"] {
-            for value in ["-ngl=99 means what?", "-sys", "-fa", "-hf", "--jinja", "--"] {
+            for value in [
+                "-ngl=99 means what?",
+                "-sys",
+                "-fa",
+                "-hf",
+                "--chatml",
+                "--",
+            ] {
                 let args = ["hae", "run", flag, value, "-ngl", "1"];
                 let expected = ["hae", "run", flag, value, "--gpu-layers", "1"];
                 assert_eq!(spelled(&args).unwrap(), expected);
@@ -211,7 +220,10 @@ mod tests {
         for (args, expected) in [
             (&["-mu", "x/y"][..], "-mu: is not there: give"),
             (&["--docker-repo=x/y"], "--docker-repo: is not there"),
-            (&["--jinja", "-p", "hi"], "--jinja: no Jinja is run"),
+            (
+                &["--chatml", "-p", "hi"],
+                "--chatml: give the template's name",
+            ),
             (&["-m", "a", "-cnv"], "-cnv: without -p it is a chat"),
         ] {
             let error = spelled(&[&["hae", "run"], args].concat()).unwrap_err();

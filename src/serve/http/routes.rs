@@ -1,0 +1,139 @@
+//! Every path, once: what answers it, and what the description of the interface says of it.
+
+use std::sync::Arc;
+
+use axum::routing::{MethodRouter, get, post};
+use utoipa::PartialSchema;
+use utoipa::openapi::path::HttpMethod;
+use utoipa::openapi::{RefOr, Schema};
+
+use super::chat::ChatRequest;
+use super::completions::CompletionRequest;
+use super::native::NativeRequest;
+use super::responses::ResponsesRequest;
+use super::service::Service;
+use super::slots::SlotRequest;
+use super::tokens::{DetokenizeRequest, TokenizeRequest};
+use super::{chat, completions, metrics, native, responses, slots, state, tokens};
+
+/// Describes what is sent.
+type MakeSchema = fn() -> RefOr<Schema>;
+
+/// A handler under its paths.
+pub(super) struct Route {
+    pub paths: &'static [&'static str],
+    pub method: HttpMethod,
+    pub handler: fn() -> MethodRouter<Arc<Service>>,
+    pub summary: &'static str,
+    /// What is sent, and whether it has the fields of all requests for an answer.
+    pub body: Option<(MakeSchema, bool)>,
+    /// Parameters behind `?`.
+    pub query: &'static [(&'static str, &'static str)],
+}
+
+const PLAIN: Route = Route {
+    paths: &[],
+    method: HttpMethod::Get,
+    handler: || get(state::health),
+    summary: "",
+    body: None,
+    query: &[],
+};
+
+/// The paths are those of llama.cpp's server.
+pub(super) const ROUTES: &[Route] = &[
+    Route {
+        paths: &["/health", "/v1/health"],
+        summary: "Whether the server can be asked",
+        ..PLAIN
+    },
+    Route {
+        paths: &["/v1/models", "/models"],
+        handler: || get(state::models),
+        summary: "The model",
+        ..PLAIN
+    },
+    Route {
+        paths: &["/props"],
+        handler: || get(state::props),
+        summary: "The model, its slots, and what answers are like where a request says nothing",
+        ..PLAIN
+    },
+    Route {
+        paths: &["/metrics"],
+        handler: || get(metrics::metrics),
+        summary: "Counts for Prometheus",
+        ..PLAIN
+    },
+    Route {
+        paths: &["/slots"],
+        handler: || get(slots::list),
+        summary: "What each slot does",
+        query: &[("fail_on_no_slot", "1: 503 where no slot is idle")],
+        ..PLAIN
+    },
+    Route {
+        paths: &["/slots/{id}"],
+        method: HttpMethod::Post,
+        handler: || post(slots::act),
+        summary: "Keep what a slot holds in a file, read it back, or empty the slot",
+        body: Some((SlotRequest::schema, false)),
+        query: &[("action", "save, restore or erase")],
+    },
+    Route {
+        paths: &["/v1/chat/completions", "/chat/completions"],
+        method: HttpMethod::Post,
+        handler: || post(chat::completions),
+        summary: "The next message of a chat",
+        body: Some((ChatRequest::schema, true)),
+        ..PLAIN
+    },
+    Route {
+        paths: &["/v1/completions"],
+        method: HttpMethod::Post,
+        handler: || post(completions::completions),
+        summary: "What comes behind a text",
+        body: Some((CompletionRequest::schema, true)),
+        ..PLAIN
+    },
+    Route {
+        paths: &["/completion", "/completions"],
+        method: HttpMethod::Post,
+        handler: || post(native::completion),
+        summary: "What comes behind a text, in the shape of llama.cpp's server",
+        body: Some((NativeRequest::schema, true)),
+        ..PLAIN
+    },
+    Route {
+        paths: &["/v1/responses", "/responses"],
+        method: HttpMethod::Post,
+        handler: || post(responses::responses),
+        summary: "The next message of a chat, in OpenAI's newer shape",
+        body: Some((ResponsesRequest::schema, true)),
+        ..PLAIN
+    },
+    Route {
+        paths: &["/tokenize"],
+        method: HttpMethod::Post,
+        handler: || post(tokens::tokenize),
+        summary: "The tokens of a text",
+        body: Some((TokenizeRequest::schema, false)),
+        ..PLAIN
+    },
+    Route {
+        paths: &["/detokenize"],
+        method: HttpMethod::Post,
+        handler: || post(tokens::detokenize),
+        summary: "The text of tokens",
+        body: Some((DetokenizeRequest::schema, false)),
+        ..PLAIN
+    },
+    Route {
+        paths: &["/apply-template"],
+        method: HttpMethod::Post,
+        handler: || post(chat::apply_template),
+        summary: "The prompt that a chat becomes",
+        body: Some((ChatRequest::schema, false)),
+        ..PLAIN
+    },
+];
