@@ -307,7 +307,8 @@ impl Page {
         )?;
         self.check(
             "bytes are told",
-            "/^[0-9.]+ ([KMG]iB|bytes), [1-9][0-9]* % of a full cache$/.test(document.getElementById('saved').textContent) \
+            "/^[0-9.]+ ([KMG]iB|bytes)$/.test(document.getElementById('saved').textContent) \
+             && /^[1-9][0-9]* % of a full cache$/.test(document.getElementById('saved-share').textContent) \
              && document.getElementById('allocated').textContent.includes('iB')",
         )?;
         self.check(

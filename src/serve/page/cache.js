@@ -214,6 +214,8 @@ function chart() {
   const last = samples.at(-1);
   if (!last) {
     svg.setAttribute("aria-label", "No answer yet");
+    const nothing = element("text", { x: 180, y: 75, "text-anchor": "middle" }, svg);
+    nothing.textContent = "No answer yet";
     return;
   }
   const [left, top, right, bottom] = [40, 8, 352, 128];
@@ -277,9 +279,11 @@ export function showCells(step, cells) {
   one("cells-vision").textContent = number(vision);
   one("cells-whole").textContent = number(whole);
   const inUse = text + vision;
-  const size = (cells) => (perCell > 0 ? `${bytes(cells * perCell)}, ` : "");
-  one("in-use").textContent = `${size(inUse)}${number(inUse)} cells`;
-  one("saved").textContent = `${size(whole - inUse)}${percent(whole - inUse, whole)} of a full cache`;
+  one("in-use-cells").textContent = `${number(inUse)} cells`;
+  one("saved-share").textContent = `${percent(whole - inUse, whole)} of a full cache`;
+  // How large a cell is, the first answer says at its end.
+  one("in-use").textContent = perCell > 0 ? bytes(inUse * perCell) : "…";
+  one("saved").textContent = perCell > 0 ? bytes((whole - inUse) * perCell) : "…";
   chart();
 }
 
@@ -332,5 +336,7 @@ export function clear() {
   for (const id of ["prompt-rate", "answer-rate", "policy-used"]) {
     one(id).textContent = "–";
   }
+  one("saved-share").textContent = "of a full cache";
+  one("in-use-cells").textContent = "no cells";
   chart();
 }
