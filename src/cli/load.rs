@@ -1,7 +1,7 @@
 //! From flags to a chat: the files, what shows that they load, and the clock.
 
 use std::cell::OnceCell;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;

@@ -165,6 +165,21 @@ impl Page {
             "document.getElementById('key-dialog').open",
         )?;
         self.shoot("key", false)?;
+        self.browser.press("Escape", false)?;
+        self.browser
+            .value("new Promise((done) => setTimeout(done, 4000))")?;
+        self.check(
+            "who gives none is left alone",
+            "!document.getElementById('key-dialog').open",
+        )?;
+        self.ask("Where is it?")?;
+        self.check(
+            "until something is asked",
+            "document.getElementById('key-dialog').open \
+             && document.getElementById('question').value === 'Where is it?'",
+        )?;
+        self.browser
+            .value("document.getElementById('question').value = ''")?;
         self.browser.write("another key")?;
         self.browser.press("Enter", false)?;
         self.check(
@@ -214,6 +229,7 @@ impl Page {
         }
         ensure!(n >= 10, "{n} controls");
         self.passed(&format!("each of {n} controls has a name"));
+        self.shoot("settings", false)?;
         self.browser
             .value("document.getElementById('settings').open = false")
             .map(drop)
@@ -255,11 +271,19 @@ impl Page {
 
     fn answer(&mut self) -> Result<()> {
         self.browser.value(
-            "document.getElementById('policy').value = 'hae'; document.getElementById('budget').value = '0.5'",
+            "document.getElementById('policy').value = 'hae'; document.getElementById('budget').value = '0.5'; \
+             document.getElementById('temperature').value = '0'; window.live = 0; \
+             new MutationObserver(() => { \
+             if (document.querySelector('.message[aria-busy=true]')) window.live += 1; \
+             }).observe(document.getElementById('pictures'), \
+             { subtree: true, attributes: true, attributeFilter: ['data-states'] })",
         )?;
         self.ask("Where is the red triangle?")?;
         let text = self.wait()?;
-        ensure!(!text.trim().is_empty(), "an empty answer");
+        ensure!(
+            text.starts_with("Row "),
+            "an answer of another kind: {text:?}"
+        );
         self.passed(&format!("the answer is shown: {text:?}"));
         let told = self
             .browser
@@ -280,7 +304,10 @@ impl Page {
         self.passed(&format!(
             "patches are marked: {kept} kept, {binned} binned, {evicted} evicted"
         ));
-        // What is evicted is darker than what is kept.
+        self.check(
+            "and drawn again while the answer is written",
+            "window.live >= 2",
+        )?;
         self.check(
             "they are drawn on the picture",
             "(() => { const c = document.querySelector('#pictures canvas'); \

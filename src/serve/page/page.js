@@ -62,8 +62,8 @@ function words(status, error, retry) {
   }
 }
 
-// A response that is one; else trouble.
-async function ask(path, options = {}) {
+// A response that is one; else trouble. Who wants a key is asked for it, once: not where the page looks by itself.
+async function ask(path, options = {}, byItself = false) {
   let response;
   try {
     response = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
@@ -74,7 +74,7 @@ async function ask(path, options = {}) {
     return response;
   }
   const body = await response.json().catch(() => null);
-  if (response.status === 401) {
+  if (response.status === 401 && !byItself) {
     askForKey();
   }
   throw new Trouble(words(response.status, body?.error, response.headers.get("Retry-After")), response.status);
@@ -89,9 +89,9 @@ function showState(kind, text) {
   }
 }
 
-async function load() {
+async function load(byItself = false) {
   try {
-    props = await (await ask("props")).json();
+    props = await (await ask("props", {}, byItself)).json();
   } catch (e) {
     showState("away", e.status === 401 ? "key wanted" : "not reached");
     return;
@@ -121,13 +121,13 @@ async function watch() {
     return;
   }
   if (!props) {
-    return load();
+    return load(true);
   }
   try {
     if (props.endpoint_slots) {
-      cache.showSlots(await (await ask("slots")).json());
+      cache.showSlots(await (await ask("slots", {}, true)).json());
     } else {
-      await ask("health");
+      await ask("health", {}, true);
     }
     showState(asking ? "busy" : "ready", asking ? "answering" : "ready");
   } catch (e) {
@@ -165,7 +165,11 @@ function stored() {
 
 function keepSettings() {
   const values = KEPT.map((name) => [name, one(name).value]);
-  localStorage.setItem(SETTINGS, JSON.stringify(Object.fromEntries(values)));
+  try {
+    localStorage.setItem(SETTINGS, JSON.stringify(Object.fromEntries(values)));
+  } catch {
+    // Some browsers keep nothing.
+  }
 }
 
 function request() {
