@@ -88,6 +88,9 @@ pub struct Args {
     /// Do not show it
     #[arg(long, hide_short_help = true, overrides_with = "slots")]
     no_slots: bool,
+    /// No page for people at /
+    #[arg(long, hide_short_help = true, alias = "no-webui")]
+    no_page: bool,
     /// Web pages that may ask: *, localhost, or origins such as https://app.example
     ///
     /// Several with commas between them. Without it no page of another origin may.
@@ -278,6 +281,7 @@ impl Args {
             slot_save_path: folder("--slot-save-path", self.slot_save_path.as_deref())?,
             metrics: self.metrics,
             show_slots: !self.no_slots,
+            page: !self.no_page,
             origins: self.cors_origins.clone(),
             body: (self.body_mib.max(1) as usize) << 20,
             pictures: self.max_pictures,

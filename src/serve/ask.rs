@@ -108,7 +108,7 @@ pub enum Patch {
 }
 
 /// The patches of a picture now.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Seen {
     /// The picture's number in the prompt, from 0.
     pub image: usize,
@@ -116,6 +116,9 @@ pub struct Seen {
     pub cols: usize,
     /// Patches from top to bottom.
     pub rows: usize,
+    /// Where the picture lies on them, as shares of their width and height: left, top, width, height. `None`
+    /// where it is not known how they lie.
+    pub frame: Option<[f64; 4]>,
     /// [`Patch`] of each, row by row: `[rows * cols]`, or fewer in the last row where it is not known how they
     /// lie.
     pub states: Vec<u8>,
@@ -165,6 +168,8 @@ pub enum Told {
     Seen {
         /// Tokens of the answer so far.
         step: usize,
+        /// Cells of the conversation.
+        cells: Counts,
         /// In the order of the prompt; those that are in the cache.
         pictures: Vec<Seen>,
     },

@@ -3,7 +3,7 @@
 //! A request is checked as a whole before anything is computed for it: its fields (`fields`), its
 //! messages and pictures (`messages`, `media`), its tools (`tools`). What comes of it is a question to the
 //! hall (`answering`). Answers go out whole or in pieces (`pump`, `wire`), in the shape of the path that
-//! was asked: `chat`, `completions`, `native`, `responses`. `guard` says who may ask.
+//! was asked: `chat`, `completions`, `native`, `responses`. `guard` says who may ask. `page` is for people.
 //!
 //! Nothing here knows a model: the hall is a trait, and so are the chat template and the grammars.
 
@@ -22,6 +22,7 @@ mod messages;
 mod metrics;
 mod native;
 mod openapi;
+mod page;
 mod prompts;
 mod pump;
 mod report;
@@ -56,6 +57,9 @@ pub fn router(service: &Arc<Service>) -> Router {
         for path in route.paths {
             router = router.route(path, (route.handler)());
         }
+    }
+    if service.rules.page {
+        router = page::routes(router);
     }
     let router = router
         .route("/openapi.json", get(openapi::document))

@@ -1,15 +1,17 @@
 //! The chores of the repository:
-//! `cargo xtask setup | vendor | demo | model | overhead | bench | test | sanitize`.
+//! `cargo xtask setup | vendor | demo | model | overhead | bench | page | test | sanitize`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
 
 mod bench;
+mod browser;
 mod digest;
 mod layout;
 mod libclang;
 mod median;
 mod overhead;
+mod page;
 mod patch;
 mod pin;
 mod process;
@@ -62,6 +64,8 @@ enum Command {
     /// Keep a processor busy as long as the process PARENT lives
     #[command(hide = true)]
     Spin { parent: u32 },
+    /// Use the page of `hae serve` as a person would, in Chromium without a window
+    Page(page::Args),
     /// Set up and run every check and test
     Test,
     /// Run the tests of the cache with llama.cpp under the address and undefined-behaviour
@@ -110,6 +114,7 @@ fn main() -> ExitCode {
             bench::spin(parent);
             Ok(0)
         }
+        Command::Page(args) => page::run(root, &args),
         Command::Test => steps::test(root),
         Command::Sanitize { filters } => sanitize::run(root, &filters),
     };

@@ -284,6 +284,7 @@ impl<M: Mind> Worker<M> {
 
     /// The end of an answer; without one, it was cancelled.
     fn finish(&mut self, i: usize, end: Option<End>, rest: String) {
+        self.tell_seen_last(i);
         let Some(work) = self.rooms[i].work.take() else {
             return;
         };

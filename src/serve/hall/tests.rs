@@ -632,13 +632,20 @@ fn patches_of_a_picture_are_told_to_who_watches() {
     let mut seen = Vec::new();
     loop {
         match told.recv_timeout(WAIT).unwrap() {
-            Told::Seen { step, pictures } => seen.push((step, pictures)),
+            Told::Seen {
+                step,
+                cells,
+                pictures,
+            } => {
+                assert_eq!(cells.live.vision, 10);
+                seen.push((step, pictures));
+            }
             Told::Ended { .. } => break,
             _ => {}
         }
     }
     let steps: Vec<usize> = seen.iter().map(|(step, _)| *step).collect();
-    assert_eq!(steps, [1, 5]);
+    assert_eq!(steps, [1, 5, 6]);
     let [picture] = &seen[1].1[..] else {
         panic!("{seen:?}");
     };

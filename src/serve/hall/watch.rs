@@ -6,7 +6,7 @@ use super::mind::Mind;
 use super::units::{self, Unit};
 use super::work::Worker;
 use crate::cache::{Cell, Pos, State};
-use crate::image::hd::{Layout, Place, View};
+use crate::image::hd::{Layout, Place, Rect, View};
 use crate::serve::ask::{Patch, Seen, Told};
 
 /// Tokens of an answer between two looks.
@@ -15,11 +15,20 @@ const EVERY: usize = 4;
 impl<M: Mind> Worker<M> {
     /// Tells who watches, after the prompt and then every few tokens.
     pub fn tell_seen(&mut self, i: usize) {
+        self.tell_seen_after(i, EVERY);
+    }
+
+    /// The same at the end of an answer.
+    pub fn tell_seen_last(&mut self, i: usize) {
+        self.tell_seen_after(i, 1);
+    }
+
+    fn tell_seen_after(&mut self, i: usize, tokens: usize) {
         let room = &self.rooms[i];
         let Some(work) = &room.work else {
             return;
         };
-        let due = work.seen.is_none_or(|last| work.said >= last + EVERY);
+        let due = work.seen.is_none_or(|last| work.said >= last + tokens);
         let Some(watch) = work.watch.as_ref().filter(|_| due) else {
             return;
         };
@@ -27,8 +36,9 @@ impl<M: Mind> Worker<M> {
             return;
         };
         let looked = self.mind.looked_up();
-        let entries = session.controller.ledger().entries();
-        let states: HashMap<Pos, Patch> = entries
+        let ledger = session.controller.ledger();
+        let cells = ledger.counts();
+        let states: HashMap<Pos, Patch> = (ledger.entries())
             .map(|entry| (entry.pos, patch(entry.state, entry.cell, &looked)))
             .collect();
         let all = [room.held.units.as_slice(), work.new.as_slice()].concat();
@@ -36,7 +46,12 @@ impl<M: Mind> Worker<M> {
         let step = work.said;
         if let Some(work) = &mut self.rooms[i].work {
             work.seen = Some(step);
-            work.asker.tell(Told::Seen { step, pictures });
+            let seen = Told::Seen {
+                step,
+                cells,
+                pictures,
+            };
+            work.asker.tell(seen);
         }
     }
 }
@@ -70,10 +85,11 @@ fn pictures(all: &[Unit], layouts: &[Option<Layout>], states: &HashMap<Pos, Patc
         let image = seen.len();
         let layout = layouts.get(image).copied().flatten();
         seen.push(match layout.and_then(|layout| grid(&layout, rows)) {
-            Some((cols, patches)) => Seen {
+            Some((cols, frame, patches)) => Seen {
                 image,
                 cols,
                 rows: patches.len() / cols,
+                frame: Some(frame),
                 states: patches.into_iter().map(state).collect(),
             },
             None => {
@@ -82,6 +98,7 @@ fn pictures(all: &[Unit], layouts: &[Option<Layout>], states: &HashMap<Pos, Patc
                     image,
                     cols,
                     rows: rows.div_ceil(cols),
+                    frame: None,
                     states: (0..rows).map(state).collect(),
                 }
             }
@@ -90,14 +107,23 @@ fn pictures(all: &[Unit], layouts: &[Option<Layout>], states: &HashMap<Pos, Patc
     seen
 }
 
-/// Columns of patches, and the rows of the embeddings that show them in full size, row by row.
-fn grid(layout: &Layout, rows: usize) -> Option<(usize, Vec<usize>)> {
+/// Columns of patches, where the picture lies on them, and the rows of the embeddings that show them in full
+/// size, row by row.
+fn grid(layout: &Layout, rows: usize) -> Option<(usize, [f64; 4], Vec<usize>)> {
     let page = layout.page()?;
     let places = layout.places();
     let cols = (page.cols * layout.cut.tokens) as usize;
+    let (wide, high) = (f64::from(page.width), f64::from(page.height));
+    let Rect {
+        x,
+        y,
+        width,
+        height,
+    } = page.picture;
+    let frame = [x / wide, y / high, width / wide, height / high];
     let patches = places.iter().enumerate();
     let patches = patches.filter(|(_, place)| matches!(place, Place::Patch(View::Crops, _)));
     let patches: Vec<usize> = patches.map(|(row, _)| row).collect();
     (places.len() == rows && cols > 0 && patches.len().is_multiple_of(cols))
-        .then_some((cols, patches))
+        .then_some((cols, frame, patches))
 }

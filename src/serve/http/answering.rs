@@ -10,6 +10,7 @@ use super::super::ask::{Ask, Choice, End, Seen, Told};
 use super::failure::Failure;
 use super::service::Service;
 use crate::answer::Answer;
+use crate::cache::Counts;
 use crate::engine::Token;
 use crate::generate::Finish;
 
@@ -32,6 +33,7 @@ pub(super) enum News {
     },
     Seen {
         step: usize,
+        cells: Counts,
         pictures: Vec<Seen>,
     },
     Ended(Box<Whole>),
@@ -201,7 +203,17 @@ impl Listening {
                 Told::Prompt { done, rows } => {
                     return Ok(News::Progress(self.progress(done, rows)));
                 }
-                Told::Seen { step, pictures } => return Ok(News::Seen { step, pictures }),
+                Told::Seen {
+                    step,
+                    cells,
+                    pictures,
+                } => {
+                    return Ok(News::Seen {
+                        step,
+                        cells,
+                        pictures,
+                    });
+                }
                 Told::Said {
                     token,
                     text,

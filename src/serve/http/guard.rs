@@ -12,9 +12,10 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 use url::{Host, Url};
 
 use super::failure::Failure;
+use super::page;
 use super::service::Service;
 
-/// What anybody may ask, as with llama.cpp's server.
+/// What anybody may ask beside the page, as with llama.cpp's server.
 const PUBLIC: [&str; 2] = ["/health", "/v1/health"];
 
 /// Refuses who may not ask.
@@ -25,7 +26,8 @@ pub(super) async fn guard(
 ) -> Response {
     let rules = &service.rules;
     let headers = request.headers();
-    let public = PUBLIC.contains(&request.uri().path());
+    let path = request.uri().path();
+    let public = PUBLIC.contains(&path) || (service.rules.page && page::holds(path));
     let checked = match public || has_key(&rules.keys, headers) {
         false => Err(Failure::new(
             StatusCode::UNAUTHORIZED,

@@ -69,9 +69,14 @@ pub(super) async fn pump<W: Writer>(
         }
         match news {
             News::Progress(_) => {}
-            News::Seen { step, pictures } => {
+            News::Seen {
+                step,
+                cells,
+                pictures,
+            } => {
                 let mut piece = writer.empty();
-                piece["hae"] = json!({ "seen": { "step": step, "pictures": pictures } });
+                let seen = json!({ "step": step, "cells": cells, "pictures": pictures });
+                piece["hae"] = json!({ "seen": seen });
                 send(vec![piece]).await?;
             }
             News::Said { token, text, prob } => {

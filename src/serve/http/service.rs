@@ -97,6 +97,8 @@ pub struct Rules {
     pub metrics: bool,
     /// Whether `/slots` is there.
     pub show_slots: bool,
+    /// Whether the page for people is there.
+    pub page: bool,
     /// Web pages of other origins that may ask: `*`, `localhost`, or origins. None: no page.
     pub origins: Vec<String>,
     /// Whether names of other machines in `Host` are refused: where only this machine can ask, one is
@@ -127,6 +129,7 @@ impl Default for Rules {
             slot_save_path: None,
             metrics: false,
             show_slots: true,
+            page: true,
             origins: Vec::new(),
             only_local_hosts: true,
             body: 64 << 20,

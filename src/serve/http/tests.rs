@@ -7,6 +7,7 @@ mod guards;
 mod hall;
 mod limits;
 mod natives;
+mod page;
 mod pictures;
 mod responses;
 mod sockets;

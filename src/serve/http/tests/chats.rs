@@ -320,11 +320,11 @@ async fn what_becomes_of_pictures_is_told_where_it_is_watched() {
     let ask = json!({ "stream": true, "hae": { "watch": true } });
     let events = server.post(CHAT, with(chat("Hi"), ask)).await.events();
     let seen: Vec<&Value> = events.iter().filter_map(|e| e["hae"].get("seen")).collect();
+    let picture = json!({ "image": 0, "cols": 2, "rows": 1, "frame": null, "states": [0, 2] });
+    let none = json!(crate::cache::Counts::default());
     assert_eq!(
         seen,
-        [
-            &json!({ "step": 0, "pictures": [{ "image": 0, "cols": 2, "rows": 1, "states": [0, 2] }] })
-        ]
+        [&json!({ "step": 0, "cells": none, "pictures": [picture] })]
     );
 }
 

@@ -313,10 +313,12 @@ fn answer(
             image: 0,
             cols: 2,
             rows: 1,
+            frame: None,
             states: vec![0, 2],
         };
         if !tell(Told::Seen {
             step: 0,
+            cells: Counts::default(),
             pictures: vec![seen],
         }) {
             return false;
