@@ -26,6 +26,19 @@ use hae::serve::http::service::{About, Constrain, Render, Rules, Service};
 /// Answers under way may go on for so long once the program is asked to end.
 const DRAIN: Duration = Duration::from_secs(10);
 
+/// Steps are shared and so are cells, the slot's prompt is used, caches are whole, and nothing is shifted or
+/// warmed up.
+const AS_IT_IS: [&str; 8] = [
+    "kv-unified",
+    "swa-full",
+    "cache-prompt",
+    "no-context-shift",
+    "no-cache-idle-slots",
+    "no-warmup",
+    "perf",
+    "no-perf",
+];
+
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Server", allow_negative_numbers = true)]
 pub struct Args {
@@ -40,6 +53,9 @@ pub struct Args {
     /// Name of the model; several with commas between them [default: the file's]
     #[arg(short, long, value_delimiter = ',', value_name = "NAME")]
     alias: Vec<String>,
+    /// Tags of the model that /v1/models shows; several with commas between them
+    #[arg(long, hide_short_help = true, value_delimiter = ',', value_name = "TAG")]
+    tags: Vec<String>,
     /// Key that requests have to come with; several with commas between them
     ///
     /// As Authorization: Bearer KEY, or X-Api-Key: KEY. Other users of this machine can read a command
@@ -101,6 +117,17 @@ pub struct Args {
     /// Pictures of a request at most
     #[arg(long, hide_short_help = true, default_value_t = 16, value_name = "N")]
     max_pictures: usize,
+    /// llama-server's flags for what is so here in any case: scripts may say them
+    #[arg(
+        long = "cont-batching",
+        aliases = AS_IT_IS,
+        hide = true,
+        action = clap::ArgAction::Count
+    )]
+    _as_it_is: u8,
+    /// Answers are told as the model writes them, thoughts included
+    #[arg(long, hide = true, value_parser = ["none"])]
+    _reasoning_format: Option<String>,
     #[command(flatten)]
     template: TemplateArgs,
     #[command(flatten)]
@@ -124,7 +151,7 @@ pub struct Args {
     policy: PolicyArgs,
     #[command(flatten)]
     calibration: CalibrationArgs,
-    /// Show llama.cpp's log on stderr
+    /// Show llama.cpp's log on stderr, and in answers their prompts and settings
     #[arg(short, long, help_heading = "Output")]
     verbose: bool,
 }
@@ -182,6 +209,7 @@ pub fn run(args: &Args) -> Result<Done> {
     let facts = hall.facts();
     let about = About {
         aliases: args.alias.clone(),
+        tags: args.tags.clone(),
         build: fingerprint(),
         limits: Limits {
             n_layer,
@@ -270,6 +298,7 @@ impl Args {
             metrics: self.metrics,
             show_slots: !self.no_slots,
             origins: self.cors_origins.clone(),
+            verbose: self.verbose,
             body: (self.body_mib.max(1) as usize) << 20,
             pictures: self.max_pictures,
             n_predict,

@@ -353,6 +353,11 @@ pub trait Hall: Send + Sync {
     /// # Errors
     /// [`Error::Contract`] for an id that is none.
     fn piece(&self, token: Token) -> Result<Vec<u8>>;
+    /// Tokens of a prompt, those of its pictures included. Nothing is computed, and no slot is waited for.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for what cannot be read; [`Error::Closed`].
+    fn count(&self, prompt: Vec<Part>) -> Result<usize>;
     /// Writes what a slot holds to a file, reads it back, or empties it; gives its tokens and the file's
     /// bytes. Waits until the slot is idle.
     ///

@@ -235,6 +235,10 @@ impl Hall for Front {
         Ok(bytes)
     }
 
+    fn count(&self, prompt: Vec<Part>) -> Result<usize> {
+        self.desk.count(prompt)
+    }
+
     fn save(&self, slot: usize, file: &Path) -> Result<(usize, u64)> {
         self.desk.save(slot, file)
     }

@@ -201,7 +201,7 @@ pub(super) fn settings(service: &Service, body: &Value) -> Result<Settings, Fail
         ignore_eos,
         cache_prompt: fields.cache_prompt.unwrap_or(true),
         slot: slot(service, fields.id_slot)?,
-        verbose: fields.verbose.unwrap_or(false),
+        verbose: fields.verbose.unwrap_or(service.rules.verbose),
         hae,
     })
 }

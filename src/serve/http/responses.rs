@@ -183,6 +183,15 @@ pub(super) async fn responses(
     Ok(Json(out).into_response())
 }
 
+/// `POST /v1/responses/input_tokens`: how long the prompt would be.
+pub(super) async fn input_tokens(
+    State(service): State<Arc<Service>>,
+    Body(body): Body,
+) -> Result<Json<Value>, Failure> {
+    let ready = chat::ready(&service, &as_chat(&body)?).await?;
+    chat::counted(&service, ready.prompt).await
+}
+
 /// What all objects of an answer share.
 #[derive(Clone)]
 struct Shell {

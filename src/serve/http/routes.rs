@@ -113,6 +113,25 @@ pub(super) const ROUTES: &[Route] = &[
         ..PLAIN
     },
     Route {
+        paths: &[
+            "/v1/chat/completions/input_tokens",
+            "/chat/completions/input_tokens",
+        ],
+        method: HttpMethod::Post,
+        handler: || post(chat::input_tokens),
+        summary: "How many tokens a chat's prompt has",
+        body: Some((ChatRequest::schema, true)),
+        ..PLAIN
+    },
+    Route {
+        paths: &["/v1/responses/input_tokens", "/responses/input_tokens"],
+        method: HttpMethod::Post,
+        handler: || post(responses::input_tokens),
+        summary: "How many tokens a prompt in OpenAI's newer shape has",
+        body: Some((ResponsesRequest::schema, true)),
+        ..PLAIN
+    },
+    Route {
         paths: &["/tokenize"],
         method: HttpMethod::Post,
         handler: || post(tokens::tokenize),

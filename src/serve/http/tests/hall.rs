@@ -262,6 +262,15 @@ impl Hall for Scripted {
         }
     }
 
+    fn count(&self, prompt: Vec<Part>) -> Result<usize> {
+        let rows = |part: &Part| match part {
+            Part::Text(text) => text.len(),
+            Part::Picture(_) => 7,
+            Part::Tokens(tokens) => tokens.len(),
+        };
+        Ok(prompt.iter().map(rows).sum())
+    }
+
     fn erase(&self, slot: usize) -> Result<usize> {
         Ok(40 + slot)
     }
