@@ -54,7 +54,12 @@ pub struct Args {
     #[arg(short, long, value_delimiter = ',', value_name = "NAME")]
     alias: Vec<String>,
     /// Tags of the model that /v1/models shows; several with commas between them
-    #[arg(long, hide_short_help = true, value_delimiter = ',', value_name = "TAG")]
+    #[arg(
+        long,
+        hide_short_help = true,
+        value_delimiter = ',',
+        value_name = "TAG"
+    )]
     tags: Vec<String>,
     /// Key that requests have to come with; several with commas between them
     ///
@@ -125,6 +130,16 @@ pub struct Args {
         action = clap::ArgAction::Count
     )]
     _as_it_is: u8,
+    /// Whether the model thinks first: on, off, or as its template says
+    ///
+    /// Where the template knows enable_thinking, as those of Qwen3 do.
+    #[arg(
+        long,
+        hide_short_help = true,
+        value_parser = ["on", "off", "auto"],
+        value_name = "WHETHER"
+    )]
+    reasoning: Option<String>,
     /// Answers are told as the model writes them, thoughts included
     #[arg(long, hide = true, value_parser = ["none"])]
     _reasoning_format: Option<String>,
@@ -163,7 +178,11 @@ pub fn run(args: &Args) -> Result<Done> {
     let policy_options = args.policy.options()?;
     args.policy.refuse_unread(&[&args.kv_policy], false)?;
     let mut rules = args.rules()?;
-    let template = args.template.template()?;
+    let mut template = args.template.template()?;
+    if let Some(thinks) = args.thinks() {
+        let kwargs = &mut template.kwargs;
+        kwargs.entry("enable_thinking").or_insert(thinks.into());
+    }
     // A port that is taken is better said before the model is loaded.
     let listeners = args.listeners()?;
     let addresses = listeners.iter().map(TcpListener::local_addr);
@@ -199,7 +218,10 @@ pub fn run(args: &Args) -> Result<Done> {
     let vision = load::load_vision(&files, &args.model, options.context.n_threads, &model)?;
     let made = template.of(&model)?;
     load::warn_about_template(&model, &template, made.as_ref());
-    let render = made.map(|made| Arc::new(model::Template(made)) as Arc<dyn Render>);
+    let render = made.map(|made| {
+        let kwargs = template.kwargs.clone();
+        Arc::new(model::Template { made, kwargs }) as Arc<dyn Render>
+    });
     let constrain = grammars(&model);
     let (n_layer, eog) = (model.n_layer(), model.ends());
     let hall = hall::open(options, model, vision).map_err(|e| match &calibrated {
@@ -262,6 +284,14 @@ fn fingerprint() -> String {
 }
 
 impl Args {
+    fn thinks(&self) -> Option<bool> {
+        match self.reasoning.as_deref() {
+            Some("on") => Some(true),
+            Some("off") => Some(false),
+            _ => None,
+        }
+    }
+
     fn rules(&self) -> Result<Rules> {
         let mut keys = self.api_key.clone();
         if let Some(path) = &self.api_key_file {

@@ -244,6 +244,8 @@ pub struct Stats {
     pub predicted_seconds: f64,
     /// Steps of the loop.
     pub steps: u64,
+    /// The same, each counted once for every slot that took part.
+    pub slot_steps: u64,
     /// Cells of all slots now, by modality and state. `peak` is the sum of theirs.
     pub cells: Counts,
     /// Cells that the cache can hold.

@@ -43,7 +43,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::ask::{Ask, Facts, Hall, Refused, SlotState, Stats, Told};
+use super::ask::{Ask, Facts, Hall, Part, Refused, SlotState, Stats, Told};
 use crate::build::build;
 use crate::engine::{Engine, Token, Vocabulary};
 use crate::error::{Error, Result};

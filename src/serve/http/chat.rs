@@ -34,7 +34,7 @@ pub(super) struct ChatRequest {
     #[schema(value_type = Vec<Object>)]
     pub tools: Option<Value>,
     /// `auto`, `none`, `required`, or one function.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub tool_choice: Option<Value>,
     /// Whether tokens come with their probabilities.
     pub logprobs: Option<bool>,
@@ -45,7 +45,7 @@ pub(super) struct ChatRequest {
     /// Whether the last message, the assistant's, is the beginning of the answer.
     pub continue_final_message: Option<bool>,
     /// For the chat template.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub chat_template_kwargs: Option<Map<String, Value>>,
 }
 

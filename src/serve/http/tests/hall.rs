@@ -220,6 +220,7 @@ impl Hall for Scripted {
             prompt_seconds: 2.0,
             predicted_tokens: 12,
             steps: 5,
+            slot_steps: 10,
             ..Stats::default()
         }
     }
