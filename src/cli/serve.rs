@@ -29,6 +29,19 @@ use hae::serve::http::service::{About, Constrain, Render, Rules, Service};
 /// Answers under way may go on for so long once the program is asked to end.
 const DRAIN: Duration = Duration::from_secs(10);
 
+/// Steps are shared and so are cells, the slot's prompt is used, caches are whole, and nothing is shifted or
+/// warmed up.
+const AS_IT_IS: [&str; 8] = [
+    "kv-unified",
+    "swa-full",
+    "cache-prompt",
+    "no-context-shift",
+    "no-cache-idle-slots",
+    "no-warmup",
+    "perf",
+    "no-perf",
+];
+
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Server", allow_negative_numbers = true)]
 pub struct Args {
@@ -43,6 +56,14 @@ pub struct Args {
     /// Name of the model; several with commas between them [default: the file's]
     #[arg(short, long, value_delimiter = ',', value_name = "NAME")]
     alias: Vec<String>,
+    /// Tags of the model that /v1/models shows; several with commas between them
+    #[arg(
+        long,
+        hide_short_help = true,
+        value_delimiter = ',',
+        value_name = "TAG"
+    )]
+    tags: Vec<String>,
     /// Key that requests have to come with; several with commas between them
     ///
     /// As Authorization: Bearer KEY, or X-Api-Key: KEY. Other users of this machine can read a command
@@ -107,6 +128,27 @@ pub struct Args {
     /// Pictures of a request at most
     #[arg(long, hide_short_help = true, default_value_t = 16, value_name = "N")]
     max_pictures: usize,
+    /// llama-server's flags for what is so here in any case: scripts may say them
+    #[arg(
+        long = "cont-batching",
+        aliases = AS_IT_IS,
+        hide = true,
+        action = clap::ArgAction::Count
+    )]
+    _as_it_is: u8,
+    /// Whether the model thinks first: on, off, or as its template says
+    ///
+    /// Where the template knows enable_thinking, as those of Qwen3 do.
+    #[arg(
+        long,
+        hide_short_help = true,
+        value_parser = ["on", "off", "auto"],
+        value_name = "WHETHER"
+    )]
+    reasoning: Option<String>,
+    /// Answers are told as the model writes them, thoughts included
+    #[arg(long, hide = true, value_parser = ["none"])]
+    _reasoning_format: Option<String>,
     #[command(flatten)]
     template: TemplateArgs,
     #[command(flatten)]
@@ -132,7 +174,7 @@ pub struct Args {
     policy: PolicyArgs,
     #[command(flatten)]
     calibration: CalibrationArgs,
-    /// Show llama.cpp's log on stderr
+    /// Show llama.cpp's log on stderr, and in answers their prompts and settings
     #[arg(short, long, help_heading = "Output")]
     verbose: bool,
 }
@@ -144,7 +186,11 @@ pub fn run(args: &Args) -> Result<Done> {
     let policy_options = args.policy.options()?;
     args.policy.refuse_unread(&[&args.kv_policy], false)?;
     let mut rules = args.rules()?;
-    let template = args.template.template()?;
+    let mut template = args.template.template()?;
+    if let Some(thinks) = args.thinks() {
+        let kwargs = &mut template.kwargs;
+        kwargs.entry("enable_thinking").or_insert(thinks.into());
+    }
     // A port that is taken is better said before the model is loaded.
     let listeners = args.listeners()?;
     let addresses = listeners.iter().map(TcpListener::local_addr);
@@ -184,7 +230,10 @@ pub fn run(args: &Args) -> Result<Done> {
     let vision = load::load_vision(&files, &args_of_model, options.context.n_threads, &model)?;
     let made = template.of(&model)?;
     load::warn_about_template(&model, &template, made.as_ref());
-    let render = made.map(|made| Arc::new(model::Template(made)) as Arc<dyn Render>);
+    let render = made.map(|made| {
+        let kwargs = template.kwargs.clone();
+        Arc::new(model::Template { made, kwargs }) as Arc<dyn Render>
+    });
     let constrain = grammars(&model);
     let (n_layer, eog) = (model.n_layer(), model.ends());
     let hall = hall::open(options, model, vision).map_err(|e| match &calibrated {
@@ -194,6 +243,7 @@ pub fn run(args: &Args) -> Result<Done> {
     let facts = hall.facts();
     let about = About {
         aliases: args.alias.clone(),
+        tags: args.tags.clone(),
         build: fingerprint(),
         limits: Limits {
             n_layer,
@@ -246,6 +296,14 @@ fn fingerprint() -> String {
 }
 
 impl Args {
+    fn thinks(&self) -> Option<bool> {
+        match self.reasoning.as_deref() {
+            Some("on") => Some(true),
+            Some("off") => Some(false),
+            _ => None,
+        }
+    }
+
     fn rules(&self) -> Result<Rules> {
         let mut keys = self.api_key.clone();
         if let Some(path) = &self.api_key_file {
@@ -283,6 +341,7 @@ impl Args {
             show_slots: !self.no_slots,
             page: !self.no_page,
             origins: self.cors_origins.clone(),
+            verbose: self.verbose,
             body: (self.body_mib.max(1) as usize) << 20,
             pictures: self.max_pictures,
             n_predict,

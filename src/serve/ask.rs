@@ -249,6 +249,8 @@ pub struct Stats {
     pub predicted_seconds: f64,
     /// Steps of the loop.
     pub steps: u64,
+    /// The same, each counted once for every slot that took part.
+    pub slot_steps: u64,
     /// Cells of all slots now, by modality and state. `peak` is the sum of theirs.
     pub cells: Counts,
     /// Cells that the cache can hold.
@@ -358,6 +360,11 @@ pub trait Hall: Send + Sync {
     /// # Errors
     /// [`Error::Contract`] for an id that is none.
     fn piece(&self, token: Token) -> Result<Vec<u8>>;
+    /// Tokens of a prompt, those of its pictures included. Nothing is computed, and no slot is waited for.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for what cannot be read; [`Error::Closed`].
+    fn count(&self, prompt: Vec<Part>) -> Result<usize>;
     /// Writes what a slot holds to a file, reads it back, or empties it; gives its tokens and the file's
     /// bytes. Waits until the slot is idle.
     ///

@@ -43,7 +43,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::ask::{Ask, Facts, Hall, Refused, SlotState, Stats, Told};
+use super::ask::{Ask, Facts, Hall, Part, Refused, SlotState, Stats, Told};
 use crate::build::build;
 use crate::engine::{Engine, Token, Vocabulary};
 use crate::error::{Error, Result};
@@ -233,6 +233,10 @@ impl Hall for Front {
         let mut bytes = Vec::new();
         self.model.piece(token, &mut bytes)?;
         Ok(bytes)
+    }
+
+    fn count(&self, prompt: Vec<Part>) -> Result<usize> {
+        self.desk.count(prompt)
     }
 
     fn save(&self, slot: usize, file: &Path) -> Result<(usize, u64)> {

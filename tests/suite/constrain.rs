@@ -136,7 +136,7 @@ fn the_command_line_takes_llama_cpps_flags() {
     let (grammar, json) = (files.path("answer.gbnf"), files.path("answer.json"));
     let ask = |flags: &[&str]| {
         let args = [
-            "run", "--temp", "0", "-n", "40", "--image", picture, "-p", WHERE,
+            "run", "--temp", "0", "-n", "200", "--image", picture, "-p", WHERE,
         ];
         answer(&[&args, flags].concat()).trim().to_owned()
     };

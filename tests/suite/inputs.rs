@@ -196,7 +196,7 @@ fn flags_of_llama_cpp_that_are_not_here_are_answered_in_a_line() {
             "hae: --docker-repo: is not there: give a repository",
         ),
         (&["-np", "4"], "hae: --parallel: changes nothing here"),
-        (&["--jinja"], "hae: --jinja: no Jinja is run"),
+        (&["--chatml"], "hae: --chatml: give the template's name"),
         (&["-cnv"], "hae: -cnv: without -p it is a chat"),
         (&["--color"], "hae: --color: changes nothing here"),
         (&["-i"], "hae: -i: without -p it is a chat"),

@@ -1,5 +1,5 @@
 //! The chores of the repository:
-//! `cargo xtask setup | vendor | demo | model | overhead | bench | page | test | sanitize`.
+//! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | page | test | sanitize`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -17,6 +17,7 @@ mod pin;
 mod process;
 mod real;
 mod sanitize;
+mod serve;
 mod setup;
 mod steps;
 mod vendor;
@@ -61,6 +62,11 @@ enum Command {
     Overhead(overhead::Args),
     /// Measure what docs/performance.md states and write its tables, one page a machine
     Bench(bench::Args),
+    /// Judge `hae serve` by programs that others wrote
+    Serve {
+        #[command(subcommand)]
+        which: serve::Which,
+    },
     /// Keep a processor busy as long as the process PARENT lives
     #[command(hide = true)]
     Spin { parent: u32 },
@@ -110,6 +116,7 @@ fn main() -> ExitCode {
         } => real::smollm2(root, &args).map(|()| 0),
         Command::Overhead(args) => overhead::run(root, &args).map(|()| 0),
         Command::Bench(args) => bench::run(root, &args),
+        Command::Serve { which } => serve::run(root, &which),
         Command::Spin { parent } => {
             bench::spin(parent);
             Ok(0)

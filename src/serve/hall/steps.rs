@@ -146,6 +146,7 @@ impl<M: Mind> Worker<M> {
         };
         together(self.mind.engine(), &mut slots, hooks);
         self.stats.steps += 1;
+        self.stats.slot_steps += who.len() as u64;
         for (at, did) in did {
             self.heard(who[at], did);
         }

@@ -9,7 +9,7 @@ use super::desk::{Asker, Errand, Errands, Shared};
 use super::mind::Mind;
 use super::pictures::Pictures;
 use super::room::Room;
-use super::units::{Piece, Unit};
+use super::units::{self, Piece, Unit};
 use crate::cache::{BinOptions, Counts, PerModality};
 use crate::controller::Controller;
 use crate::engine::{Engine, SeqId};
@@ -158,7 +158,10 @@ impl<M: Mind> Worker<M> {
     fn run_errands(&mut self) {
         let (ready, rest) = std::mem::take(&mut self.errands)
             .into_iter()
-            .partition(|errand| self.rooms[errand.slot].work.is_none());
+            .partition(|errand| {
+                let counts = matches!(errand.errand, Errand::Count(_));
+                counts || self.rooms[errand.slot].work.is_none()
+            });
         self.errands = rest;
         let ready: Vec<Errands> = ready;
         if ready.is_empty() {
@@ -176,6 +179,10 @@ impl<M: Mind> Worker<M> {
     fn errand(&mut self, i: usize, errand: &Errand) -> Result<(usize, u64)> {
         let tokens = |room: &Room<M::Picture>| room.rows;
         match errand {
+            Errand::Count(prompt) => {
+                let pieces = self.mind.read(prompt)?;
+                Ok((units::rows(&units::units(&pieces)), 0))
+            }
             Errand::Save(file) => {
                 let room = &mut self.rooms[i];
                 let bytes = self.mind.save(&mut room.slot, &room.held, file)?;

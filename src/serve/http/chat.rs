@@ -17,6 +17,7 @@ use super::fields::{Settings, settings};
 use super::messages::{Conversation, Manner, shown};
 use super::pump::{Writer, pump};
 use super::service::Service;
+use super::slots::waiting;
 use super::tools::{Call, Reader, Said, Tools, tools};
 use super::{ids, report, wire};
 use crate::engine::Token;
@@ -33,7 +34,7 @@ pub(super) struct ChatRequest {
     #[schema(value_type = Vec<Object>)]
     pub tools: Option<Value>,
     /// `auto`, `none`, `required`, or one function.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub tool_choice: Option<Value>,
     /// Whether tokens come with their probabilities.
     pub logprobs: Option<bool>,
@@ -44,7 +45,7 @@ pub(super) struct ChatRequest {
     /// Whether the last message, the assistant's, is the beginning of the answer.
     pub continue_final_message: Option<bool>,
     /// For the chat template.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub chat_template_kwargs: Option<Map<String, Value>>,
 }
 
@@ -354,6 +355,26 @@ pub(super) async fn apply_template(
     let (conversation, manner) = conversation(&service, request, tools.as_ref()).await?;
     Ok(Json(
         json!({ "prompt": conversation.shown(&service, &manner)? }),
+    ))
+}
+
+/// `POST /v1/chat/completions/input_tokens`: how long the prompt would be.
+pub(super) async fn input_tokens(
+    State(service): State<Arc<Service>>,
+    Body(body): Body,
+) -> Result<Json<Value>, Failure> {
+    let ready = ready(&service, &body).await?;
+    counted(&service, ready.prompt).await
+}
+
+/// The tokens of a prompt, as OpenAI tells them.
+pub(super) async fn counted(
+    service: &Arc<Service>,
+    prompt: Vec<Part>,
+) -> Result<Json<Value>, Failure> {
+    let tokens = waiting(service, move |service| service.hall.count(prompt)).await?;
+    Ok(Json(
+        json!({ "object": "response.input_tokens", "input_tokens": tokens }),
     ))
 }
 

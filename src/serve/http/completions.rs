@@ -24,7 +24,7 @@ use crate::engine::Token;
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 pub(super) struct CompletionRequest {
     /// A text, a list of texts, or ids.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     #[serde(default)]
     pub prompt: Value,
     /// Likeliest tokens beside each.

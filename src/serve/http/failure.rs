@@ -89,10 +89,13 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let message = error.to_string();
         match error {
+            // Clients of llama.cpp's server look for these words.
             Error::PromptTooLong { needed, n_ctx } => Failure {
                 sizes: Some((needed, n_ctx)),
                 kind: "exceed_context_size_error",
-                ..Failure::invalid(message)
+                ..Failure::invalid(format!(
+                    "the prompt of {needed} tokens exceeds the available context size of {n_ctx} tokens"
+                ))
             },
             Error::ContextFull { .. } => Failure {
                 kind: "exceed_context_size_error",

@@ -44,12 +44,12 @@ pub(super) struct Fields {
     /// -1: another one each time.
     pub seed: Option<i64>,
     /// Added to the logits of tokens: `{"id": bias}`, or `[[id or text, bias or false]]`.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub logit_bias: Option<Value>,
     /// Whether the tokens that end an answer never come.
     pub ignore_eos: Option<bool>,
     /// A text that ends the answer, or a list of them.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub stop: Option<Value>,
     /// Tokens at most; -1: no limit.
     pub max_tokens: Option<i64>,
@@ -70,7 +70,7 @@ pub(super) struct Fields {
     /// A grammar of llama.cpp's kind that the answer keeps to.
     pub grammar: Option<String>,
     /// A JSON schema that the answer keeps to.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub json_schema: Option<Value>,
     /// `text`, `json_object` or `json_schema`.
     pub response_format: Option<ResponseFormat>,
@@ -98,10 +98,10 @@ pub(super) struct ResponseFormat {
     /// `text`, `json_object` or `json_schema`.
     pub r#type: String,
     /// llama.cpp's: a schema for `json_object`.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub schema: Option<Value>,
     /// For `json_schema`: `{"schema": ...}`.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub json_schema: Option<Value>,
 }
 
@@ -201,7 +201,7 @@ pub(super) fn settings(service: &Service, body: &Value) -> Result<Settings, Fail
         ignore_eos,
         cache_prompt: fields.cache_prompt.unwrap_or(true),
         slot: slot(service, fields.id_slot)?,
-        verbose: fields.verbose.unwrap_or(false),
+        verbose: fields.verbose.unwrap_or(service.rules.verbose),
         hae,
     })
 }

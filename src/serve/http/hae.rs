@@ -16,16 +16,16 @@ pub(super) struct HaeFields {
     /// The policy's name, as in `hae policies`.
     pub kv_policy: Option<String>,
     /// Most cells after the prompt: a number of cells such as 512, or a share such as 0.5 or "1.0".
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub kv_budget: Option<Value>,
     /// More of the policy's parameters, as the answer's `hae.policy.params` names them.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub options: Option<Map<String, Value>>,
     /// Visual tokens that a layer looks at: a number, or a share.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub attend: Option<Value>,
     /// The same of text.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub attend_text: Option<Value>,
     /// Whether a stream tells what becomes of the patches of pictures.
     pub watch: bool,

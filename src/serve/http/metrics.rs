@@ -98,6 +98,31 @@ fn text(stats: &Stats, slots: &[SlotState]) -> String {
             stats.waiting as f64,
         ),
         (
+            gauge,
+            "llamacpp:n_busy_slots_per_decode",
+            "Slots that took part in a step, on average.",
+            rate(stats.slot_steps, stats.steps as f64),
+        ),
+        // No draft model is run; who reads llama.cpp's names finds them.
+        (
+            counter,
+            "llamacpp:spec_decode_num_drafts_total",
+            "Drafts.",
+            0.0,
+        ),
+        (
+            counter,
+            "llamacpp:spec_decode_num_draft_tokens_total",
+            "Tokens of drafts.",
+            0.0,
+        ),
+        (
+            counter,
+            "llamacpp:spec_decode_num_accepted_tokens_total",
+            "Tokens of drafts that were kept.",
+            0.0,
+        ),
+        (
             counter,
             "hae:questions_total",
             "Questions that a slot took.",

@@ -27,7 +27,7 @@ use crate::engine::Token;
 pub(super) struct NativeRequest {
     /// A text, a list of ids, both in turns, an object with `prompt_string` and `multimodal_data`, or a
     /// list of these.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     #[serde(default)]
     pub prompt: Value,
     /// Likeliest tokens beside each.

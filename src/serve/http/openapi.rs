@@ -9,13 +9,13 @@ use utoipa::openapi::path::{
 use utoipa::openapi::request_body::RequestBodyBuilder;
 use utoipa::openapi::schema::{AllOfBuilder, ObjectBuilder, SchemaType, Type};
 use utoipa::openapi::{
-    ComponentsBuilder, ContentBuilder, InfoBuilder, OpenApi, OpenApiBuilder, PathsBuilder, Ref,
-    RefOr, Required, ResponseBuilder, Schema,
+    ComponentsBuilder, ContentBuilder, InfoBuilder, Object, OpenApi, OpenApiBuilder, PathsBuilder,
+    Ref, RefOr, Required, ResponseBuilder, Schema,
 };
 
 use super::fields::{Fields, ResponseFormat, StreamOptions};
 use super::hae::HaeFields;
-use super::routes::{ROUTES, Route};
+use super::routes::{Answer, ROUTES, Route};
 
 /// `GET /openapi.json`
 pub(super) async fn document() -> Response {
@@ -31,6 +31,7 @@ pub(super) fn openapi() -> OpenApi {
         }
     }
     let shared = ComponentsBuilder::new()
+        .schema("Failure", failure())
         .schema("Fields", Fields::schema())
         .schema("HaeFields", HaeFields::schema())
         .schema("StreamOptions", StreamOptions::schema())
@@ -49,13 +50,23 @@ pub(super) fn openapi() -> OpenApi {
 }
 
 fn item(route: &Route, path: &str) -> PathItem {
-    let ok = ResponseBuilder::new().description("The answer").build();
+    let (kind, answered) = answer(&route.answer);
+    let content = ContentBuilder::new().schema(Some(answered)).build();
+    let mut ok = ResponseBuilder::new()
+        .description("The answer")
+        .content(kind, content);
+    if route.body.as_ref().is_some_and(|(_, asks)| *asks) {
+        ok = ok.content("text/event-stream", ContentBuilder::new().build());
+    }
+    let failure = Ref::from_schema_name("Failure");
+    let content = ContentBuilder::new().schema(Some(failure)).build();
     let wrong = ResponseBuilder::new()
-        .description("{\"error\": {\"message\", \"type\", \"code\"}}")
+        .description("Why there is none")
+        .content("application/json", content)
         .build();
     let mut operation = OperationBuilder::new()
         .summary(Some(route.summary))
-        .response("200", ok)
+        .response("200", ok.build())
         .response("default", wrong);
     if path.contains("{id}") {
         operation = operation.parameter(parameter("id", "The slot", ParameterIn::Path));
@@ -73,6 +84,50 @@ fn item(route: &Route, path: &str) -> PathItem {
         operation = operation.request_body(Some(body.build()));
     }
     PathItem::new(method(&route.method), operation)
+}
+
+/// The type of an answer and what is in it.
+fn answer(answer: &Answer) -> (&'static str, RefOr<Schema>) {
+    let json = "application/json";
+    match answer {
+        Answer::Object(fields) => (json, object(fields)),
+        Answer::List => (json, of(Type::Array)),
+        Answer::Any => (json, RefOr::T(Schema::Object(any()))),
+        Answer::Text => ("text/plain", of(Type::String)),
+    }
+}
+
+fn any() -> Object {
+    ObjectBuilder::new()
+        .schema_type(SchemaType::AnyValue)
+        .build()
+}
+
+fn of(kind: Type) -> RefOr<Schema> {
+    let schema = ObjectBuilder::new().schema_type(SchemaType::Type(kind));
+    RefOr::T(Schema::Object(schema.build()))
+}
+
+/// An object that has these fields.
+fn object(fields: &[(&str, Type)]) -> RefOr<Schema> {
+    let mut object = ObjectBuilder::new();
+    for (name, kind) in fields {
+        object = object.property(*name, of(kind.clone())).required(*name);
+    }
+    RefOr::T(Schema::Object(object.build()))
+}
+
+/// What stands in the place of an answer.
+fn failure() -> RefOr<Schema> {
+    let error = object(&[
+        ("message", Type::String),
+        ("type", Type::String),
+        ("code", Type::Integer),
+    ]);
+    let whole = ObjectBuilder::new()
+        .property("error", error)
+        .required("error");
+    RefOr::T(Schema::Object(whole.build()))
 }
 
 fn method(method: &HttpMethod) -> HttpMethod {

@@ -23,7 +23,7 @@ use crate::engine::Token;
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 pub(super) struct ResponsesRequest {
     /// A text, or a list of messages, calls, and what came of them.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     #[serde(default)]
     pub input: Value,
     /// The system's message.
@@ -31,7 +31,7 @@ pub(super) struct ResponsesRequest {
     /// Tokens at most.
     pub max_output_tokens: Option<i64>,
     /// The form of the answer: `{"format": {"type": "json_schema", "schema": ...}}`.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     pub text: Option<Value>,
     /// Functions that the model may call.
     #[schema(value_type = Vec<Object>)]
@@ -181,6 +181,15 @@ pub(super) async fn responses(
     out["timings"] = report::timings(whole);
     out["hae"] = report::hae(whole);
     Ok(Json(out).into_response())
+}
+
+/// `POST /v1/responses/input_tokens`: how long the prompt would be.
+pub(super) async fn input_tokens(
+    State(service): State<Arc<Service>>,
+    Body(body): Body,
+) -> Result<Json<Value>, Failure> {
+    let ready = chat::ready(&service, &as_chat(&body)?).await?;
+    chat::counted(&service, ready.prompt).await
 }
 
 /// What all objects of an answer share.

@@ -66,6 +66,8 @@ pub trait Constrain: Send + Sync {
 pub struct About {
     /// Names that the model answers to, the first one first; none: the hall's.
     pub aliases: Vec<String>,
+    /// What clients may want to know of it, beside its names.
+    pub tags: Vec<String>,
     /// What the program was built from: `system_fingerprint`.
     pub build: String,
     /// What policies have to keep to.
@@ -112,6 +114,8 @@ pub struct Rules {
     pub picture: image::Limits,
     /// Pixels of all pictures of a request.
     pub pixels: u64,
+    /// Whether answers tell of their prompts and settings where a request says nothing.
+    pub verbose: bool,
     /// Tokens of an answer at most; `None`: as many as there is room for.
     pub n_predict: Option<usize>,
     /// Answers that one request may ask for.
@@ -139,6 +143,7 @@ impl Default for Rules {
                 ..image::Limits::default()
             },
             pixels: 64 << 20,
+            verbose: false,
             n_predict: None,
             answers: 8,
             timeout: Duration::from_secs(3600),

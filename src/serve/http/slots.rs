@@ -117,8 +117,8 @@ pub(super) async fn act(
     Ok(Json(done))
 }
 
-/// Runs what waits for a slot where it holds nobody up.
-async fn waiting<T: Send + 'static>(
+/// Runs what waits for the model's thread where it holds nobody up.
+pub(super) async fn waiting<T: Send + 'static>(
     service: &Arc<Service>,
     work: impl FnOnce(&Service) -> OwnResult<T> + Send + 'static,
 ) -> Result<T, Failure> {
@@ -127,7 +127,7 @@ async fn waiting<T: Send + 'static>(
     let work = tokio::task::spawn_blocking(move || work(&service));
     let done = tokio::time::timeout(timeout, work).await;
     let done = done.map_err(|_| Failure::too_slow(timeout.as_secs()))?;
-    let done = done.map_err(|_| Failure::server("the slot's keeper gave up"))?;
+    let done = done.map_err(|_| Failure::server("the model's thread gave up"))?;
     done.map_err(|e| match e {
         // A folder of the server's own is no business of the client's.
         Error::Io { cause, .. } => Failure::server(format!("the file: {cause}")),

@@ -37,7 +37,7 @@ pub(super) async fn models(State(service): State<Arc<Service>>) -> Json<Value> {
             "created": service.started,
             "owned_by": "hae",
             "aliases": service.names(),
-            "tags": [],
+            "tags": service.about.tags,
             "architecture": { "input_modalities": inputs, "output_modalities": ["text"] },
             "meta": {
                 "n_vocab": facts.n_vocab,

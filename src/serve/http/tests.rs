@@ -105,6 +105,7 @@ impl Constrain for Firsts {
 fn about() -> About {
     About {
         aliases: Vec::new(),
+        tags: Vec::new(),
         build: "b1-test".into(),
         limits: Limits {
             n_layer: 4,

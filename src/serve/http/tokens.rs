@@ -18,7 +18,7 @@ use crate::engine::Token;
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 pub(super) struct TokenizeRequest {
     /// A text, or a list of texts and ids.
-    #[schema(value_type = Object)]
+    #[schema(value_type = serde_json::Value)]
     #[serde(default)]
     pub content: Value,
     /// Whether the tokens that texts begin with are added.

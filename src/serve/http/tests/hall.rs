@@ -220,6 +220,7 @@ impl Hall for Scripted {
             prompt_seconds: 2.0,
             predicted_tokens: 12,
             steps: 5,
+            slot_steps: 10,
             ..Stats::default()
         }
     }
@@ -260,6 +261,15 @@ impl Hall for Scripted {
             [slot] => Ok((40 + usize::from(slot), 1)),
             _ => Err(Error::file(file, "is no saved slot")),
         }
+    }
+
+    fn count(&self, prompt: Vec<Part>) -> Result<usize> {
+        let rows = |part: &Part| match part {
+            Part::Text(text) => text.len(),
+            Part::Picture(_) => 7,
+            Part::Tokens(tokens) => tokens.len(),
+        };
+        Ok(prompt.iter().map(rows).sum())
     }
 
     fn erase(&self, slot: usize) -> Result<usize> {

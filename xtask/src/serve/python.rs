@@ -1,0 +1,66 @@
+//! An environment of Python with the packages of `tests/server/requirements.txt`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use super::FOLDER;
+
+/// Its interpreter. Made anew where the list of packages is another one than the last time.
+///
+/// # Errors
+/// Without Python 3 with `venv`, or without the network.
+pub fn venv(root: &Path) -> Result<PathBuf> {
+    let folder = root.join(FOLDER).join("venv");
+    let list = root.join("tests/server/requirements.txt");
+    let stamp = folder.join("requirements.txt");
+    let python = match cfg!(windows) {
+        true => folder.join("Scripts/python.exe"),
+        false => folder.join("bin/python"),
+    };
+    let wanted = fs::read(&list).with_context(|| list.display().to_string())?;
+    if fs::read(&stamp).is_ok_and(|have| have == wanted) {
+        return Ok(python);
+    }
+    let base = if cfg!(windows) { "python" } else { "python3" };
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    run(Command::new(base)
+        .args(["-m", "venv", "--clear"])
+        .arg(&folder))?;
+    run(Command::new(&python)
+        .args([
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--only-binary",
+            ":all:",
+            "--requirement",
+        ])
+        .arg(&list))?;
+    fs::write(&stamp, wanted).with_context(|| stamp.display().to_string())?;
+    Ok(python)
+}
+
+/// Runs a command, printed first.
+///
+/// # Errors
+/// When it cannot be run, or fails.
+fn run(command: &mut Command) -> Result<()> {
+    let shown = shown(command);
+    eprintln!("$ {shown}");
+    let status = command
+        .status()
+        .with_context(|| format!("cannot run {shown}"))?;
+    ensure!(status.success(), "failed: {shown}");
+    Ok(())
+}
+
+/// A command as one would type it.
+pub fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+    words.join(" ")
+}

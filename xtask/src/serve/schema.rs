@@ -1,0 +1,68 @@
+//! `cargo xtask serve schema`: Schemathesis sends what the interface's own description allows, and what it does
+//! not, and compares the answers with the description.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::Program;
+use super::python::{shown, venv};
+use super::running::Running;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    program: Program,
+    /// Go on for so long
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    minutes: u64,
+    /// What the requests are drawn with
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    seed: u64,
+}
+
+/// 0: every answer was as described, and none was a bug.
+///
+/// # Errors
+/// Without Python or the program.
+pub fn run(root: &Path, args: &Args) -> Result<u8> {
+    let python = venv(root)?;
+    let program = args.program.file(root)?;
+    let folder = tempfile::tempdir()?;
+    let kept = folder.path().to_string_lossy().into_owned();
+    let flags = [
+        "--metrics",
+        "--slot-save-path",
+        &kept,
+        "-c",
+        "2048",
+        "-n",
+        "8",
+        "--timeout",
+        "60",
+    ];
+    let mut server = Running::start(&program, &flags)?;
+    let mut command = Command::new(&python);
+    command
+        .args(["-m", "schemathesis.cli", "run"])
+        .arg(format!("{}/openapi.json", server.url))
+        .args([
+            "--checks",
+            "all",
+            "--request-timeout",
+            "60",
+            "--generation-database",
+            "none",
+        ])
+        .args(["--max-time", &(args.minutes * 60).to_string()])
+        .args(["--seed", &args.seed.to_string()])
+        .current_dir(root);
+    eprintln!("$ {}", shown(&command));
+    let status = command.status().context("cannot run Schemathesis")?;
+    let lives = server.lives();
+    if !lives {
+        eprintln!("the server ended");
+    }
+    Ok(u8::from(!status.success() || !lives))
+}
