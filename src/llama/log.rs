@@ -1,5 +1,6 @@
 //! llama.cpp's log: shown on stderr when asked for, otherwise kept so that an error can say why.
 
+use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,8 +9,11 @@ use llama_cpp_sys_2 as sys;
 
 static VERBOSE: AtomicBool = AtomicBool::new(false);
 
-/// The first error line since [`forget`].
-static ERROR: Mutex<Option<String>> = Mutex::new(None);
+thread_local! {
+    /// The first error line of this thread since [`forget`]. llama.cpp logs why a call fails on the thread
+    /// that called; those of other threads, which tokenize while a model samples, are not its reason.
+    static ERROR: RefCell<Option<String>> = const { RefCell::new(None) };
+}
 
 /// Where verbose lines go. The library itself never prints: the caller hands in a sink.
 static SINK: Mutex<Option<fn(&str)>> = Mutex::new(None);
@@ -31,15 +35,16 @@ pub(super) fn install() {
     }
 }
 
-/// Forgets what was logged so far: what a later failure logs is then its own.
+/// Forgets what this thread logged so far: what a later failure logs is then its own.
 pub(super) fn forget() {
-    *ERROR.lock().unwrap_or_else(|e| e.into_inner()) = None;
+    ERROR.take();
 }
 
-/// Why the call since [`forget`] failed: the first error line, which comes from where it happened
+/// Why this thread's call since [`forget`] failed: the first error line, which comes from where it happened
 /// (those after it say who had to give up in turn); `otherwise` when there is none.
 pub(super) fn take_reason(otherwise: &str) -> String {
-    let line = ERROR.lock().unwrap_or_else(|e| e.into_inner()).take();
+    // A thread that ends has none any more.
+    let line = ERROR.try_with(RefCell::take).ok().flatten();
     line.map_or(otherwise.to_owned(), |line| reason(&line))
 }
 
@@ -93,8 +98,9 @@ extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _: *mut c
         if level == sys::GGML_LOG_LEVEL_ERROR {
             let line = text.trim();
             if !line.is_empty() {
-                let mut error = ERROR.lock().unwrap_or_else(|e| e.into_inner());
-                error.get_or_insert_with(|| line.replace('\n', " "));
+                let _ = ERROR.try_with(|error| {
+                    error.borrow_mut().get_or_insert_with(|| line.replace('\n', " "));
+                });
             }
         }
         if VERBOSE.load(Ordering::Relaxed) {
@@ -108,7 +114,27 @@ extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _: *mut c
 
 #[cfg(test)]
 mod tests {
-    use super::reason;
+    use super::*;
+
+    #[test]
+    fn a_line_of_another_thread_is_not_the_reason() {
+        fn log(line: &CStr) {
+            receive(sys::GGML_LOG_LEVEL_ERROR, line.as_ptr(), std::ptr::null_mut());
+        }
+        forget();
+        log(c"ours: first");
+        std::thread::spawn(|| {
+            assert_eq!(take_reason("nothing"), "nothing");
+            log(c"theirs");
+            assert_eq!(take_reason("nothing"), "theirs");
+            log(c"theirs again");
+        })
+        .join()
+        .unwrap();
+        log(c"ours: second");
+        assert_eq!(take_reason("nothing"), "ours: first");
+        assert_eq!(take_reason("nothing"), "nothing");
+    }
 
     #[test]
     fn reasons_are_bare() {
