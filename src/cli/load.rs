@@ -14,6 +14,8 @@ use hae::Error;
 use hae::calibrate::file::Calibration;
 use hae::chat::{Begin, Chat, ChatOptions};
 use hae::embedded::Embedded;
+#[cfg(feature = "serve")]
+use hae::embedded::PICTURE_CROPS;
 use hae::hub::{Found, Progress};
 use hae::llama::gguf::Gguf;
 use hae::llama::{ContextOptions, Model, ModelOptions, Vision, VisionOptions, devices};
@@ -115,6 +117,12 @@ impl Files {
     #[cfg(feature = "serve")]
     pub fn alias(&self) -> Option<String> {
         self.embedded.is_some().then(|| "small-phi3v".into())
+    }
+
+    /// Crops that show the embedded model what it was trained on; others say so themselves.
+    #[cfg(feature = "serve")]
+    pub fn scale(&self) -> Option<u32> {
+        self.embedded.as_ref().map(|_| PICTURE_CROPS)
     }
 
     /// Where the model's calibration lies, if it has one; the embedded model has no place beside it.

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::calibration::CalibrationArgs;
+use super::crops::CropArgs;
 use super::load::{self, Files};
 use super::options::{
     ContextArgs, FitArgs, ModelArgs, POLICY, PolicyArgs, SamplerArgs, TemplateArgs,
@@ -128,6 +129,8 @@ pub struct Args {
     /// Pictures of a request at most
     #[arg(long, hide_short_help = true, default_value_t = 16, value_name = "N")]
     max_pictures: usize,
+    #[command(flatten)]
+    crops: CropArgs,
     /// llama-server's flags for what is so here in any case: scripts may say them
     #[arg(
         long = "cont-batching",
@@ -202,6 +205,7 @@ pub fn run(args: &Args) -> Result<Done> {
         warn("whoever reaches this machine can ask: give an --api-key");
     }
     let files = Files::find(&args.model)?;
+    rules.num_crops = args.crops.num_crops()?.or(files.scale());
     let calibrated = args
         .calibration
         .find(&files, &args.kv_policy, &args.policy)?;
@@ -228,6 +232,9 @@ pub fn run(args: &Args) -> Result<Done> {
     let args_of_model = model;
     let model = load::load_model(&files, &args_of_model)?;
     let vision = load::load_vision(&files, &args_of_model, options.context.n_threads, &model)?;
+    if let (Some(n), Some(vision)) = (rules.num_crops, &vision) {
+        vision.check_num_crops(n)?;
+    }
     let made = template.of(&model)?;
     load::warn_about_template(&model, &template, made.as_ref());
     let render = made.map(|made| {

@@ -101,7 +101,7 @@ fn a_picture_is_asked_about_whole_and_in_pieces() {
     let ask = shows_the_demo("Where is the red triangle?");
     let first = server.post(CHAT, &ask);
     let text = &first["choices"][0]["message"]["content"];
-    assert!(!text.as_str().unwrap().trim().is_empty());
+    assert_eq!(text.as_str().unwrap().trim(), "Row 6, column 7");
     assert!(first["usage"]["prompt_tokens"].as_u64().unwrap() > 100);
     assert_eq!(first["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
     assert_eq!(first["hae"]["policy"]["name"], "full");

@@ -66,7 +66,10 @@ impl<'a> Pictures<'a> {
         let picture = picture.map_err(blamed)?;
         let pixels = u64::from(picture.width) * u64::from(picture.height);
         self.pixels = self.pixels.saturating_sub(pixels);
-        Ok(Arc::new(picture))
+        Ok(Arc::new(Picture {
+            num_crops: rules.num_crops,
+            ..picture
+        }))
     }
 }
 

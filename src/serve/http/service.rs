@@ -112,6 +112,8 @@ pub struct Rules {
     pub pictures: usize,
     /// Each picture.
     pub picture: image::Limits,
+    /// Crops that a picture is cut into at most; `None`: as the vision file says.
+    pub num_crops: Option<u32>,
     /// Pixels of all pictures of a request.
     pub pixels: u64,
     /// Whether answers tell of their prompts and settings where a request says nothing.
@@ -144,6 +146,7 @@ impl Default for Rules {
             },
             pixels: 64 << 20,
             verbose: false,
+            num_crops: None,
             n_predict: None,
             answers: 8,
             timeout: Duration::from_secs(3600),
