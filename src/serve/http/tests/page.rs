@@ -57,7 +57,7 @@ async fn the_page_can_be_left_out() {
 #[tokio::test]
 async fn the_page_asks_nobody_else() {
     let server = Server::new("a");
-    let address = Regex::new(r"(?i)(https?:)?//[a-z0-9]|@import|url\(").unwrap();
+    let address = Regex::new(r"(?i:(https?:)?//[a-z0-9]|@import)|\burl\(").unwrap();
     let comment = Regex::new(r"(?m)(^|\s)//.*$").unwrap();
     for (path, _) in FILES {
         let text = server.get(path).await.text;
