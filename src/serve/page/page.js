@@ -107,7 +107,7 @@ async function load(byItself = false) {
   }
   const policy = one("policy");
   const chosen = policy.value || stored().policy;
-  const own = new Option(`as the server was started (${props.hae.policy})`, "");
+  const own = new Option(`the server's (${props.hae.policy})`, "");
   policy.replaceChildren(own, ...props.hae.policies.map((name) => new Option(name)));
   policy.value = props.hae.policies.includes(chosen) ? chosen : "";
   const defaults = props.default_generation_settings?.params ?? {};
