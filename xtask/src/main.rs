@@ -1,5 +1,5 @@
 //! The chores of the repository:
-//! `cargo xtask setup | vendor | demo | model | overhead | bench | test | sanitize`.
+//! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | test | sanitize`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -15,6 +15,7 @@ mod pin;
 mod process;
 mod real;
 mod sanitize;
+mod serve;
 mod setup;
 mod steps;
 mod vendor;
@@ -59,6 +60,11 @@ enum Command {
     Overhead(overhead::Args),
     /// Measure what docs/performance.md states and write its tables, one page a machine
     Bench(bench::Args),
+    /// Try `hae serve` with the small model: many clients at once, and how many chats fit
+    Serve {
+        #[command(subcommand)]
+        what: serve::What,
+    },
     /// Keep a processor busy as long as the process PARENT lives
     #[command(hide = true)]
     Spin { parent: u32 },
@@ -106,6 +112,7 @@ fn main() -> ExitCode {
         } => real::smollm2(root, &args).map(|()| 0),
         Command::Overhead(args) => overhead::run(root, &args).map(|()| 0),
         Command::Bench(args) => bench::run(root, &args),
+        Command::Serve { what } => serve::run(root, &what),
         Command::Spin { parent } => {
             bench::spin(parent);
             Ok(0)
