@@ -58,6 +58,12 @@ impl Files {
         }
     }
 
+    /// What to call the embedded model; others are called as their files.
+    #[cfg(feature = "serve")]
+    pub fn alias(&self) -> Option<String> {
+        self.embedded.is_some().then(|| "small-phi3v".into())
+    }
+
     /// Where the model's calibration lies, if it has one; the embedded model has no place beside it.
     pub fn calibration(&self) -> Option<PathBuf> {
         let own = self.embedded.is_none();

@@ -164,7 +164,7 @@ pub fn run(args: &Args) -> Result<Done> {
         sampler,
         n_parallel: args.parallel,
         queue: args.queue,
-        alias: args.alias.first().cloned(),
+        alias: args.alias.first().cloned().or_else(|| files.alias()),
         context,
         ..HallOptions::default()
     };

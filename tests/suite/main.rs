@@ -82,6 +82,7 @@ mod runtime;
 mod seen;
 mod separators;
 mod sequences;
+mod serve;
 mod serve_hall;
 mod session;
 mod signals;

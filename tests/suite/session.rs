@@ -151,7 +151,7 @@ fn a_session_that_does_not_fit_is_refused() {
         bytes[at] ^= 1;
         let expected = match at {
             0 => "is no session",
-            9 => "expected 3",
+            9 => "expected 4",
             _ => "checksum",
         };
         damaged(&bytes, expected);

@@ -36,6 +36,7 @@ pub struct SamplerArgs {
 
 impl SamplerArgs {
     /// Whether no seed was given, so that another one may be drawn each time.
+    #[cfg(feature = "serve")]
     pub fn is_random(&self) -> bool {
         self.seed == -1 || self.seed == i64::from(u32::MAX)
     }

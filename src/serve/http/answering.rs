@@ -165,6 +165,17 @@ impl Listening {
         self.progress(0, self.prompt.saturating_sub(self.cached))
     }
 
+    /// The same once all of it is in.
+    pub fn read(&self) -> Progress {
+        let rows = self.prompt.saturating_sub(self.cached);
+        self.progress(rows, rows)
+    }
+
+    /// The slot that took it.
+    pub fn slot(&self) -> usize {
+        self.slot
+    }
+
     fn progress(&self, done: usize, rows: usize) -> Progress {
         Progress {
             total: self.cached + rows,

@@ -159,17 +159,22 @@ pub(super) fn interleave(text: &str, media: &str, pictures: &[Arc<Picture>]) -> 
 /// A prompt for people to read.
 pub(super) fn shown(service: &Service, prompt: &[Part]) -> Result<String, Failure> {
     let mut bytes = Vec::new();
+    let adds_bos = || Ok::<_, Failure>(!service.hall.tokenize("", true, true)?.is_empty());
     for (i, part) in prompt.iter().enumerate() {
-        let tokens = match part {
-            Part::Text(text) => service.hall.tokenize(text, i == 0, true)?,
-            Part::Tokens(tokens) => tokens.clone(),
-            Part::Picture(_) => {
-                bytes.extend(MEDIA.bytes());
-                continue;
+        match part {
+            Part::Text(text) => {
+                let bos = &service.hall.facts().bos;
+                if i == 0 && !text.starts_with(bos) && adds_bos()? {
+                    bytes.extend(bos.bytes());
+                }
+                bytes.extend(text.bytes());
             }
-        };
-        for token in tokens {
-            bytes.extend(service.hall.piece(token)?);
+            Part::Picture(_) => bytes.extend(MEDIA.bytes()),
+            Part::Tokens(tokens) => {
+                for &token in tokens {
+                    bytes.extend(service.hall.piece(token)?);
+                }
+            }
         }
     }
     Ok(String::from_utf8_lossy(&bytes).into_owned())

@@ -166,11 +166,11 @@ async fn streamed(
     let listening = answering::open(&service, asks).await?;
     Ok(wire::stream(move |wire| async move {
         let pumps = listening.into_iter().enumerate().map(|(index, listening)| {
-            let prompt = listening.sizes().0;
             let writer = Pieces {
                 about: about.clone(),
                 index,
-                prompt,
+                slot: listening.slot(),
+                prompt: listening.sizes().0,
                 predicted: 0,
             };
             pump(&wire, listening, writer, &settings)
@@ -184,6 +184,7 @@ async fn streamed(
 struct Pieces {
     about: About,
     index: usize,
+    slot: usize,
     prompt: usize,
     predicted: usize,
 }
@@ -195,7 +196,7 @@ impl Pieces {
             "content": content,
             "tokens": tokens,
             "stop": false,
-            "id_slot": -1,
+            "id_slot": self.slot,
             "tokens_predicted": self.predicted,
             "tokens_evaluated": self.prompt,
         })

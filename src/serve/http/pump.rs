@@ -45,20 +45,29 @@ pub(super) async fn pump<W: Writer>(
     let mut first: Option<Duration> = None;
     let mut told = None;
     loop {
-        match wire.while_open(listening.next()).await?? {
-            News::Progress(progress) if settings.return_progress => {
-                // The first one says where the slot began.
-                let begin = told.is_none().then(|| listening.begin());
-                for progress in begin.into_iter().chain([progress]) {
-                    if told == Some(progress.processed) {
-                        continue;
-                    }
-                    told = Some(progress.processed);
-                    let mut piece = writer.empty();
-                    piece["prompt_progress"] = report::progress(&progress);
-                    send(vec![piece]).await?;
+        let news = wire.while_open(listening.next()).await??;
+        if settings.return_progress && first.is_none() {
+            // The first one says where the slot began, the last one that all is in.
+            let begin = told.is_none().then(|| listening.begin());
+            let now = match &news {
+                News::Progress(progress) => Some(*progress),
+                News::Said { .. } => Some(listening.read()),
+                _ => None,
+            };
+            for progress in begin.into_iter().chain(now) {
+                if told == Some(progress.processed) {
+                    continue;
                 }
+                told = Some(progress.processed);
+                let mut piece = writer.empty();
+                piece["prompt_progress"] = report::progress(&progress);
+                if settings.timings_per_token {
+                    piece["timings"] = report::timings_of_progress(&progress);
+                }
+                send(vec![piece]).await?;
             }
+        }
+        match news {
             News::Progress(_) => {}
             News::Seen { step, pictures } => {
                 let mut piece = writer.empty();

@@ -43,6 +43,8 @@ fn timings_of(
 ) -> Value {
     let each = |ms: f64, n: usize| if n > 0 { ms / n as f64 } else { 0.0 };
     let rate = |n: usize, ms: f64| if ms > 0.0 { n as f64 * 1e3 / ms } else { 0.0 };
+    // The first token comes of the prompt's last row, and costs no step.
+    let steps = predicted.saturating_sub(1);
     json!({
         "cache_n": cached,
         "prompt_n": prompt,
@@ -51,8 +53,8 @@ fn timings_of(
         "prompt_per_second": rate(prompt, prompt_ms),
         "predicted_n": predicted,
         "predicted_ms": predicted_ms,
-        "predicted_per_token_ms": each(predicted_ms, predicted),
-        "predicted_per_second": rate(predicted, predicted_ms),
+        "predicted_per_token_ms": each(predicted_ms, steps),
+        "predicted_per_second": rate(steps, predicted_ms),
     })
 }
 
@@ -83,6 +85,17 @@ pub(super) fn timings_so_far(listening: &Listening, first: Option<std::time::Dur
         predicted,
         ms(now.saturating_sub(first)),
     )
+}
+
+/// Those of a prompt that goes in.
+pub(super) fn timings_of_progress(progress: &Progress) -> Value {
+    let rows = progress.processed.saturating_sub(progress.cache);
+    let ms = if rows > 0 {
+        progress.time.as_secs_f64() * 1e3
+    } else {
+        0.0
+    };
+    timings_of(progress.cache, rows, ms, 0, 0.0)
 }
 
 pub(super) fn progress(progress: &Progress) -> Value {

@@ -47,7 +47,7 @@ async fn a_chat_is_rendered_and_answered() {
         assert_eq!(body["timings"]["cache_n"], 2);
         assert_eq!(body["timings"]["prompt_n"], n - 2);
         assert_eq!(body["timings"]["prompt_ms"], 10.0);
-        assert_eq!(body["timings"]["predicted_per_second"], 450.0);
+        assert_eq!(body["timings"]["predicted_per_second"], 400.0);
         let hae = &body["hae"];
         assert_eq!(hae["cells"]["live"], json!({ "text": 7, "vision": 3 }));
         assert_eq!(hae["cells"]["evicted"]["vision"], 4);
@@ -304,8 +304,14 @@ async fn progress_and_times_are_told_while_it_goes_on() {
     assert_eq!(progress[2]["total"], 1 + "user: Hi\nassistant: ".len());
     assert!(events[0].get("timings").is_none());
     let timed = events.iter().filter(|e| e.get("timings").is_some()).count();
-    // Two pieces of text, and the end.
-    assert_eq!(timed, 3);
+    // The prompt's progress, two pieces of text, and the end.
+    assert_eq!(timed, 6);
+    let first = events
+        .iter()
+        .find(|e| e.get("prompt_progress").is_some())
+        .unwrap();
+    assert_eq!(first["timings"]["prompt_n"], 0);
+    assert_eq!(first["timings"]["prompt_ms"], 0.0);
 }
 
 #[tokio::test]

@@ -228,6 +228,7 @@ impl Hall for Scripted {
         self.facts.get_or_init(|| Facts {
             model_path: "/somewhere/tiny.gguf".into(),
             alias: "tiny".into(),
+            bos: "<s>".into(),
             n_ctx: N_CTX,
             slots: self.slots,
             vision: self.vision,
