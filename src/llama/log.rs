@@ -99,7 +99,9 @@ extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _: *mut c
             let line = text.trim();
             if !line.is_empty() {
                 let _ = ERROR.try_with(|error| {
-                    error.borrow_mut().get_or_insert_with(|| line.replace('\n', " "));
+                    error
+                        .borrow_mut()
+                        .get_or_insert_with(|| line.replace('\n', " "));
                 });
             }
         }
@@ -119,7 +121,11 @@ mod tests {
     #[test]
     fn a_line_of_another_thread_is_not_the_reason() {
         fn log(line: &CStr) {
-            receive(sys::GGML_LOG_LEVEL_ERROR, line.as_ptr(), std::ptr::null_mut());
+            receive(
+                sys::GGML_LOG_LEVEL_ERROR,
+                line.as_ptr(),
+                std::ptr::null_mut(),
+            );
         }
         forget();
         log(c"ours: first");
