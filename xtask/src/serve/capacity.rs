@@ -1,5 +1,6 @@
 //! `cargo xtask serve capacity`: how many chats about pictures fit at once into the same bytes of KV cache.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -16,9 +17,12 @@ use super::server::Server;
 pub struct Args {
     #[command(flatten)]
     served: Served,
-    /// Two-turn chats, each about pictures of its own
+    /// Two-turn chats
     #[arg(long, default_value_t = 64)]
     chats: usize,
+    /// Pictures of each
+    #[arg(long, default_value_t = 1)]
+    pictures: usize,
     /// F16 cells that give the bytes
     #[arg(long, default_value_t = 2048)]
     cells: usize,
@@ -35,14 +39,13 @@ const PAD: usize = 256;
 const Q8_0: f64 = 34.0 / 64.0;
 
 /// What is compared.
-const ROWS: [(&str, &str, &[&str]); 5] = [
+const ROWS: [(&str, &str, &[&str]); 4] = [
     (
         "`full`, F16: what llama.cpp's server holds",
         "f16",
         &["--kv-policy", "full"],
     ),
     ("`full`, q8_0", "q8_0", &["--kv-policy", "full"]),
-    ("`hae`, F16", "f16", &["--kv-policy", "hae"]),
     ("`hae`, q8_0", "q8_0", &["--kv-policy", "hae"]),
     (
         "`hae --kv-budget 0.25`, q8_0",
@@ -72,15 +75,16 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     let program = args.served.program(root)?;
     let folder = root.join(&args.served.questions);
     let mut chats = questions::pairs(&questions::read(&folder, "understanding.jsonl")?);
-    // Those with one picture, as long as there are any: chats of the same size.
-    chats.sort_by_key(|[one, _]| one.images.len());
+    chats.retain(|[one, _]| one.images.len() == args.pictures);
+    ensure!(!chats.is_empty(), "no question has so many pictures");
+    // Chats about the same pictures would share a slot.
+    let different: BTreeSet<&[String]> = chats.iter().map(|[one, _]| &one.images[..]).collect();
+    let most = args.most.min(different.len());
     chats.truncate(args.chats);
-    ensure!(!chats.is_empty(), "no set of pictures has two questions");
-    let per_chat = chats.iter().map(|[one, _]| one.images.len()).max();
     println!(
-        "{} chats of two turns, at most {} pictures each\n",
+        "{} chats of two turns, pictures in each: {}\n",
         chats.len(),
-        per_chat.unwrap_or(0)
+        args.pictures
     );
     println!(
         "| cache | cells | KV bytes | chats at once | right answers | questions that wait | answer tokens/s | chats/min |"
@@ -95,7 +99,7 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
         let cells_text = cells.to_string();
         all.extend(["-c", &cells_text, "-ctk", kind, "-ctv", kind].map(str::to_owned));
         all.extend(flags.iter().map(|&flag| flag.to_owned()));
-        let most = args.most.min(chats.len());
+        let most = most.min(chats.len());
         let slots = largest(most, |slots| {
             let round = chat(&program, &all, slots, &folder, &chats, true)?;
             Ok(round.held == round.chats)

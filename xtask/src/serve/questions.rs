@@ -10,6 +10,9 @@ use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+/// Crops in the small model's vision file.
+const CROPS: u32 = 4;
+
 /// A line of a question file, as far as it is needed here.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Question {
@@ -17,6 +20,9 @@ pub struct Question {
     #[serde(default)]
     pub task: String,
     pub images: Vec<String>,
+    /// Crops of a picture that the question was made for.
+    #[serde(default)]
+    num_crops: Option<u32>,
     pub question: String,
     #[serde(default)]
     pub answer: String,
@@ -43,22 +49,25 @@ pub fn read(folder: &Path, file: &str) -> Result<Vec<Question>> {
     let path = folder.join(file);
     let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let lines = text.lines().filter(|line| !line.trim().is_empty());
-    lines
+    let all: Result<Vec<Question>> = lines
         .map(|line| serde_json::from_str(line).with_context(|| path.display().to_string()))
-        .collect()
+        .collect();
+    // The server cuts pictures as the vision file says, which is into four crops at most. The finer ones are
+    // not answered well with these.
+    let coarse = |question: &Question| question.num_crops.is_none_or(|n| n == CROPS);
+    Ok(all?.into_iter().filter(coarse).collect())
 }
 
-/// Two questions for each set of pictures, in the file's order. The first questions of a set may be the
-/// same from picture to picture, so each takes others.
+/// Chats of two questions, no questions twice. No pictures come again before all others were shown.
 pub fn pairs(questions: &[Question]) -> Vec<[Question; 2]> {
     let mut sets: BTreeMap<&[String], Vec<&Question>> = BTreeMap::new();
     for question in questions.iter().filter(|q| q.task != "caption") {
         sets.entry(&question.images).or_default().push(question);
     }
-    let sets = sets.values().enumerate();
-    sets.filter(|(_, set)| set.len() > 1)
-        .map(|(i, set)| [0, 1].map(|n| set[(i + n) % set.len()].clone()))
-        .collect()
+    let most = sets.values().map(Vec::len).max().unwrap_or(0);
+    let rounds = (0..most / 2).map(|n| 2 * n);
+    let all = rounds.flat_map(|n| sets.values().filter_map(move |set| set.get(n..n + 2)));
+    all.map(|pair| [pair[0].clone(), pair[1].clone()]).collect()
 }
 
 /// The first message of a chat: its pictures, then the question.
@@ -101,6 +110,7 @@ mod tests {
             id: String::new(),
             task: task.to_owned(),
             images: images.iter().map(|&image| image.to_owned()).collect(),
+            num_crops: None,
             question: question.to_owned(),
             answer: "Red square".to_owned(),
         }
@@ -124,13 +134,15 @@ mod tests {
             question(&["b", "c"], "5", "x"),
             question(&["b", "c"], "6", "x"),
             question(&["b", "c"], "7", "x"),
+            question(&["a"], "8", "x"),
+            question(&["a"], "9", "x"),
         ];
         let pairs = pairs(&all);
         let texts: Vec<[&str; 2]> = pairs
             .iter()
             .map(|pair| pair.each_ref().map(|q| &*q.question))
             .collect();
-        assert_eq!(texts, [["1", "4"], ["7", "5"]]);
+        assert_eq!(texts, [["1", "4"], ["5", "6"], ["8", "9"]]);
         assert!(pairs.iter().all(|[a, b]| a.images == b.images));
     }
 }
