@@ -11,7 +11,8 @@
 //! without a limit, or with one that the whole cache could not hold, is promised the slot's equal share, and
 //! takes more as long as there are free ones. What is promised to one is never taken by another, and what a
 //! policy evicts is free at once. When cells run short, idle slots are emptied first, those that were idle
-//! longest before others. If that is not enough, the question waits, and those behind it do: none overtakes.
+//! longest before others. A slot that a question further back would go on from is spared as long as other slots
+//! work, and is the last to be emptied. If that is not enough, the question waits, and those behind it do: none overtakes.
 //! An answer without a limit that finds no cell waits, too, and goes before new questions. Only where all
 //! answers wait for each other, the largest ends ([`crate::generate::Finish::Context`]).
 //!

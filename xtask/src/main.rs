@@ -62,10 +62,10 @@ enum Command {
     Overhead(overhead::Args),
     /// Measure what docs/performance.md states and write its tables, one page a machine
     Bench(bench::Args),
-    /// Judge `hae serve` by programs that others wrote
+    /// Judge `hae serve`: by programs that others wrote, by many clients at once, and by how many chats fit
     Serve {
         #[command(subcommand)]
-        which: serve::Which,
+        what: serve::What,
     },
     /// Keep a processor busy as long as the process PARENT lives
     #[command(hide = true)]
@@ -116,7 +116,7 @@ fn main() -> ExitCode {
         } => real::smollm2(root, &args).map(|()| 0),
         Command::Overhead(args) => overhead::run(root, &args).map(|()| 0),
         Command::Bench(args) => bench::run(root, &args),
-        Command::Serve { which } => serve::run(root, &which),
+        Command::Serve { what } => serve::run(root, &what),
         Command::Spin { parent } => {
             bench::spin(parent);
             Ok(0)

@@ -93,13 +93,8 @@ impl<M: Mind> Worker<M> {
             false => 0,
         };
         let chosen = ask_slot.or_else(|| {
-            let best = free
-                .iter()
-                .copied()
-                .max_by_key(|&i| (usable(i), self.rooms[i].used));
-            let worth = |&i: &usize| usable(i) * WORTH >= prompt.units.len();
             let idle_longest = || free.iter().copied().min_by_key(|&i| self.rooms[i].used);
-            best.filter(worth).or_else(idle_longest)
+            self.holder(&free, &prompt, cache).or_else(idle_longest)
         });
         let Some(i) = chosen else {
             return Err(Fate::Waits);
@@ -110,10 +105,42 @@ impl<M: Mind> Worker<M> {
         // What it holds now is part of the claim.
         let more = claim.cells.saturating_sub(self.rooms[i].claims());
         waiting.prompt = Some(prompt);
-        match self.make_room(i, more) {
+        let spared = match more > self.free() {
+            true => self.wanted(),
+            false => Vec::new(),
+        };
+        match self.make_room(i, more, &spared) {
             true => Ok((i, kept)),
             false => Err(Fate::Waits),
         }
+    }
+
+    /// The slot of these that holds most of a prompt, if it is worth going on from.
+    fn holder(&self, slots: &[usize], prompt: &Prompt<M::Picture>, cache: bool) -> Option<usize> {
+        let usable = |i: usize| self.rooms[i].usable(&prompt.units, &prompt.policy);
+        let slots = slots.iter().copied().filter(|_| cache);
+        let best = slots.max_by_key(|&i| (usable(i), self.rooms[i].used));
+        best.filter(|&i| usable(i) * WORTH >= prompt.units.len())
+    }
+
+    /// Idle slots that questions behind this one would go on from: of as many questions as there are slots,
+    /// since what was read of a picture takes memory.
+    fn wanted(&mut self) -> Vec<usize> {
+        let n = self.rooms.len();
+        let idle: Vec<usize> = (0..n).filter(|&i| self.rooms[i].work.is_none()).collect();
+        let mut all = std::mem::take(&mut self.waiting);
+        let mut wanted = Vec::new();
+        for waiting in all.iter_mut().take(n) {
+            if waiting.prompt.is_none() {
+                // What cannot be read hears of it at its turn.
+                waiting.prompt = self.read(&waiting.ask).ok();
+            }
+            let cache = waiting.ask.cache_prompt;
+            let holder = |prompt| self.holder(&idle, prompt, cache);
+            wanted.extend(waiting.prompt.as_ref().and_then(holder));
+        }
+        self.waiting = all;
+        wanted
     }
 
     fn read(&self, ask: &Ask) -> Result<Prompt<M::Picture>> {

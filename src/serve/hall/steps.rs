@@ -202,7 +202,7 @@ impl<M: Mind> Worker<M> {
             if wanted <= before {
                 return Some(before);
             }
-            if self.make_room(i, wanted - before) {
+            if self.make_room(i, wanted - before, &[]) {
                 return Some(wanted);
             }
         }

@@ -459,6 +459,26 @@ fn who_finds_no_cells_waits_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_slot_that_a_waiting_question_goes_on_from_is_spared() {
+    let world = world(64, 3, 8);
+    assert_eq!(world.whole(text("0123456789", 10)).slot, Some(0));
+    let mut works = world.gated(text("abcdefghij", 20));
+    works.next();
+    // 19 and 30 cells are taken; this one needs 22, and the slot that was idle longest is the first.
+    let new = world.ask(text("xyzxyzxyzxyz", 10));
+    let answer = (9..19).map(says).chain([5]).collect();
+    let further = world.ask(Ask {
+        prompt: vec![Part::Text("0123456789".to_owned()), Part::Tokens(answer)],
+        n_predict: Some(2),
+        ..Ask::default()
+    });
+    assert_eq!(works.rest().tokens, 20);
+    let (new, further) = (heard(&new), heard(&further));
+    assert_eq!((new.failed, new.tokens), (None, 10));
+    assert_eq!((further.slot, further.cached), (Some(0), 19));
+}
+
+#[test]
 fn answers_without_a_limit_wait_for_each_other_and_the_largest_ends() {
     let world = world(64, 2, 8);
     let asks = [

@@ -191,7 +191,7 @@ impl<M: Mind> Worker<M> {
             Errand::Restore(file) => {
                 let (saved, cells, bytes) = self.mind.open(file)?;
                 self.clear(i)?;
-                self.make_room(i, cells);
+                self.make_room(i, cells, &[]);
                 self.used(i);
                 let room = &mut self.rooms[i];
                 let restored = self.mind.restore(&mut room.slot, saved);
@@ -240,21 +240,24 @@ impl<M: Mind> Worker<M> {
     }
 
     /// Forgets what idle slots hold, those first that were idle longest, until there are `cells` free beside
-    /// what slot `own` claims. False: there cannot be as many, and nothing was forgotten.
-    pub fn make_room(&mut self, own: usize, cells: usize) -> bool {
+    /// what slot `own` claims. `spared`: those are the last, and not at all as long as others work, which will
+    /// leave cells. False: there cannot be as many, and nothing was forgotten.
+    pub fn make_room(&mut self, own: usize, cells: usize, spared: &[usize]) -> bool {
+        let works = self.rooms.iter().any(|room| room.work.is_some());
         let idle = |(i, room): &(usize, &Room<M::Picture>)| {
-            *i != own && room.work.is_none() && room.claims() > 0
+            let spared = works && spared.contains(i);
+            *i != own && room.work.is_none() && room.claims() > 0 && !spared
         };
         let idle = self.rooms.iter().enumerate().filter(idle);
         let mut idle: Vec<_> = idle
-            .map(|(i, room)| (room.used, i, room.claims()))
+            .map(|(i, room)| (spared.contains(&i), room.used, i, room.claims()))
             .collect();
-        let held: usize = idle.iter().map(|(_, _, cells)| cells).sum();
+        let held: usize = idle.iter().map(|(.., cells)| cells).sum();
         if self.free() + held < cells {
             return false;
         }
         idle.sort_unstable();
-        for (_, i, _) in idle {
+        for (_, _, i, _) in idle {
             if self.free() >= cells {
                 break;
             }
