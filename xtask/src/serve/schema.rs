@@ -36,7 +36,7 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
         "--slot-save-path",
         &kept,
         "-c",
-        "2048",
+        "512",
         "-n",
         "8",
         "--timeout",

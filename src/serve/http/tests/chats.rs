@@ -419,3 +419,23 @@ async fn a_model_without_a_template_does_not_chat() {
         .await;
     assert_eq!(reply.error().0, 501);
 }
+
+#[tokio::test]
+async fn prompts_are_counted_without_an_answer() {
+    let server = Server::new("a");
+    let n = "user: Hi\nassistant: ".len();
+    for (path, body) in [
+        (
+            "/v1/chat/completions/input_tokens",
+            json!({ "messages": [{ "role": "user", "content": "Hi" }] }),
+        ),
+        ("/responses/input_tokens", json!({ "input": "Hi" })),
+    ] {
+        let told = server.post(path, body).await.json();
+        let expected = json!({ "object": "response.input_tokens", "input_tokens": n });
+        assert_eq!(told, expected, "{path}");
+    }
+    let empty = json!({ "messages": [] });
+    let reply = server.post("/chat/completions/input_tokens", empty).await;
+    assert_eq!(reply.error().0, 400);
+}
