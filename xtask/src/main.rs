@@ -63,7 +63,7 @@ enum Command {
     /// Judge `hae serve` by programs that others wrote
     Serve {
         #[command(subcommand)]
-        which: serve::Which,
+        what: serve::What,
     },
     /// Keep a processor busy as long as the process PARENT lives
     #[command(hide = true)]
@@ -112,7 +112,7 @@ fn main() -> ExitCode {
         } => real::smollm2(root, &args).map(|()| 0),
         Command::Overhead(args) => overhead::run(root, &args).map(|()| 0),
         Command::Bench(args) => bench::run(root, &args),
-        Command::Serve { which } => serve::run(root, &which),
+        Command::Serve { what } => serve::run(root, &what),
         Command::Spin { parent } => {
             bench::spin(parent);
             Ok(0)
