@@ -229,7 +229,6 @@ pub const ELSEWHERE: &[(&[&str], &str)] = &[
             "-mli",
             "-kvo",
             "--kv-offload",
-            "-kvu",
             "--kv-unified",
             "--swa-full",
             "-ctxcp",
