@@ -85,7 +85,7 @@ pub struct Args {
     /// -to: seconds that an answer may take, waiting included
     #[arg(long, hide_short_help = true, default_value_t = 3600, value_name = "N")]
     timeout: u64,
-    /// Most tokens of an answer, whatever a request says; -1: no limit
+    /// Most tokens of an answer where a request does not say; -1: no limit
     #[arg(short, long, alias = "predict", default_value_t = -1, value_name = "N")]
     n_predict: i64,
     /// Folder of pictures that requests may name
@@ -139,16 +139,15 @@ pub struct Args {
         action = clap::ArgAction::Count
     )]
     _as_it_is: u8,
-    /// Whether the model thinks first: on, off, or as its template says
-    ///
-    /// Where the template knows enable_thinking, as those of Qwen3 do.
+    /// Whether the model thinks first, where its template knows enable_thinking: on, off, or auto, which is on
     #[arg(
         long,
         hide_short_help = true,
+        default_value = "auto",
         value_parser = ["on", "off", "auto"],
         value_name = "WHETHER"
     )]
-    reasoning: Option<String>,
+    reasoning: String,
     /// Answers are told as the model writes them, thoughts included
     #[arg(long, hide = true, value_parser = ["none"])]
     _reasoning_format: Option<String>,
@@ -190,10 +189,10 @@ pub fn run(args: &Args) -> Result<Done> {
     args.policy.refuse_unread(&[&args.kv_policy], false)?;
     let mut rules = args.rules()?;
     let mut template = args.template.template()?;
-    if let Some(thinks) = args.thinks() {
-        let kwargs = &mut template.kwargs;
-        kwargs.entry("enable_thinking").or_insert(thinks.into());
-    }
+    // Templates that ask for it are told so in any case, as by llama.cpp's server.
+    let thinks = args.reasoning != "off";
+    let kwargs = &mut template.kwargs;
+    kwargs.entry("enable_thinking").or_insert(thinks.into());
     // A port that is taken is better said before the model is loaded.
     let listeners = args.listeners()?;
     let addresses = listeners.iter().map(TcpListener::local_addr);
@@ -303,14 +302,6 @@ fn fingerprint() -> String {
 }
 
 impl Args {
-    fn thinks(&self) -> Option<bool> {
-        match self.reasoning.as_deref() {
-            Some("on") => Some(true),
-            Some("off") => Some(false),
-            _ => None,
-        }
-    }
-
     fn rules(&self) -> Result<Rules> {
         let mut keys = self.api_key.clone();
         if let Some(path) = &self.api_key_file {

@@ -22,6 +22,8 @@ pub(super) struct Shape {
     system: bool,
     /// `arguments` of a call that are a text, and no object.
     text_arguments: bool,
+    /// No content beside a call.
+    empty: bool,
     /// Tools.
     pub tools: bool,
 }
@@ -33,6 +35,7 @@ impl Shape {
         parts: false,
         system: true,
         text_arguments: true,
+        empty: true,
         tools: false,
     };
 
@@ -78,6 +81,9 @@ impl Shape {
             let as_object = called(beside, json!({ NEEDLE: 1 }));
             !holds(&as_object) && holds(&called(beside, json!(NEEDLE)))
         });
+        let empty = [json!({}), json!("{}")]
+            .into_iter()
+            .any(|arguments| called(&Value::Null, arguments).is_ok());
         let tools = json!([{"type": "function", "function": {
             "name": NEEDLE,
             "description": "?",
@@ -93,6 +99,7 @@ impl Shape {
             parts,
             system: holds(&system),
             text_arguments,
+            empty,
             tools: holds(&with_tools),
         })
     }
@@ -145,6 +152,10 @@ impl Shape {
             }
             None | Some(Value::Null | Value::String(_)) => {}
             Some(_) => return Err("has a content that is no text and no list of parts"),
+        }
+        // What such a template would add to a text is an empty one.
+        if !self.empty && object.get("content").is_none_or(Value::is_null) {
+            object.insert("content".to_owned(), "".into());
         }
         if let Some(Value::Array(calls)) = object.get_mut("tool_calls") {
             for call in calls {

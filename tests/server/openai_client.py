@@ -161,7 +161,7 @@ def test_an_answer_in_a_form(client):
     answer = client.chat.completions.create(
         model="any",
         messages=shown(),
-        max_tokens=100,
+        max_tokens=400,
         response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": schema, "strict": True}},
     )
     value = json.loads(answer.choices[0].message.content)
@@ -175,13 +175,13 @@ def test_a_class_as_the_form(client):
         red: bool
         corner: bool
 
-    answer = client.chat.completions.parse(model="any", messages=shown(), max_tokens=60, response_format=Place)
+    answer = client.chat.completions.parse(model="any", messages=shown(), max_tokens=400, response_format=Place)
     assert isinstance(answer.choices[0].message.parsed, Place)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_of_a_tool(client, stream):
-    how = dict(model="any", messages=asked("The weather in Rome?"), tools=[WEATHER], max_tokens=100)
+    how = dict(model="any", messages=asked("The weather in Rome?"), tools=[WEATHER], max_tokens=400)
     how["tool_choice"] = {"type": "function", "function": {"name": "weather"}}
     if stream:
         calls, reason = {}, None
@@ -262,7 +262,7 @@ def test_the_newer_shape_calls_tools(client):
         input="The weather in Oslo?",
         tools=[{"type": "function", **WEATHER["function"], "strict": True}],
         tool_choice="required",
-        max_output_tokens=100,
+        max_output_tokens=400,
     )
     calls = [item for item in answer.output if item.type == "function_call"]
     assert [call.name for call in calls] == ["weather"]

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,8 @@ def reason_of(nodeid):
 
 
 def pytest_configure(config):
+    # The tests fetch models with it, which these do not need.
+    sys.modules.setdefault("wget", types.ModuleType("wget"))
     import utils
 
     utils.ServerPreset.load_all = staticmethod(lambda: None)

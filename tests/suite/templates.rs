@@ -202,6 +202,27 @@ fn a_turn_behind_thoughts_goes_on() {
     assert!(error.contains("rewrites earlier turns"), "{error}");
 }
 
+/// OpenAI's clients send no content beside calls, and some templates add every content to a text.
+#[test]
+fn calls_without_a_content_go_into_templates_that_want_one() {
+    let calls =
+        json!([{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]);
+    let messages = [
+        json!({"role": "user", "content": "one"}),
+        json!({"role": "assistant", "content": null, "tool_calls": calls}),
+        json!({"role": "tool", "tool_call_id": "c", "content": "two"}),
+    ];
+    let adds = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + ';' }}{% endfor %}";
+    let asks = "{% for m in messages %}{% if m.content is none %}{{ m.tool_calls[0].function.name }}!{% else %}{{ m.content }};{% endif %}{% endfor %}";
+    for (text, expected) in [
+        (adds, "user:one;assistant:;tool:two;"),
+        (asks, "one;f!two;"),
+    ] {
+        let template = ChatTemplate::new(text, true, around(false), Map::new()).unwrap();
+        assert_eq!(rendered(&template, &messages), expected);
+    }
+}
+
 #[test]
 fn a_template_is_kept_with_its_session() {
     let kwargs = json!({"enable_thinking": false})

@@ -215,7 +215,6 @@ pub const ELSEWHERE: &[(&[&str], &str)] = &[
             "-mli",
             "-kvo",
             "--kv-offload",
-            "-kvu",
             "--kv-unified",
             "--swa-full",
             "-ctxcp",

@@ -102,6 +102,10 @@ impl<M: Mind> Worker<M> {
         let kept = usable(i);
         let claim = self.claim(i, kept, &prompt, waiting.ask.n_predict);
         let claim = claim.map_err(Fate::Failed)?;
+        // What is too long for the cache is better told so.
+        if let Some(reach) = self.mind.reach().filter(|_| !prompt.controller.shifts()) {
+            check_reach(units::end(&prompt.units) as usize, reach).map_err(Fate::Failed)?;
+        }
         // What it holds now is part of the claim.
         let more = claim.cells.saturating_sub(self.rooms[i].claims());
         waiting.prompt = Some(prompt);
@@ -157,9 +161,6 @@ impl<M: Mind> Worker<M> {
         if units.is_empty() {
             let reason = "is empty, expected at least one token";
             return Err(Error::option("the prompt", reason));
-        }
-        if let Some(reach) = self.mind.reach().filter(|_| !controller.shifts()) {
-            check_reach(units::end(&units) as usize, reach)?;
         }
         Ok(Prompt {
             pieces,

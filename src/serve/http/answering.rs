@@ -73,9 +73,12 @@ impl Whole {
         self.answer.tokens.generated
     }
 
-    /// Whether the answer ended because there was no room.
+    /// Whether the answer ended because there was no room, or older tokens made room for it, as
+    /// llama.cpp's context shift does.
     pub fn truncated(&self) -> bool {
-        matches!(self.end, End::Finish(Finish::Context | Finish::Positions))
+        let shifted = self.answer.policy.name == "context_shift";
+        shifted && self.answer.evicted.in_decoding > 0
+            || matches!(self.end, End::Finish(Finish::Context | Finish::Positions))
     }
 
     /// OpenAI's word for the end.

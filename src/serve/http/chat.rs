@@ -22,12 +22,33 @@ use super::tools::{Call, Reader, Said, Tools, tools};
 use super::{ids, report, wire};
 use crate::engine::Token;
 
+/// A message of a chat, for the description: [`super::messages`] reads it.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "it describes what is sent")]
+struct Message {
+    /// `system`, `user`, `assistant` or `tool`.
+    role: String,
+    /// May be null beside `tool_calls`.
+    #[schema(inline)]
+    content: Option<Content>,
+}
+
+/// What a message says, for the description.
+#[derive(serde::Serialize, ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "it describes what is sent")]
+enum Content {
+    Text(String),
+    /// Of the type `text` with a `text`, or `image_url` with an `image_url`.
+    Parts(Vec<Map<String, Value>>),
+}
+
 /// A chat, beside the fields that all requests have.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 pub(super) struct ChatRequest {
     /// In OpenAI's shape: `role` and `content`, a text or a list of parts; pictures are parts of the type
     /// `image_url`, in any message.
-    #[schema(value_type = Vec<Object>)]
+    #[schema(value_type = Vec<Message>, inline, required = true, min_items = 1)]
     #[serde(default)]
     pub messages: Value,
     /// Functions that the model may call.
@@ -38,7 +59,8 @@ pub(super) struct ChatRequest {
     pub tool_choice: Option<Value>,
     /// Whether tokens come with their probabilities.
     pub logprobs: Option<bool>,
-    /// Likeliest tokens beside each, 0 to 20.
+    /// Likeliest tokens beside each.
+    #[schema(maximum = 20)]
     pub top_logprobs: Option<usize>,
     /// Whether the prompt ends with the beginning of an answer. Default: yes.
     pub add_generation_prompt: Option<bool>,

@@ -14,7 +14,7 @@ use super::answering::{self, Prob, Whole};
 use super::body::{Body, read};
 use super::failure::Failure;
 use super::fields::{Settings, settings};
-use super::prompts::prompts;
+use super::prompts::{Prompt, prompts};
 use super::pump::{Writer, pump};
 use super::service::Service;
 use super::{ids, report, wire};
@@ -24,7 +24,7 @@ use crate::engine::Token;
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 pub(super) struct CompletionRequest {
     /// A text, a list of texts, or ids.
-    #[schema(value_type = serde_json::Value)]
+    #[schema(value_type = Prompt, inline, required = true)]
     #[serde(default)]
     pub prompt: Value,
     /// Likeliest tokens beside each.

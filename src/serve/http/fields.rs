@@ -26,20 +26,27 @@ pub(super) struct Fields {
     /// Any name: there is one model.
     pub model: Option<String>,
     /// 0: the likeliest token.
+    #[schema(maximum = 100)]
     pub temperature: Option<f32>,
     /// Draws among the likeliest tokens that together have this probability.
+    #[schema(minimum = 0, maximum = 1)]
     pub top_p: Option<f32>,
     /// Draws among this many of the likeliest tokens; 0: all.
     pub top_k: Option<i32>,
     /// Drops tokens below this share of the likeliest one's probability.
+    #[schema(minimum = 0, maximum = 1)]
     pub min_p: Option<f32>,
     /// What the logits of recent tokens are divided by.
+    #[schema(exclusive_minimum = 0, maximum = 100)]
     pub repeat_penalty: Option<f32>,
     /// Tokens that the penalties look back on; -1: all.
+    #[schema(minimum = -1)]
     pub repeat_last_n: Option<i32>,
     /// Taken from the logits of tokens that the answer holds.
+    #[schema(minimum = -2, maximum = 2)]
     pub presence_penalty: Option<f32>,
     /// The same for each time that it holds one.
+    #[schema(minimum = -2, maximum = 2)]
     pub frequency_penalty: Option<f32>,
     /// -1: another one each time.
     pub seed: Option<i64>,
@@ -52,12 +59,16 @@ pub(super) struct Fields {
     #[schema(value_type = serde_json::Value)]
     pub stop: Option<Value>,
     /// Tokens at most; -1: no limit.
+    #[schema(minimum = -2)]
     pub max_tokens: Option<i64>,
     /// The same, and before it.
+    #[schema(minimum = -2)]
     pub max_completion_tokens: Option<i64>,
     /// The same, and before both.
+    #[schema(minimum = -2)]
     pub n_predict: Option<i64>,
     /// Answers.
+    #[schema(minimum = 1, maximum = 8)]
     pub n: Option<usize>,
     /// Whether the answer comes in pieces.
     pub stream: Option<bool>,
@@ -77,6 +88,7 @@ pub(super) struct Fields {
     /// Whether what a slot holds of the prompt is used. Default: yes.
     pub cache_prompt: Option<bool>,
     /// The slot that has to answer; -1: any.
+    #[schema(minimum = -1)]
     pub id_slot: Option<i64>,
     /// Whether the answer tells of its prompt and settings.
     pub verbose: Option<bool>,
@@ -320,14 +332,14 @@ fn n_predict(service: &Service, fields: &Fields) -> Result<Option<usize>, Failur
         ("max_completion_tokens", fields.max_completion_tokens),
         ("max_tokens", fields.max_tokens),
     ];
-    let most = service.rules.n_predict;
+    let own = service.rules.n_predict;
     let Some((name, n)) = asked.into_iter().find_map(|(name, n)| Some((name, n?))) else {
-        return Ok(most);
+        return Ok(own);
     };
     match usize::try_from(n) {
-        Ok(n) => Ok(Some(most.map_or(n, |most| n.min(most)))),
+        Ok(n) => Ok(Some(n)),
         // -2 is llama.cpp's "until the context is full".
-        Err(_) if n >= -2 => Ok(most),
+        Err(_) if n >= -2 => Ok(own),
         Err(_) => Err(Failure::invalid(format!(
             "`{name}`: {n}, expected -1 or more"
         ))),

@@ -241,12 +241,12 @@ fn picture_source(part: &Value) -> Result<Option<String>, String> {
     }
 }
 
-/// The text of a content; `None` where it is no text alone. Neighbours are put on lines of their own.
+/// The text of a content; `None` where it is no text alone. Neighbours are paragraphs, as with llama.cpp.
 fn text_of(content: &Value) -> Option<String> {
     match content {
         Value::Array(parts) => {
             let texts: Option<Vec<&str>> = parts.iter().map(|part| part["text"].as_str()).collect();
-            Some(texts?.join("\n"))
+            Some(texts?.join("\n\n"))
         }
         content => content.as_str().map(str::to_owned),
     }

@@ -16,7 +16,7 @@ use super::completions::asks;
 use super::failure::Failure;
 use super::fields::{Settings, settings};
 use super::messages::shown;
-use super::prompts::prompts;
+use super::prompts::{Prompt, prompts};
 use super::pump::{Writer, pump};
 use super::service::Service;
 use super::{report, wire};
@@ -27,7 +27,7 @@ use crate::engine::Token;
 pub(super) struct NativeRequest {
     /// A text, a list of ids, both in turns, an object with `prompt_string` and `multimodal_data`, or a
     /// list of these.
-    #[schema(value_type = serde_json::Value)]
+    #[schema(value_type = Prompt, inline, required = true)]
     #[serde(default)]
     pub prompt: Value,
     /// Likeliest tokens beside each.

@@ -1,7 +1,9 @@
 //! Prompts as `/completion` and `/v1/completions` take them: text, ids, both in turns, text with pictures,
 //! or a list of these.
 
+use serde::Serialize;
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use super::super::ask::Part;
 use super::failure::Failure;
@@ -9,6 +11,19 @@ use super::fields::token;
 use super::media::Pictures;
 use super::messages::{MEDIA, interleave};
 use super::service::Service;
+
+/// What a prompt may be, for the description.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "it describes what is sent")]
+pub(super) enum Prompt {
+    Text(String),
+    List(Vec<Value>),
+    Pictures {
+        prompt_string: String,
+        multimodal_data: Option<Vec<String>>,
+    },
+}
 
 /// All prompts of a request, and whether it was a list of them.
 pub(super) async fn prompts(

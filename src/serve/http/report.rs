@@ -172,6 +172,16 @@ pub(super) fn settings(settings: &Settings) -> Value {
         "stop": settings.stop,
         "stream": settings.stream,
         "timings_per_token": settings.timings_per_token,
+        // Samplers that are not here, with the values that change nothing: clients look for them.
+        "typical_p": 1.0,
+        "top_n_sigma": -1.0,
+        "dynatemp_range": 0.0,
+        "dynatemp_exponent": 1.0,
+        "xtc_probability": 0.0,
+        "dry_multiplier": 0.0,
+        "mirostat": 0,
+        "adaptive_target": -1.0,
+        "adaptive_decay": 0.9,
     })
 }
 

@@ -118,7 +118,7 @@ pub struct Rules {
     pub pixels: u64,
     /// Whether answers tell of their prompts and settings where a request says nothing.
     pub verbose: bool,
-    /// Tokens of an answer at most; `None`: as many as there is room for.
+    /// Tokens of an answer at most where a request does not say; `None`: as many as there is room for.
     pub n_predict: Option<usize>,
     /// Answers that one request may ask for.
     pub answers: usize,

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::Served;
 use super::client::{Client, Reply, Said};
+use super::program::Served;
 use super::questions::{self, Question, first, further, request, said};
 use super::server::Server;
 

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::Program;
+use super::program::Program;
 use super::python::{shown, venv};
 use super::running::Running;
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
-use super::Served;
 use super::client::{Client, Pace, Reply};
+use super::program::Served;
 use super::questions::{self, first, further, request, said};
 use super::server::Server;
 

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use super::FOLDER;
+use super::program::FOLDER;
 
 /// Its interpreter. Made anew where the list of packages is another one than the last time.
 ///

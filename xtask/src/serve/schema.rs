@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::Program;
+use super::program::Program;
 use super::python::{shown, venv};
 use super::running::Running;
 
@@ -36,7 +36,7 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
         "--slot-save-path",
         &kept,
         "-c",
-        "2048",
+        "512",
         "-n",
         "8",
         "--timeout",
@@ -50,6 +50,9 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
         .args([
             "--checks",
             "all",
+            // The description knows no template, no vocabulary and no file.
+            "--exclude-checks",
+            "positive_data_acceptance",
             "--request-timeout",
             "60",
             "--generation-database",

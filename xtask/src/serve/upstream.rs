@@ -13,8 +13,8 @@ use flate2::read::GzDecoder;
 use serde::Deserialize;
 use tar::Archive;
 
+use super::program::{FOLDER, Program};
 use super::python::{shown, venv};
-use super::{FOLDER, Program};
 use crate::digest::sha256;
 use crate::real;
 

@@ -274,6 +274,11 @@ async fn a_last_message_of_the_assistant_begins_the_answer() {
         )
         .await;
     assert_eq!(server.hall.last().prompt, "user: x\nassistant: ab\n");
+    let parts = json!([{ "type": "text", "text": "a" }, { "type": "text", "text": "b" }]);
+    let last = json!({ "role": "assistant", "content": parts });
+    let messages = json!([{ "role": "user", "content": "x" }, last]);
+    server.post(CHAT, json!({ "messages": messages })).await;
+    assert_eq!(server.hall.last().prompt, "user: x\nassistant: a\n\nb");
     let both = json!({ "add_generation_prompt": true, "continue_final_message": true });
     assert_eq!(server.post(CHAT, with(body, both)).await.error().0, 400);
     assert_eq!(
@@ -361,6 +366,10 @@ async fn prompts_are_shown_to_those_who_ask() {
     assert_eq!(body["__verbose"]["prompt"], "<s>user: Hi\nassistant: ");
     let body = server.post(CHAT, chat("Hi")).await.json();
     assert!(body.get("__verbose").is_none());
+    // Who runs the server can ask for all.
+    let server = Server::with(Scripted::new("a"), |_, rules| rules.verbose = true);
+    let body = server.post(CHAT, chat("Hi")).await.json();
+    assert_eq!(body["__verbose"]["prompt"], "<s>user: Hi\nassistant: ");
 }
 
 #[tokio::test]
@@ -422,4 +431,24 @@ async fn a_model_without_a_template_does_not_chat() {
         .post("/completion", json!({ "prompt": "x", "grammar": "g" }))
         .await;
     assert_eq!(reply.error().0, 501);
+}
+
+#[tokio::test]
+async fn prompts_are_counted_without_an_answer() {
+    let server = Server::new("a");
+    let n = "user: Hi\nassistant: ".len();
+    for (path, body) in [
+        (
+            "/v1/chat/completions/input_tokens",
+            json!({ "messages": [{ "role": "user", "content": "Hi" }] }),
+        ),
+        ("/responses/input_tokens", json!({ "input": "Hi" })),
+    ] {
+        let told = server.post(path, body).await.json();
+        let expected = json!({ "object": "response.input_tokens", "input_tokens": n });
+        assert_eq!(told, expected, "{path}");
+    }
+    let empty = json!({ "messages": [] });
+    let reply = server.post("/chat/completions/input_tokens", empty).await;
+    assert_eq!(reply.error().0, 400);
 }

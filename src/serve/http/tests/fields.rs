@@ -52,14 +52,14 @@ async fn seeds_are_drawn_where_none_is_given() {
 }
 
 #[tokio::test]
-async fn lengths_have_three_names_and_a_bound() {
+async fn lengths_have_three_names_and_a_default() {
     let server = Server::with(Scripted::new("a"), |_, rules| rules.n_predict = Some(10));
     for (ask, n) in [
         (json!({}), 10),
         (json!({ "max_tokens": 3 }), 3),
         (json!({ "max_tokens": 3, "max_completion_tokens": 4 }), 4),
         (json!({ "max_completion_tokens": 4, "n_predict": 5 }), 5),
-        (json!({ "max_tokens": 11 }), 10),
+        (json!({ "max_tokens": 11 }), 11),
         (json!({ "max_tokens": -1 }), 10),
         (json!({ "max_tokens": 0 }), 0),
     ] {

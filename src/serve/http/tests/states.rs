@@ -3,7 +3,8 @@ use super::*;
 #[tokio::test]
 async fn the_server_says_what_it_is() {
     let server = Server::with(Scripted::new("a"), |about, _| {
-        about.aliases = vec!["one".into(), "two".into()]
+        about.aliases = vec!["one".into(), "two".into()];
+        about.tags = vec!["small".into()];
     });
     for path in ["/health", "/v1/health"] {
         assert_eq!(server.get(path).await.json(), json!({ "status": "ok" }));
@@ -14,6 +15,7 @@ async fn the_server_says_what_it_is() {
         assert_eq!(body["data"].as_array().unwrap().len(), 1);
         assert_eq!(body["data"][0]["id"], "one");
         assert_eq!(body["data"][0]["aliases"], json!(["one", "two"]));
+        assert_eq!(body["data"][0]["tags"], json!(["small"]));
         assert_eq!(
             body["models"][0]["capabilities"],
             json!(["completion", "multimodal"])
