@@ -32,6 +32,9 @@ VISION = "ggml-org/tinygemma3-GGUF:Q8_0"
 DROPPED_WITH_VALUE = {"--hf-repo", "--hf-file", "--model-url", "--mmproj-url"}
 DROPPED = {"--offline", "--no-mmproj"}
 
+# The tests fetch models with it, which is not needed here.
+sys.modules.setdefault("wget", types.ModuleType("wget"))
+
 results = {}
 
 
@@ -62,8 +65,6 @@ def reason_of(nodeid):
 
 
 def pytest_configure(config):
-    # The tests fetch models with it, which these do not need.
-    sys.modules.setdefault("wget", types.ModuleType("wget"))
     import utils
 
     utils.ServerPreset.load_all = staticmethod(lambda: None)
