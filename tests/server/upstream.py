@@ -59,7 +59,7 @@ def command(args, repo):
 
 def reason_of(nodeid):
     """The kind and the reason of a test that does not pass, by the longest name that it begins with."""
-    name = nodeid.split("/")[-1]
+    name = nodeid.split("unit/", 1)[-1]
     found = [key for key in REASONS if name.startswith(key)]
     return REASONS[max(found, key=len)] if found else None
 

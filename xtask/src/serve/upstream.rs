@@ -244,9 +244,7 @@ fn table(outcomes: &BTreeMap<String, Outcome>) -> String {
     let mut rows: BTreeMap<(&str, &str), Row> = BTreeMap::new();
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for (id, one) in outcomes {
-        let name = id
-            .rsplit_once("unit/")
-            .map_or(id.as_str(), |(_, name)| name);
+        let name = id.split_once("unit/").map_or(id.as_str(), |(_, name)| name);
         let (file, case) = name.split_once("::").unwrap_or((name, ""));
         let function = case.split('[').next().unwrap_or(case);
         let row = rows.entry((file, function)).or_default();
