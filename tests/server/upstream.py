@@ -32,6 +32,9 @@ VISION = "ggml-org/tinygemma3-GGUF:Q8_0"
 DROPPED_WITH_VALUE = {"--hf-repo", "--hf-file", "--model-url", "--mmproj-url"}
 DROPPED = {"--offline", "--no-mmproj"}
 
+# The tests fetch models with it, which is not needed here.
+sys.modules.setdefault("wget", types.ModuleType("wget"))
+
 results = {}
 
 
@@ -56,14 +59,12 @@ def command(args, repo):
 
 def reason_of(nodeid):
     """The kind and the reason of a test that does not pass, by the longest name that it begins with."""
-    name = nodeid.split("/")[-1]
+    name = nodeid.split("unit/", 1)[-1]
     found = [key for key in REASONS if name.startswith(key)]
     return REASONS[max(found, key=len)] if found else None
 
 
 def pytest_configure(config):
-    # The tests fetch models with it, which these do not need.
-    sys.modules.setdefault("wget", types.ModuleType("wget"))
     import utils
 
     utils.ServerPreset.load_all = staticmethod(lambda: None)

@@ -39,8 +39,8 @@ struct Message {
 #[expect(dead_code, reason = "it describes what is sent")]
 enum Content {
     Text(String),
-    /// Of the type `text` with a `text`, or `image_url` with an `image_url`.
-    Parts(Vec<Map<String, Value>>),
+    /// Of the type `text` with a `text`, or `image_url` with an `image_url`; or texts alone.
+    Parts(Vec<Value>),
 }
 
 /// A chat, beside the fields that all requests have.

@@ -173,6 +173,7 @@ pub(super) struct Settings {
 /// Reads and checks them. `body`: the whole request.
 pub(super) fn settings(service: &Service, body: &Value) -> Result<Settings, Failure> {
     refuse_absent(body)?;
+    refuse_lists(body)?;
     let fields: Fields = super::body::read(body)?;
     let sampler = sampler(service, &fields)?;
     let ignore_eos = fields.ignore_eos.unwrap_or(false);
@@ -279,6 +280,15 @@ fn refuse_absent(body: &Value) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// What is read as an object could be read from a list of its values, too, which nobody means.
+fn refuse_lists(body: &Value) -> Result<(), Failure> {
+    let objects = ["stream_options", "response_format", "hae"];
+    match objects.iter().find(|&&name| body[name].is_array()) {
+        Some(name) => Err(Failure::invalid(format!("`{name}`: expected an object"))),
+        None => Ok(()),
+    }
 }
 
 /// A number within bounds.

@@ -55,6 +55,9 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
             "positive_data_acceptance",
             "--request-timeout",
             "60",
+            // Answers take as long as they take.
+            "--max-response-time",
+            "60",
             "--generation-database",
             "none",
         ])

@@ -47,6 +47,9 @@ pub struct Args {
     /// Write the table of docs/serve-tests.md
     #[arg(long)]
     write: bool,
+    /// Take what came of the tests from FILE, such as target/serve/results.json, and ask nothing
+    #[arg(long, value_name = "FILE", conflicts_with = "pytest")]
+    results: Option<PathBuf>,
     /// Threads of the server
     #[arg(long, default_value_t = 2, value_name = "N")]
     threads: u32,
@@ -72,6 +75,32 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
         !args.write || args.pytest.is_empty(),
         "--write wants all tests: leave out what is for pytest"
     );
+    let results = match &args.results {
+        Some(results) => results.clone(),
+        None => ask(root, args)?,
+    };
+    let text = fs::read_to_string(&results).context("pytest left no results")?;
+    let outcomes: BTreeMap<String, Outcome> = serde_json::from_str(&text)?;
+    let table = table(&outcomes);
+    match args.write {
+        false => print!("{table}"),
+        true => {
+            let path = root.join(TABLE);
+            let old = fs::read_to_string(&path).context(TABLE)?;
+            let head = old.split(MARK).next().unwrap_or_default();
+            fs::write(&path, format!("{head}{MARK}\n{table}")).context(TABLE)?;
+        }
+    }
+    let failed = outcomes.iter().filter(|(_, one)| one.outcome == "failed");
+    let failed: Vec<&String> = failed.map(|(name, _)| name).collect();
+    for name in &failed {
+        eprintln!("failed, without a reason: {name}");
+    }
+    Ok(u8::from(!failed.is_empty()))
+}
+
+/// Runs the tests; gives the file of what came of them.
+fn ask(root: &Path, args: &Args) -> Result<PathBuf> {
     let python = venv(root)?;
     let model = real::smollm2_file(root, args.wheel.as_deref())?;
     let program = args.program.file(root)?;
@@ -124,24 +153,7 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
         .args(&args.pytest);
     eprintln!("$ {}", shown(&ask));
     ask.status().context("cannot run pytest")?;
-    let text = fs::read_to_string(&results).context("pytest left no results")?;
-    let outcomes: BTreeMap<String, Outcome> = serde_json::from_str(&text)?;
-    let table = table(&outcomes);
-    match args.write {
-        false => print!("{table}"),
-        true => {
-            let path = root.join(TABLE);
-            let old = fs::read_to_string(&path).context(TABLE)?;
-            let head = old.split(MARK).next().unwrap_or_default();
-            fs::write(&path, format!("{head}{MARK}\n{table}")).context(TABLE)?;
-        }
-    }
-    let failed = outcomes.iter().filter(|(_, one)| one.outcome == "failed");
-    let failed: Vec<&String> = failed.map(|(name, _)| name).collect();
-    for name in &failed {
-        eprintln!("failed, without a reason: {name}");
-    }
-    Ok(u8::from(!failed.is_empty()))
+    Ok(results)
 }
 
 /// The package, from `given` or from PyPI.
@@ -232,9 +244,7 @@ fn table(outcomes: &BTreeMap<String, Outcome>) -> String {
     let mut rows: BTreeMap<(&str, &str), Row> = BTreeMap::new();
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for (id, one) in outcomes {
-        let name = id
-            .rsplit_once("unit/")
-            .map_or(id.as_str(), |(_, name)| name);
+        let name = id.split_once("unit/").map_or(id.as_str(), |(_, name)| name);
         let (file, case) = name.split_once("::").unwrap_or((name, ""));
         let function = case.split('[').next().unwrap_or(case);
         let row = rows.entry((file, function)).or_default();

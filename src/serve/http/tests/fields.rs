@@ -328,3 +328,16 @@ async fn bodies_that_are_none_are_refused() {
     let deep = "[".repeat(100_000);
     assert_eq!(server.raw("POST", CHAT, &[], &deep).await.error().0, 400);
 }
+
+#[tokio::test]
+async fn lists_are_no_objects() {
+    let server = Server::new("a");
+    for name in ["stream_options", "response_format", "hae"] {
+        let (status, _, message) = server
+            .post("/completion", json!({ "prompt": "x", name: [] }))
+            .await
+            .error();
+        assert_eq!(status, 400, "{name}");
+        assert!(message.contains(name), "{message}");
+    }
+}
