@@ -111,7 +111,7 @@ pub struct Args {
     #[arg(long, hide_short_help = true, overrides_with = "slots")]
     no_slots: bool,
     /// No page for people at /
-    #[arg(long, hide_short_help = true, alias = "no-webui")]
+    #[arg(long, hide_short_help = true, aliases = ["no-webui", "no-ui"])]
     no_page: bool,
     /// Web pages that may ask: *, localhost, or origins such as https://app.example
     ///
