@@ -7,9 +7,9 @@ use hae::hub::{Hub, Wanted};
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub struct HubArgs {
-    /// -hf: model on the Hugging Face hub, in place of -m: user/model[:quant]
+    /// -hf: model of the hub, user/model[:quant]
     ///
-    /// quant is Q4_K_M, else Q8_0, else that of the first GGUF. Its vision file comes with it. What was fetched
+    /// Of the Hugging Face hub, in the place of -m. quant is Q4_K_M, else Q8_0, else that of the first GGUF. Its vision file comes with it. What was fetched
     /// once stays in ~/.cache/huggingface, or under HF_HOME.
     #[arg(long, alias = "hf", value_name = "REPO", conflicts_with = "model")]
     hf_repo: Option<String>,

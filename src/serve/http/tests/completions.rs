@@ -46,7 +46,11 @@ async fn a_text_comes_in_pieces() {
 
 #[tokio::test]
 async fn several_prompts_have_several_answers_each() {
-    let server = Server::new("a");
+    let hall = Scripted {
+        queue: 8,
+        ..Scripted::new("a")
+    };
+    let server = Server::with(hall, |_, _| {});
     let body = server
         .post(PATH, json!({ "prompt": ["x", [1, 2], "yz"], "n": 2 }))
         .await
