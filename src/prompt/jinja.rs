@@ -30,9 +30,11 @@ const FUEL_PER_BYTE: u64 = 8;
 const MOST_DEEP: usize = 100;
 /// Bytes of a template. Published ones have up to 30,000.
 const MOST_TEXT: usize = 128 << 10;
-/// Bytes of the stack that one is read with: what stands within each other in it may be as deep as it is
-/// long.
-const STACK: usize = 256 << 20;
+/// Bytes of the stack that one is read with, for each of its own: what stands within each other in it may
+/// be as deep as it is long.
+const STACK_PER_BYTE: usize = 2 << 10;
+/// And without any.
+const STACK: usize = 256 << 10;
 /// Characters of what a template says is wrong.
 const MOST_SAID: usize = 300;
 
@@ -70,6 +72,7 @@ impl Jinja {
             return Err(Error::option(NAME, reason));
         }
         let text = as_jinja2_reads(text);
+        let text_bytes = text.len();
         let compile = || {
             guarded(|| {
                 let mut environment = environment()?;
@@ -78,7 +81,8 @@ impl Jinja {
             })
         };
         let compiled = std::thread::scope(|scope| {
-            let own = std::thread::Builder::new().stack_size(STACK);
+            let stack = STACK + text_bytes * STACK_PER_BYTE;
+            let own = std::thread::Builder::new().stack_size(stack);
             let thread = own.spawn_scoped(scope, compile).ok()?;
             thread.join().ok().flatten()
         });
