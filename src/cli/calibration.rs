@@ -1,4 +1,4 @@
-//! The parameters that `hae calibrate` found, picked up by `hae run`.
+//! The parameters that `hae calibrate` found, picked up by `hae run` and `hae serve`.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use hae::Error;
 use hae::calibrate::file::Calibration;
 use hae::llama::gguf;
 use hae::outfile::FilesInUse;
-use hae::policy::PolicyOptions;
+use hae::policy::{PolicyOptions, PolicySpec};
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = PRESETS)]
@@ -45,9 +45,25 @@ impl CalibrationArgs {
         }
     }
 
+    /// The policy with the parameters of the calibration, if there is one, otherwise with these, which the flags
+    /// say.
+    pub fn policy(
+        &self,
+        files: &Files,
+        (name, flags): (&str, &PolicyArgs),
+        said: PolicyOptions,
+    ) -> Result<(PolicySpec, Option<Calibrated>)> {
+        let calibrated = self.find(files, name, flags)?;
+        let options = match &calibrated {
+            Some(calibrated) => calibrated.options.clone(),
+            None => said,
+        };
+        Ok((PolicySpec::new(name, options), calibrated))
+    }
+
     /// The calibration that gives a flag its value, if there is one. A file for another model is
     /// named on stderr, and refused where the command line asks for it.
-    pub fn find(
+    fn find(
         &self,
         files: &Files,
         kv_policy: &str,

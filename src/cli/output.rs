@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use clap::ValueEnum;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -10,6 +11,13 @@ use hae::answer::Answer;
 use hae::attend::Attend;
 use hae::build::Build;
 use hae::llama::{CacheType, ContextOptions, FlashAttention, Poll, SamplerOptions};
+
+/// How a run, or a plan, is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Text,
+    Json,
+}
 
 #[derive(Debug, Serialize)]
 pub struct Report<'a> {

@@ -3,12 +3,12 @@
 use std::io::Write;
 
 use anyhow::{Context, Result};
-use clap::ValueEnum;
 
 use super::Done;
 use super::crops::CropArgs;
 use super::load::{self, Files};
 use super::options::{ContextArgs, FitArgs, ModelArgs, POLICY, PolicyArgs};
+use super::output::Format;
 use super::table::Columns;
 use hae::memory::{Estimate, Share, Work};
 use hae::policy::PolicySpec;
@@ -55,12 +55,6 @@ pub struct Args {
     /// Show llama.cpp's log on stderr
     #[arg(short, long, help_heading = "Output")]
     verbose: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Text,
-    Json,
 }
 
 /// `5x1344x1344`, or `1344x1344` for one.

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::ValueEnum;
 
 use super::answer::{answer, warn_about_bin, warn_about_end};
 use super::calibration::CalibrationArgs;
@@ -16,7 +15,7 @@ use super::load::{self, Files, Setup};
 use super::options::{
     ConstraintArgs, ContextArgs, FitArgs, ModelArgs, POLICY, PolicyArgs, SamplerArgs, TemplateArgs,
 };
-use super::output::{ContextReport, Report};
+use super::output::{ContextReport, Format, Report};
 use super::{Done, chat, interrupt, is_of_output, note, session};
 use hae::Error;
 use hae::answer::Answer;
@@ -24,7 +23,6 @@ use hae::build::build;
 use hae::chat::{Begin, Chat, ChatOptions};
 use hae::generate::Finish;
 use hae::memory::Work;
-use hae::policy::PolicySpec;
 use hae::trace;
 use hae::turn::Turn;
 
@@ -116,12 +114,6 @@ pub struct Args {
     verbose: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Text,
-    Json,
-}
-
 pub fn run(args: &Args) -> Result<Done> {
     if args.verbose {
         super::show_log();
@@ -151,14 +143,8 @@ pub fn run(args: &Args) -> Result<Done> {
         session::check_flags(saved, &template, args.system_prompt.as_deref())?;
     }
     let files = Files::find(&args.model)?;
-    let calibrated = args
-        .calibration
-        .find(&files, &args.kv_policy, &args.policy)?;
-    let policy_options = match &calibrated {
-        Some(calibrated) => calibrated.options.clone(),
-        None => policy_options,
-    };
-    let policy = PolicySpec::new(&args.kv_policy, policy_options);
+    let named = (&*args.kv_policy, &args.policy);
+    let (policy, calibrated) = args.calibration.policy(&files, named, policy_options)?;
     args.context.refuse_unread(&policy)?;
     let sizes = pictures.iter().map(|p| (p.width, p.height, p.num_crops));
     let work = Work {

@@ -22,7 +22,7 @@ use hae::build::build;
 use hae::constrain::Grammars;
 use hae::llama::Model;
 use hae::memory::Work;
-use hae::policy::{Limits, PolicySpec};
+use hae::policy::Limits;
 use hae::serve::hall::{self, HallOptions};
 use hae::serve::http::listen;
 use hae::serve::http::service::{About, Constrain, Render, Rules, Service};
@@ -205,13 +205,8 @@ pub fn run(args: &Args) -> Result<Done> {
     }
     let files = Files::find(&args.model)?;
     rules.num_crops = args.crops.num_crops()?.or(files.scale());
-    let calibrated = args
-        .calibration
-        .find(&files, &args.kv_policy, &args.policy)?;
-    let policy = match &calibrated {
-        Some(calibrated) => PolicySpec::new(&args.kv_policy, calibrated.options.clone()),
-        None => PolicySpec::new(&args.kv_policy, policy_options),
-    };
+    let named = (&*args.kv_policy, &args.policy);
+    let (policy, calibrated) = args.calibration.policy(&files, named, policy_options)?;
     args.context.refuse_unread(&policy)?;
     let sampler = args.sampler.options(load::clock_seed())?;
     let mut context = args.context.options()?;

@@ -93,8 +93,8 @@ impl Whole {
 /// A question that was taken. Dropping it tells the hall that nobody listens any more.
 pub(super) struct Listening {
     told: UnboundedReceiver<Told>,
-    /// Was told before anybody listened.
-    first: Option<Told>,
+    /// Came before anybody listened.
+    first: Option<News>,
     began: Instant,
     end: Instant,
     timeout: Duration,
@@ -129,9 +129,6 @@ pub(super) fn ask(service: &Arc<Service>, ask: Ask) -> Result<Listening, Failure
 
 impl Listening {
     async fn told(&mut self) -> Result<Told, Failure> {
-        if let Some(first) = self.first.take() {
-            return Ok(first);
-        }
         match tokio::time::timeout_at(self.end, self.told.recv()).await {
             Ok(Some(told)) => Ok(told),
             Ok(None) => Err(Failure::server("the model's thread gave no whole answer")),
@@ -144,25 +141,8 @@ impl Listening {
     /// # Errors
     /// Why it cannot.
     pub async fn accepted(&mut self) -> Result<(), Failure> {
-        loop {
-            match self.told().await? {
-                Told::Waits { .. } => {}
-                Told::Slot {
-                    slot,
-                    cached,
-                    prompt,
-                } => self.take_slot(slot, cached, prompt),
-                Told::Failed(e) => return Err(e.into()),
-                other => {
-                    self.first = Some(other);
-                    return Ok(());
-                }
-            }
-        }
-    }
-
-    fn take_slot(&mut self, slot: usize, cached: usize, prompt: usize) {
-        (self.slot, self.cached, self.prompt) = (slot, cached, prompt);
+        self.first = Some(self.next().await?);
+        Ok(())
     }
 
     /// How far the prompt was when the slot took it.
@@ -195,6 +175,9 @@ impl Listening {
     /// # Errors
     /// Why there is no answer.
     pub async fn next(&mut self) -> Result<News, Failure> {
+        if let Some(first) = self.first.take() {
+            return Ok(first);
+        }
         loop {
             match self.told().await? {
                 Told::Waits { .. } => {}
@@ -202,7 +185,7 @@ impl Listening {
                     slot,
                     cached,
                     prompt,
-                } => self.take_slot(slot, cached, prompt),
+                } => (self.slot, self.cached, self.prompt) = (slot, cached, prompt),
                 Told::Prompt { done, rows } => {
                     return Ok(News::Progress(self.progress(done, rows)));
                 }

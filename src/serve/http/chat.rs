@@ -15,7 +15,7 @@ use super::body::{Body, read};
 use super::failure::Failure;
 use super::fields::{Settings, settings};
 use super::messages::{Conversation, Manner, shown};
-use super::pump::{Writer, pump};
+use super::pump::{Writer, choices};
 use super::service::Service;
 use super::slots::waiting;
 use super::tools::{Call, Reader, Said, Tools, tools};
@@ -244,32 +244,16 @@ async fn streamed(
         ..
     } = ready;
     Ok(wire::stream(move |wire| async move {
-        // Costs are told once: with the usage, where that is asked for.
-        let apart = settings.include_usage && listening.len() == 1;
-        let pumps = listening.into_iter().enumerate().map(|(index, listening)| {
-            let writer = Chunks {
-                head: head.clone(),
-                index,
-                top,
-                reader: tools.as_ref().map(Tools::reader),
-                calls: 0,
-                costs: !apart,
-                verbose: verbose.take(),
-            };
-            pump(&wire, listening, writer, &settings)
-        });
-        let answers = futures_util::future::try_join_all(pumps).await?;
-        if settings.include_usage {
-            let mut last = head;
-            last["choices"] = json!([]);
-            last["usage"] = report::usage(&answers, settings.n);
-            if let (true, Some(first)) = (apart, answers.first()) {
-                last["timings"] = report::timings(first);
-                last["hae"] = report::hae(first);
-            }
-            wire.send(&last).await?;
-        }
-        wire.done().await
+        let writer = |index, costs| Chunks {
+            head: head.clone(),
+            index,
+            top,
+            reader: tools.as_ref().map(Tools::reader),
+            calls: 0,
+            costs,
+            verbose: verbose.take(),
+        };
+        choices(&wire, listening, &settings, head.clone(), writer).await
     }))
 }
 

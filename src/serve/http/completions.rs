@@ -15,7 +15,7 @@ use super::body::{Body, read};
 use super::failure::Failure;
 use super::fields::{Settings, settings};
 use super::prompts::{Prompt, prompts};
-use super::pump::{Writer, pump};
+use super::pump::{Writer, choices};
 use super::service::Service;
 use super::{ids, report, wire};
 use crate::engine::Token;
@@ -107,29 +107,14 @@ async fn streamed(
 ) -> Result<Response, Failure> {
     let listening = answering::open(&service, asks).await?;
     Ok(wire::stream(move |wire| async move {
-        let apart = settings.include_usage && listening.len() == 1;
-        let pumps = listening.into_iter().enumerate().map(|(index, listening)| {
-            let writer = Chunks {
-                head: head.clone(),
-                index,
-                top,
-                offset: 0,
-                costs: !apart,
-            };
-            pump(&wire, listening, writer, &settings)
-        });
-        let answers = futures_util::future::try_join_all(pumps).await?;
-        if settings.include_usage {
-            let mut last = head;
-            last["choices"] = json!([]);
-            last["usage"] = report::usage(&answers, settings.n);
-            if let (true, Some(first)) = (apart, answers.first()) {
-                last["timings"] = report::timings(first);
-                last["hae"] = report::hae(first);
-            }
-            wire.send(&last).await?;
-        }
-        wire.done().await
+        let writer = |index, costs| Chunks {
+            head: head.clone(),
+            index,
+            top,
+            offset: 0,
+            costs,
+        };
+        choices(&wire, listening, &settings, head.clone(), writer).await
     }))
 }
 

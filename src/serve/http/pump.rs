@@ -25,6 +25,35 @@ pub(super) trait Writer: Send {
     fn ended(&mut self, whole: &Whole) -> Vec<Value>;
 }
 
+/// Sends the pieces of several answers as they come, and behind them the usage of all, where that is asked for. Each has
+/// a writer, which is told its index and whether its last piece says what the answer cost: costs are told once, with the
+/// usage of a single answer.
+pub(super) async fn choices<W: Writer>(
+    wire: &Wire,
+    listening: Vec<Listening>,
+    settings: &Settings,
+    head: Value,
+    mut writer: impl FnMut(usize, bool) -> W,
+) -> Result<(), Broken> {
+    let apart = settings.include_usage && listening.len() == 1;
+    let pumps = listening
+        .into_iter()
+        .enumerate()
+        .map(|(index, listening)| pump(wire, listening, writer(index, !apart), settings));
+    let answers = futures_util::future::try_join_all(pumps).await?;
+    if settings.include_usage {
+        let mut last = head;
+        last["choices"] = json!([]);
+        last["usage"] = report::usage(&answers, settings.n);
+        if let (true, Some(first)) = (apart, answers.first()) {
+            last["timings"] = report::timings(first);
+            last["hae"] = report::hae(first);
+        }
+        wire.send(&last).await?;
+    }
+    wire.done().await
+}
+
 /// Sends the pieces of one answer.
 pub(super) async fn pump<W: Writer>(
     wire: &Wire,
