@@ -109,6 +109,9 @@ impl<M: Mind> Worker<M> {
         // What it holds now is part of the claim.
         let more = claim.cells.saturating_sub(self.rooms[i].claims());
         waiting.prompt = Some(prompt);
+        if more > self.free() && self.shrinks() {
+            return Err(Fate::Waits);
+        }
         let spared = match more > self.free() {
             true => self.wanted(),
             false => Vec::new(),
@@ -117,6 +120,16 @@ impl<M: Mind> Worker<M> {
             true => Ok((i, kept)),
             false => Err(Fate::Waits),
         }
+    }
+
+    /// Whether a prompt goes in that is pruned behind its last token. What it leaves then is worth
+    /// waiting for: what idle slots hold would have to be read again.
+    fn shrinks(&self) -> bool {
+        self.rooms.iter().any(|room| {
+            let reads = |work: &Work<M::Picture>| !matches!(work.stage, Stage::Answer);
+            let evicts = !evicts_nothing(&room.held.policy.name);
+            evicts && room.work.as_ref().is_some_and(reads)
+        })
     }
 
     /// The slot of these that holds most of a prompt, if it is worth going on from.

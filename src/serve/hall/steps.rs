@@ -223,6 +223,23 @@ impl<M: Mind> Worker<M> {
         drop(shared);
     }
 
+    /// Its prompt is in and pruned: whoever waits for cells finds those that it left.
+    fn answers(&mut self, i: usize) {
+        let room = &mut self.rooms[i];
+        let Some(work) = &mut room.work else {
+            return;
+        };
+        if matches!(work.stage, Stage::Answer) {
+            return;
+        }
+        work.stage = Stage::Answer;
+        let before = work.reserved;
+        let needs = room.needs().filter(|needs| needs.to_come.is_some());
+        if let Some(cells) = needs.and_then(|needs| self.promised(i, &needs, before)) {
+            self.set(i, cells, false);
+        }
+    }
+
     fn heard(&mut self, i: usize, did: Did) {
         let (text, token) = match did {
             Did::Failed(error) => return self.fail(i, error),
@@ -235,10 +252,10 @@ impl<M: Mind> Worker<M> {
             Did::Token(token, text) => (text, Ok(token)),
             Did::End(finish, text) => (text, Err(finish)),
         };
+        self.answers(i);
         let Some(work) = &mut self.rooms[i].work else {
             return;
         };
-        work.stage = Stage::Answer;
         let (told, stop) = work.stops.add(&text);
         work.text.push_str(&told);
         let finish = match token {

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::generate::{Finish, Segment, Slot};
 use crate::image::Picture;
 use crate::llama::SamplerOptions;
-use crate::policy::{Limits, PolicySpec};
+use crate::policy::{Amount, Limits, PolicySpec};
 use crate::serve::ask::{Ask, End, Part, Refused, Told};
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -475,6 +475,36 @@ fn a_slot_that_a_waiting_question_goes_on_from_is_spared() {
     assert_eq!(works.rest().tokens, 20);
     let (new, further) = (heard(&new), heard(&further));
     assert_eq!((new.failed, new.tokens), (None, 10));
+    assert_eq!((further.slot, further.cached), (Some(0), 19));
+}
+
+#[test]
+fn a_prompt_waits_for_one_that_is_pruned_and_idle_slots_keep_theirs() {
+    let world = world(160, 4, 8);
+    let mut params = PolicySpec::hae();
+    params.options.kv_budget = Some(Amount::Cells(22));
+    let pruned = |rows: u32| Ask {
+        prompt: vec![picture(rows), Part::Text("a".to_owned())],
+        n_predict: Some(2),
+        policy: Some(params.clone()),
+        ..Ask::default()
+    };
+    assert_eq!(world.whole(text("0123456789", 10)).slot, Some(0));
+    let mut works = world.gated(text("ab", 5));
+    works.next();
+    // 19 and 7 cells are taken. The first of these needs 63, and what is left is too little for the second.
+    let asks = [world.ask(pruned(60)), world.ask(pruned(75))];
+    assert_eq!(works.rest().tokens, 5);
+    for told in &asks {
+        let heard = heard(told);
+        assert_eq!((heard.failed, heard.tokens), (None, 2));
+    }
+    let answer = (9..19).map(says).chain([5]).collect();
+    let further = world.whole(Ask {
+        prompt: vec![Part::Text("0123456789".to_owned()), Part::Tokens(answer)],
+        n_predict: Some(2),
+        ..Ask::default()
+    });
     assert_eq!((further.slot, further.cached), (Some(0), 19));
 }
 
