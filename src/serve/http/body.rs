@@ -18,15 +18,20 @@ impl FromRequest<Arc<Service>> for Body {
     type Rejection = Failure;
 
     async fn from_request(request: Request, state: &Arc<Service>) -> Result<Self, Failure> {
-        let bytes = Bytes::from_request(request, state).await.map_err(|e| {
-            let kind = "invalid_request_error";
-            match e.status() {
-                StatusCode::PAYLOAD_TOO_LARGE => {
-                    let reason = format!("more than {} bytes in one request", state.rules.body);
-                    Failure::new(StatusCode::PAYLOAD_TOO_LARGE, kind, reason)
-                }
-                _ => Failure::invalid(e.body_text()),
+        let kind = "invalid_request_error";
+        let upload = state.rules.upload;
+        let read = tokio::time::timeout(upload, Bytes::from_request(request, state)).await;
+        let read = read.map_err(|_| {
+            let seconds = upload.as_secs_f64();
+            let reason = format!("the request did not come within {seconds} seconds");
+            Failure::new(StatusCode::REQUEST_TIMEOUT, kind, reason)
+        })?;
+        let bytes = read.map_err(|e| match e.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => {
+                let reason = format!("more than {} bytes in one request", state.rules.body);
+                Failure::new(StatusCode::PAYLOAD_TOO_LARGE, kind, reason)
             }
+            _ => Failure::invalid(e.body_text()),
         })?;
         object(&bytes).map(Body)
     }

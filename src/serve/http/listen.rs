@@ -5,8 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
 use tokio::runtime::Builder;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use super::service::Service;
 use crate::error::{Error, Result};
@@ -17,6 +22,10 @@ const ASKED: Duration = Duration::from_millis(100);
 const THREADS: usize = 2;
 /// For streams to say why they end, once answers are cut short.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Connections of one listener at once; more wait in the system's queue.
+const CONNECTIONS: usize = 1024;
+/// Until the system may have sockets again.
+const BREATH: Duration = Duration::from_secs(1);
 
 /// Answers requests until `stops` says so; then takes no new ones, lets those that there are go on for
 /// `drain`, cuts short what is left, and comes back. `listeners`: bound.
@@ -59,11 +68,8 @@ async fn serve(
             // An error: nobody is left who could stop it, so it stops.
             let _ = stopped.wait_for(|&stopped| stopped).await;
         };
-        servers.spawn(async move {
-            axum::serve(listener, app)
-                .with_graceful_shutdown(until)
-                .await
-        });
+        let patience = service.rules.patience;
+        servers.spawn(accept(listener, app, patience, until));
     }
     while !stops() {
         tokio::time::sleep(ASKED).await;
@@ -84,4 +90,47 @@ async fn serve(
     cancel.store(true, Ordering::SeqCst);
     let _ = tokio::time::timeout(LAST_WORDS, closing).await;
     Ok(())
+}
+
+/// Answers whoever connects, until `until` is over, and comes back when those that were connected then have
+/// their answers. A connection on which no head of a request comes for `patience` is closed: a client that sends
+/// a letter now and then would hold it for ever.
+async fn accept(
+    listener: tokio::net::TcpListener,
+    app: Router,
+    patience: Duration,
+    until: impl Future<Output = ()>,
+) {
+    let connections = Arc::new(Semaphore::new(CONNECTIONS));
+    let graceful = GracefulShutdown::new();
+    tokio::pin!(until);
+    loop {
+        let one = async {
+            let place = Arc::clone(&connections).acquire_owned().await;
+            (place, listener.accept().await)
+        };
+        let (place, accepted) = tokio::select! {
+            one = one => one,
+            () = &mut until => break,
+        };
+        let Ok((stream, _)) = accepted else {
+            tokio::time::sleep(BREATH).await;
+            continue;
+        };
+        // Each token of a stream is a few bytes that somebody waits for. Where it cannot be said, they wait.
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(app.clone());
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(patience)
+            .serve_connection(TokioIo::new(stream), service);
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            // How a connection ends is the client's affair.
+            let _ = connection.await;
+            drop(place);
+        });
+    }
+    drop(listener);
+    graceful.shutdown().await;
 }

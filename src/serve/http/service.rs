@@ -124,6 +124,10 @@ pub struct Rules {
     pub answers: usize,
     /// How long an answer may take, waiting included.
     pub timeout: Duration,
+    /// How long a client may take to send the head of a request.
+    pub patience: Duration,
+    /// How long it may take to send the rest.
+    pub upload: Duration,
 }
 
 impl Default for Rules {
@@ -150,6 +154,8 @@ impl Default for Rules {
             n_predict: None,
             answers: 8,
             timeout: Duration::from_secs(3600),
+            patience: Duration::from_secs(30),
+            upload: Duration::from_secs(300),
         }
     }
 }

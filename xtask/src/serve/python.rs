@@ -48,7 +48,7 @@ pub fn venv(root: &Path) -> Result<PathBuf> {
 ///
 /// # Errors
 /// When it cannot be run, or fails.
-fn run(command: &mut Command) -> Result<()> {
+pub fn run(command: &mut Command) -> Result<()> {
     let shown = shown(command);
     eprintln!("$ {shown}");
     let status = command

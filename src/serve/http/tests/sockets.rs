@@ -131,3 +131,47 @@ fn answers_that_take_too_long_are_cut_short_at_the_end() {
     let whole = all(whole);
     assert!(whole.starts_with("HTTP/1.1 503"), "{whole}");
 }
+
+/// Who sends a letter now and then holds neither a connection nor a handler for ever.
+#[test]
+fn slow_clients_are_let_go() {
+    let server = Server::with(Scripted::new("abc"), |_, rules| {
+        rules.patience = Duration::from_millis(300);
+        rules.upload = Duration::from_millis(300);
+    });
+    let mut running = Running::start(server, Duration::from_millis(100));
+    let connect = || TcpStream::connect(running.address).unwrap();
+    let drip = |mut stream: TcpStream, head: &str| {
+        let wait = Some(Duration::from_millis(50));
+        stream.set_read_timeout(wait).unwrap();
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut text = Vec::new();
+        let mut some = [0; 1024];
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(10) {
+            // It may be closed already.
+            let _ = stream.write_all(b"a");
+            match stream.read(&mut some) {
+                Ok(0) => return String::from_utf8(text).unwrap(),
+                Ok(n) => text.extend_from_slice(&some[..n]),
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(_) => return String::from_utf8(text).unwrap(),
+            }
+        }
+        panic!("a slow client is waited for");
+    };
+    drip(connect(), "");
+    drip(
+        connect(),
+        "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ",
+    );
+    let told = drip(
+        connect(),
+        "POST /completion HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: 1000000\r\n\r\n",
+    );
+    assert!(told.starts_with("HTTP/1.1 408"), "{told}");
+    // Others were answered meanwhile, and are.
+    let whole = all(running.ask(&json!({ "prompt": "x" })));
+    assert!(whole.starts_with("HTTP/1.1 200"), "{whole}");
+    running.stop();
+}
