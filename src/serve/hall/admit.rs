@@ -215,8 +215,7 @@ impl<M: Mind> Worker<M> {
         }
         let base = held + back + rows;
         let limit = n_predict.filter(|n| base.saturating_add(*n) <= n_cells);
-        let share = n_cells / self.rooms.len().max(1);
-        let answer = limit.unwrap_or_else(|| share.saturating_sub(base).max(1));
+        let answer = limit.unwrap_or_else(|| self.share().saturating_sub(base).max(1));
         Ok(Claim {
             cells: (base + answer).min(n_cells),
             limit,

@@ -200,7 +200,7 @@ impl<M: Mind> Worker<M> {
         }
         for wanted in [held + back + 1, held + 1] {
             if wanted <= before {
-                return Some(before);
+                return Some(before.min(self.share().max(wanted)));
             }
             if self.make_room(i, wanted - before, &[]) {
                 return Some(wanted);
@@ -234,7 +234,7 @@ impl<M: Mind> Worker<M> {
         }
         work.stage = Stage::Answer;
         let before = work.reserved;
-        let needs = room.needs().filter(|needs| needs.to_come.is_some());
+        let needs = room.needs();
         if let Some(cells) = needs.and_then(|needs| self.promised(i, &needs, before)) {
             self.set(i, cells, false);
         }

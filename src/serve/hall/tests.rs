@@ -509,6 +509,23 @@ fn a_prompt_waits_for_one_that_is_pruned_and_idle_slots_keep_theirs() {
 }
 
 #[test]
+fn an_answer_without_a_limit_keeps_no_more_than_its_share_of_a_pruned_prompt() {
+    let world = world(160, 4, 8);
+    let mut policy = PolicySpec::hae();
+    policy.options.kv_budget = Some(Amount::Cells(22));
+    let mut answer = world.gated(Ask {
+        prompt: vec![picture(60), Part::Text("a".to_owned())],
+        policy: Some(policy),
+        ..Ask::default()
+    });
+    answer.next();
+    answer.go(true);
+    answer.next();
+    assert_eq!(world.desk.slots()[0].n_reserved, 40);
+    answer.rest();
+}
+
+#[test]
 fn answers_without_a_limit_wait_for_each_other_and_the_largest_ends() {
     let world = world(64, 2, 8);
     let asks = [

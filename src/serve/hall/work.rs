@@ -239,6 +239,11 @@ impl<M: Mind> Worker<M> {
         self.mind.look().n_cells().saturating_sub(claimed)
     }
 
+    /// A slot's equal share of all cells.
+    pub fn share(&self) -> usize {
+        self.mind.look().n_cells() / self.rooms.len().max(1)
+    }
+
     /// Forgets what idle slots hold, those first that were idle longest, until there are `cells` free beside
     /// what slot `own` claims. `spared`: those are the last, and not at all as long as others work, which will
     /// leave cells. False: there cannot be as many, and nothing was forgotten.
