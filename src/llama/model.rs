@@ -11,7 +11,7 @@ use llama_cpp_sys_2 as sys;
 use super::cache_type::CacheType;
 use super::gguf::{Gguf, c_path};
 use super::rows::check_token;
-use super::{backend, devices, gguf, hparams, log, weights};
+use super::{backend, devices, gguf, hparams, log, tokens, weights};
 use crate::engine::{Token, Vocabulary};
 use crate::error::{Error, Result};
 
@@ -82,6 +82,7 @@ impl Model {
             tensors.extend(part.tensors());
         }
         hparams::check(&meta, &arch, &tensors)?;
+        tokens::check(&meta)?;
         let orig_key = format!("{arch}.rope.scaling.original_context_length");
         let two_sets = tensors
             .iter()

@@ -29,6 +29,7 @@ mod fixture;
 mod flash;
 mod full_model;
 mod gguf;
+mod handmade;
 mod holes;
 mod house;
 mod hub;
