@@ -7,7 +7,7 @@ use std::path::Path;
 use hae::llama::gguf::Gguf;
 use tempfile::TempDir;
 
-use crate::bin::refusal;
+use crate::bin::{answer, refusal};
 
 const U8: u32 = 0;
 const I32: u32 = 5;
@@ -107,7 +107,7 @@ fn broken() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         (
             "more tensors than there are",
             with(8, &[9]),
-            "ends within tensor name",
+            "has 0 dimensions",
         ),
         ("key count", with(16, &huge), "key count counts"),
         (
@@ -345,7 +345,9 @@ fn refused_by_all(path: &Path, what: &str, expected: &str) {
         .display()
         .to_string();
     for args in [
-        &["run", "-p", "hi", "-m", path][..],
+        &["inspect", path][..],
+        &["tokenize", "-p", "hi", "-m", path],
+        &["run", "-p", "hi", "-m", path],
         &["run", "-p", "hi", "-m", &good, "--mmproj", path],
     ] {
         let line = refusal(args);
@@ -369,8 +371,16 @@ fn every_kind_of_lie_is_refused_in_one_line() {
 fn files_that_are_no_models() {
     for (what, bytes) in whole() {
         with_file(&bytes, |path| {
-            Gguf::open(path).unwrap_or_else(|e| panic!("{what}: {e}"));
-            refused_by_all(path, what, "general.architecture");
+            let gguf = Gguf::open(path).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let path = path.to_str().unwrap();
+            let shown = answer(&["inspect", path]);
+            assert!(shown.contains("GGUF without an architecture"), "{what}");
+            assert!(gguf.keys().iter().all(|key| shown.contains(key)), "{what}");
+            let line = refusal(&["run", "-p", "hi", "-m", path]);
+            assert!(
+                line.contains("general.architecture is missing"),
+                "{what}: {line}"
+            );
         });
     }
 }

@@ -36,6 +36,7 @@ mod hub;
 mod image;
 mod imports;
 mod inputs;
+mod inspect;
 mod kv_cells;
 mod kv_graphs;
 #[cfg(target_os = "linux")]
