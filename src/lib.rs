@@ -55,6 +55,7 @@ pub mod guard;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod image;
+pub mod inspect;
 #[allow(unsafe_code)]
 pub mod llama;
 pub mod memory;

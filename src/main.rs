@@ -10,8 +10,8 @@ use cli::polling::PollArgs;
 #[cfg(feature = "serve")]
 use cli::serve;
 use cli::{
-    Done, bench, calibrate, compare, convert, demo, eval, help, interrupt, options, plan, quantize,
-    replay, report, run,
+    Done, bench, calibrate, compare, convert, demo, eval, help, inspect, interrupt, options, plan,
+    quantize, replay, report, run, tokenize,
 };
 
 /// Small buffers that cannot be had end the program with a line, not with an abort.
@@ -37,6 +37,10 @@ enum Command {
     Convert(convert::ConvertArgs),
     /// Quantize a GGUF with llama.cpp
     Quantize(quantize::QuantizeArgs),
+    /// Say what a file is, what is in it, and what a token of it takes, without loading it
+    Inspect(inspect::Args),
+    /// Print the tokens of a text, as llama-tokenize does
+    Tokenize(tokenize::Args),
     /// Ask about a picture twice, with llama.cpp's KV cache and with HAE, and compare
     Demo(Box<demo::Args>),
     /// Say what a run will take of which memory, and whether it fits, without loading anything
@@ -72,6 +76,8 @@ impl Command {
             Command::Calibrate(args) => args.inference.model.fetch(),
             Command::Convert(_)
             | Command::Quantize(_)
+            | Command::Inspect(_)
+            | Command::Tokenize(_)
             | Command::Replay(_)
             | Command::Report(_)
             | Command::Policies => Ok(()),
@@ -92,6 +98,8 @@ impl Command {
             Command::Calibrate(args) => Some(args.inference.context.poll),
             Command::Convert(_)
             | Command::Quantize(_)
+            | Command::Inspect(_)
+            | Command::Tokenize(_)
             | Command::Replay(_)
             | Command::Report(_)
             | Command::Policies => None,
@@ -137,6 +145,8 @@ fn main() -> ExitCode {
             Command::Serve(args) => serve::run(&args),
             Command::Convert(args) => convert::run(&args),
             Command::Quantize(args) => quantize::run(&args),
+            Command::Inspect(args) => inspect::run(&args),
+            Command::Tokenize(args) => tokenize::run(&args),
             Command::Demo(args) => demo::run(&args),
             Command::Plan(args) => plan::run(&args),
             Command::Bench(args) => bench::run(&args),

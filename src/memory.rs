@@ -204,6 +204,29 @@ pub fn estimate(
     })
 }
 
+/// Bytes of the cache that a token takes in all layers, and those that it takes however long a text is (recurrent states, windows):
+/// what contexts of two sizes would allocate. `model` was loaded to be measured.
+///
+/// # Errors
+/// Those of [`LlamaEngine::new`]: heads that are no whole blocks, or no flash attention.
+pub fn kv_of_token(model: &Model, types: CacheType) -> Result<(u64, u64)> {
+    // Behind any window: what grows from here on grows for good.
+    const CELLS: u32 = 1 << 17;
+    let kv = |n_ctx: u32| -> Result<u64> {
+        let options = ContextOptions {
+            n_ctx,
+            type_k: types,
+            type_v: types,
+            ..ContextOptions::default()
+        };
+        let engine = LlamaEngine::new(model, options, &SamplerOptions::GREEDY)?;
+        Ok(engine.footprint().iter().map(|part| part.kv).sum())
+    };
+    let (some, more) = (kv(CELLS)?, kv(CELLS + 256)?);
+    let token = more.saturating_sub(some) / 256;
+    Ok((token, some.saturating_sub(token * u64::from(CELLS))))
+}
+
 /// The cells that a run takes at most. What a question prunes depends on it, so pruning is not counted on.
 fn cells(plan: &Plan, policy: &PolicySpec, work: &Work, images: usize) -> Cells {
     let full = plan.limits().n_cells;

@@ -82,7 +82,7 @@ impl EscapeArgs {
 }
 
 /// llama.cpp's `string_process_escapes`: what is no escape keeps its backslash.
-fn unescaped(text: &[u8]) -> Vec<u8> {
+pub fn unescaped(text: &[u8]) -> Vec<u8> {
     let hex = |digits: &[u8]| {
         let digits = std::str::from_utf8(digits).ok()?;
         let plain = digits.bytes().all(|b| b.is_ascii_hexdigit());

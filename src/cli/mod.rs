@@ -6,6 +6,7 @@ pub mod bench;
 pub mod calibrate;
 mod calibration;
 mod chat;
+mod clean;
 pub mod compare;
 pub mod convert;
 mod crops;
@@ -13,6 +14,7 @@ pub mod demo;
 pub mod eval;
 pub mod help;
 mod inputs;
+pub mod inspect;
 pub mod interrupt;
 mod lists;
 mod load;
@@ -30,6 +32,7 @@ pub mod serve;
 mod session;
 pub mod spell;
 mod table;
+pub mod tokenize;
 
 use std::io::Write;
 

@@ -34,6 +34,8 @@ pub struct Stored {
     pub shape: Vec<usize>,
     /// Bytes from the start of the shard.
     offset: u64,
+    /// Bytes that it takes there.
+    pub bytes: u64,
 }
 
 #[derive(Debug)]
@@ -160,6 +162,17 @@ impl Checkpoint {
     }
 }
 
+/// The tensors of one file, by their places in it.
+///
+/// # Errors
+/// As [`Checkpoint::open`].
+pub fn tensors(path: &Path) -> Result<Vec<(String, Stored)>> {
+    let (_, tensors) = open_shard(path.to_owned(), 0)?;
+    let mut tensors: Vec<(String, Stored)> = tensors.into_iter().collect();
+    tensors.sort_by(|(a, x), (b, y)| (x.offset, a).cmp(&(y.offset, b)));
+    Ok(tensors)
+}
+
 fn open_shard(path: PathBuf, shard: usize) -> Result<(Shard, HashMap<String, Stored>)> {
     let io = |e| Error::io(&path, e);
     let mut file = File::open(&path).map_err(io)?;
@@ -204,6 +217,7 @@ fn open_shard(path: PathBuf, shard: usize) -> Result<(Shard, HashMap<String, Sto
                 dtype: info.dtype,
                 shape: info.shape.clone(),
                 offset: data_start + info.data_offsets.0 as u64,
+                bytes: (info.data_offsets.1 - info.data_offsets.0) as u64,
             };
             (name, stored)
         })

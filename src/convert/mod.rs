@@ -26,6 +26,7 @@ use checkpoint::Checkpoint;
 use output::Model;
 use tensors::Planned;
 
+pub use checkpoint::tensors as safetensors;
 pub use output::{Summary, Written};
 
 /// The type that matrices get. Vectors stay F32.

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 
 pub use fingerprint::fingerprint;
 pub use parts::{PartName, parts};
-pub use read::{Gguf, TensorInfo, Value};
+pub use read::{Gguf, Glimpse, TensorInfo, Value};
 pub use write::{DataWriter, Writer};
 
 /// Where a file does not say otherwise, tensor data is aligned to this many bytes

@@ -97,13 +97,13 @@ pub(super) fn check(gguf: &Gguf, arch: &str, tensors: &[TensorInfo]) -> Result<(
 /// # Errors
 /// As [`check`].
 pub(super) fn check_vision(gguf: &Gguf) -> Result<()> {
-    for key in gguf.keys() {
+    let keys = gguf.keys().into_iter();
+    for key in keys.filter(|key| key.starts_with("clip.") && key.ends_with("block_count")) {
         let claimed = match gguf.get(&key) {
             Some(Value::Unsigned(n)) => n,
             _ => continue,
         };
-        let counts = key.starts_with("clip.") && key.ends_with("block_count");
-        if counts && claimed > MAX_LAYERS {
+        if claimed > MAX_LAYERS {
             let reason = format!("{key} is {claimed}, expected at most {MAX_LAYERS}");
             return Err(Error::file(gguf.path(), reason));
         }
@@ -111,7 +111,7 @@ pub(super) fn check_vision(gguf: &Gguf) -> Result<()> {
     Ok(())
 }
 
-/// llama.cpp takes all of these for optional with this architecture, and reads through a null
+/// llama.cpp asserts that heads of K and V are equally wide. It takes all of these tensors for optional with this architecture, and reads through a null
 /// pointer, or without rope factors, where they are missing (models/phi3.cpp).
 fn check_phi3(gguf: &Gguf, blocks: u64, tensors: &[TensorInfo]) -> Result<()> {
     let names: HashSet<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
@@ -121,6 +121,17 @@ fn check_phi3(gguf: &Gguf, blocks: u64, tensors: &[TensorInfo]) -> Result<()> {
             format!("tensor {name} is missing"),
         ))
     };
+    let heads = gguf.unsigned("phi3.attention.head_count").ok();
+    let width = gguf.unsigned("phi3.embedding_length").ok();
+    let usual = width.zip(heads).and_then(|(w, n)| w.checked_div(n));
+    let wide = |key: &str| gguf.unsigned(key).ok().or(usual);
+    let [k, v] = ["phi3.attention.key_length", "phi3.attention.value_length"];
+    if let (Some(n_k), Some(n_v)) = (wide(k), wide(v))
+        && n_k != n_v
+    {
+        let reason = format!("{k} is {n_k} and {v} {n_v}, expected the same");
+        return Err(Error::file(gguf.path(), reason));
+    }
     for block in 0..blocks {
         let has = |part: &str| names.contains(format!("blk.{block}.{part}.weight").as_str());
         if !has("attn_qkv") && !["attn_q", "attn_k", "attn_v"].iter().all(|part| has(part)) {

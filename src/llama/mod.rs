@@ -35,6 +35,7 @@ mod sequence;
 mod state;
 mod taps;
 mod threads;
+mod tokens;
 mod trial;
 mod vision;
 mod vocab;

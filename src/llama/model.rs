@@ -11,7 +11,7 @@ use llama_cpp_sys_2 as sys;
 use super::cache_type::CacheType;
 use super::gguf::{Gguf, c_path};
 use super::rows::check_token;
-use super::{backend, devices, gguf, hparams, log, weights};
+use super::{backend, devices, gguf, hparams, log, tokens, weights};
 use crate::engine::{Token, Vocabulary};
 use crate::error::{Error, Result};
 
@@ -27,6 +27,8 @@ pub struct ModelOptions {
     /// Take no memory for weights, contexts and their caches, and say how much it would be ([`crate::memory`]). Nothing
     /// can be computed with it.
     pub measure: bool,
+    /// Only the vocabulary, which may be all that the file has. Nothing can be computed with it.
+    pub vocabulary: bool,
 }
 
 /// A GGUF text model. Clones share its weights, and so do the contexts made from it, each of which
@@ -66,6 +68,19 @@ impl Model {
                 "is a vision file (architecture clip), expected a text model: pass it as `mmproj`",
             ));
         }
+        tokens::check(&meta)?;
+        if options.vocabulary {
+            let params = LlamaModelParams::default().with_vocab_only(true);
+            let inner = load(path, &params)?;
+            return Ok(Model {
+                inner,
+                path: path.to_owned(),
+                options: options.clone(),
+                arch,
+                long_rope_from: None,
+                head: None,
+            });
+        }
         let mut tensors = meta.tensors();
         weights::check(&meta)?;
         // Of a model in several files llama.cpp opens the others by itself.
@@ -104,17 +119,8 @@ impl Model {
         if options.measure {
             params = params.with_no_alloc(true);
         }
-        let backend = backend()?;
-        c_path(path)?;
-        log::forget();
-        let inner = LlamaModel::load_from_file(backend, path, &params).map_err(|e| {
-            Error::file(
-                path,
-                format!("cannot be loaded: {}", log::take_reason(&e.to_string())),
-            )
-        })?;
         Ok(Model {
-            inner: Arc::new(inner),
+            inner: load(path, &params)?,
             path: path.to_owned(),
             options: options.clone(),
             head: head(&meta, &arch),
@@ -284,7 +290,7 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Llama`] for a token that is not in the vocabulary.
-    pub(super) fn text(&self, token: Token, special: bool, out: &mut Vec<u8>) -> Result<()> {
+    pub fn text(&self, token: Token, special: bool, out: &mut Vec<u8>) -> Result<()> {
         const CALL: &str = "llama_token_to_piece";
         check_token(CALL, token, self.n_vocab())?;
         let start = out.len();
@@ -337,6 +343,17 @@ impl Model {
             .ok()
             .and_then(|t| t.to_string().ok())
     }
+}
+
+fn load(path: &Path, params: &LlamaModelParams) -> Result<Arc<LlamaModel>> {
+    let backend = backend()?;
+    c_path(path)?;
+    log::forget();
+    let inner = LlamaModel::load_from_file(backend, path, params).map_err(|e| {
+        let reason = log::take_reason(&e.to_string());
+        Error::file(path, format!("cannot be loaded: {reason}"))
+    })?;
+    Ok(Arc::new(inner))
 }
 
 /// Values of a head as llama.cpp reads them (`load_hparams`): of K and of V.

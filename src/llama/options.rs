@@ -169,6 +169,9 @@ impl ContextOptions {
             ));
         }
         self.check_sequences(model)?;
+        if model.options().vocabulary {
+            return Err(Error::contract("a context of a vocabulary"));
+        }
         if model.options().measure {
             return Ok(());
         }

@@ -11,7 +11,7 @@ use crate::calibrate::{model, path, words};
 use crate::model::VISION;
 
 /// A file with parameters that nothing else gives, beside a copy of the model.
-fn made_up(folder: &Path) -> (PathBuf, Value) {
+pub fn made_up(folder: &Path) -> (PathBuf, Value) {
     let model = model(folder);
     let out = folder.join("any.json");
     let args = format!(

@@ -29,12 +29,14 @@ mod fixture;
 mod flash;
 mod full_model;
 mod gguf;
+mod handmade;
 mod holes;
 mod house;
 mod hub;
 mod image;
 mod imports;
 mod inputs;
+mod inspect;
 mod kv_cells;
 mod kv_graphs;
 #[cfg(target_os = "linux")]

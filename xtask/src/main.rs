@@ -1,5 +1,5 @@
 //! The chores of the repository:
-//! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | page | test | sanitize`.
+//! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | oracle | page | test | sanitize`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -10,13 +10,16 @@ mod digest;
 mod layout;
 mod libclang;
 mod median;
+mod oracle;
 mod overhead;
 mod page;
 mod patch;
 mod pin;
 mod process;
+mod python;
 mod real;
 mod sanitize;
+mod sdist;
 mod serve;
 mod setup;
 mod steps;
@@ -66,6 +69,11 @@ enum Command {
     Serve {
         #[command(subcommand)]
         what: serve::What,
+    },
+    /// Compare what `hae` reads and writes with llama.cpp's own files and programs
+    Oracle {
+        #[command(subcommand)]
+        what: oracle::What,
     },
     /// Keep a processor busy as long as the process PARENT lives
     #[command(hide = true)]
@@ -117,6 +125,7 @@ fn main() -> ExitCode {
         Command::Overhead(args) => overhead::run(root, &args).map(|()| 0),
         Command::Bench(args) => bench::run(root, &args),
         Command::Serve { what } => serve::run(root, &what),
+        Command::Oracle { what } => oracle::run(root, &what),
         Command::Spin { parent } => {
             bench::spin(parent);
             Ok(0)

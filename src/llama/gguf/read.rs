@@ -1,5 +1,6 @@
 //! Reading: metadata and the table of tensors.
 
+use std::collections::HashMap;
 use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
@@ -50,6 +51,19 @@ pub struct Gguf {
     ctx: NonNull<sys::gguf_context>,
     path: PathBuf,
     header: Header,
+    /// Where each key is. ggml looks through all of them.
+    ids: HashMap<String, i64>,
+}
+
+/// The beginning of a value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Glimpse {
+    /// The type as ggml calls it (`u32`, `str`, `arr`); of an array, that of its elements.
+    pub kind: String,
+    /// Elements of an array; `None`: no array.
+    pub len: Option<usize>,
+    /// All of it, or an array's first elements.
+    pub value: Value,
 }
 
 // SAFETY: a gguf_context is plain memory without thread-local state; ggml's getters take it as
@@ -83,11 +97,14 @@ impl Gguf {
         let ctx = unsafe { sys::gguf_init_from_file(c_path.as_ptr(), params) };
         let ctx = NonNull::new(ctx)
             .ok_or_else(|| Error::file(path, log::take_reason("ggml cannot read it as a GGUF")))?;
-        Ok(Self {
+        let mut gguf = Self {
             ctx,
             path: path.to_owned(),
             header,
-        })
+            ids: HashMap::new(),
+        };
+        gguf.ids = gguf.keys().into_iter().zip(0..).collect();
+        Ok(gguf)
     }
 
     /// What the file says of itself.
@@ -113,12 +130,17 @@ impl Gguf {
 
     /// The value of `key`, if the file has it.
     pub fn get(&self, key: &str) -> Option<Value> {
-        let id = self.keys().iter().position(|k| k == key)? as i64;
+        self.first(key, usize::MAX)
+    }
+
+    /// The value of `key`, of an array only as many elements at its beginning.
+    fn first(&self, key: &str, most: usize) -> Option<Value> {
+        let id = *self.ids.get(key)?;
         let ctx = self.ctx.as_ptr();
         // SAFETY: `id` is a valid key of a live context.
         let kind = unsafe { sys::gguf_get_kv_type(ctx, id) };
         if kind == sys::GGUF_TYPE_ARRAY {
-            return Some(Value::Array(self.array(id)));
+            return Some(Value::Array(self.array(id, most)));
         }
         // SAFETY: ggml aborts on a getter of another type; each arm calls the one of its type.
         Some(unsafe {
@@ -140,13 +162,51 @@ impl Gguf {
         })
     }
 
-    fn array(&self, id: i64) -> Vec<Value> {
+    /// The type of `key`'s value and its beginning, however long it is; of an array `most` elements. `None`: the
+    /// file does not have it.
+    pub fn glimpse(&self, key: &str, most: usize) -> Option<Glimpse> {
+        let id = *self.ids.get(key)?;
+        let ctx = self.ctx.as_ptr();
+        // SAFETY: `id` is a valid key of a live context, and an array where that is asked; every type in a file that
+        // was opened has a name, a static C string.
+        let (kind, len) = unsafe {
+            let kind = sys::gguf_get_kv_type(ctx, id);
+            let is_array = kind == sys::GGUF_TYPE_ARRAY;
+            let len = is_array.then(|| sys::gguf_get_arr_n(ctx, id));
+            let kind = match is_array {
+                true => sys::gguf_get_arr_type(ctx, id),
+                false => kind,
+            };
+            (text(sys::gguf_type_name(kind)), len)
+        };
+        Some(Glimpse {
+            kind,
+            len,
+            value: self.first(key, most)?,
+        })
+    }
+
+    /// The strings of the array at `key`, as they lie there. `None`: there is none, or it holds something else.
+    pub fn strings(&self, key: &str) -> Option<impl ExactSizeIterator<Item = &CStr>> {
+        let id = *self.ids.get(key)?;
+        let ctx = self.ctx.as_ptr();
+        // SAFETY: `id` is a valid key of a live context, and an array where that is asked.
+        let n = unsafe {
+            let is_array = sys::gguf_get_kv_type(ctx, id) == sys::GGUF_TYPE_ARRAY;
+            let is_text = is_array && sys::gguf_get_arr_type(ctx, id) == sys::GGUF_TYPE_STRING;
+            is_text.then(|| sys::gguf_get_arr_n(ctx, id))?
+        };
+        // SAFETY: an index below the length of an array of strings; they live as long as the context does.
+        Some((0..n).map(move |i| unsafe { CStr::from_ptr(sys::gguf_get_arr_str(ctx, id, i)) }))
+    }
+
+    fn array(&self, id: i64, most: usize) -> Vec<Value> {
         let ctx = self.ctx.as_ptr();
         // SAFETY: the caller found an array at `id`; these two only ask for that.
         let (kind, n) = unsafe {
             (
                 sys::gguf_get_arr_type(ctx, id),
-                sys::gguf_get_arr_n(ctx, id),
+                sys::gguf_get_arr_n(ctx, id).min(most),
             )
         };
         if kind == sys::GGUF_TYPE_STRING {

@@ -6,9 +6,9 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use super::program::{FOLDER, Program};
-use super::python::{run as run_shown, shown, venv};
+use super::program::{FOLDER, Program, venv};
 use super::running::Running;
+use crate::python::{run as run_shown, shown};
 
 #[derive(clap::Args)]
 pub struct Args {

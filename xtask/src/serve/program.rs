@@ -4,10 +4,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::steps;
+use crate::{python, steps};
 
 /// Below the repository's root; Git ignores it.
 pub const FOLDER: &str = "target/serve";
+
+/// The interpreter with what the judges need.
+///
+/// # Errors
+/// As [`python::venv`].
+pub fn venv(root: &Path) -> Result<PathBuf> {
+    let list = root.join("tests/server/requirements.txt");
+    python::venv(&root.join(FOLDER), &list)
+}
 
 /// What is asked.
 #[derive(clap::Args)]

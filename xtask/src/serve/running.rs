@@ -21,7 +21,7 @@ impl Running {
     pub fn start(program: &Path, args: &[&str]) -> Result<Self> {
         let mut command = Command::new(program);
         command.args(["serve", "--port", "0"]).args(args);
-        eprintln!("$ {}", super::python::shown(&command));
+        eprintln!("$ {}", crate::python::shown(&command));
         let mut child = command
             .stdout(Stdio::piped())
             .spawn()

@@ -6,9 +6,9 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::program::Program;
-use super::python::{shown, venv};
+use super::program::{Program, venv};
 use super::running::Running;
+use crate::python::shown;
 
 #[derive(clap::Args)]
 pub struct Args {

@@ -3,25 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::fs::{self, File};
-use std::io;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
-use flate2::read::GzDecoder;
+use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
-use tar::Archive;
 
-use super::program::{FOLDER, Program};
-use super::python::{shown, venv};
-use crate::digest::sha256;
-use crate::real;
-
-/// A package of Python whose sources hold llama.cpp's.
-const PACKAGE: &str = "llama_cpp_python";
-const VERSION: &str = "0.3.36";
-const SHA256: &str = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e";
+use super::program::{FOLDER, Program, venv};
+use crate::python::shown;
+use crate::{real, sdist};
 
 /// What is needed of it, below `vendor/llama.cpp`.
 const NEEDED: [&str; 3] = [
@@ -106,7 +97,8 @@ fn ask(root: &Path, args: &Args) -> Result<PathBuf> {
     let program = args.program.file(root)?;
     let folder = root.join(FOLDER);
     let source = folder.join("llama.cpp");
-    unpack(&sdist(&folder, &python, args.sdist.as_deref())?, &source)?;
+    let package = sdist::fetch(&folder, &python, args.sdist.as_deref())?;
+    sdist::unpack(&package, &source, &NEEDED)?;
     let tests = source.join("tools/server/tests");
     let results = folder.join("results.json");
     let own = root.join("tests/server");
@@ -154,82 +146,6 @@ fn ask(root: &Path, args: &Args) -> Result<PathBuf> {
     eprintln!("$ {}", shown(&ask));
     ask.status().context("cannot run pytest")?;
     Ok(results)
-}
-
-/// The package, from `given` or from PyPI.
-fn sdist(folder: &Path, python: &Path, given: Option<&Path>) -> Result<PathBuf> {
-    let target = folder.join(format!("{PACKAGE}-{VERSION}.tar.gz"));
-    let is_right = |path: &Path| -> Result<bool> {
-        let file = File::open(path).with_context(|| path.display().to_string())?;
-        Ok(sha256(file, &mut io::sink())? == SHA256)
-    };
-    if let Some(given) = given {
-        ensure!(
-            is_right(given)?,
-            "{}: not {PACKAGE} {VERSION}",
-            given.display()
-        );
-        return Ok(given.to_owned());
-    }
-    if target.is_file() && is_right(&target)? {
-        return Ok(target);
-    }
-    let wanted = format!("{PACKAGE}=={VERSION}");
-    let mut command = Command::new(python);
-    command
-        .args([
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-binary",
-            PACKAGE,
-            "--dest",
-        ])
-        .arg(folder)
-        .arg(&wanted);
-    eprintln!("$ {}", shown(&command));
-    if !command.status().is_ok_and(|status| status.success()) {
-        bail!(
-            "pip did not fetch {wanted}: it needs the network; or fetch its sdist from PyPI by other means and name it with --sdist FILE"
-        );
-    }
-    ensure!(
-        is_right(&target)?,
-        "{}: another SHA-256 than the pinned one",
-        target.display()
-    );
-    Ok(target)
-}
-
-/// What is needed of the package, anew.
-fn unpack(sdist: &Path, target: &Path) -> Result<()> {
-    if target.exists() {
-        fs::remove_dir_all(target).with_context(|| target.display().to_string())?;
-    }
-    let mut archive = Archive::new(GzDecoder::new(File::open(sdist)?));
-    let above = format!("{PACKAGE}-{VERSION}/vendor/llama.cpp");
-    for entry in archive.entries()? {
-        let mut entry = entry?;
-        let path = entry.path()?.into_owned();
-        let Ok(inner) = path.strip_prefix(&above) else {
-            continue;
-        };
-        let named = inner.to_string_lossy().replace('\\', "/");
-        if entry.header().entry_type().is_file()
-            && NEEDED.iter().any(|needed| named.starts_with(needed))
-        {
-            let to = target.join(inner);
-            fs::create_dir_all(to.parent().unwrap_or(target))?;
-            entry.unpack(&to).with_context(|| named.clone())?;
-        }
-    }
-    ensure!(
-        target.join(NEEDED[0]).is_dir(),
-        "the package holds no tests"
-    );
-    Ok(())
 }
 
 /// What came of a function's cases.

@@ -1,4 +1,4 @@
-//! An environment of Python with the packages of `tests/server/requirements.txt`.
+//! Environments of Python with packages of a list.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,21 +6,19 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use super::program::FOLDER;
-
-/// Its interpreter. Made anew where the list of packages is another one than the last time.
+/// The interpreter of an environment in `folder/venv` with the packages of `list`. Made anew where the list is another
+/// one than the last time.
 ///
 /// # Errors
 /// Without Python 3 with `venv`, or without the network.
-pub fn venv(root: &Path) -> Result<PathBuf> {
-    let folder = root.join(FOLDER).join("venv");
-    let list = root.join("tests/server/requirements.txt");
+pub fn venv(folder: &Path, list: &Path) -> Result<PathBuf> {
+    let folder = folder.join("venv");
     let stamp = folder.join("requirements.txt");
     let python = match cfg!(windows) {
         true => folder.join("Scripts/python.exe"),
         false => folder.join("bin/python"),
     };
-    let wanted = fs::read(&list).with_context(|| list.display().to_string())?;
+    let wanted = fs::read(list).with_context(|| list.display().to_string())?;
     if fs::read(&stamp).is_ok_and(|have| have == wanted) {
         return Ok(python);
     }
@@ -39,7 +37,7 @@ pub fn venv(root: &Path) -> Result<PathBuf> {
             ":all:",
             "--requirement",
         ])
-        .arg(&list))?;
+        .arg(list))?;
     fs::write(&stamp, wanted).with_context(|| stamp.display().to_string())?;
     Ok(python)
 }

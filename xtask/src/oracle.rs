@@ -1,0 +1,31 @@
+//! `cargo xtask oracle`: what `hae` reads and writes, beside files and programs of llama.cpp's that say what is right.
+//! They are fetched with its sources and lie in `target/oracle`, which Git ignores.
+
+mod gguf;
+mod tokenizers;
+
+use std::path::Path;
+
+use anyhow::Result;
+
+/// Below the repository's root; Git ignores it.
+const FOLDER: &str = "target/oracle";
+
+#[derive(clap::Subcommand)]
+pub enum What {
+    /// The tokens of llama.cpp's texts, by every vocabulary that its tests have
+    Tokenizers(tokenizers::Args),
+    /// What `hae convert` writes, read by llama.cpp's Python package
+    Gguf(gguf::Args),
+}
+
+/// Runs it. 0: all is as it should be; 1: not so, and it was printed what.
+///
+/// # Errors
+/// When `hae` cannot be built, or what it is compared with cannot be had: Python, pip, the network.
+pub fn run(root: &Path, what: &What) -> Result<u8> {
+    match what {
+        What::Tokenizers(args) => tokenizers::run(root, args),
+        What::Gguf(args) => gguf::run(root, args),
+    }
+}
