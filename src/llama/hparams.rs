@@ -1,7 +1,8 @@
 //! Values of a text model's metadata that llama.cpp asserts on instead of refusing them
 //! (`load_hparams` in llama-model.cpp, llama-hparams.cpp; `ggml_compute_forward_rms_norm`).
 
-use std::collections::HashSet;
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
 
 use super::gguf::{Gguf, TensorInfo, Value};
 use crate::error::{Error, Result};
@@ -87,6 +88,38 @@ pub(super) fn check(gguf: &Gguf, arch: &str, tensors: &[TensorInfo]) -> Result<(
     }
     if arch == "phi3" {
         check_phi3(gguf, blocks, tensors)?;
+    }
+    check_vocabulary(gguf)
+}
+
+/// llama.cpp asserts that each text of the vocabulary is that of one token (`llama_vocab::impl::load`).
+fn check_vocabulary(gguf: &Gguf) -> Result<()> {
+    const KEY: &str = "tokenizer.ggml.tokens";
+    let kind = gguf.get("tokenizer.ggml.model");
+    if ["none", "no_vocab"]
+        .map(|kind| Some(Value::Text(kind.into())))
+        .contains(&kind)
+    {
+        return Ok(());
+    }
+    let mut ids = HashMap::new();
+    for (id, text) in gguf
+        .c_texts(KEY)
+        .unwrap_or_default()
+        .into_iter()
+        .enumerate()
+    {
+        // What it calls a token without a text.
+        let text = match text {
+            [] => Cow::from(format!("[EMPTY_{id}]").into_bytes()),
+            text => Cow::from(text),
+        };
+        if let Some(first) = ids.insert(text.clone(), id) {
+            let text = String::from_utf8_lossy(&text).escape_debug().to_string();
+            let reason =
+                format!("{KEY} has \"{text}\" at {first} and at {id}, expected each text once");
+            return Err(Error::file(gguf.path(), reason));
+        }
     }
     Ok(())
 }

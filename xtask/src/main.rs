@@ -1,5 +1,6 @@
 //! The chores of the repository:
-//! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | page | test | sanitize`.
+//! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | page | oracle | fuzz | soak | test |
+//! sanitize`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -7,9 +8,11 @@
 mod bench;
 mod browser;
 mod digest;
+mod fuzz;
 mod layout;
 mod libclang;
 mod median;
+mod oracle;
 mod overhead;
 mod page;
 mod patch;
@@ -72,6 +75,13 @@ enum Command {
     Spin { parent: u32 },
     /// Use the page of `hae serve` as a person would, in Chromium without a window
     Page(page::Args),
+    /// Read what others made to test their readers, beside other programs
+    Oracle {
+        #[command(subcommand)]
+        what: oracle::Oracle,
+    },
+    /// Give each reader of strangers' files bytes that libFuzzer makes up (nightly Rust)
+    Fuzz(fuzz::Args),
     /// Set up and run every check and test
     Test,
     /// Run the tests of the cache with llama.cpp under the address and undefined-behaviour
@@ -122,6 +132,8 @@ fn main() -> ExitCode {
             Ok(0)
         }
         Command::Page(args) => page::run(root, &args),
+        Command::Oracle { what } => oracle::run(root, &what),
+        Command::Fuzz(args) => fuzz::run(root, &args),
         Command::Test => steps::test(root),
         Command::Sanitize { filters } => sanitize::run(root, &filters),
     };

@@ -186,6 +186,24 @@ impl Gguf {
         }
     }
 
+    /// The texts of the array at `key` as C reads them, up to their first zero byte; `None` where there is
+    /// no such array.
+    pub(in crate::llama) fn c_texts(&self, key: &str) -> Option<Vec<&[u8]>> {
+        let id = self.keys().iter().position(|k| k == key)? as i64;
+        let ctx = self.ctx.as_ptr();
+        // SAFETY: `id` is a valid key of a live context; its type is compared before it is taken for an
+        // array of strings, whose C strings live as long as the context.
+        unsafe {
+            let is_array = sys::gguf_get_kv_type(ctx, id) == sys::GGUF_TYPE_ARRAY;
+            if !is_array || sys::gguf_get_arr_type(ctx, id) != sys::GGUF_TYPE_STRING {
+                return None;
+            }
+            let all = (0..sys::gguf_get_arr_n(ctx, id))
+                .map(|i| CStr::from_ptr(sys::gguf_get_arr_str(ctx, id, i)).to_bytes());
+            Some(all.collect())
+        }
+    }
+
     /// The text at `key`.
     ///
     /// # Errors
