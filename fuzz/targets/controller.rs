@@ -354,7 +354,10 @@ fn play(u: &mut Unstructured<'_>) -> Drawn<()> {
                 let mut values = || (0..n).map(|_| value(u)).collect::<Drawn<Vec<f32>>>();
                 let (sum, max) = (values()?, values()?);
                 let rows = u.int_in_range(0..=2)?;
-                let queries = (0..rows).map(|i| next - rows + i).filter(|&query| query >= 0).collect();
+                let queries = (0..rows)
+                    .map(|i| next - rows + i)
+                    .filter(|&query| query >= 0)
+                    .collect();
                 let seen = Observation {
                     sum,
                     max,

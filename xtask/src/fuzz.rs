@@ -165,7 +165,10 @@ fn fuzz(root: &Path, programs: &Path, target: &str, seconds: f64) -> Result<Ran>
         dict.push(words);
         command.arg(dict);
     }
-    eprintln!("{target}: {seconds} seconds, says all in {}", log_path.display());
+    eprintln!(
+        "{target}: {seconds} seconds, says all in {}",
+        log_path.display()
+    );
     let status = command
         .status()
         .with_context(|| format!("cannot run {target}"))?;

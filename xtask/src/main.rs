@@ -22,6 +22,7 @@ mod real;
 mod sanitize;
 mod serve;
 mod setup;
+mod soak;
 mod steps;
 mod vendor;
 
@@ -82,6 +83,8 @@ enum Command {
     },
     /// Give each reader of strangers' files bytes that libFuzzer makes up (nightly Rust)
     Fuzz(fuzz::Args),
+    /// Hold chats under every policy for minutes, and compare each step with llama.cpp's cells
+    Soak(soak::Args),
     /// Set up and run every check and test
     Test,
     /// Run the tests of the cache with llama.cpp under the address and undefined-behaviour
@@ -134,6 +137,7 @@ fn main() -> ExitCode {
         Command::Page(args) => page::run(root, &args),
         Command::Oracle { what } => oracle::run(root, &what),
         Command::Fuzz(args) => fuzz::run(root, &args),
+        Command::Soak(args) => soak::run(root, &args),
         Command::Test => steps::test(root),
         Command::Sanitize { filters } => sanitize::run(root, &filters),
     };

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 warnings.simplefilter("ignore")
 Image.MAX_IMAGE_PIXELS = None
 
+MOST_PIXELS = 64 << 20
+
 MARKS = [(b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"), (b"BM", "BMP")]
 
 
@@ -26,6 +28,8 @@ def format_of(path):
 def rgb(path):
     """As hae has it: the first frame, turned as EXIF says, laid on white, 16 bits to 8 by rounding."""
     with Image.open(path) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are more than hae reads")
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I;16", "I;16B", "I"):
