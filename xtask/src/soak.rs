@@ -29,7 +29,7 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
         OsString::from(args.minutes.to_string()),
     )];
     let test = ["test", "--release", "--locked", "--test", "suite", "--"];
-    let words = [&test[..], &["--exact", TEST, "--ignored", "--nocapture"]].concat();
+    let words = [&test[..], &["--exact", TEST, "--nocapture"]].concat();
     let status = steps::cargo_with(root, &words, &minutes)?;
     Ok(u8::from(!status.success()))
 }
