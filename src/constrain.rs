@@ -195,7 +195,7 @@ impl Grammars {
     ///
     /// # Errors
     /// [`Error::Option`] where none does.
-    fn of_words(words: &[Vec<u8>], ends: &[Token]) -> Result<Self> {
+    pub fn of_words(words: &[Vec<u8>], ends: &[Token]) -> Result<Self> {
         let bad = |reason: String| Error::option("grammar", reason);
         let ids: Vec<u32> = ends
             .iter()

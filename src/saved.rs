@@ -138,6 +138,14 @@ impl Saved {
     pub fn read(path: &Path) -> Result<Self> {
         KIND.read(path).map(|(saved, _)| saved)
     }
+
+    /// As [`Saved::read`], of a file's bytes; `path` is what messages name.
+    ///
+    /// # Errors
+    /// As [`Saved::read`].
+    pub fn decode(path: &Path, bytes: &[u8]) -> Result<Self> {
+        KIND.decode(path, bytes)
+    }
 }
 
 /// A kind of file: a header (magic, version, SHA-256 of the rest) and a value in postcard's encoding.
@@ -174,8 +182,16 @@ impl Kind {
     /// # Errors
     /// [`Error::Io`], or [`Error::File`] when it is something else, of another version, or damaged.
     pub fn read<T: DeserializeOwned>(self, path: &Path) -> Result<(T, u64)> {
-        let Kind { name, version, .. } = self;
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        Ok((self.decode(path, &bytes)?, bytes.len() as u64))
+    }
+
+    /// As [`Kind::read`], of a file's bytes; `path` is what messages name.
+    ///
+    /// # Errors
+    /// As [`Kind::read`].
+    pub fn decode<T: DeserializeOwned>(self, path: &Path, bytes: &[u8]) -> Result<T> {
+        let Kind { name, version, .. } = self;
         let Some((header, body)) = bytes.split_at_checked(HEADER) else {
             let reason = format!("is no {name} of hae: too short");
             return Err(Error::file(path, reason));
@@ -193,8 +209,6 @@ impl Kind {
         if Sha256::digest(body).as_slice() != digest {
             return Err(Error::file(path, "is damaged: its checksum does not match"));
         }
-        let value = postcard::from_bytes(body)
-            .map_err(|e| Error::file(path, format!("is damaged: {e}")))?;
-        Ok((value, bytes.len() as u64))
+        postcard::from_bytes(body).map_err(|e| Error::file(path, format!("is damaged: {e}")))
     }
 }

@@ -116,8 +116,20 @@ impl Calibration {
     /// [`Error::Io`], or [`Error::File`] for what is no calibration, of another version, or holds
     /// a value that its flag would refuse.
     pub fn read(path: &Path) -> Result<Self> {
+        Calibration::of(path, value(path)?)
+    }
+
+    /// As [`Calibration::read`], of a file's bytes; `path` is what messages name.
+    ///
+    /// # Errors
+    /// As [`Calibration::read`].
+    pub fn decode(path: &Path, bytes: &[u8]) -> Result<Self> {
+        Calibration::of(path, json(bytes))
+    }
+
+    fn of(path: &Path, json: Result<Value, String>) -> Result<Self> {
         let no = |what: String| Error::file(path, format!("is no calibration of hae: {what}"));
-        let json = value(path)?.map_err(no)?;
+        let json = json.map_err(no)?;
         if json["format"] != FORMAT {
             return Err(no(format!("expected \"format\": \"{FORMAT}\"")));
         }
@@ -173,7 +185,11 @@ fn value(path: &Path) -> Result<Result<Value, String>> {
     if bytes.len() as u64 > MOST_BYTES {
         return Ok(Err(format!("expected at most {MOST_BYTES} bytes")));
     }
-    Ok(serde_json::from_slice(without_bom(&bytes)).map_err(|e| e.to_string()))
+    Ok(json(&bytes))
+}
+
+fn json(bytes: &[u8]) -> Result<Value, String> {
+    serde_json::from_slice(without_bom(bytes)).map_err(|e| e.to_string())
 }
 
 #[cfg(test)]

@@ -56,8 +56,7 @@ fn decode_bytes(bytes: &[u8], limits: &Limits) -> Result<Picture, String> {
     memory.reserve(decoder.total_bytes()).map_err(broken)?;
     decoder.set_limits(memory).map_err(broken)?;
 
-    // A broken EXIF block is no reason to refuse the pixels.
-    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let orientation = orientation(&mut decoder);
     let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
     if format == ImageFormat::Bmp {
         image = without_empty_alpha(image);
@@ -70,6 +69,14 @@ fn decode_bytes(bytes: &[u8], limits: &Limits) -> Result<Picture, String> {
         rgb: on_white(image),
         num_crops: None,
     })
+}
+
+/// As the EXIF block says, before which many writers of WebP put JPEG's mark of one. A broken block is no
+/// reason to refuse the pixels.
+fn orientation(decoder: &mut impl ImageDecoder) -> Orientation {
+    let exif = decoder.exif_metadata().ok().flatten().unwrap_or_default();
+    let block = exif.strip_prefix(b"Exif\0\0".as_slice()).unwrap_or(&exif);
+    Orientation::from_exif_chunk(block).unwrap_or(Orientation::NoTransforms)
 }
 
 fn name(format: ImageFormat) -> &'static str {

@@ -1,6 +1,7 @@
 //! Vocabularies that llama.cpp asserts on, or refuses by the name of a function inside (`llama_vocab::impl::load`).
 
-use std::collections::HashSet;
+use std::borrow::Cow;
+use std::collections::HashMap;
 
 use super::gguf::{Gguf, Value};
 use crate::error::{Error, Result};
@@ -37,15 +38,17 @@ pub(super) fn check(gguf: &Gguf) -> Result<()> {
     if n == 0 {
         return wrong(format!("{TOKENS} is empty, expected tokens"));
     }
-    let mut seen = HashSet::with_capacity(n);
+    let mut seen = HashMap::with_capacity(n);
     for (id, token) in tokens.enumerate() {
-        let token = token.to_bytes();
-        // llama.cpp gives those without a text a name.
-        if !token.is_empty() && !seen.insert(token) {
-            let token = String::from_utf8_lossy(token);
+        // What llama.cpp calls one without a text.
+        let token = match token.to_bytes() {
+            [] => Cow::from(format!("[EMPTY_{id}]").into_bytes()),
+            token => Cow::from(token),
+        };
+        if let Some(first) = seen.insert(token.clone(), id) {
+            let token = String::from_utf8_lossy(&token).escape_debug().to_string();
             return wrong(format!(
-                "{TOKENS}: token {id} is \"{}\" again, expected each once",
-                token.escape_debug()
+                "{TOKENS} has \"{token}\" at {first} and at {id}, expected each text once"
             ));
         }
     }
@@ -74,7 +77,7 @@ pub(super) fn check(gguf: &Gguf) -> Result<()> {
     }
     let name = gguf.text("general.name").unwrap_or_default().to_lowercase();
     if ["phi-3", "phi3"].iter().any(|phi| name.contains(phi))
-        && let Some(missing) = OF_PHI3.iter().find(|token| !seen.contains(*token))
+        && let Some(missing) = OF_PHI3.iter().find(|token| !seen.contains_key(*token))
     {
         let missing = String::from_utf8_lossy(missing);
         return wrong(format!("{TOKENS} lacks {missing}, which Phi-3 models have"));

@@ -34,3 +34,11 @@ exif[0x0112] = 6
 exif_bytes = io.BytesIO()
 halves().save(exif_bytes, "JPEG", quality=95, exif=exif)
 (out / "turned.jpg").write_bytes(exif_bytes.getvalue())
+# The same in a WebP, with the mark of a block in a JPEG before it, as many write it; Pillow leaves it out.
+webp = io.BytesIO()
+halves().save(webp, "WEBP", lossless=True, exif=exif)
+webp = webp.getvalue()
+at = webp.index(b"EXIF") + 8
+block = b"Exif\0\0" + webp[at:]
+webp = webp[: at - 4] + len(block).to_bytes(4, "little") + block
+(out / "turned.webp").write_bytes(webp[:4] + (len(webp) - 8).to_bytes(4, "little") + webp[8:])

@@ -249,6 +249,23 @@ fn values_of_a_text_model_that_cannot_be() {
         "unknown model architecture: 'gpt5'",
     );
     refuses("general.architecture", number(3), "expected a string");
+    // llama.cpp asserts that each text is one token's; one without a text gets a name.
+    for [first, second] in [["a\n", "a\n"], ["", "[EMPTY_5]"]] {
+        Kind::Text.refuses(
+            |r| {
+                let tokens = r
+                    .keys
+                    .iter_mut()
+                    .find(|(k, _)| k == "tokenizer.ggml.tokens");
+                let Some((_, Value::Array(tokens))) = tokens else {
+                    panic!("no tokens");
+                };
+                tokens[5] = Value::Text(first.into());
+                tokens[9] = Value::Text(second.into());
+            },
+            "at 5 and at 9, expected each text once",
+        );
+    }
     refuses(
         "tokenizer.ggml.model",
         Value::Text("x".into()),

@@ -111,10 +111,12 @@ fn the_first_frame_of_an_animation_counts() {
 #[test]
 fn orientation_is_applied() {
     // Turned clockwise the left half comes to lie on top.
-    let picture = load(&data("turned.jpg"), &Limits::default()).unwrap();
-    assert_eq!((picture.width, picture.height), (16, 32));
-    assert!(near(pixel(&picture, 8, 4), LEFT));
-    assert!(near(pixel(&picture, 8, 27), RIGHT));
+    for name in ["turned.jpg", "turned.webp"] {
+        let picture = load(&data(name), &Limits::default()).unwrap();
+        assert_eq!((picture.width, picture.height), (16, 32), "{name}");
+        assert!(near(pixel(&picture, 8, 4), LEFT), "{name}");
+        assert!(near(pixel(&picture, 8, 27), RIGHT), "{name}");
+    }
 
     // All eight, with an EXIF block written by hand, on a picture whose four corners differ.
     // By the EXIF standard the value says where the stored corners belong: this is the corner

@@ -358,7 +358,7 @@ fn vocabularies_that_cannot_be() {
         (
             tokens,
             texts("a", 1024),
-            "token 1 is \"a\" again, expected each once",
+            "has \"a\" at 0 and at 1, expected each text once",
         ),
         (tokens, ints(1024, 1), "no array of strings"),
         (tokens, Meta::Array(Vec::new()), "no array of strings"),

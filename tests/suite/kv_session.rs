@@ -19,6 +19,7 @@ use hae::policy::{Amount, DapMode, Limits, Observe, PolicyOptions, create};
 use hae::prompt::Transcript;
 use hae::saved::{ModelIdentity, Saved, Storage};
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRng, TestRunner};
 
 use crate::fixture;
@@ -95,6 +96,8 @@ fn segments(turn: &[(bool, usize)], first_image: u32, n_embd: usize, seed: u64) 
 
 struct Run<'m> {
     model: &'m Model,
+    /// Of the policy.
+    name: &'m str,
     policy: PolicyOptions,
     context: ContextOptions,
     host_bytes: usize,
@@ -107,7 +110,7 @@ impl<'m> Run<'m> {
             n_layer: self.model.n_layer(),
             n_cells: N_CTX as usize,
         };
-        let policy = create("hae", &self.policy, limits).unwrap();
+        let policy = create(self.name, &self.policy, limits).unwrap();
         Controller::new(policy, N_CTX as usize)
     }
 
@@ -338,6 +341,7 @@ fn conversations_with(
         |(options, dap_mode, recall, host, turns, seed, attend)| {
             let run = Run {
                 model: &model,
+                name: "hae",
                 policy: PolicyOptions {
                     dap_mode,
                     recall,
@@ -359,6 +363,79 @@ fn conversations_with(
     let tally = std::mem::take(&mut *tally.borrow_mut());
     println!("flash {flash}, {kind:?}: {tally:?}");
     tally
+}
+
+/// What `soak.rs` holds conversations with.
+pub struct Models {
+    model: Model,
+    twins: LlamaModel,
+    row_bytes: usize,
+}
+
+impl Models {
+    pub fn load() -> Self {
+        let (text, _) = converted("f32");
+        let (model, twins) = (load(text), fixture::load(text));
+        let row_bytes = engine(&model, exact(N_CTX)).row_bytes().unwrap();
+        Models {
+            model,
+            twins,
+            row_bytes,
+        }
+    }
+
+    /// One random conversation under a policy, with a cache of F32 in which every step's cells and logits are
+    /// compared.
+    pub fn converse(&self, name: &str, seed: u64) -> Tally {
+        let config = Config {
+            failure_persistence: None,
+            ..Config::default()
+        };
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        let rng = TestRng::from_seed(config.rng_algorithm, &bytes);
+        let mut runner = TestRunner::new_with_rng(config, rng);
+        let host = prop_oneof![Just(0), 1..120usize];
+        let drawn = (options(), twinned(), any::<bool>(), host, turns());
+        let (options, dap_mode, recall, host, turns) =
+            drawn.new_tree(&mut runner).unwrap().current();
+        let drawn = PolicyOptions {
+            dap_mode,
+            recall,
+            ..options
+        };
+        let limits = Limits {
+            n_layer: self.model.n_layer(),
+            n_cells: N_CTX as usize,
+        };
+        // Drawn for `hae`; others may refuse some of it.
+        let policy = match create(name, &drawn, limits) {
+            Ok(_) => drawn,
+            Err(_) => PolicyOptions {
+                kv_budget: Some(Amount::Share(0.5)),
+                ..PolicyOptions::default()
+            },
+        };
+        let tally = Rc::new(RefCell::new(Tally::default()));
+        let run = Run {
+            model: &self.model,
+            name,
+            policy,
+            context: ContextOptions {
+                kv_size: Some(STEP as u32),
+                n_batch: N_UBATCH,
+                n_ubatch: N_UBATCH,
+                flash_attention: FlashAttention::Off,
+                type_k: CacheType::F32,
+                type_v: CacheType::F32,
+                ..exact(N_CTX)
+            },
+            host_bytes: host * self.row_bytes,
+            tally: Rc::clone(&tally),
+        };
+        run.converse(&self.twins, &turns, seed);
+        std::mem::take(&mut *tally.borrow_mut())
+    }
 }
 
 #[test]

@@ -90,6 +90,7 @@ mod serve;
 mod serve_hall;
 mod session;
 mod signals;
+mod soak;
 mod stock;
 mod taps;
 mod taps_limits;

@@ -1,5 +1,6 @@
 //! The chores of the repository:
-//! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | oracle | page | test | sanitize`.
+//! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | page | oracle | fuzz | soak | test |
+//! sanitize`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -7,6 +8,7 @@
 mod bench;
 mod browser;
 mod digest;
+mod fuzz;
 mod layout;
 mod libclang;
 mod median;
@@ -22,6 +24,7 @@ mod sanitize;
 mod sdist;
 mod serve;
 mod setup;
+mod soak;
 mod steps;
 mod vendor;
 
@@ -70,7 +73,7 @@ enum Command {
         #[command(subcommand)]
         what: serve::What,
     },
-    /// Compare what `hae` reads and writes with llama.cpp's own files and programs
+    /// Compare what `hae` reads and writes with files and programs of others
     Oracle {
         #[command(subcommand)]
         what: oracle::What,
@@ -80,6 +83,10 @@ enum Command {
     Spin { parent: u32 },
     /// Use the page of `hae serve` as a person would, in Chromium without a window
     Page(page::Args),
+    /// Give each reader of strangers' files bytes that libFuzzer makes up (nightly Rust)
+    Fuzz(fuzz::Args),
+    /// Hold chats under every policy for minutes, and compare each step with llama.cpp's cells
+    Soak(soak::Args),
     /// Set up and run every check and test
     Test,
     /// Run the tests of the cache with llama.cpp under the address and undefined-behaviour
@@ -131,6 +138,8 @@ fn main() -> ExitCode {
             Ok(0)
         }
         Command::Page(args) => page::run(root, &args),
+        Command::Fuzz(args) => fuzz::run(root, &args),
+        Command::Soak(args) => soak::run(root, &args),
         Command::Test => steps::test(root),
         Command::Sanitize { filters } => sanitize::run(root, &filters),
     };

@@ -1,7 +1,8 @@
-//! `cargo xtask oracle`: what `hae` reads and writes, beside files and programs of llama.cpp's that say what is right.
-//! They are fetched with its sources and lie in `target/oracle`, which Git ignores.
+//! `cargo xtask oracle`: what `hae` reads and writes, beside files and programs of others that say what is right.
+//! They are fetched once and lie in `target/oracle`, which Git ignores.
 
 mod gguf;
+mod pictures;
 mod tokenizers;
 
 use std::path::Path;
@@ -17,6 +18,8 @@ pub enum What {
     Tokenizers(tokenizers::Args),
     /// What `hae convert` writes, read by llama.cpp's Python package
     Gguf(gguf::Args),
+    /// Pictures of Pillow's and pypng's tests, decoded by hae and by Pillow
+    Pictures(pictures::Args),
 }
 
 /// Runs it. 0: all is as it should be; 1: not so, and it was printed what.
@@ -27,5 +30,6 @@ pub fn run(root: &Path, what: &What) -> Result<u8> {
     match what {
         What::Tokenizers(args) => tokenizers::run(root, args),
         What::Gguf(args) => gguf::run(root, args),
+        What::Pictures(args) => pictures::run(root, args),
     }
 }

@@ -137,7 +137,10 @@ fn environment(target: &str, cc: OsString, cxx: OsString) -> Vec<(String, OsStri
 }
 
 /// The target that rustc compiles for by itself.
-fn host() -> Result<String> {
+///
+/// # Errors
+/// When cargo does not say.
+pub fn host() -> Result<String> {
     let output = Command::new(pin::cargo())
         .args(["--version", "--verbose"])
         .output()

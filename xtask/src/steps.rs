@@ -42,9 +42,10 @@ fn build_and_run(root: &Path, target: &[&str], words: &[&str], args: &[String]) 
 const XTASK: &str = "xtask/Cargo.toml";
 
 /// Only the release profile is used: each profile would build its own llama.cpp.
-const CHECKS: [&[&str]; 7] = [
+const CHECKS: [&[&str]; 8] = [
     &["fmt", "--check"],
     &["fmt", "--check", "--manifest-path", XTASK],
+    &["fmt", "--check", "--manifest-path", "fuzz/Cargo.toml"],
     &[
         "clippy",
         "--release",

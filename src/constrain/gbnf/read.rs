@@ -397,6 +397,7 @@ impl<'t> Reader<'t> {
             'n' => return Ok('\n'),
             '\\' | '"' | '[' | ']' => return Ok(escaped),
             other => {
+                let other = other.escape_debug();
                 return Err(format!(
                     "\\{other}, expected \\n, \\r, \\t, \\\\, \\\", \\[, \\], \\x, \\u or \\U"
                 ));

@@ -154,6 +154,7 @@ fn what_is_wrong_is_told_with_its_line() {
         ("root ::= \"a\"{9999}", "line 1: 9999 times"),
         ("root ::= \"a\"{}", "line 1: no number in {}"),
         ("root ::= \"\\q\"", "line 1: \\q"),
+        ("root ::= \"\\\n\"", "line 2: \\\\n, expected"),
         ("root ::= \"\\x4\"", "line 1: \\x"),
         ("root ::= \"\\ud800\"", "line 1: \\u"),
         ("root ::= <|end|>", "line 1: a token"),
@@ -163,6 +164,7 @@ fn what_is_wrong_is_told_with_its_line() {
         let error = converted(text).unwrap_err().to_string();
         let expected = format!("`grammar`: {expected}");
         assert!(error.starts_with(&expected), "{text:?}: {error}");
+        assert!(!error.contains('\n'), "{error:?}");
     }
     let deep = format!(
         "root ::= {}\"a\"{}",

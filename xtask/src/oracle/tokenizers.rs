@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 use super::FOLDER;
-use crate::sdist;
+use crate::sdist::LLAMA_CPP;
 use crate::serve::program::Program;
 
 const NEEDED: [&str; 1] = ["models/ggml-vocab-"];
@@ -36,8 +36,8 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
     let folder = root.join(FOLDER);
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     let source = folder.join("vocabularies");
-    let package = sdist::fetch(&folder, Path::new("python3"), args.sdist.as_deref())?;
-    sdist::unpack(&package, &source, &NEEDED)?;
+    let package = LLAMA_CPP.fetch(&folder, Path::new("python3"), args.sdist.as_deref())?;
+    LLAMA_CPP.unpack(&package, &source, &NEEDED)?;
     let models = source.join("models");
     let mut files: Vec<PathBuf> = fs::read_dir(&models)?
         .filter_map(|entry| Some(entry.ok()?.path()))

@@ -12,7 +12,8 @@ use serde::Deserialize;
 
 use super::program::{FOLDER, Program, venv};
 use crate::python::shown;
-use crate::{real, sdist};
+use crate::real;
+use crate::sdist::LLAMA_CPP;
 
 /// What is needed of it, below `vendor/llama.cpp`.
 const NEEDED: [&str; 3] = [
@@ -97,8 +98,8 @@ fn ask(root: &Path, args: &Args) -> Result<PathBuf> {
     let program = args.program.file(root)?;
     let folder = root.join(FOLDER);
     let source = folder.join("llama.cpp");
-    let package = sdist::fetch(&folder, &python, args.sdist.as_deref())?;
-    sdist::unpack(&package, &source, &NEEDED)?;
+    let package = LLAMA_CPP.fetch(&folder, &python, args.sdist.as_deref())?;
+    LLAMA_CPP.unpack(&package, &source, &NEEDED)?;
     let tests = source.join("tools/server/tests");
     let results = folder.join("results.json");
     let own = root.join("tests/server");

@@ -305,7 +305,7 @@ fn answer(
             n_ctx: N_CTX,
         }));
     }
-    let cached = if ask.cache_prompt { 2 } else { 0 };
+    let cached = if ask.cache_prompt { 2.min(prompt) } else { 0 };
     let rows = prompt - cached;
     let begun = tell(Told::Slot {
         slot: ask.slot.unwrap_or(1),
