@@ -77,7 +77,7 @@ pub(super) fn check(gguf: &Gguf) -> Result<()> {
     }
     let name = gguf.text("general.name").unwrap_or_default().to_lowercase();
     if ["phi-3", "phi3"].iter().any(|phi| name.contains(phi))
-        && let Some(missing) = OF_PHI3.iter().find(|token| !seen.contains_key(*token))
+        && let Some(missing) = OF_PHI3.iter().find(|token| !seen.contains_key(**token))
     {
         let missing = String::from_utf8_lossy(missing);
         return wrong(format!("{TOKENS} lacks {missing}, which Phi-3 models have"));
