@@ -20,7 +20,7 @@ use crate::{pin, setup, steps, vendor};
 /// sequences in one pass; lookups. Others can be
 /// named, but for `kv_memory`, which limits the address space and measures what a process holds: the
 /// sanitizer's shadow memory is more than either.
-const TESTS: [&str; 11] = [
+pub const TESTS: [&str; 11] = [
     "kv_state::",
     "kv_cells::cells_f",
     "kv_streams::",
