@@ -35,6 +35,8 @@ pub struct ModelOptions {
 pub struct Model {
     pub(super) inner: Arc<LlamaModel>,
     path: PathBuf,
+    file_bytes: u64,
+    fingerprint: String,
     options: ModelOptions,
     arch: String,
     /// Positions that the short rope factors were trained for, when the model has two sets.
@@ -106,6 +108,11 @@ impl Model {
         }
         let backend = backend()?;
         c_path(path)?;
+        // Now: whoever keeps a conversation later must not need the file, which may be another one then.
+        let file_bytes = std::fs::metadata(path)
+            .map_err(|e| Error::io(path, e))?
+            .len();
+        let fingerprint = gguf::fingerprint(path)?;
         log::forget();
         let inner = LlamaModel::load_from_file(backend, path, &params).map_err(|e| {
             Error::file(
@@ -116,6 +123,8 @@ impl Model {
         Ok(Model {
             inner: Arc::new(inner),
             path: path.to_owned(),
+            file_bytes,
+            fingerprint,
             options: options.clone(),
             head: head(&meta, &arch),
             arch,
@@ -126,6 +135,16 @@ impl Model {
     /// The GGUF file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Bytes of that file when it was loaded.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
+    /// What told it from others when it was loaded ([`gguf::fingerprint`]).
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// How it was loaded.

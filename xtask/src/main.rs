@@ -84,12 +84,9 @@ enum Command {
     Page(page::Args),
     /// Set up and run every check and test
     Test,
-    /// Run the tests of the cache with llama.cpp under the address and undefined-behaviour
-    /// sanitizers (Linux)
-    Sanitize {
-        /// Tests whose names contain one of these, in the place of the usual ones
-        filters: Vec<String>,
-    },
+    /// Run tests with llama.cpp under sanitizers: by default those of the cache, for addresses and
+    /// undefined behaviour (Linux)
+    Sanitize(sanitize::Args),
     /// Check licences, sources and known holes of all dependencies, by cargo-deny and deny.toml
     Deny(deny::Args),
 }
@@ -140,7 +137,7 @@ fn main() -> ExitCode {
         }
         Command::Page(args) => page::run(root, &args),
         Command::Test => steps::test(root),
-        Command::Sanitize { filters } => sanitize::run(root, &filters),
+        Command::Sanitize(args) => sanitize::run(root, &args),
         Command::Deny(args) => deny::run(root, &args),
     };
     match done {

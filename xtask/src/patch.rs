@@ -94,15 +94,14 @@ pub enum Change {
     Edit,
 }
 
+/// Told the path below the crate, the hunks, and the change.
+type OnFile<'f> = dyn FnMut(&str, &Patch<'_, [u8]>, Change) -> Result<()> + 'f;
+
 /// Hands over what a patch does to each file: its path below the crate, the hunks, the change.
 ///
 /// # Errors
 /// Those of `f`; when the patch cannot be read, or changes anything but files of the crate.
-pub fn each_file(
-    krate: &str,
-    text: &[u8],
-    f: &mut dyn FnMut(&str, &Patch<'_, [u8]>, Change) -> Result<()>,
-) -> Result<()> {
+pub fn each_file(krate: &str, text: &[u8], f: &mut OnFile<'_>) -> Result<()> {
     let mut hunks = 0;
     for file in PatchSet::parse_bytes(text, ParseOptions::unidiff()) {
         let file = file?;
