@@ -117,7 +117,7 @@ fn main() -> ExitCode {
         }
     }));
     hae::llama::on_abort(|message| {
-        cli::warn(&format!("llama.cpp: {message}"));
+        cli::warn(message);
         hae::tempfiles::remove_all();
         2
     });

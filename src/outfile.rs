@@ -4,6 +4,7 @@
 //! A link stays a link, its target is written; who may read an existing file may read the new one.
 
 mod apart;
+mod claim;
 
 use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::tempfiles::TempFile;
 
 pub use apart::FilesInUse;
+pub use claim::Claim;
 
 /// What new files may be, before the umask.
 const SHARED: u32 = 0o666;

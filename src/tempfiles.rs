@@ -119,6 +119,60 @@ enum Lock {
     Unknown,
 }
 
+/// A file under a known name that is locked while it is held; it holds nothing. Removed on drop.
+#[derive(Debug)]
+pub struct Held {
+    _file: std::fs::File,
+    listed: Listed,
+}
+
+impl Held {
+    /// Makes and locks `name` in a folder. `None` where files cannot be locked.
+    ///
+    /// # Errors
+    /// [`std::io::ErrorKind::WouldBlock`] when another holder has it, otherwise the system's.
+    #[cfg(unix)]
+    pub fn create(folder: &Path, name: &str) -> std::io::Result<Option<Self>> {
+        use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+
+        let path = folder.join(format!("{PREFIX}{name}{SUFFIX}"));
+        loop {
+            let mut options = std::fs::OpenOptions::new();
+            options.write(true).create(true).truncate(false);
+            let file = options.mode(0o600).open(&path)?;
+            match locked(&file) {
+                Lock::Taken => return Err(std::io::ErrorKind::WouldBlock.into()),
+                Lock::Unknown => {
+                    std::fs::remove_file(&path)?;
+                    return Ok(None);
+                }
+                // Its last holder, or somebody who took it for a leftover, removed it meanwhile.
+                Lock::Held if file.metadata()?.nlink() == 0 => {}
+                Lock::Held => {
+                    let listed = Listed::new(&path);
+                    return Ok(Some(Held {
+                        _file: file,
+                        listed,
+                    }));
+                }
+            }
+        }
+    }
+
+    /// Elsewhere nothing is held.
+    #[cfg(not(unix))]
+    pub fn create(_: &Path, _: &str) -> std::io::Result<Option<Self>> {
+        Ok(None)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // While it is still locked: nobody can have made another under the name.
+        let _ = std::fs::remove_file(&self.listed.0);
+    }
+}
+
 #[cfg(unix)]
 fn lock(temp: &NamedTempFile) -> Lock {
     use std::os::unix::fs::MetadataExt;

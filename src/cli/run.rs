@@ -134,9 +134,12 @@ pub fn run(args: &Args) -> Result<Done> {
         .map(|path| inputs::picture_or_stdin(path, num_crops))
         .collect::<hae::Result<Vec<_>>>()?;
     args.check_files()?;
-    let session = match &args.session {
-        Some(path) => session::open(path)?,
-        None => None,
+    let (session, _claim) = match &args.session {
+        Some(path) => {
+            let (saved, claim) = session::open(path)?;
+            (saved, Some(claim))
+        }
+        None => (None, None),
     };
     let template = args.template.template()?;
     if let Some(saved) = &session {

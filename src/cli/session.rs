@@ -7,23 +7,25 @@ use anyhow::Result;
 
 use hae::Error;
 use hae::chat::Chat;
-use hae::outfile::OutFile;
+use hae::outfile::{Claim, OutFile};
 use hae::prompt::{ChatTemplate, Source, Template};
 use hae::saved::Saved;
 
 /// The conversation to go on with; `None` where one begins: the file is not there, or empty, as
-/// `mktemp` makes it.
+/// `mktemp` makes it. It is this run's alone as long as the claim lives: of two that went on with it,
+/// one would be lost.
 ///
 /// # Errors
-/// Those of [`Saved::read`]; [`Error::File`] where it could not be written in the end, which is
-/// better said now than after the answer.
-pub fn open(path: &Path) -> Result<Option<Saved>> {
+/// Those of [`Saved::read`]; [`Error::File`] where another run has it, or where it could not be
+/// written in the end, which is better said now than after the answer.
+pub fn open(path: &Path) -> Result<(Option<Saved>, Claim)> {
+    let claim = Claim::take(path)?;
     OutFile::create_private(path)?;
     let empty = |meta: std::fs::Metadata| meta.is_file() && meta.len() == 0;
     let begins = !path.exists() || std::fs::metadata(path).is_ok_and(empty);
     match begins {
-        true => Ok(None),
-        false => Ok(Some(Saved::read(path)?)),
+        true => Ok((None, claim)),
+        false => Ok((Some(Saved::read(path)?), claim)),
     }
 }
 

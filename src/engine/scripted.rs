@@ -74,6 +74,7 @@ pub struct Scripted {
     logits: Vec<(SeqId, Vec<f32>)>,
     patched: bool,
     shifts: bool,
+    fails: Option<usize>,
     trial: Option<Box<Scripted>>,
     goes_on: bool,
     /// Everything that was asked of it, oldest first.
@@ -98,6 +99,7 @@ impl Scripted {
             logits: Vec::new(),
             patched: false,
             shifts: true,
+            fails: None,
             trial: None,
             goes_on: false,
             calls: Vec::new(),
@@ -115,6 +117,12 @@ impl Scripted {
     /// As a model whose cached keys cannot be moved to other positions.
     pub fn without_shift(mut self) -> Self {
         self.shifts = false;
+        self
+    }
+
+    /// Lets this pass fail, counted from 0, once, with nothing taken in.
+    pub fn with_failure(mut self, pass: usize) -> Self {
+        self.fails = Some(pass);
         self
     }
 
@@ -326,6 +334,9 @@ impl Engine for Scripted {
             return Err(Error::ContextFull { n_ctx });
         }
         self.passes += 1;
+        if self.fails.is_some_and(|pass| pass + 1 == self.passes) {
+            return Err(Error::llama("decode", "a failure of the script"));
+        }
         let mut free = free.into_iter();
         for (part, places) in parts.iter_mut().zip(places) {
             for (cell, pos) in free.by_ref().take(places.len()).zip(places) {

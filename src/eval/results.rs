@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::record::{Answer, Header, Record, VERSION};
 use crate::error::{Error, Result};
+use crate::outfile::Claim;
 use crate::text::without_bom;
 
 /// An open results file.
@@ -18,6 +19,8 @@ pub struct Results {
     file: File,
     /// Answers that are in it.
     n: usize,
+    /// Two runs that add to one file would both ask what is left of the questions.
+    _claim: Option<Claim>,
 }
 
 /// What names an answer in its file.
@@ -28,12 +31,16 @@ impl Results {
     /// that are there already.
     ///
     /// # Errors
-    /// [`Error::Io`], or [`Error::File`] when it is no results file, is damaged before its last
-    /// line, or was made with something else, which the message names.
+    /// [`Error::Io`], or [`Error::File`] when another run writes it, it is no results file, is damaged
+    /// before its last line, or was made with something else, which the message names.
     pub fn open(path: &Path, header: &Header) -> Result<(Self, Vec<Answer>)> {
         let io = |e| Error::io(path, e);
         // What is no regular file, a device or a pipe, holds nothing to go on with.
         let regular = std::fs::metadata(path).is_ok_and(|meta| meta.is_file());
+        let claim = match regular || !path.exists() {
+            true => Some(Claim::take(path)?),
+            false => None,
+        };
         let mut begun = Vec::new();
         if regular {
             let mut file = File::open(path).map_err(io)?;
@@ -79,7 +86,13 @@ impl Results {
         }
         let n = answers.len();
         let path = path.to_owned();
-        Ok((Results { path, file, n }, answers))
+        let results = Results {
+            path,
+            file,
+            n,
+            _claim: claim,
+        };
+        Ok((results, answers))
     }
 
     /// Adds one answer; it is on its way to the disk when this returns.

@@ -37,6 +37,8 @@ pub struct ModelOptions {
 pub struct Model {
     pub(super) inner: Arc<LlamaModel>,
     path: PathBuf,
+    file_bytes: u64,
+    fingerprint: String,
     options: ModelOptions,
     arch: String,
     /// Positions that the short rope factors were trained for, when the model has two sets.
@@ -69,12 +71,19 @@ impl Model {
             ));
         }
         tokens::check(&meta)?;
+        // Now: whoever keeps a conversation later must not need the file, which may be another one then.
+        let file_bytes = std::fs::metadata(path)
+            .map_err(|e| Error::io(path, e))?
+            .len();
+        let fingerprint = gguf::fingerprint(path)?;
         if options.vocabulary {
             let params = LlamaModelParams::default().with_vocab_only(true);
             let inner = load(path, &params)?;
             return Ok(Model {
                 inner,
                 path: path.to_owned(),
+                file_bytes,
+                fingerprint,
                 options: options.clone(),
                 arch,
                 long_rope_from: None,
@@ -122,6 +131,8 @@ impl Model {
         Ok(Model {
             inner: load(path, &params)?,
             path: path.to_owned(),
+            file_bytes,
+            fingerprint,
             options: options.clone(),
             head: head(&meta, &arch),
             arch,
@@ -132,6 +143,16 @@ impl Model {
     /// The GGUF file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Bytes of that file when it was loaded.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
+    /// What told it from others when it was loaded ([`gguf::fingerprint`]).
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// How it was loaded.

@@ -7,7 +7,7 @@ use super::{ModelIdentity, Saved, Storage};
 use crate::engine::{Engine, Token};
 use crate::error::{Error, Result};
 use crate::generate::{History, Segment, Session};
-use crate::llama::{LlamaEngine, Model, RopeFactors, gguf};
+use crate::llama::{LlamaEngine, Model, RopeFactors};
 use crate::prompt::Transcript;
 
 /// Pictures of one conversation; their numbers are counted on.
@@ -18,7 +18,7 @@ impl Saved {
     /// has not gone in yet, and how many pictures were shown.
     ///
     /// # Errors
-    /// Those of [`LlamaEngine::save_of`], and of reading the model's file.
+    /// Those of [`LlamaEngine::save_of`].
     pub fn of<E: Engine + BorrowMut<LlamaEngine>>(
         session: &mut Session<E>,
         transcript: Transcript,
@@ -27,7 +27,7 @@ impl Saved {
     ) -> Result<Self> {
         let seq = session.sequence();
         let engine: &mut LlamaEngine = session.engine.borrow_mut();
-        let (model, rope_factors) = (identity(engine.model())?, engine.rope_factors());
+        let (model, rope_factors) = (identity(engine.model()), engine.rope_factors());
         let (storage, state) = (storage(engine), engine.save_of(seq)?);
         // Where tokens move to other positions, nothing can be called back to where it was.
         let shifts = session.controller.shifts();
@@ -123,7 +123,7 @@ fn does_not_fit(saved: &Storage, now: &Storage, e: &Error) -> Error {
 }
 
 fn check_model(saved: &Saved, engine: &LlamaEngine) -> Result<()> {
-    let model = identity(engine.model())?;
+    let model = identity(engine.model());
     if saved.model != model {
         let of = |m: &ModelIdentity| {
             let print = m.fingerprint.get(..8).unwrap_or_default();
@@ -188,16 +188,13 @@ fn check_numbers(saved: &Saved, model: &Model) -> Result<()> {
     }
 }
 
-fn identity(model: &Model) -> Result<ModelIdentity> {
-    let bytes = std::fs::metadata(model.path())
-        .map_err(|e| Error::io(model.path(), e))?
-        .len();
-    Ok(ModelIdentity {
+fn identity(model: &Model) -> ModelIdentity {
+    ModelIdentity {
         arch: model.arch().to_owned(),
         n_layer: model.n_layer(),
         n_embd: model.n_embd(),
         n_vocab: model.n_vocab(),
-        bytes,
-        fingerprint: gguf::fingerprint(model.path())?,
-    })
+        bytes: model.file_bytes(),
+        fingerprint: model.fingerprint().to_owned(),
+    }
 }

@@ -5,14 +5,15 @@ use std::process::Output;
 
 use assert_cmd::Command;
 
-/// The program, in an environment that no user setting reaches.
+/// The program, in an environment that no user setting reaches. Its threads go to sleep at once when
+/// they wait: tests run beside one another, and what one spins another lacks.
 pub fn hae() -> Command {
     let mut command = Command::cargo_bin("hae").unwrap();
     command
         .env("LC_ALL", "C")
         .env_remove("RUST_BACKTRACE")
         .env_remove("RUST_LOG")
-        .env_remove("GOMP_SPINCOUNT")
+        .env("GOMP_SPINCOUNT", "0")
         .env_remove("OMP_WAIT_POLICY");
     command
 }

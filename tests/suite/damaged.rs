@@ -430,5 +430,8 @@ fn an_assertion_of_ggml_ends_the_process_in_order() {
         .unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
-    assert!(stderr.contains("told: file.cpp:12: oh no"), "{stderr}");
+    assert!(
+        stderr.contains("told: llama.cpp: file.cpp:12: oh no"),
+        "{stderr}"
+    );
 }

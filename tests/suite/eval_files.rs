@@ -166,6 +166,8 @@ fn a_file_of_another_run_is_left_alone() {
     let header = header(&[("full", None), ("hae", Some(0.4))]);
     let (mut results, _) = Results::open(&path, &header).unwrap();
     results.add(&answer(1, "full", None, true)).unwrap();
+    fails(&path, &header, "is in use by another run of hae");
+    drop(results);
     let before = fs::read(&path).unwrap();
 
     let mut other = header.clone();

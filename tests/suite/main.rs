@@ -24,6 +24,7 @@ mod eval_files;
 mod eval_score;
 mod eval_text;
 mod failed;
+mod faults;
 mod files;
 mod fixture;
 mod flash;

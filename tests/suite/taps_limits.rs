@@ -105,13 +105,17 @@ fn the_largest_graphs_fit_what_is_reserved() {
     llama(&path, shape);
     let model = load(&path);
     let spread = |n: i32| -> Vec<i32> { (0..n).map(|i| i * 32 / n).collect() };
+    // Nodes are counted: no thread need wait for another.
+    let alone = |params: &mut sys::llama_context_params| {
+        (params.n_threads, params.n_threads_batch) = (1, 1);
+    };
     for (n_ctx, flash, by_layer) in [
         (8192, true, false),
         (8192, true, true),
         (512, true, true),
         (2048, false, false),
     ] {
-        let mut ctx = context(&model, n_ctx, flash, |_| {});
+        let mut ctx = context(&model, n_ctx, flash, alone);
         assert_eq!(tap_by_layer(&mut ctx, by_layer), 0);
         // Each reserves its worst graph.
         for n in [1, 2, 3, 5, 9, 16, 17, 31, 32] {
@@ -119,7 +123,7 @@ fn the_largest_graphs_fit_what_is_reserved() {
         }
     }
     let rows: Vec<i32> = (0..511).collect();
-    let mut ctx = context(&model, 8192, true, |_| {});
+    let mut ctx = context(&model, 8192, true, alone);
     let mut start = 0;
     for (by_layer, n, times) in [(false, 32, 1), (true, 32, 2), (true, 3, 1), (false, 1, 1)] {
         assert_eq!(tap(&mut ctx, &[]), 0);

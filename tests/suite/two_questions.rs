@@ -94,7 +94,6 @@ fn right(chats: &[Chat], policy: &str, recall: bool) -> (usize, usize) {
     context.type_k = CacheType::F16;
     context.type_v = CacheType::F16;
     context.flash_attention = FlashAttention::Auto;
-    context.n_threads_batch = 2;
     let options = ChatOptions {
         context,
         policy: PolicySpec::new(policy, options),

@@ -5,6 +5,7 @@
 //! `models/train/results`; the last test holds the documents to them.
 
 use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, OnceLock};
 
 use hae::controller::Controller;
 use hae::engine::Engine;
@@ -53,6 +54,15 @@ fn questions() -> (Vec<Value>, usize) {
     (rows, right)
 }
 
+/// A picture's embeddings, which depend on nothing else: questions share them, and so do the text
+/// models, which all have one vision file.
+fn encoded(key: String, encode: impl FnOnce() -> Segment) -> Segment {
+    type Known = HashMap<String, Arc<OnceLock<Segment>>>;
+    static KNOWN: LazyLock<Mutex<Known>> = LazyLock::new(Mutex::default);
+    let cell = Arc::clone(KNOWN.lock().unwrap().entry(key).or_default());
+    cell.get_or_init(encode).clone()
+}
+
 /// How many of `rows` a text model answers word for word.
 fn right(rows: &[Value], text: &str, policy: &str) -> usize {
     let model = load(&repository(text));
@@ -73,7 +83,6 @@ fn right(rows: &[Value], text: &str, policy: &str) -> usize {
     let controller = Controller::new(created, engine.n_cells());
     let mut session = Session::new(engine, controller);
 
-    let mut encoded: HashMap<String, Segment> = HashMap::new();
     let mut right = 0;
     for row in rows {
         let names: Vec<&str> = row["images"]
@@ -104,11 +113,9 @@ fn right(rows: &[Value], text: &str, policy: &str) -> usize {
                 Piece::Text(tokens) => Segment::Tokens(tokens),
                 Piece::Image(tokens) => {
                     let (name, number) = shown.next().unwrap();
-                    // Questions share pictures; a picture's embeddings depend on nothing else.
-                    let known = encoded
-                        .entry(format!("{number} {name}"))
-                        .or_insert_with(|| segment(vision.encode(&tokens).unwrap(), number));
-                    known.clone()
+                    encoded(format!("{number} {name}"), || {
+                        segment(vision.encode(&tokens).unwrap(), number)
+                    })
                 }
             })
             .collect();

@@ -1,12 +1,14 @@
 //! The chores of the repository:
 //! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | page | oracle | fuzz | soak | test |
-//! sanitize`.
+//! sanitize | deny`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
 
+mod attempt;
 mod bench;
 mod browser;
+mod deny;
 mod digest;
 mod fuzz;
 mod layout;
@@ -52,6 +54,13 @@ enum Command {
         /// Lay out the pinned crates without patches in DIR and leave vendor/ alone
         #[arg(long, value_name = "DIR")]
         unpatched: Option<PathBuf>,
+        /// Say which patches apply to the newest releases of the crates up to VERSION (NEWEST: any),
+        /// in target/try; vendor/ stays as it is. 1: one of them does not
+        #[arg(long = "try", value_name = "VERSION", conflicts_with_all = ["check", "unpatched"])]
+        attempt: Option<String>,
+        /// Where all apply, run the tests of the cache on that release, too
+        #[arg(long, requires = "attempt")]
+        test: bool,
     },
     /// Set up, build and run the demo: llama.cpp as it is beside HAE
     Demo {
@@ -89,12 +98,11 @@ enum Command {
     Soak(soak::Args),
     /// Set up and run every check and test
     Test,
-    /// Run the tests of the cache with llama.cpp under the address and undefined-behaviour
-    /// sanitizers (Linux)
-    Sanitize {
-        /// Tests whose names contain one of these, in the place of the usual ones
-        filters: Vec<String>,
-    },
+    /// Run tests with llama.cpp under sanitizers: by default those of the cache, for addresses and
+    /// undefined behaviour (Linux)
+    Sanitize(sanitize::Args),
+    /// Check licences, sources and known holes of all dependencies, by cargo-deny and deny.toml
+    Deny(deny::Args),
 }
 
 #[derive(Subcommand)]
@@ -121,6 +129,11 @@ fn main() -> ExitCode {
             unpatched: Some(dir),
             ..
         } => vendor::unpatched(root, &dir).map(|()| 0),
+        Command::Vendor {
+            attempt: Some(version),
+            test,
+            ..
+        } => attempt::run(root, &version, test),
         Command::Vendor { .. } => vendor::run(root).map(|()| 0),
         Command::Demo { args } => steps::demo(root, &args),
         Command::Model {
@@ -141,7 +154,8 @@ fn main() -> ExitCode {
         Command::Fuzz(args) => fuzz::run(root, &args),
         Command::Soak(args) => soak::run(root, &args),
         Command::Test => steps::test(root),
-        Command::Sanitize { filters } => sanitize::run(root, &filters),
+        Command::Sanitize(args) => sanitize::run(root, &args),
+        Command::Deny(args) => deny::run(root, &args),
     };
     match done {
         Ok(code) => ExitCode::from(code),

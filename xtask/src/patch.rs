@@ -81,14 +81,35 @@ pub fn apply(tree: &mut Tree, krate: &str, patch: &PatchFile) -> Result<()> {
 }
 
 fn apply_files(tree: &mut Tree, krate: &str, text: &[u8]) -> Result<()> {
+    each_file(krate, text, &mut |path, patch, change| {
+        apply_file(tree, path, patch, change).with_context(|| format!("{krate}/{path}"))
+    })
+}
+
+/// What becomes of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    Create,
+    Delete,
+    Edit,
+}
+
+/// Told the path below the crate, the hunks, and the change.
+type OnFile<'f> = dyn FnMut(&str, &Patch<'_, [u8]>, Change) -> Result<()> + 'f;
+
+/// Hands over what a patch does to each file: its path below the crate, the hunks, the change.
+///
+/// # Errors
+/// Those of `f`; when the patch cannot be read, or changes anything but files of the crate.
+pub fn each_file(krate: &str, text: &[u8], f: &mut OnFile<'_>) -> Result<()> {
     let mut hunks = 0;
     for file in PatchSet::parse_bytes(text, ParseOptions::unidiff()) {
         let file = file?;
-        let (path, create, delete) = match file.operation() {
-            FileOperation::Create(path) => (path, true, false),
-            FileOperation::Delete(path) => (path, false, true),
+        let (path, change) = match file.operation() {
+            FileOperation::Create(path) => (path, Change::Create),
+            FileOperation::Delete(path) => (path, Change::Delete),
             FileOperation::Modify { original, modified } if original == modified => {
-                (original, false, false)
+                (original, Change::Edit)
             }
             _ => bail!("a file is renamed or copied: delete and create it instead"),
         };
@@ -101,8 +122,18 @@ fn apply_files(tree: &mut Tree, krate: &str, text: &[u8]) -> Result<()> {
             .patch()
             .as_text()
             .with_context(|| format!("{path}: a binary patch"))?;
+        ensure!(!patch.hunks().is_empty(), "{path}: no hunk");
         hunks += patch.hunks().len();
-        apply_file(tree, below, patch, create, delete).with_context(|| path.to_owned())?;
+        // Without Git's /dev/null a new file shows by its only hunk, which replaces nothing.
+        let from_nothing = |h: &diffy::Hunk<'_, [u8]>| {
+            let old = h.old_range();
+            old.is_empty() && old.start() == 0
+        };
+        let change = match change {
+            Change::Edit if patch.hunks().iter().all(from_nothing) => Change::Create,
+            change => change,
+        };
+        f(below, patch, change)?;
     }
     // The parser skips what it takes for text between two files; a hunk must not get lost there.
     let written = text
@@ -116,30 +147,13 @@ fn apply_files(tree: &mut Tree, krate: &str, text: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fn apply_file(
-    tree: &mut Tree,
-    path: &str,
-    patch: &Patch<'_, [u8]>,
-    create: bool,
-    delete: bool,
-) -> Result<()> {
-    ensure!(!patch.hunks().is_empty(), "no hunk");
-    // Without Git's /dev/null a new file shows by its only hunk, which replaces nothing.
-    let from_nothing = patch
-        .hunks()
-        .iter()
-        .all(|h| h.old_range().is_empty() && h.old_range().start() == 0);
-    let old = match (tree.get(path), create || from_nothing) {
-        (Some(_), true) => bail!("is to be created but is already there"),
-        (None, true) => Vec::new(),
-        (Some(file), false) => file.bytes.clone(),
-        (None, false) => bail!("is to be changed but is not there"),
-    };
+fn apply_file(tree: &mut Tree, path: &str, patch: &Patch<'_, [u8]>, change: Change) -> Result<()> {
+    let old = before(tree, path, change)?;
     let new = diffy::apply_bytes(&old, patch).map_err(|e| match failing_hunk(&e, patch) {
         Some((n, line)) => anyhow::anyhow!("hunk {n} (line {line}) does not apply"),
         None => anyhow::anyhow!("{e}"),
     })?;
-    if delete {
+    if change == Change::Delete {
         ensure!(
             new.is_empty(),
             "is to be deleted but {} bytes of it would be left",
@@ -157,6 +171,19 @@ fn apply_file(
         );
     }
     Ok(())
+}
+
+/// The file as it is before a change.
+///
+/// # Errors
+/// When it is there and should not, or the other way round.
+pub fn before(tree: &Tree, path: &str, change: Change) -> Result<Vec<u8>> {
+    match (tree.get(path), change) {
+        (Some(_), Change::Create) => bail!("is to be created but is already there"),
+        (None, Change::Create) => Ok(Vec::new()),
+        (Some(file), _) => Ok(file.bytes.clone()),
+        (None, _) => bail!("is to be changed but is not there"),
+    }
 }
 
 /// The hunk that an error of diffy means, counted from 1, and the line it starts at. The error

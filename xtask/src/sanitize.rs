@@ -1,5 +1,6 @@
 //! `cargo xtask sanitize`: llama.cpp and the tests of what we change in its cache, under the address
-//! and undefined-behaviour sanitizers.
+//! and undefined-behaviour sanitizers; with `--all` the whole suite, with `--thread` the tests of
+//! several threads, under the thread sanitizer.
 //!
 //! A stable Rust cannot instrument its own code, and needs not: only `src/llama` is unsafe, and every
 //! pointer that it hands over is checked where C++ follows it. So llama.cpp alone is compiled with
@@ -20,7 +21,7 @@ use crate::{pin, setup, steps, vendor};
 /// sequences in one pass; lookups. Others can be
 /// named, but for `kv_memory`, which limits the address space and measures what a process holds: the
 /// sanitizer's shadow memory is more than either.
-const TESTS: [&str; 11] = [
+pub const TESTS: [&str; 11] = [
     "kv_state::",
     "kv_cells::cells_f",
     "kv_streams::",
@@ -34,7 +35,48 @@ const TESTS: [&str; 11] = [
     "lookup::",
 ];
 
-const SANITIZERS: &str = "-fsanitize=address,undefined";
+/// What is run under the thread sanitizer when nothing is named: conversations that share a context,
+/// alone and behind the HTTP interface, and ggml's own threads.
+const THREADED: [&str; 6] = [
+    "passes::",
+    "together::",
+    "serve_hall::",
+    "serve::",
+    "sequences::",
+    "lookup_mrope::",
+];
+
+/// Left out of `--all`: they limit or measure the memory of a process, of which the sanitizer's
+/// shadow takes terabytes.
+const MEMORY: [&str; 5] = [
+    "kv_memory::",
+    "no_memory::",
+    "wide::",
+    "plan::the_program_plans_and_fits",
+    "allocations::",
+];
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Every test but those of memory
+    #[arg(long, conflicts_with = "filters")]
+    all: bool,
+    /// Under the thread sanitizer, without OpenMP, whose waiting it cannot see
+    #[arg(long)]
+    thread: bool,
+    /// Tests whose names contain one of these, in the place of the usual ones
+    filters: Vec<String>,
+}
+
+impl Args {
+    /// The compiler's name for what it adds.
+    fn sanitizers(&self) -> &'static str {
+        match self.thread {
+            true => "-fsanitize=thread",
+            false => "-fsanitize=address,undefined",
+        }
+    }
+}
 
 /// Lets the compiler that links add its runtime, in front of all other libraries: rustc tells it to
 /// add nothing otherwise.
@@ -45,8 +87,7 @@ const LINK: &str = "-C default-linker-libraries=yes";
 /// every release build: one of ggml's allocator does not hold in llama.cpp as it comes. With a
 /// rotated V cache and K, Q and V computed in one, a single token needs no copy of V where larger
 /// batches do, and takes the place that was planned for the copy without using it.
-const FLAGS: [&str; 6] = [
-    SANITIZERS,
+const FLAGS: [&str; 5] = [
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
     "-O1",
@@ -54,12 +95,11 @@ const FLAGS: [&str; 6] = [
     "-DNDEBUG",
 ];
 
-/// Builds and runs the tests whose names contain one of `filters`, or the usual ones. 0: all passed
-/// and nothing was found.
+/// Builds and runs the tests. 0: all passed and nothing was found.
 ///
 /// # Errors
 /// When this is no Linux, the set-up fails, or cargo cannot be run.
-pub fn run(root: &Path, filters: &[String]) -> Result<u8> {
+pub fn run(root: &Path, wanted: &Args) -> Result<u8> {
     ensure!(
         cfg!(target_os = "linux"),
         "the sanitizers are set up for Linux with gcc or clang"
@@ -69,8 +109,8 @@ pub fn run(root: &Path, filters: &[String]) -> Result<u8> {
     let target = host()?;
     let compiler = |name: &str, usual: &str| std::env::var_os(name).unwrap_or(usual.into());
     let (cc, cxx) = (compiler("CC", "cc"), compiler("CXX", "c++"));
-    let args = arguments(&target, filters);
-    let environment = environment(&target, cc, cxx);
+    let args = arguments(&target, wanted);
+    let environment = environment(root, &target, wanted, cc, cxx);
     for (name, value) in &environment {
         eprintln!("$ export {name}='{}'", value.to_string_lossy());
     }
@@ -82,40 +122,61 @@ pub fn run(root: &Path, filters: &[String]) -> Result<u8> {
         .map_or(1, |code| code.min(1)))
 }
 
-fn arguments(target: &str, filters: &[String]) -> Vec<String> {
-    let mut args: Vec<String> = [
+fn arguments(target: &str, wanted: &Args) -> Vec<String> {
+    let folder = match wanted.thread {
+        true => "target/sanitize-thread",
+        false => "target/sanitize",
+    };
+    let mut args: Vec<&str> = vec![
         "test",
         "--release",
         "--locked",
         "--target-dir",
-        "target/sanitize",
+        folder,
         // So that build scripts and macros, which run on the way, are not linked with the runtime.
         "--target",
         target,
         "--test",
         "suite",
-        "--",
-    ]
-    .map(str::to_owned)
-    .into();
-    match filters {
-        [] => args.extend(TESTS.map(str::to_owned)),
-        some => args.extend_from_slice(some),
+    ];
+    if wanted.thread {
+        // Its library is not instrumented, so that every hand-over between its threads is a finding.
+        args.extend(["--no-default-features", "--features"]);
+        args.push("cli,embedded-model,report,parquet,serve");
     }
-    args
+    args.push("--");
+    match (&wanted.filters[..], wanted.all) {
+        ([], true) => args.extend(MEMORY.iter().flat_map(|test| ["--skip", test])),
+        ([], false) if wanted.thread => args.extend(THREADED),
+        ([], false) => args.extend(TESTS),
+        (some, _) => args.extend(some.iter().map(String::as_str)),
+    }
+    args.into_iter().map(str::to_owned).collect()
 }
 
 /// What the build and the tests see beside the caller's environment.
-fn environment(target: &str, cc: OsString, cxx: OsString) -> Vec<(String, OsString)> {
+fn environment(
+    root: &Path,
+    target: &str,
+    wanted: &Args,
+    cc: OsString,
+    cxx: OsString,
+) -> Vec<(String, OsString)> {
     let linker = format!(
         "CARGO_TARGET_{}_LINKER",
         target.to_uppercase().replace('-', "_")
     );
-    let flags = FLAGS.join(" ");
+    let sanitizers = wanted.sanitizers();
+    let flags = format!("{sanitizers} {}", FLAGS.join(" "));
     // `detect_leaks` stays on; a stack of frames that says who, not only where.
     let address =
         "detect_stack_use_after_return=1:strict_string_checks=1:check_initialization_order=1";
     let undefined = "print_stacktrace=1";
+    let known = root.join("xtask/tsan.supp");
+    let thread = format!(
+        "halt_on_error=1:second_deadlock_stack=1:suppressions={}",
+        known.display()
+    );
     [
         // The same compiler links, so that the runtime is its own.
         (linker.as_str(), cxx.clone()),
@@ -127,10 +188,11 @@ fn environment(target: &str, cc: OsString, cxx: OsString) -> Vec<(String, OsStri
         // In the place of what .cargo/config.toml says.
         (
             "RUSTFLAGS",
-            format!("-C target-cpu=native {LINK} -C link-arg={SANITIZERS}").into(),
+            format!("-C target-cpu=native {LINK} -C link-arg={sanitizers}").into(),
         ),
         ("ASAN_OPTIONS", address.into()),
         ("UBSAN_OPTIONS", undefined.into()),
+        ("TSAN_OPTIONS", thread.into()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into()
@@ -154,12 +216,21 @@ pub fn host() -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{FLAGS, SANITIZERS, TESTS, arguments, environment, host};
+    use super::{Args, FLAGS, MEMORY, TESTS, THREADED, arguments, environment, host};
+
+    fn args(all: bool, thread: bool, filters: &[&str]) -> Args {
+        let filters = filters.iter().map(|&f| f.to_owned()).collect();
+        Args {
+            all,
+            thread,
+            filters,
+        }
+    }
 
     #[test]
     fn states_on_the_device_midway_and_several_sequences_are_among_the_usual_ones() {
         let target = host().unwrap();
-        let usual = arguments(&target, &[]);
+        let usual = arguments(&target, &args(false, false, &[]));
         for module in [
             "kv_state::",
             "midway::",
@@ -171,36 +242,72 @@ mod tests {
         }
         let at = usual.iter().position(|arg| arg == "--").unwrap();
         assert_eq!(usual[at + 1..], TESTS);
-        let named = arguments(&target, &["holes::".to_owned()]);
+        let named = arguments(&target, &args(false, false, &["holes::"]));
         assert_eq!(named[at + 1..], ["holes::"]);
         assert_eq!(named[..at], usual[..at]);
         // A folder of its own: the plain build is not thrown away.
         assert!(usual.contains(&"target/sanitize".to_owned()));
+        let all = arguments(&target, &args(true, false, &[]));
+        assert_eq!(all.len(), at + 1 + 2 * MEMORY.len());
+        assert!(all[at + 1..].iter().step_by(2).all(|word| word == "--skip"));
+    }
+
+    #[test]
+    fn the_thread_sanitizer_has_a_build_without_openmp() {
+        let target = host().unwrap();
+        let usual = arguments(&target, &args(false, true, &[]));
+        let at = usual.iter().position(|arg| arg == "--").unwrap();
+        assert_eq!(usual[at + 1..], THREADED);
+        assert!(usual.contains(&"--no-default-features".to_owned()));
+        assert!(usual.contains(&"target/sanitize-thread".to_owned()));
+        assert!(!usual.iter().any(|word| word.contains("openmp")));
+    }
+
+    /// Every name stands for a test file, so that none is left out without anybody noticing.
+    #[test]
+    fn every_name_is_one_of_a_test_file() {
+        for name in TESTS.iter().chain(&THREADED).chain(&MEMORY) {
+            let (file, _) = name.split_once("::").unwrap();
+            let file = crate::root().join(format!("tests/suite/{file}.rs"));
+            assert!(file.is_file(), "{name}");
+        }
     }
 
     #[test]
     fn the_same_sanitizers_are_compiled_and_linked() {
-        let all = environment("x86_64-unknown-linux-gnu", "cc".into(), "g++-12".into());
-        let get = |name: &str| {
-            let found = all.iter().find(|(n, _)| n == name);
-            found.unwrap().1.to_str().unwrap()
-        };
-        assert_eq!(
-            get("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER"),
-            "g++-12"
-        );
-        for name in [
-            "CMAKE_C_FLAGS_RELWITHDEBINFO",
-            "CMAKE_CXX_FLAGS_RELWITHDEBINFO",
-        ] {
-            assert_eq!(get(name), FLAGS.join(" "));
+        for thread in [false, true] {
+            let target = "x86_64-unknown-linux-gnu";
+            let wanted = args(false, thread, &[]);
+            let all = environment(crate::root(), target, &wanted, "cc".into(), "g++-12".into());
+            let get = |name: &str| {
+                let found = all.iter().find(|(n, _)| n == name);
+                found.unwrap().1.to_str().unwrap()
+            };
+            assert_eq!(
+                get("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER"),
+                "g++-12"
+            );
+            for name in [
+                "CMAKE_C_FLAGS_RELWITHDEBINFO",
+                "CMAKE_CXX_FLAGS_RELWITHDEBINFO",
+            ] {
+                let flags = format!("{} {}", wanted.sanitizers(), FLAGS.join(" "));
+                assert_eq!(get(name), flags);
+            }
+            assert!(get("CMAKE_C_FLAGS_RELWITHDEBINFO").contains("-fno-sanitize-recover"));
+            let link = format!("link-arg={}", wanted.sanitizers());
+            assert!(get("RUSTFLAGS").ends_with(&link));
+            // Of addresses and undefined behaviour nothing is suppressed.
+            for name in ["ASAN_OPTIONS", "UBSAN_OPTIONS"] {
+                assert!(!get(name).contains("suppressions"));
+                assert!(!get(name).contains("halt_on_error=0"));
+            }
         }
-        assert!(get("CMAKE_C_FLAGS_RELWITHDEBINFO").contains("-fno-sanitize-recover"));
-        assert!(get("RUSTFLAGS").ends_with(&format!("link-arg={SANITIZERS}")));
-        // Nothing is suppressed.
-        for name in ["ASAN_OPTIONS", "UBSAN_OPTIONS"] {
-            assert!(!get(name).contains("suppressions"));
-            assert!(!get(name).contains("halt_on_error=0"));
+        // Of threads, each with its reason.
+        let known = std::fs::read_to_string(crate::root().join("xtask/tsan.supp")).unwrap();
+        for (before, line) in known.lines().zip(known.lines().skip(1)) {
+            assert!(line.starts_with('#') || before.starts_with('#'), "{line}");
         }
+        assert!(known.starts_with('#'));
     }
 }
