@@ -17,6 +17,7 @@ struct Files(TempDir);
 impl Files {
     fn new() -> Self {
         let files = Files(TempDir::new().unwrap());
+        std::fs::create_dir(files.folder()).unwrap();
         for (name, from) in [("m.gguf", TEXT), ("v.gguf", VISION), ("p.png", PICTURE)] {
             std::fs::copy(repository(from), files.at(name)).unwrap();
         }
@@ -33,8 +34,13 @@ impl Files {
         files
     }
 
+    /// Of a name that is always the same: the part of a question hangs on it.
+    fn folder(&self) -> PathBuf {
+        self.0.path().join("set")
+    }
+
     fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.folder().join(name)
     }
 
     /// Words of a command line; those that begin with `@` are files of the folder.
@@ -47,7 +53,7 @@ impl Files {
     }
 
     fn contents(&self) -> Vec<(PathBuf, Vec<u8>)> {
-        let entries = std::fs::read_dir(self.0.path()).unwrap();
+        let entries = std::fs::read_dir(self.folder()).unwrap();
         let mut all: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).collect();
         all.sort();
         let read = |path: PathBuf| (std::fs::read(&path).unwrap_or_default(), path);
@@ -227,14 +233,14 @@ fn a_file_that_may_not_grow_is_an_ordinary_error() {
         assert!(
             files.contents() == before,
             "{line}: {:?}",
-            names(files.0.path())
+            names(&files.folder())
         );
     }
     let tiny = repository("models/tiny-phi3v").display().to_string();
     let line = format!("convert {tiny} -o @c.gguf --mmproj @d.gguf");
     let said = refusal_of(&limited(4, &files.words(&line)));
     assert!(said.contains("File too large"), "{said}");
-    assert!(files.contents() == before, "{:?}", names(files.0.path()));
+    assert!(files.contents() == before, "{:?}", names(&files.folder()));
     // The model inside the program needs a file, too.
     let temp = TempDir::new().unwrap();
     let output = Command::new("bash")
@@ -300,7 +306,7 @@ fn modes_and_links_stay() {
         None,
     );
     assert!(
-        names(files.0.path())
+        names(&files.folder())
             .iter()
             .all(|name| !name.starts_with(".hae-"))
     );
