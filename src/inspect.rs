@@ -188,6 +188,8 @@ impl Inspected {
         }
         let mut types: Vec<OfType> = types.into_values().collect();
         types.sort_by_key(|of| std::cmp::Reverse(of.bytes));
+        self.fact("tensors", tensors.len());
+        self.fact("parameters", types.iter().map(|of| of.values).sum::<u64>());
         self.types = types;
         self.tensors = tensors;
     }
@@ -283,11 +285,6 @@ fn gguf(path: &Path, bytes: u64, most: usize) -> Result<Inspected> {
         })
         .collect();
     out.take(tensors);
-    out.fact("tensors", out.tensors.len());
-    out.fact(
-        "parameters",
-        out.types.iter().map(|of| of.values).sum::<u64>(),
-    );
     Ok(out)
 }
 
@@ -390,11 +387,6 @@ fn checkpoint(path: &Path, bytes: u64) -> Result<Inspected> {
                 bytes: stored.bytes,
             })
             .collect(),
-    );
-    out.fact("tensors", out.tensors.len());
-    out.fact(
-        "parameters",
-        out.types.iter().map(|of| of.values).sum::<u64>(),
     );
     Ok(out)
 }

@@ -6,7 +6,7 @@
 //! ggml trusts its caller: a getter of the wrong type aborts the process, and so does a duplicate
 //! tensor name. [`header`] checks a file before ggml sees it, the two owners check each call.
 
-mod fingerprint;
+pub(super) mod fingerprint;
 pub mod header;
 mod parts;
 mod read;

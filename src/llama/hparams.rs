@@ -111,8 +111,8 @@ pub(super) fn check_vision(gguf: &Gguf) -> Result<()> {
     Ok(())
 }
 
-/// llama.cpp asserts that heads of K and V are equally wide. It takes all of these tensors for optional with this architecture, and reads through a null
-/// pointer, or without rope factors, where they are missing (models/phi3.cpp).
+/// llama.cpp asserts that heads of K and V are equally wide. It takes all of these tensors for optional with this
+/// architecture, and reads through a null pointer, or without rope factors, where they are missing (models/phi3.cpp).
 fn check_phi3(gguf: &Gguf, blocks: u64, tensors: &[TensorInfo]) -> Result<()> {
     let names: HashSet<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
     let missing = |name: &str| {

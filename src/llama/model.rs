@@ -75,7 +75,7 @@ impl Model {
         let file_bytes = std::fs::metadata(path)
             .map_err(|e| Error::io(path, e))?
             .len();
-        let fingerprint = gguf::fingerprint(path)?;
+        let fingerprint = gguf::fingerprint::of(&meta)?;
         if options.vocabulary {
             let params = LlamaModelParams::default().with_vocab_only(true);
             let inner = load(path, &params)?;

@@ -17,6 +17,7 @@ use hae::saved::Saved;
 use tempfile::TempDir;
 
 use crate::bin::{answer, hae, refusal};
+use crate::files::names;
 use crate::model::{PICTURE, STORY, TEXT, VISION, repository};
 use crate::random::{assert_in_step, prompt};
 
@@ -31,15 +32,6 @@ fn command(line: &str) -> Command {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     command
-}
-
-fn names(folder: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(folder).unwrap();
-    let mut names: Vec<String> = entries
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
 }
 
 fn wait_until(what: &str, mut done: impl FnMut() -> bool) {

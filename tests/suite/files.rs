@@ -255,7 +255,8 @@ fn a_file_that_may_not_grow_is_an_ordinary_error() {
     assert!(names(temp.path()).is_empty());
 }
 
-fn names(folder: &Path) -> Vec<String> {
+/// The names in a folder, sorted.
+pub fn names(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap();
     let mut names: Vec<String> = entries
         .map(|e| e.unwrap().file_name().into_string().unwrap())

@@ -19,7 +19,15 @@ const SAMPLE: u64 = 4096;
 /// [`Error::File`] for what is no GGUF, [`Error::Io`].
 pub fn fingerprint(path: &Path) -> Result<String> {
     // Checks that all that is read below lies in the file.
-    let gguf = Gguf::open(path)?;
+    of(&Gguf::open(path)?)
+}
+
+/// The same of a file that is open.
+///
+/// # Errors
+/// As [`fingerprint`].
+pub(in crate::llama) fn of(gguf: &Gguf) -> Result<String> {
+    let path = gguf.path();
     let io = |e| Error::io(path, e);
     let mut file = File::open(path).map_err(io)?;
     let mut hash = Sha256::new();

@@ -109,10 +109,11 @@ impl<M: Mind> Worker<M> {
         // What it holds now is part of the claim.
         let more = claim.cells.saturating_sub(self.rooms[i].claims());
         waiting.prompt = Some(prompt);
-        if more > self.free() && self.shrinks() {
+        let short = more > self.free();
+        if short && self.shrinks() {
             return Err(Fate::Waits);
         }
-        let spared = match more > self.free() {
+        let spared = match short {
             true => self.wanted(),
             false => Vec::new(),
         };
