@@ -1,7 +1,9 @@
 //! The one error type of the library. Messages are one line, lower-case, and carry the value
 //! that was wrong and what was expected.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use crate::clean::clean;
 
 /// A result of this library, by default with its [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -12,7 +14,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// A file or folder that the system does not let us read or write.
-    #[error("{path}: {cause}", path = path.display())]
+    #[error("{path}: {cause}", path = shown(path))]
     Io {
         /// Where it is.
         path: PathBuf,
@@ -20,7 +22,7 @@ pub enum Error {
         cause: std::io::Error,
     },
     /// A file that is not what it should be. `reason` says what was found and what was expected.
-    #[error("{path}: {reason}", path = path.display())]
+    #[error("{path}: {reason}", path = shown(path))]
     File {
         /// Which file.
         path: PathBuf,
@@ -122,7 +124,7 @@ impl Error {
     pub fn file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
         Error::File {
             path: path.into(),
-            reason: reason.into(),
+            reason: line(reason),
         }
     }
 
@@ -130,14 +132,14 @@ impl Error {
     pub fn option(name: &'static str, reason: impl Into<String>) -> Self {
         Error::Option {
             name,
-            reason: reason.into(),
+            reason: line(reason),
         }
     }
 
     /// An [`Error::Constraint`].
     pub(crate) fn constraint(reason: impl Into<String>) -> Self {
         Error::Constraint {
-            reason: reason.into(),
+            reason: line(reason),
         }
     }
 
@@ -145,22 +147,31 @@ impl Error {
     pub(crate) fn cell(cell: u32, reason: impl Into<String>) -> Self {
         Error::Cell {
             cell,
-            reason: reason.into(),
+            reason: line(reason),
         }
     }
 
     /// An [`Error::Contract`].
     pub(crate) fn contract(what: impl Into<String>) -> Self {
-        Error::Contract { what: what.into() }
+        Error::Contract { what: line(what) }
     }
 
     /// An [`Error::Llama`]; `call` is the C function's name.
     pub(crate) fn llama(call: &'static str, reason: impl Into<String>) -> Self {
         Error::Llama {
             call,
-            reason: reason.into(),
+            reason: line(reason),
         }
     }
+}
+
+/// What a file says stands in reasons, and a name may be anything.
+fn line(text: impl Into<String>) -> String {
+    clean(&text.into())
+}
+
+fn shown(path: &Path) -> String {
+    clean(&path.display().to_string())
 }
 
 /// A key between backticks; what is none, as it is.
@@ -169,5 +180,30 @@ pub(crate) fn quoted(name: &str) -> std::borrow::Cow<'_, str> {
     match name.chars().all(is_key) {
         true => format!("`{name}`").into(),
         false => name.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A key of a model, a field of a calibration and the name of a file are what a stranger wrote.
+    #[test]
+    fn a_message_is_one_line_whatever_stands_in_it() {
+        let evil = "a\r\nb\x1b[2J\u{202e}";
+        let errors = [
+            Error::file(evil, evil),
+            Error::io(evil, std::io::ErrorKind::NotFound.into()),
+            Error::option("n_ctx", evil),
+            Error::constraint(evil),
+            Error::cell(1, evil),
+            Error::contract(evil),
+            Error::llama("call", evil),
+        ];
+        for error in errors {
+            let line = error.to_string();
+            assert_eq!(clean(&line), line);
+            assert!(line.contains("a\\r\\nb\\u{1b}[2J\\u{202e}"), "{line}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! What a file is and what it says of itself, for people who were given one: nothing of it is loaded, and nothing that
 //! it says is believed further than the readers of its kind believe it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -10,13 +10,16 @@ use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 
 use crate::calibrate::file::Calibration;
-use crate::convert;
+use crate::convert::{self, Stored};
 use crate::error::{Error, Result};
+use crate::eval::files::{Format, Source};
+use crate::eval::question::Expected;
 use crate::eval::results;
 use crate::llama::gguf::{Gguf, Value};
 use crate::llama::{CacheType, Model, ModelOptions};
 use crate::memory::kv_of_token;
 use crate::saved::Saved;
+use crate::serve::hall;
 use crate::text::without_bom;
 use crate::trace::{Cut, Reader};
 
@@ -35,14 +38,20 @@ pub enum Kind {
     Gguf,
     /// A part of a checkpoint of the Hugging Face layout.
     Safetensors,
+    /// All of one: a directory.
+    Checkpoint,
     /// A conversation.
     Session,
+    /// A conversation of `hae serve`.
+    Slot,
     /// What a controller saw and decided.
     Trace,
     /// Parameters that were found for a model.
     Calibration,
     /// Answers of an evaluation.
     Results,
+    /// What an evaluation asks.
+    Questions,
 }
 
 impl Kind {
@@ -53,10 +62,13 @@ impl Kind {
             Kind::VisionFile => "vision file (GGUF)",
             Kind::Gguf => "GGUF without an architecture",
             Kind::Safetensors => "safetensors",
+            Kind::Checkpoint => "Hugging Face checkpoint",
             Kind::Session => "session",
+            Kind::Slot => "session of a server's slot",
             Kind::Trace => "trace",
             Kind::Calibration => "calibration",
             Kind::Results => "results",
+            Kind::Questions => "questions",
         }
     }
 }
@@ -130,7 +142,7 @@ pub struct Inspected {
     /// Of a text model that was [measured](Inspected::measure): bytes of a token in the cache, for each type that can
     /// hold its heads.
     pub kv: Vec<Kv>,
-    /// Of a text model that cannot be run: why not.
+    /// Of a text model that cannot be run, of a checkpoint that cannot be converted: why not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub obstacle: Option<String>,
     /// In the file's order.
@@ -203,6 +215,9 @@ pub fn inspect(path: &Path, most: usize) -> Result<Inspected> {
     let io = |e| Error::io(path, e);
     let mut file = File::open(path).map_err(io)?;
     let meta = file.metadata().map_err(io)?;
+    if meta.is_dir() {
+        return checkpoint(path);
+    }
     if !meta.is_file() {
         return Err(Error::file(path, "is not a regular file"));
     }
@@ -219,15 +234,18 @@ pub fn inspect(path: &Path, most: usize) -> Result<Inspected> {
     match &first[..] {
         [b'G', b'G', b'U', b'F', ..] => gguf(path, bytes, most),
         [b'H', b'A', b'E', b'-', b'S', b'E', b'S', b'S', ..] => session(path, bytes),
+        [b'H', b'A', b'E', b'-', b'S', b'L', b'O', b'T', ..] => slot(path, bytes),
         [b'H', b'A', b'E', b'-', b'T', b'R', b'A', b'C', ..] => trace(path, bytes),
         _ if text.starts_with(b"{\"record\":\"header\"") => answers(path, bytes),
+        _ if ["jsonl", "tsv", "parquet"].into_iter().any(named) => questions(path, bytes),
+        _ if named("json") && Format::of(path).is_ok() => questions(path, bytes),
         _ if text.starts_with(b"{") => calibration(path, bytes),
-        _ if is_safetensors || named("safetensors") => checkpoint(path, bytes),
+        _ if is_safetensors || named("safetensors") => safetensors(path, bytes),
         // Its reader says what is wrong with it.
         _ if named("gguf") => gguf(path, bytes, most),
         _ => Err(Error::file(
             path,
-            "is none of the files that are known here, expected a GGUF, safetensors, or a session, trace, calibration or results of hae",
+            "is none of the files that are known here, expected a GGUF, safetensors, questions, or a session, trace, calibration or results of hae",
         )),
     }
 }
@@ -375,25 +393,69 @@ fn plain(value: Value) -> Json {
     }
 }
 
-fn checkpoint(path: &Path, bytes: u64) -> Result<Inspected> {
+fn safetensors(path: &Path, bytes: u64) -> Result<Inspected> {
     let mut out = Inspected::new(path, Kind::Safetensors, bytes);
-    let tensors = convert::safetensors(path)?.into_iter();
-    out.take(
-        tensors
-            .map(|(name, stored)| Tensor {
-                name,
-                kind: format!("{:?}", stored.dtype),
-                shape: stored.shape.iter().map(|&n| n as u64).collect(),
-                bytes: stored.bytes,
-            })
-            .collect(),
-    );
+    out.take(stored(convert::safetensors(path)?));
+    Ok(out)
+}
+
+fn stored(tensors: Vec<(String, Stored)>) -> Vec<Tensor> {
+    let tensor = |(name, stored): (String, Stored)| Tensor {
+        name,
+        kind: format!("{:?}", stored.dtype),
+        shape: stored.shape.iter().map(|&n| n as u64).collect(),
+        bytes: stored.bytes,
+    };
+    tensors.into_iter().map(tensor).collect()
+}
+
+/// A directory as `hae convert` takes it. Its bytes are those of its tensors.
+fn checkpoint(dir: &Path) -> Result<Inspected> {
+    let (tensors, config) = convert::checkpoint(dir)?;
+    let tensors = stored(tensors);
+    let bytes = tensors.iter().map(|tensor| tensor.bytes).sum();
+    let mut out = Inspected::new(dir, Kind::Checkpoint, bytes);
+    match config {
+        Ok((text, vision)) => {
+            out.fact("architecture", "phi3_v");
+            for (name, value) in [
+                ("blocks", text.n_layer),
+                ("width", text.n_embd),
+                ("heads", text.n_head),
+                ("KV heads", text.n_head_kv),
+                ("context", text.n_ctx),
+                ("vocabulary", text.n_vocab),
+                ("vision blocks", vision.n_layer),
+                ("vision width", vision.n_embd),
+                ("picture side", vision.image_size),
+            ] {
+                out.fact(name, value);
+            }
+        }
+        Err(Error::File { path, reason }) => {
+            out.obstacle = Some(format!("{}: {reason}", path.display()));
+        }
+        Err(e) => out.obstacle = Some(e.to_string()),
+    }
+    out.take(tensors);
     Ok(out)
 }
 
 fn session(path: &Path, bytes: u64) -> Result<Inspected> {
-    let saved = Saved::read(path)?;
     let mut out = Inspected::new(path, Kind::Session, bytes);
+    conversation(&mut out, Saved::read(path)?);
+    Ok(out)
+}
+
+fn slot(path: &Path, bytes: u64) -> Result<Inspected> {
+    let mut out = Inspected::new(path, Kind::Slot, bytes);
+    let (policy, saved) = hall::saved_slot(path)?;
+    out.fact("policy", policy.name);
+    conversation(&mut out, saved);
+    Ok(out)
+}
+
+fn conversation(out: &mut Inspected, saved: Saved) {
     out.fact("architecture", saved.model.arch);
     out.fact("blocks", saved.model.n_layer);
     out.fact("width", saved.model.n_embd);
@@ -405,6 +467,27 @@ fn session(path: &Path, bytes: u64) -> Result<Inspected> {
     out.fact("pictures", saved.images);
     out.fact("tokens in the cache", saved.ledger.entries.len());
     out.fact("bytes of the cache", saved.state.len());
+}
+
+/// Their pictures are not opened.
+fn questions(path: &Path, bytes: u64) -> Result<Inspected> {
+    let source = Source {
+        path: path.to_owned(),
+        unanswered: true,
+        ..Source::default()
+    };
+    let (format, questions) = source.read()?;
+    let mut out = Inspected::new(path, Kind::Questions, bytes);
+    let turns = || questions.iter().flat_map(|question| &question.turns);
+    let tasks: BTreeSet<&str> = turns().map(|turn| turn.task.as_str()).collect();
+    let unanswered = turns().filter(|turn| turn.expected == Expected::Nothing);
+    out.fact("format", format.name());
+    out.fact("questions", questions.len());
+    out.fact("turns", turns().count());
+    out.fact("without an answer", unanswered.count());
+    let pictures = questions.iter().map(|question| question.images.len());
+    out.fact("pictures", pictures.sum::<usize>());
+    out.fact("tasks", json!(tasks));
     Ok(out)
 }
 

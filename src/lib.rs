@@ -42,6 +42,7 @@ pub mod build;
 pub mod cache;
 pub mod calibrate;
 pub mod chat;
+pub mod clean;
 pub mod constrain;
 pub mod controller;
 pub mod convert;

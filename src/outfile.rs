@@ -96,7 +96,8 @@ impl OutFile {
         &self.target
     }
 
-    /// Gives the file its name, replacing what had it before.
+    /// Gives the file its name, replacing what had it before. It is on the disk by then: a machine that loses power
+    /// keeps the old one or the new one.
     ///
     /// # Errors
     /// [`Error::Io`]; the temporary file is gone then.
@@ -111,7 +112,8 @@ impl OutFile {
             Some(old) => keep_access(temp.file(), old),
             None => Ok(()),
         };
-        kept.and_then(|()| temp.persist(&real))
+        kept.and_then(|()| temp.file().sync_all())
+            .and_then(|()| temp.persist(&real))
             .map_err(|e| Error::io(&target, e))
     }
 }

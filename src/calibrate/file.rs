@@ -170,7 +170,6 @@ impl Calibration {
         json.push(b'\n');
         let mut file = out.file();
         file.write_all(&json).map_err(io)?;
-        file.sync_all().map_err(io)?;
         out.commit()
     }
 }

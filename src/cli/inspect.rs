@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::Done;
-use super::clean::{clean, clean_json};
 use super::table::Columns;
+use hae::clean::{clean, clean_json};
 use hae::inspect::{Entry, Inspected, OfType, Tensor, inspect};
 
 /// Elements of an array that are shown.
@@ -23,7 +23,7 @@ const WIDE: usize = 60;
     after_help = "Nothing is loaded. A model that cannot be run is shown all the same, and why it cannot."
 )]
 pub struct Args {
-    /// GGUF, safetensors, session, trace, calibration or results
+    /// GGUF, safetensors or checkpoint, questions, or a file that hae wrote
     file: PathBuf,
     /// Print one JSON object
     #[arg(long)]

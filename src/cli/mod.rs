@@ -6,7 +6,6 @@ pub mod bench;
 pub mod calibrate;
 mod calibration;
 mod chat;
-mod clean;
 pub mod compare;
 pub mod convert;
 mod crops;

@@ -7,9 +7,9 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::Done;
-use super::clean::{clean, clean_json};
 use super::inputs::unescaped;
 use super::load::Files;
+use hae::clean::{clean, clean_json};
 use hae::engine::Token;
 use hae::llama::{Model, ModelOptions};
 use hae::{Error, text};

@@ -29,6 +29,7 @@ struct Shard {
 #[derive(Clone, Debug)]
 pub struct Stored {
     shard: usize,
+    /// What its values are stored as.
     pub dtype: Dtype,
     /// Slowest dimension first, as in PyTorch.
     pub shape: Vec<usize>,
@@ -109,6 +110,13 @@ impl Checkpoint {
             tensors,
             source,
         })
+    }
+
+    /// All tensors, by name.
+    pub fn into_tensors(self) -> Vec<(String, Stored)> {
+        let mut tensors: Vec<(String, Stored)> = self.tensors.into_iter().collect();
+        tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+        tensors
     }
 
     /// The tensor `name`, which must have this shape (slowest dimension first) and hold floats.

@@ -102,11 +102,14 @@ pub struct VisionConfig {
     pub image_std: [f32; 3],
 }
 
+/// Of the text model and of the vision model.
+pub type Configs = (TextConfig, VisionConfig);
+
 /// Reads and checks both files of `dir`.
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::File`] naming the file, the field, its value and what was expected.
-pub fn read(dir: &Path) -> Result<(TextConfig, VisionConfig)> {
+pub fn read(dir: &Path) -> Result<Configs> {
     let file = Fields {
         path: dir.join("config.json"),
     };

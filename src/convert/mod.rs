@@ -23,10 +23,11 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::outfile::FilesInUse;
 use checkpoint::Checkpoint;
+use config::Configs;
 use output::Model;
 use tensors::Planned;
 
-pub use checkpoint::tensors as safetensors;
+pub use checkpoint::{Stored, tensors as safetensors};
 pub use output::{Summary, Written};
 
 /// The type that matrices get. Vectors stay F32.
@@ -68,6 +69,15 @@ pub struct Options {
     /// `general.name` of both files. Must hold "phi-3" or "phi3", in any case: llama.cpp's
     /// tokenizer treats added tokens as Phi-3 does only in a model called so.
     pub name: Option<String>,
+}
+
+/// What a directory holds: its tensors by name, and what its configuration says or why it cannot be converted.
+///
+/// # Errors
+/// [`Error::File`] or [`Error::Io`] naming the file of weights that is missing or damaged.
+pub fn checkpoint(dir: &Path) -> Result<(Vec<(String, Stored)>, Result<Configs>)> {
+    let tensors = Checkpoint::open(dir)?.into_tensors();
+    Ok((tensors, config::read(dir)))
 }
 
 /// Converts. `progress` is told the bytes written so far and in all, tensor data only.

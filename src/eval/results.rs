@@ -20,7 +20,7 @@ pub struct Results {
     /// Answers that are in it.
     n: usize,
     /// Two runs that add to one file would both ask what is left of the questions.
-    _claim: Option<Claim>,
+    _claim: Claim,
 }
 
 /// What names an answer in its file.
@@ -37,10 +37,7 @@ impl Results {
         let io = |e| Error::io(path, e);
         // What is no regular file, a device or a pipe, holds nothing to go on with.
         let regular = std::fs::metadata(path).is_ok_and(|meta| meta.is_file());
-        let claim = match regular || !path.exists() {
-            true => Some(Claim::take(path)?),
-            false => None,
-        };
+        let claim = Claim::take(path)?;
         let mut begun = Vec::new();
         if regular {
             let mut file = File::open(path).map_err(io)?;

@@ -16,12 +16,16 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Takes it. Where file systems know no locks, or the folder takes no files, nothing is held.
+    /// Takes it. Where file systems know no locks, or the folder takes no files, nothing is held; nor is a device or a
+    /// pipe.
     ///
     /// # Errors
     /// [`Error::File`] when another process has it.
     pub fn take(target: &Path) -> Result<Self> {
         let real = behind_links(target)?;
+        if std::fs::metadata(&real).is_ok_and(|meta| !meta.is_file()) {
+            return Ok(Claim { _held: None });
+        }
         let name = real.file_name().unwrap_or_default();
         // A name of any length makes one of ours that is short.
         let name = format!("{:08x}-in-use", crc32fast::hash(name.as_encoded_bytes()));
@@ -61,6 +65,10 @@ mod tests {
         let names = std::fs::read_dir(folder.path()).unwrap();
         assert_eq!(names.count(), 2, "nothing is left beside them");
         Claim::take(&folder.path().join("none/s")).unwrap();
+        let _both = [
+            Claim::take(folder.path()).unwrap(),
+            Claim::take(folder.path()).unwrap(),
+        ];
     }
 
     #[test]

@@ -52,6 +52,7 @@ use crate::llama::{ByPolicy, ContextOptions, Model, SamplerOptions, Vision};
 use crate::open::{Opened, Plan, Reach, RopeChoice};
 use crate::policy::{Limits, PolicySpec};
 use desk::Desk;
+pub use file::opened as saved_slot;
 use real::Real;
 use work::Worker;
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::{Header, MAGIC, Record, VERSION, block};
 use crate::controller::{After, Event, Recorder};
 use crate::error::{Error, Result};
-use crate::outfile::PRIVATE;
+use crate::outfile::{Claim, PRIVATE};
 
 /// Records wait until so many bytes are worth a block. An interruption that leaves no time for
 /// the last words costs no more than these.
@@ -25,6 +25,8 @@ pub struct Writer {
     written: u64,
     failure: Option<Error>,
     ended: bool,
+    /// Two writers of one file would make one that nobody can read.
+    _claim: Claim,
 }
 
 impl Writer {
@@ -32,9 +34,11 @@ impl Writer {
     /// was said and shown.
     ///
     /// # Errors
-    /// [`Error::Io`] when it cannot be written, [`Error::File`] where something else has the name.
+    /// [`Error::Io`] when it cannot be written, [`Error::File`] where something else has the name or another run
+    /// writes it.
     pub fn create(path: &Path, header: Header) -> Result<Self> {
         check(path)?;
+        let claim = Claim::take(path)?;
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true);
         #[cfg(unix)]
@@ -50,6 +54,7 @@ impl Writer {
             written: begin.len() as u64,
             failure: None,
             ended: false,
+            _claim: claim,
             header: header.clone(),
         };
         writer.push(&Record::Header(Box::new(header)));

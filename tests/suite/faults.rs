@@ -222,6 +222,29 @@ fn a_session_is_one_runs_at_a_time() {
 }
 
 #[test]
+fn a_trace_is_one_runs_at_a_time() {
+    let dir = TempDir::new().unwrap();
+    let trace = dir.path().join("t");
+    let line = format!(
+        "run -m {} -t 1 -c 512 --temp 0 --trace {}",
+        repository(TEXT).display(),
+        trace.display()
+    );
+    let mut chat = command(&line).spawn().unwrap();
+    wait_until("a chat that has the trace", || trace.exists());
+    let begun = std::fs::read(&trace).unwrap();
+    let once = format!("{line} -n 2 -p Hello");
+    let once: Vec<&str> = once.split(' ').collect();
+    let said = refusal(&once);
+    assert!(said.contains("is in use by another run of hae"), "{said}");
+    assert!(std::fs::read(&trace).unwrap().starts_with(&begun));
+    drop(chat.stdin.take());
+    assert!(chat.wait().unwrap().success());
+    answer(&once);
+    assert_eq!(names(dir.path()), ["t"]);
+}
+
+#[test]
 fn a_results_file_is_one_runs_at_a_time() {
     let dir = TempDir::new().unwrap();
     let [file, out] = ["q.jsonl", "r.jsonl"].map(|name| dir.path().join(name));

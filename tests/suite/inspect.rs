@@ -153,8 +153,79 @@ fn the_other_kinds() {
         let line = refusal(&["inspect", at(name).to_str().unwrap()]);
         assert!(line.contains(name), "{line}");
     }
-    assert!(refusal(&["inspect", dir.path().to_str().unwrap()]).contains("is not a regular file"));
+    assert!(refusal(&["inspect", dir.path().to_str().unwrap()]).contains("holds neither"));
     assert!(refusal(&["inspect", "nowhere"]).contains("nowhere: No such file"));
+}
+
+/// All five formats of questions, and a results file that is called as one.
+#[test]
+fn questions_of_every_format() {
+    let dir = TempDir::new().unwrap();
+    let at = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let lines = "{\"id\": \"a\", \"question\": \"Q?\", \"answer\": \"x\"}\n\
+        {\"id\": \"b\", \"turns\": [{\"question\": \"Q?\", \"answer\": \"x\"}, {\"question\": \"R?\"}]}\n";
+    let gqa = "{\"7\": {\"question\": \"Is it?\", \"imageId\": \"1\", \"answer\": \"yes\"}}";
+    let science = "{\"1\": {\"question\": \"Which?\", \"choices\": [\"a\", \"b\"], \"answer\": 1, \"hint\": \"\", \
+        \"image\": null, \"split\": \"test\"}}";
+    let bench = "index\tquestion\tA\tB\tanswer\timage\n1\tWhich?\ta\tb\tA\t\n";
+    for (path, format, questions, turns, unanswered) in [
+        (at("q.jsonl", lines), "jsonl", 2, 3, 1),
+        (at("g.json", gqa), "gqa", 1, 1, 0),
+        (at("s.json", science), "scienceqa", 1, 1, 0),
+        (at("b.tsv", bench), "mmbench", 1, 1, 0),
+        (repository("tests/data/mmmu.parquet"), "mmmu", 3, 3, 0),
+    ] {
+        let found = json(&path);
+        assert_eq!(found["kind"], "questions", "{format}");
+        for (name, value) in [
+            ("format", Value::from(format)),
+            ("questions", questions.into()),
+            ("turns", turns.into()),
+            ("without an answer", unanswered.into()),
+        ] {
+            assert_eq!(found["facts"][name], value, "{format}: {name}");
+        }
+    }
+    for (name, text) in [
+        ("q.jsonl", "{\n"),
+        ("b.tsv", "index\n"),
+        ("p.parquet", "PAR1"),
+    ] {
+        let line = refusal(&["inspect", at(name, text).to_str().unwrap()]);
+        assert!(line.contains(name), "{line}");
+    }
+}
+
+#[test]
+fn a_checkpoint() {
+    let found = json(&repository("models/small-phi3v"));
+    assert_eq!(found["kind"], "checkpoint");
+    assert_eq!(found["facts"]["vocabulary"], 1024);
+    assert!(found["obstacle"].is_null());
+    let file = json(&repository("models/small-phi3v/model.safetensors"));
+    for name in ["tensors", "parameters"] {
+        assert_eq!(found["facts"][name], file["facts"][name]);
+    }
+    // Of another kind: its weights are shown, and why it cannot be converted.
+    let dir = TempDir::new().unwrap();
+    let copy = |name: &str| {
+        let from = repository("models/small-phi3v").join(name);
+        std::fs::copy(from, dir.path().join(name)).unwrap();
+    };
+    copy("model.safetensors");
+    std::fs::write(
+        dir.path().join("config.json"),
+        "{\"model_type\": \"llama\"}",
+    )
+    .unwrap();
+    let found = json(dir.path());
+    assert_eq!(found["facts"]["tensors"], file["facts"]["tensors"]);
+    let obstacle = found["obstacle"].as_str().unwrap();
+    assert!(obstacle.contains("config.json"), "{obstacle}");
 }
 
 /// Kinds of damage that their own readers find.
@@ -172,6 +243,7 @@ fn damaged_files_are_one_line() {
     }
     for bytes in [
         &b"HAE-SESS"[..],
+        b"HAE-SLOT\x01\0\0\0",
         b"HAE-TRAC\x04\0\0\0",
         b"{}",
         b"{\"record\":\"header\"}\n",

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use hae::chat::{Begin, ChatOptions};
 use hae::generate::Finish;
+use hae::inspect::{Kind, inspect};
 use hae::llama::{ByPolicy, CacheType, ContextOptions, Model, Vision};
 use hae::policy::PolicySpec;
 use hae::serve::ask::{Ask, End, Hall, Part, Told};
@@ -280,6 +281,10 @@ fn a_slot_goes_to_a_file_and_comes_back() {
         let expected = whole(&first_hall, ask(golden, &behind, 24));
         // In another slot of another hall.
         let hall = hall(policy.clone(), 2048, 2);
+        let found = inspect(&file, 0).unwrap();
+        assert_eq!((found.kind, found.bytes), (Kind::Slot, bytes));
+        assert_eq!(found.facts["policy"], policy.name);
+        assert_eq!(found.facts["tokens in the cache"], tokens);
         assert_eq!(hall.restore(1, &file).unwrap(), (tokens, bytes));
         let next = whole(&hall, ask(golden, &behind, 24));
         assert_eq!(next.slot, Some(1));

@@ -40,12 +40,15 @@ fn build_and_run(root: &Path, target: &[&str], words: &[&str], args: &[String]) 
 }
 
 const XTASK: &str = "xtask/Cargo.toml";
+const FUZZ: &str = "fuzz/Cargo.toml";
 
 /// Only the release profile is used: each profile would build its own llama.cpp.
-const CHECKS: [&[&str]; 8] = [
+const CHECKS: [&[&str]; 9] = [
     &["fmt", "--check"],
     &["fmt", "--check", "--manifest-path", XTASK],
-    &["fmt", "--check", "--manifest-path", "fuzz/Cargo.toml"],
+    &["fmt", "--check", "--manifest-path", FUZZ],
+    // Its lock file names what the library needs, and nothing here builds it.
+    &["tree", "--locked", "--depth", "0", "--manifest-path", FUZZ],
     &[
         "clippy",
         "--release",

@@ -8,9 +8,10 @@
 //! than the authors' own scoring.
 
 use std::fs::File;
+use std::io::{self, BufReader, Read};
 use std::sync::Arc;
 
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
 use parquet::record::{Field, Row};
 
 use super::Source;
@@ -24,7 +25,7 @@ pub(super) fn read(source: &Source) -> Result<Vec<Question>> {
     let path = &source.path;
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
     // What the reader says of a damaged file speaks of its own inside, and it may panic.
-    let reader = guarded(|| SerializedFileReader::new(file)).and_then(|reader| reader.ok());
+    let reader = guarded(|| SerializedFileReader::new(Whole(file))).and_then(|reader| reader.ok());
     let Some(reader) = reader else {
         let reason = "is no parquet file, or its footer is damaged: expected MMMU's as published";
         return Err(Error::file(path, reason));
@@ -42,6 +43,44 @@ pub(super) fn read(source: &Source) -> Result<Vec<Question>> {
             Some(None) => return Ok(questions),
             Some(Some(Ok(row))) => questions.push(question(source, number, &row)?),
             Some(Some(Err(_))) | None => return Err(damaged(number)),
+        }
+    }
+}
+
+/// A file whose end is an error. parquet skips what lies behind it two thousand million times, if a page's header says
+/// that there is so much.
+struct Whole(File);
+
+impl Length for Whole {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+}
+
+impl ChunkReader for Whole {
+    type T = BufReader<ToItsEnd>;
+
+    fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
+        let inside = self.0.get_read(start)?.into_inner();
+        Ok(BufReader::new(ToItsEnd(inside)))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<bytes::Bytes> {
+        // It takes memory for what is asked.
+        if start.saturating_add(length as u64) > self.len() {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        self.0.get_bytes(start, length)
+    }
+}
+
+struct ToItsEnd(File);
+
+impl Read for ToItsEnd {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(to)? {
+            0 if !to.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
+            n => Ok(n),
         }
     }
 }

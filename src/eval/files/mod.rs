@@ -64,7 +64,10 @@ impl Format {
     }
 
     /// What a file seems to be, by its name and its first bytes.
-    fn of(path: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::File`] when neither says it.
+    pub fn of(path: &Path) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("");
         match extension.to_ascii_lowercase().as_str() {
             "jsonl" => Ok(Format::Jsonl),

@@ -463,6 +463,25 @@ fn mmbench_files_are_read() {
     refused(folder.write("x.tsv", broken), "3 columns, expected 14");
 }
 
+/// A page's header that says that there is more than a file has: fuzzing found that this took minutes.
+#[test]
+#[cfg(feature = "parquet")]
+fn what_lies_behind_a_files_end_is_not_skipped() {
+    let find =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/questions/mmmu-behind-its-end");
+    let bytes = std::fs::read(find).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("q.parquet");
+    // The first byte says the format, to the target.
+    std::fs::write(&path, &bytes[1..]).unwrap();
+    let source = Source {
+        path,
+        ..Source::default()
+    };
+    let error = source.read().unwrap_err().to_string();
+    assert!(error.contains("q.parquet: row 1: is damaged"), "{error}");
+}
+
 /// `tests/data/make_mmmu.py` wrote it with pyarrow.
 #[cfg(feature = "parquet")]
 #[test]

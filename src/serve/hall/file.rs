@@ -62,6 +62,15 @@ pub(super) fn read(path: &Path) -> Result<(Kept, usize, u64)> {
     Ok((kept, cells, bytes))
 }
 
+/// What such a file holds: the policy that ruled it, and the conversation.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::File`] for what is no such file.
+pub fn opened(path: &Path) -> Result<(PolicySpec, Saved)> {
+    let (kept, ..) = read(path)?;
+    Ok((kept.held.policy, kept.saved))
+}
+
 impl Kept {
     /// The policy that has to rule it.
     pub fn policy(&self) -> &PolicySpec {

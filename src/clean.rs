@@ -1,5 +1,5 @@
-//! Texts of strangers on a terminal: characters that would move its cursor, or turn its lines around, are shown by their
-//! numbers.
+//! Texts of strangers in messages and on a terminal: characters that would move its cursor, or turn its lines around,
+//! are shown by their numbers.
 
 /// Whether a terminal does something with it other than showing it.
 fn acts(c: char) -> bool {
