@@ -171,6 +171,9 @@ fn questions_of_every_format() {
     let gqa = "{\"7\": {\"question\": \"Is it?\", \"imageId\": \"1\", \"answer\": \"yes\"}}";
     let science = "{\"1\": {\"question\": \"Which?\", \"choices\": [\"a\", \"b\"], \"answer\": 1, \"hint\": \"\", \
         \"image\": null, \"split\": \"test\"}}";
+    // Looked for, and not opened.
+    std::fs::create_dir(dir.path().join("images")).unwrap();
+    at("images/1.jpg", "");
     let bench = "index\tquestion\tA\tB\tanswer\timage\n1\tWhich?\ta\tb\tA\t\n";
     for (path, format, questions, turns, unanswered) in [
         (at("q.jsonl", lines), "jsonl", 2, 3, 1),
