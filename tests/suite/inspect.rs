@@ -174,12 +174,15 @@ fn questions_of_every_format() {
     // Looked for, and not opened.
     std::fs::create_dir(dir.path().join("images")).unwrap();
     at("images/1.jpg", "");
-    let bench = "index\tquestion\tA\tB\tanswer\timage\n1\tWhich?\ta\tb\tA\t\n";
+    let bench = format!(
+        "index\tquestion\tA\tB\tanswer\timage\n1\tWhich?\ta\tb\tA\t{}\n",
+        "iVBO".repeat(30)
+    );
     for (path, format, questions, turns, unanswered) in [
         (at("q.jsonl", lines), "jsonl", 2, 3, 1),
         (at("g.json", gqa), "gqa", 1, 1, 0),
         (at("s.json", science), "scienceqa", 1, 1, 0),
-        (at("b.tsv", bench), "mmbench", 1, 1, 0),
+        (at("b.tsv", &bench), "mmbench", 1, 1, 0),
         (repository("tests/data/mmmu.parquet"), "mmmu", 3, 3, 0),
     ] {
         let found = json(&path);
