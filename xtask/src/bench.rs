@@ -120,7 +120,13 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
 pub fn tests_on_a_gpu(root: &Path) -> Result<Vec<String>> {
     let plan = Plan::read(root, "cuda")?;
     let runs = plan.runs(plan.part("parity")?, false)?;
-    let [Run { kind: Kind::Command { words, .. }, .. }] = &runs[..] else {
+    let [
+        Run {
+            kind: Kind::Command { words, .. },
+            ..
+        },
+    ] = &runs[..]
+    else {
         bail!("benches/cuda.toml: `parity` is not one command");
     };
     // Behind the program and the number of its threads.

@@ -63,7 +63,10 @@ pub fn run(root: &Path, wanted: &Args) -> Result<u8> {
 const PROBES: [(&str, &str); 3] = [
     ("libvulkan-dev", "find_package(Vulkan REQUIRED)"),
     ("glslc", "find_package(Vulkan COMPONENTS glslc REQUIRED)"),
-    ("spirv-headers", "find_package(SPIRV-Headers CONFIG REQUIRED)"),
+    (
+        "spirv-headers",
+        "find_package(SPIRV-Headers CONFIG REQUIRED)",
+    ),
 ];
 
 fn said(missing: &[&str]) -> String {
@@ -154,7 +157,14 @@ mod tests {
     #[test]
     fn the_tests_are_those_of_the_plan() {
         let tests = bench::tests_on_a_gpu(root()).unwrap();
-        for test in ["parity::", "masked::", "lookup", "kv_", "session::", "offload::"] {
+        for test in [
+            "parity::",
+            "masked::",
+            "lookup",
+            "kv_",
+            "session::",
+            "offload::",
+        ] {
             assert!(tests.contains(&test.to_owned()), "{test}: {tests:?}");
         }
         assert!(!tests.iter().any(|word| word.contains('{')), "{tests:?}");
@@ -175,7 +185,9 @@ mod tests {
     fn only_lavapipe_is_seen() {
         let driver = Path::new("/usr/share/vulkan/icd.d/lvp_icd.x86_64.json");
         assert!(is_lavapipe(driver));
-        assert!(!is_lavapipe(Path::new("/x/lvp_icd.d/radeon_icd.x86_64.json")));
+        assert!(!is_lavapipe(Path::new(
+            "/x/lvp_icd.d/radeon_icd.x86_64.json"
+        )));
         let environment = environment(driver);
         let of = |name: &str| {
             let mut all = environment.iter().filter(|(n, _)| n == name);
