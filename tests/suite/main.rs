@@ -63,6 +63,7 @@ mod model;
 #[cfg(target_os = "linux")]
 mod no_memory;
 mod npz;
+mod offload;
 mod one_rule;
 mod others;
 mod parity;

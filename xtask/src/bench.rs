@@ -19,7 +19,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use time::OffsetDateTime;
 
@@ -110,6 +110,29 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
         out: std::path::absolute(&args.out)?,
     }
     .all()
+}
+
+/// The tests that hold on a GPU, as the suite's program takes them: filters, and what is left out. They are those of the
+/// part `parity` of the suite `cuda`.
+///
+/// # Errors
+/// When the plan has no such part.
+pub fn tests_on_a_gpu(root: &Path) -> Result<Vec<String>> {
+    let plan = Plan::read(root, "cuda")?;
+    let runs = plan.runs(plan.part("parity")?, false)?;
+    let [
+        Run {
+            kind: Kind::Command { words, .. },
+            ..
+        },
+    ] = &runs[..]
+    else {
+        bail!("benches/cuda.toml: `parity` is not one command");
+    };
+    // Behind the program and the number of its threads.
+    let words = words.iter().skip(1);
+    let words = words.skip_while(|word| word.starts_with("--") || word.parse::<u32>().is_ok());
+    Ok(words.cloned().collect())
 }
 
 /// The parts that were named, else all that need not be.

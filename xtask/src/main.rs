@@ -1,6 +1,6 @@
 //! The chores of the repository:
 //! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | page | oracle | fuzz | soak | test |
-//! sanitize | deny`.
+//! lavapipe | sanitize | deny`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -11,6 +11,7 @@ mod browser;
 mod deny;
 mod digest;
 mod fuzz;
+mod lavapipe;
 mod layout;
 mod libclang;
 mod median;
@@ -98,6 +99,8 @@ enum Command {
     Soak(soak::Args),
     /// Set up and run every check and test
     Test,
+    /// Run the tests that hold on a GPU on Vulkan without one, by Mesa's lavapipe (Linux)
+    Lavapipe(lavapipe::Args),
     /// Run tests with llama.cpp under sanitizers: by default those of the cache, for addresses and
     /// undefined behaviour (Linux)
     Sanitize(sanitize::Args),
@@ -154,6 +157,7 @@ fn main() -> ExitCode {
         Command::Fuzz(args) => fuzz::run(root, &args),
         Command::Soak(args) => soak::run(root, &args),
         Command::Test => steps::test(root),
+        Command::Lavapipe(args) => lavapipe::run(root, &args),
         Command::Sanitize(args) => sanitize::run(root, &args),
         Command::Deny(args) => deny::run(root, &args),
     };

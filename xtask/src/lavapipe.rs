@@ -1,0 +1,208 @@
+//! `cargo xtask lavapipe`: the tests that hold on a GPU, on Vulkan without one. Mesa's lavapipe is a Vulkan driver that
+//! computes on the processor: slowly, but through all that a GPU has, from buffers of its own and copies that are not
+//! waited for to graphs over two backends.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Result, bail, ensure};
+
+use crate::{bench, setup, steps, vendor};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Tests whose names contain one of these, in the place of those that `cargo xtask bench cuda parity` runs
+    filters: Vec<String>,
+}
+
+/// Where drivers are listed, but for those of `VK_DRIVER_FILES` and its older name.
+const DRIVERS: [&str; 4] = [
+    "/usr/share/vulkan/icd.d",
+    "/usr/local/share/vulkan/icd.d",
+    "/etc/vulkan/icd.d",
+    "/usr/local/etc/vulkan/icd.d",
+];
+
+/// Builds with the feature `vulkan` and runs the tests. 0: all passed; 1: some failed.
+///
+/// # Errors
+/// When this is no Linux, something is missing, or cargo cannot be run.
+pub fn run(root: &Path, wanted: &Args) -> Result<u8> {
+    ensure!(cfg!(target_os = "linux"), "lavapipe is set up for Linux");
+    setup::run()?;
+    let driver = driver();
+    let mut missing: Vec<&str> = PROBES
+        .iter()
+        .filter(|(_, find)| !finds(find))
+        .map(|&(package, _)| package)
+        .collect();
+    if driver.is_none() {
+        missing.push("mesa-vulkan-drivers");
+    }
+    let Some(driver) = driver.filter(|_| missing.is_empty()) else {
+        bail!(said(&missing));
+    };
+    vendor::run(root)?;
+    let tests = match &wanted.filters[..] {
+        [] => bench::tests_on_a_gpu(root)?,
+        some => some.to_vec(),
+    };
+    let args = arguments(&tests);
+    let environment = environment(&driver);
+    for (name, value) in &environment {
+        eprintln!("$ export {name}='{}'", value.to_string_lossy());
+    }
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let status = steps::cargo_with(root, &args, &environment)?;
+    Ok(u8::from(!status.success()))
+}
+
+/// What llama.cpp's build asks cmake for, by the Debian package that has it.
+const PROBES: [(&str, &str); 3] = [
+    ("libvulkan-dev", "find_package(Vulkan REQUIRED)"),
+    ("glslc", "find_package(Vulkan COMPONENTS glslc REQUIRED)"),
+    (
+        "spirv-headers",
+        "find_package(SPIRV-Headers CONFIG REQUIRED)",
+    ),
+];
+
+fn said(missing: &[&str]) -> String {
+    format!(
+        "missing; on Debian or Ubuntu: sudo apt-get install {}",
+        missing.join(" ")
+    )
+}
+
+/// Whether cmake finds it.
+fn finds(find: &str) -> bool {
+    let probe = || -> Result<bool> {
+        let folder = tempfile::tempdir()?;
+        let text = format!("cmake_minimum_required(VERSION 3.19)\nproject(probe CXX)\n{find}\n");
+        fs::write(folder.path().join("CMakeLists.txt"), text)?;
+        let program = std::env::var_os("CMAKE").unwrap_or_else(|| "cmake".into());
+        let mut cmake = Command::new(program);
+        cmake.arg("-S").arg(folder.path());
+        cmake.arg("-B").arg(folder.path().join("build"));
+        let quiet = cmake.stdout(Stdio::null()).stderr(Stdio::null());
+        Ok(quiet.status()?.success())
+    };
+    probe().unwrap_or(false)
+}
+
+/// The file that tells Vulkan's loader of lavapipe.
+fn driver() -> Option<PathBuf> {
+    let named = ["VK_DRIVER_FILES", "VK_ICD_FILENAMES"]
+        .iter()
+        .filter_map(std::env::var_os)
+        .flat_map(|files| std::env::split_paths(&files).collect::<Vec<_>>());
+    let listed = DRIVERS
+        .iter()
+        .filter_map(|folder| fs::read_dir(folder).ok())
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()));
+    named.chain(listed).find(|path| is_lavapipe(path))
+}
+
+fn is_lavapipe(path: &Path) -> bool {
+    path.file_name()
+        .and_then(|name| name.to_str())
+        .is_some_and(|name| name.starts_with("lvp_icd") && name.ends_with(".json"))
+}
+
+fn arguments(tests: &[String]) -> Vec<String> {
+    let build = [
+        "test",
+        "--release",
+        "--locked",
+        // A program that needs Vulkan does not take the place of the usual one.
+        "--target-dir",
+        "target/lavapipe",
+        "--features",
+        "vulkan",
+        "--test",
+        "suite",
+        "--",
+    ];
+    build
+        .iter()
+        .map(|&word| word.to_owned())
+        .chain(tests.iter().cloned())
+        .collect()
+}
+
+fn environment(driver: &Path) -> Vec<(String, OsString)> {
+    [
+        ("VK_DRIVER_FILES", driver.into()),
+        // Its name for loaders before 1.3.207.
+        ("VK_ICD_FILENAMES", driver.into()),
+        // ggml takes no processor for a GPU unless it is told to.
+        ("GGML_VK_VISIBLE_DEVICES", OsString::from("0")),
+        // The suite makes sure that it runs on it (`offload`).
+        ("HAE_TEST_DEVICE", OsString::from("llvmpipe")),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::{arguments, environment, finds, is_lavapipe, said};
+    use crate::{bench, root};
+
+    #[test]
+    fn the_tests_are_those_of_the_plan() {
+        let tests = bench::tests_on_a_gpu(root()).unwrap();
+        for test in [
+            "parity::",
+            "masked::",
+            "lookup",
+            "kv_",
+            "session::",
+            "offload::",
+        ] {
+            assert!(tests.contains(&test.to_owned()), "{test}: {tests:?}");
+        }
+        assert!(!tests.iter().any(|word| word.contains('{')), "{tests:?}");
+        let args = arguments(&tests);
+        let at = args.iter().position(|arg| arg == "--").unwrap();
+        assert_eq!(args[at + 1..], tests);
+        // What is skipped is a test that is there.
+        let skipped = tests.windows(2).filter(|pair| pair[0] == "--skip");
+        for name in skipped.map(|pair| &pair[1]) {
+            let (file, test) = name.split_once("::").unwrap();
+            let path = root().join(format!("tests/suite/{file}.rs"));
+            let text = std::fs::read_to_string(path).unwrap();
+            assert!(text.contains(&format!("fn {test}")), "{name}");
+        }
+    }
+
+    #[test]
+    fn only_lavapipe_is_seen() {
+        let driver = Path::new("/usr/share/vulkan/icd.d/lvp_icd.x86_64.json");
+        assert!(is_lavapipe(driver));
+        assert!(!is_lavapipe(Path::new(
+            "/x/lvp_icd.d/radeon_icd.x86_64.json"
+        )));
+        let environment = environment(driver);
+        let of = |name: &str| {
+            let mut all = environment.iter().filter(|(n, _)| n == name);
+            all.next().unwrap().1.to_str().unwrap()
+        };
+        assert_eq!(of("VK_DRIVER_FILES"), driver.to_str().unwrap());
+        assert_eq!(of("VK_ICD_FILENAMES"), of("VK_DRIVER_FILES"));
+        assert_eq!(of("GGML_VK_VISIBLE_DEVICES"), "0");
+    }
+
+    #[test]
+    fn what_is_missing_is_one_line() {
+        let line = said(&["glslc", "spirv-headers"]);
+        assert!(line.ends_with("apt-get install glslc spirv-headers"));
+        assert!(!finds("find_package(NoSuchThing CONFIG REQUIRED)"));
+        assert!(finds("message(STATUS here)"));
+    }
+}
