@@ -13,7 +13,10 @@ fn main() {
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap());
     let out = PathBuf::from(env::var_os("OUT_DIR").unwrap());
     let ggml = here.join("../../vendor/llama-cpp-sys-2/llama.cpp/ggml");
-    println!("cargo::rerun-if-changed={}", here.join("build.rs").display());
+    println!(
+        "cargo::rerun-if-changed={}",
+        here.join("build.rs").display()
+    );
     println!("cargo::rerun-if-changed={}", here.join("src").display());
     println!("cargo::rustc-check-cfg=cfg(dry)");
     let reason = match compile(&here, &ggml, &out) {
@@ -28,9 +31,21 @@ fn main() {
 
 fn compile(here: &Path, ggml: &Path, out: &Path) -> Result<(), String> {
     let metal = ggml.join("src/ggml-metal");
-    fs::write(out.join("metal.inc"), metal_rules(&read(&metal.join("ggml-metal-device.m"))?)?)
+    fs::write(
+        out.join("metal.inc"),
+        metal_rules(&read(&metal.join("ggml-metal-device.m"))?)?,
+    )
+    .map_err(|e| e.to_string())?;
+    let others = [
+        ("cuda.inc", cuda_helpers(ggml)?),
+        ("cuda-ops.inc", cuda_rules(ggml)?),
+        ("vulkan.inc", vulkan_rules(ggml)?),
+    ];
+    for (name, text) in others {
+        fs::write(out.join(name), text).map_err(|e| e.to_string())?;
+    }
+    fs::write(out.join("kernels.inc"), kernels(&metal.join("kernels"))?)
         .map_err(|e| e.to_string())?;
-    fs::write(out.join("kernels.inc"), kernels(&metal.join("kernels"))?).map_err(|e| e.to_string())?;
     let mut build = cc::Build::new();
     build
         .include(out)
@@ -43,9 +58,16 @@ fn compile(here: &Path, ggml: &Path, out: &Path) -> Result<(), String> {
         .debug(false);
     let mut c = build.clone();
     c.std("c11").file(here.join("src/rules.c"));
-    c.try_compile("dry_metal_rules").map_err(|e| e.to_string())?;
+    c.try_compile("dry_metal_rules")
+        .map_err(|e| e.to_string())?;
     // <memory> comes with Apple's library wherever <string> does
-    build.cpp(true).std("c++17").flag("-include").flag("memory").file(here.join("src/apple.cpp"));
+    build
+        .cpp(true)
+        .std("c++17")
+        .flag("-include")
+        .flag("memory")
+        .file(here.join("src/apple.cpp"))
+        .file(here.join("src/others.cpp"));
     for file in FILES {
         let file = metal.join(format!("ggml-metal{file}.cpp"));
         println!("cargo::rerun-if-changed={}", file.display());
@@ -65,7 +87,9 @@ fn cut(name: &str, text: &str, start: &str, end: &str) -> Result<String, String>
     let at = text
         .lines()
         .position(|line| line.starts_with(start))
-        .ok_or_else(|| format!("{name} has no line that begins with `{start}`: the source has moved"))?;
+        .ok_or_else(|| {
+            format!("{name} has no line that begins with `{start}`: the source has moved")
+        })?;
     let mut out = format!("#line {} \"{name}\"\n", at + 1);
     for line in text.lines().skip(at) {
         let noted = line.replace("return ", "return dry_line = __LINE__, ");
@@ -74,13 +98,60 @@ fn cut(name: &str, text: &str, start: &str, end: &str) -> Result<String, String>
             return Ok(out);
         }
     }
-    Err(format!("{name}: `{start}` has no end: the source has moved"))
+    Err(format!(
+        "{name}: `{start}` has no end: the source has moved"
+    ))
 }
 
 fn metal_rules(text: &str) -> Result<String, String> {
     let cut = |start, end| cut("ggml-metal-device.m", text, start, end);
     Ok(cut("static bool ggml_metal_supports_mul_mat_op(", "}")?
         + &cut("bool ggml_metal_device_supports_op(", "}")?)
+}
+
+/// What flash attention on CUDA, and its other rules, need of other files.
+fn cuda_helpers(ggml: &Path) -> Result<String, String> {
+    let (fattn, fwht) = ("fattn.cu", "fwht.cu");
+    let at = |name: &str| read(&ggml.join("src/ggml-cuda").join(name));
+    let (attention, hadamard) = (at(fattn)?, at(fwht)?);
+    Ok([
+        cut(fattn, &attention, "enum best_fattn_kernel {", "};")?,
+        cut(
+            fattn,
+            &attention,
+            "static bool ggml_cuda_fattn_kv_type_supported(",
+            "}",
+        )?,
+        cut(
+            fattn,
+            &attention,
+            "static best_fattn_kernel ggml_cuda_get_best_fattn_kernel(",
+            "}",
+        )?,
+        cut(fwht, &hadamard, "bool ggml_cuda_op_mul_mat_use_fwht(", "}")?,
+    ]
+    .concat())
+}
+
+fn cuda_rules(ggml: &Path) -> Result<String, String> {
+    let text = read(&ggml.join("src/ggml-cuda/ggml-cuda.cu"))?;
+    cut(
+        "ggml-cuda.cu",
+        &text,
+        "static bool ggml_backend_cuda_device_supports_op(",
+        "}",
+    )
+}
+
+fn vulkan_rules(ggml: &Path) -> Result<String, String> {
+    let text = read(&ggml.join("src/ggml-vulkan/ggml-vulkan.cpp"))?;
+    let cut = |start| cut("ggml-vulkan.cpp", &text, start, "}");
+    Ok([
+        cut("bool ggml_vk_concat_supported(")?,
+        cut("bool ggml_vk_dim01_contiguous(")?,
+        cut("static bool ggml_backend_vk_device_supports_op(")?,
+    ]
+    .concat())
 }
 
 /// The kernels that the Metal sources define, as `{ "name", needs, forbids }` with the bits of
@@ -120,7 +191,10 @@ fn kernels(folder: &Path) -> Result<String, String> {
         }
     }
     if out.is_empty() {
-        return Err(format!("{}: no kernels: the sources have moved", folder.display()));
+        return Err(format!(
+            "{}: no kernels: the sources have moved",
+            folder.display()
+        ));
     }
     Ok(out)
 }
@@ -159,7 +233,11 @@ impl Macros {
         } else if line.starts_with("else") {
             if let Some(last) = self.0.last_mut() {
                 let known = last.needs | last.forbids != 0 || last.never;
-                *last = Branch { needs: last.forbids, forbids: last.needs, never: !known };
+                *last = Branch {
+                    needs: last.forbids,
+                    forbids: last.needs,
+                    never: !known,
+                };
             }
         } else if line.starts_with("endif") {
             self.0.pop();

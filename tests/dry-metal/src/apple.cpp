@@ -37,14 +37,25 @@ const kernel KERNELS[] = {
 #include "kernels.inc"
 };
 
-struct profile { const char * key; const char * name; ggml_metal_device_id id; int family; bool bfloat; bool tensor; };
+struct profile {
+    const char * key;
+    const char * name;
+    ggml_metal_device_id id;
+    int  family;
+    bool simdgroups; // reductions and matrices
+    bool bfloat;
+    bool tensor;
+};
 
-// GGML_METAL_BF16_DISABLE does to an M1 what `no-bf16` says
+// GGML_METAL_BF16_DISABLE does to an M1 what `no-bf16` says. `virtual` is the GPU that macOS gives to virtual machines,
+// those of GitHub among them: what it has differs by version, this is the least that was reported
+// (llama.cpp's issue 8617).
 const profile PROFILES[] = {
-    { "m1",      "Apple M1",     GGML_METAL_DEVICE_M1,     7, true,  false },
-    { "no-bf16", "Apple M1",     GGML_METAL_DEVICE_M1,     7, false, false },
-    { "m3",      "Apple M3 Max", GGML_METAL_DEVICE_M3_MAX, 9, true,  false },
-    { "m5",      "Apple M5",     GGML_METAL_DEVICE_M5,    10, true,  true  },
+    { "m1",      "Apple M1",                   GGML_METAL_DEVICE_M1,       7, true,  true,  false },
+    { "no-bf16", "Apple M1",                   GGML_METAL_DEVICE_M1,       7, true,  false, false },
+    { "m3",      "Apple M3 Max",               GGML_METAL_DEVICE_M3_MAX,   9, true,  true,  false },
+    { "m5",      "Apple M5",                   GGML_METAL_DEVICE_M5,      10, true,  true,  true  },
+    { "virtual", "Apple Paravirtual device",   GGML_METAL_DEVICE_GENERIC,  5, false, false, false },
 };
 
 const profile * chosen = nullptr;
@@ -53,7 +64,7 @@ const profile * chosen = nullptr;
 struct seen {
     std::set<std::string> labels;
     std::set<std::string> kernels;
-    std::map<std::string, int> answers; // the line by profile, negative for no
+    std::map<std::string, int> answers; // the line by GPU, negative for no
     bool refused = false;
 };
 
@@ -129,7 +140,7 @@ seen & note(const ggml_tensor * t) {
     s.labels.insert(label);
     for (const auto & p : PROFILES) {
         ggml_metal_device dev = {};
-        dev.props.has_simdgroup_mm = dev.props.has_simdgroup_reduction = true;
+        dev.props.has_simdgroup_mm = dev.props.has_simdgroup_reduction = p.simdgroups;
         dev.props.max_theadgroup_memory_size = MAX_TG_MEMORY;
         dev.props.has_bfloat = p.bfloat;
         dev.props.has_tensor = p.tensor;
@@ -137,6 +148,11 @@ seen & note(const ggml_tensor * t) {
         const bool yes = ggml_metal_device_supports_op(&dev, t);
         s.answers[p.key] = yes ? dry_line : -dry_line;
     }
+    dry_line = 0;
+    const bool cuda = dry_cuda_supports(t);
+    s.answers["cuda"] = cuda ? dry_line : -dry_line;
+    const bool vulkan = dry_vulkan_supports(t);
+    s.answers["vulkan"] = vulkan ? dry_line : -dry_line;
     return s;
 }
 
@@ -287,8 +303,8 @@ ggml_metal_device_t ggml_metal_device_init(int device, int) {
     p.max_buffer_size            = size_t(64) << 30;
     p.max_working_set_size       = size_t(64) << 30;
     p.max_theadgroup_memory_size = MAX_TG_MEMORY;
-    p.has_simdgroup_reduction    = true;
-    p.has_simdgroup_mm           = true;
+    p.has_simdgroup_reduction    = chosen->simdgroups;
+    p.has_simdgroup_mm           = chosen->simdgroups;
     p.has_unified_memory         = true;
     p.has_bfloat                 = chosen->bfloat;
     p.has_tensor                 = chosen->tensor;
@@ -484,10 +500,10 @@ void dry_metal_counts(uint64_t * out) {
 
 void dry_metal_report(void (*line)(const char *, void *), void * data) {
     std::lock_guard<std::mutex> lock(mutex);
-    const auto join = [](const std::set<std::string> & set) {
+    const auto join = [](const std::set<std::string> & set, const char * between) {
         std::string res;
         for (const auto & s : set) {
-            res += (res.empty() ? "" : " ") + s;
+            res += (res.empty() ? "" : between) + s;
         }
         return res;
     };
@@ -496,10 +512,10 @@ void dry_metal_report(void (*line)(const char *, void *), void * data) {
     }
     for (const auto & [text, s] : nodes) {
         std::string answers;
-        for (const auto & p : PROFILES) {
-            answers += (answers.empty() ? "" : " ") + std::string(p.key) + "=" + std::to_string(s.answers.at(p.key));
+        for (const auto & [key, at] : s.answers) {
+            answers += (answers.empty() ? "" : " ") + key + "=" + std::to_string(at);
         }
-        line(("node\t" + text + "\t" + answers + "\t" + (s.refused ? "refused" : "runs") + "\t" + join(s.kernels) + "\t" + join(s.labels)).c_str(), data);
+        line(("node\t" + text + "\t" + answers + "\t" + (s.refused ? "refused" : "runs") + "\t" + join(s.kernels, " ") + "\t" + join(s.labels, ", ")).c_str(), data);
     }
 }
 

@@ -6,9 +6,10 @@
 //! as on a Mac, and whatever would end the program there before a kernel runs ends it here. What the kernels
 //! themselves do, their speed and their rounding, stays unknown.
 //!
-//! With `DRY_METAL=m1` (`m3`, `m5`, `no-bf16`) in the environment a program that links this crate finds the GPU when
+//! With `DRY_METAL=m1` (`m3`, `m5`, `no-bf16`, `virtual`) in the environment a program that links this crate finds the GPU when
 //! it starts.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 
 // Only for ggml's symbols.
@@ -25,14 +26,23 @@ pub struct Node {
     /// Types of the sources and of the result. Behind a type: `^P` permuted, `^T` transposed, `^R` rows with
     /// gaps between them, `^S` gaps inside the rows.
     pub types: String,
-    /// For each kind of GPU the line of the source that answered, and the answer.
-    pub answers: Vec<(String, u32, bool)>,
+    /// What the sources say, by GPU: `m1`, `no-bf16`, `m3`, `m5`, `virtual`, `cuda`, `vulkan`.
+    pub answers: BTreeMap<String, Answer>,
     /// Whether the chosen GPU refused it.
     pub refused: bool,
     /// The kernels that were launched for it or for the nodes that it was fused with.
     pub kernels: Vec<String>,
     /// The labels under which it was seen.
     pub labels: Vec<String>,
+}
+
+/// What a source says of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Whether the GPU has it.
+    pub yes: bool,
+    /// The line that says so.
+    pub line: u32,
 }
 
 /// What was seen since the program started.
@@ -64,7 +74,10 @@ mod sys {
         pub fn dry_metal_register(key: *const c_char) -> i32;
         pub fn dry_metal_label(text: *const c_char);
         pub fn dry_metal_counts(out: *mut u64);
-        pub fn dry_metal_report(line: unsafe extern "C" fn(*const c_char, *mut c_void), data: *mut c_void);
+        pub fn dry_metal_report(
+            line: unsafe extern "C" fn(*const c_char, *mut c_void),
+            data: *mut c_void,
+        );
     }
 }
 
@@ -76,7 +89,11 @@ mod sys {
     }
     pub unsafe fn dry_metal_label(_: *const c_char) {}
     pub unsafe fn dry_metal_counts(_: *mut u64) {}
-    pub unsafe fn dry_metal_report(_: unsafe extern "C" fn(*const c_char, *mut c_void), _: *mut c_void) {}
+    pub unsafe fn dry_metal_report(
+        _: unsafe extern "C" fn(*const c_char, *mut c_void),
+        _: *mut c_void,
+    ) {
+    }
 }
 
 /// Adds the device to ggml's. Whether `key` is the name of a GPU, and none was added before.
@@ -101,41 +118,61 @@ pub fn counts() -> Counts {
     // SAFETY: it writes four numbers.
     unsafe { sys::dry_metal_counts(out.as_mut_ptr()) };
     let [set, got, graphs, launches] = out;
-    Counts { set, got, graphs, launches }
+    Counts {
+        set,
+        got,
+        graphs,
+        launches,
+    }
 }
 
-/// What was seen so far.
+/// What was seen so far, in lines for [`Report::of`].
 #[must_use]
-pub fn report() -> Report {
-    let mut lines: Vec<String> = Vec::new();
+pub fn lines() -> Vec<String> {
     unsafe extern "C" fn push(line: *const c_char, lines: *mut c_void) {
         // SAFETY: called below, with a C string and the vector.
         let (line, lines) = unsafe { (CStr::from_ptr(line), &mut *lines.cast::<Vec<String>>()) };
         lines.push(line.to_string_lossy().into_owned());
     }
+    let mut lines: Vec<String> = Vec::new();
     // SAFETY: `push` is only called inside, with the vector.
     unsafe { sys::dry_metal_report(push, (&raw mut lines).cast()) };
-    let words = |text: &str| text.split_whitespace().map(str::to_owned).collect();
-    let mut report = Report::default();
-    for line in lines {
-        match line.split('\t').collect::<Vec<_>>()[..] {
-            ["fault", text] => report.faults.push(text.to_owned()),
-            ["node", op, types, answers, state, kernels, labels] => report.nodes.push(Node {
-                op: op.to_owned(),
-                types: types.to_owned(),
-                answers: answers.split(' ').map(answer).collect(),
-                refused: state == "refused",
-                kernels: words(kernels),
-                labels: words(labels),
-            }),
-            _ => unreachable!("{line}"),
-        }
-    }
-    report
+    lines
 }
 
-fn answer(text: &str) -> (String, u32, bool) {
-    let (key, line) = text.split_once('=').unwrap();
-    let line: i32 = line.parse().unwrap();
-    (key.to_owned(), line.unsigned_abs(), line > 0)
+impl Report {
+    /// Reads [`lines`], among which others may stand.
+    #[must_use]
+    pub fn of(text: &str) -> Self {
+        let words = |text: &str| text.split_whitespace().map(str::to_owned).collect();
+        let mut report = Report::default();
+        for line in text.lines() {
+            match line.split('\t').collect::<Vec<_>>()[..] {
+                ["fault", text] => report.faults.push(text.to_owned()),
+                ["node", op, types, answers, state, kernels, labels] => report.nodes.push(Node {
+                    op: op.to_owned(),
+                    types: types.to_owned(),
+                    answers: answers.split(' ').filter_map(answer).collect(),
+                    refused: state == "refused",
+                    kernels: words(kernels),
+                    labels: labels.split(", ").map(str::to_owned).collect(),
+                }),
+                _ => {}
+            }
+        }
+        report
+    }
+}
+
+fn answer(text: &str) -> Option<(String, Answer)> {
+    let (key, line) = text.split_once('=')?;
+    let line: i32 = line.parse().ok()?;
+    let yes = line > 0;
+    Some((
+        key.to_owned(),
+        Answer {
+            yes,
+            line: line.unsigned_abs(),
+        },
+    ))
 }

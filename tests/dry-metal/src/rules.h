@@ -16,6 +16,10 @@ struct ggml_metal_device {
 // the line of the source that gave the last answer of this thread
 extern __thread int dry_line;
 
+// whether CUDA (an H100) and Vulkan (a desktop GPU) have the operation, by their sources
+bool dry_cuda_supports  (const struct ggml_tensor * op);
+bool dry_vulkan_supports(const struct ggml_tensor * op);
+
 #ifdef __cplusplus
 }
 #endif
