@@ -167,24 +167,46 @@ fn kernels(folder: &Path) -> Result<String, String> {
     for file in files {
         let mut macros = Macros::default();
         let mut is_template = false;
-        for line in read(&file)?.lines() {
+        // The names that a macro makes of its first argument, by the macro's name.
+        let mut made: Vec<(String, String, String)> = Vec::new();
+        let mut defines = "";
+        let text = read(&file)?;
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("#define ") {
+                defines = rest.split('(').next().unwrap_or("");
+            }
             if macros.line(line) {
                 continue;
             }
             let Some((needs, forbids)) = macros.of_line() else {
                 continue;
             };
+            let mut push =
+                |name: &str| writeln!(out, "{{ \"{name}\", {needs}, {forbids} }},").unwrap();
             // `template [[host_name("x")]] kernel` is an instance, `kernel void x(` a kernel of its own unless a
             // template's head stands before it.
-            let name = if let Some((_, rest)) = line.split_once("host_name(\"") {
-                rest.split('"').next()
+            if let Some((_, rest)) = line.split_once("host_name(") {
+                match rest.split('"').collect::<Vec<_>>()[..] {
+                    ["", name, end, ..] if end.trim_start().starts_with(')') => push(name),
+                    ["", before, _, after, ..] => {
+                        made.push((defines.to_owned(), before.to_owned(), after.to_owned()));
+                    }
+                    _ => {
+                        return Err(format!(
+                            "{}: {line}: the sources have moved",
+                            file.display()
+                        ));
+                    }
+                }
             } else if let Some(rest) = line.strip_prefix("kernel void ") {
-                rest.split('(').next().filter(|_| !is_template)
-            } else {
-                None
-            };
-            if let Some(name) = name {
-                writeln!(out, "{{ \"{}\", {needs}, {forbids} }},", name.trim()).unwrap();
+                if !is_template {
+                    push(rest.split('(').next().unwrap_or(rest).trim());
+                }
+            } else if let Some((name, rest)) = line.split_once("(\"") {
+                let argument = rest.split('"').next().unwrap_or(rest);
+                for (_, before, after) in made.iter().filter(|(by, ..)| by == name) {
+                    push(&format!("{before}{argument}{after}"));
+                }
             }
             is_template = line.starts_with("template")
                 || is_template && !line.starts_with("kernel void ") && !line.trim().is_empty();

@@ -1,14 +1,17 @@
 //! What Metal would do, without a Mac (`tests/dry-metal`): the backend's own rules, fusions and launches for
 //! every graph that is built here, as docs/metal.md tells.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
+use dry_metal::{Node, Report};
 use hae::controller::Controller;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::generate::Session;
 use hae::llama::{
-    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, Vision, VisionOptions,
+    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, SamplerOptions, Vision,
+    VisionOptions,
 };
 use hae::policy::{self, Amount, DapMode, Limits, Observe, PolicyOptions};
 use hae::prompt;
@@ -322,8 +325,27 @@ fn part(failed: &mut Vec<String>, name: &str, run: impl FnOnce()) {
     }
 }
 
+/// How much is run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Scope {
+    All,
+    /// One head size and the types that differ.
+    Some,
+}
+
+/// GPUs without bfloat.
+const NO_BF16: [&str; 2] = ["no-bf16", "virtual"];
+
+/// ggml would end the program: the GPU holds a cache that it cannot write.
+fn refused(model: &Model, options: ContextOptions) {
+    let made = LlamaEngine::new(model, options, &SamplerOptions::GREEDY);
+    let line = made.err().expect("refused").to_string();
+    let reason = "bf16: the GPU Apple";
+    assert!(line.contains(reason), "{line}");
+}
+
 /// Everything that is asked of the device, by label. The parts that failed.
-fn everything(traffic: &dyn Fn(&str, Traffic)) -> Vec<String> {
+fn everything(scope: Scope, traffic: &dyn Fn(&str, Traffic)) -> Vec<String> {
     let mut failed = Vec::new();
     let dir = tempfile::tempdir().unwrap();
     let context = |flash, kind: CacheType| {
@@ -352,12 +374,19 @@ fn everything(traffic: &dyn Fn(&str, Traffic)) -> Vec<String> {
         let model = load(&path);
         for kind in TYPES {
             // Blocks of 32 values have to fit.
-            if kind.is_quantized() && !width.is_multiple_of(32) {
+            let fits = !kind.is_quantized() || width.is_multiple_of(32);
+            let some = [CacheType::F16, CacheType::Bf16, CacheType::Q8_0].contains(&kind);
+            if !fits || scope == Scope::Some && !(width == 64 && some) {
                 continue;
             }
             for flash in [true, false] {
                 let (options, v) = context(flash, kind);
                 let name = format!("{width}\t{}\t{}\t{flash}", kind.name(), v.name());
+                let without = std::env::var("DRY_METAL").is_ok_and(|gpu| NO_BF16.contains(&&*gpu));
+                if without && kind == CacheType::Bf16 {
+                    part(&mut failed, &name, || refused(&model, options.clone()));
+                    continue;
+                }
                 let mut at = |label, run: &dyn Fn()| {
                     dry_metal::label(label);
                     part(&mut failed, &format!("{label} {name}"), run);
@@ -395,7 +424,8 @@ fn everything(traffic: &dyn Fn(&str, Traffic)) -> Vec<String> {
             }
         }
     }
-    for text in [TEXT, "models/small-phi3v-Q4_K_M.gguf"] {
+    let texts = [TEXT, "models/small-phi3v-Q4_K_M.gguf"];
+    for text in &texts[..if scope == Scope::All { 2 } else { 1 }] {
         for (flash, kind) in [
             (FlashAttention::On, CacheType::Q8_0),
             (FlashAttention::Off, CacheType::F16),
@@ -436,22 +466,209 @@ fn run_alone(gpu: &str, test: &str) -> String {
     text
 }
 
+/// Prints what is seen in a process of its own.
+fn tell(scope: Scope) {
+    println!();
+    let failed = everything(scope, &|name, t| {
+        println!("traffic\t{name}\t{}\t{}", t.graphs, t.bytes)
+    });
+    dry_metal::lines()
+        .iter()
+        .for_each(|line| println!("{line}"));
+    failed.iter().for_each(|name| println!("failed\t{name}"));
+}
+
+/// What such a process saw, if nothing failed in it that would fail on a Mac.
+fn seen(gpu: &str, test: &str) -> (Report, Vec<String>) {
+    let text = run_alone(gpu, test);
+    let with = |prefix: &str| -> Vec<String> {
+        let lines = text.lines().filter_map(|line| line.strip_prefix(prefix));
+        lines.map(str::to_owned).collect()
+    };
+    assert_eq!(with("failed\t"), [""; 0], "{gpu}");
+    let report = Report::of(&text);
+    assert_eq!(report.faults, [""; 0], "{gpu}");
+    (report, with("traffic\t"))
+}
+
+/// Whose operation it is: llama.cpp's, or the part of ours that alone asks for it.
+fn whose(node: &Node) -> String {
+    let theirs = ["decoding", "pictures", "policy full"];
+    if node.labels.iter().any(|l| theirs.contains(&l.as_str())) {
+        return "llama.cpp".to_owned();
+    }
+    let ours = node.labels.iter().map(|label| {
+        let policy = label.strip_prefix("policy ");
+        match policy {
+            Some("context_shift") => "context shift",
+            Some(_) => "policies",
+            None => label,
+        }
+    });
+    let mut ours: Vec<&str> = ours.collect();
+    ours.dedup();
+    ours.join(", ")
+}
+
+/// The columns of GPUs: a name, and whose answer it is.
+const GPUS: [(&str, &str); 4] = [
+    ("Apple", "m1"),
+    ("Apple without bfloat", "no-bf16"),
+    ("CUDA", "cuda"),
+    ("Vulkan", "vulkan"),
+];
+
+/// Operations that get the same answers everywhere, in one row.
+#[derive(Default)]
+struct Row {
+    cases: BTreeSet<String>,
+    /// Of each source, and of the result.
+    types: Vec<BTreeSet<String>>,
+    lines: BTreeMap<&'static str, BTreeSet<u32>>,
+}
+
+/// The table of docs/metal.md.
+fn table(nodes: &[Node]) -> String {
+    let mut rows: BTreeMap<(String, usize, Vec<bool>, String), Row> = BTreeMap::new();
+    for node in nodes {
+        let (op, case) = node.op.split_once(' ').unwrap_or((&node.op, ""));
+        let (sources, result) = node.types.split_once(" -> ").unwrap();
+        let sources: Vec<&str> = sources.split(", ").collect();
+        let answers = GPUS.map(|(_, gpu)| node.answers[gpu].yes).to_vec();
+        let key = (op.to_owned(), sources.len(), answers, whose(node));
+        let row = rows.entry(key).or_default();
+        if !case.is_empty() {
+            // How many rows and queries there are changes which kernel it is, and not whether there is one.
+            let case = case.split(" queries").next().unwrap();
+            let case = case.split("rows").next().unwrap().trim();
+            row.cases.insert(case.to_owned());
+        }
+        row.types.resize_with(sources.len() + 1, BTreeSet::new);
+        for (at, kind) in sources.iter().chain([&result]).enumerate() {
+            row.types[at].insert((*kind).to_owned());
+        }
+        for (_, gpu) in GPUS {
+            row.lines
+                .entry(gpu)
+                .or_default()
+                .insert(node.answers[gpu].line);
+        }
+    }
+    let list = |set: &BTreeSet<String>, between| {
+        let words: Vec<&str> = set
+            .iter()
+            .map(String::as_str)
+            .filter(|w| !w.is_empty())
+            .collect();
+        words.join(between)
+    };
+    let mut out = "| operation | asked for by |".to_owned();
+    GPUS.iter()
+        .for_each(|(name, _)| out += &format!(" {name} |"));
+    out += "\n|---|---|---|---|---|---|\n";
+    for ((op, _, answers, whose), row) in &rows {
+        let cases = list(&row.cases, ", ");
+        let (result, sources) = row.types.split_last().unwrap();
+        let sources: Vec<String> = sources.iter().map(|kinds| list(kinds, " ")).collect();
+        let gap = if cases.is_empty() { "" } else { " " };
+        let types = format!("{} → {}", sources.join(" · "), list(result, " "));
+        out += &format!("| `{op}`{gap}{cases}: {types} | {whose} |");
+        for ((_, gpu), yes) in GPUS.iter().zip(answers) {
+            let lines: Vec<String> = row.lines[gpu].iter().map(u32::to_string).collect();
+            let answer = if *yes { "yes" } else { "**no**" };
+            out += &format!(" {answer} {} |", lines.join(", "));
+        }
+        out += "\n";
+    }
+    out
+}
+
+/// What a token costs between the GPU and the processor, of head size 128 and of MLA.
+fn costs(traffic: &[String]) -> String {
+    let mut out =
+        "| head | K | V | `-fa` | parts of the graph | bytes |\n|---|---|---|---|---|---|\n"
+            .to_owned();
+    for line in traffic {
+        let [head, k, v, flash, parts, bytes] = line.split('\t').collect::<Vec<_>>()[..] else {
+            panic!("{line}");
+        };
+        if ["128", "576"].contains(&head) {
+            let flash = if flash == "true" { "on" } else { "off" };
+            out += &format!("| {head} | {k} | {v} | {flash} | {parts} | {bytes} |\n");
+        }
+    }
+    out
+}
+
+/// The part of the page between two marks.
+fn between<'a>(page: &'a str, name: &str) -> &'a str {
+    let (begin, end) = (
+        format!("<!-- {name} -->\n"),
+        format!("<!-- end of {name} -->"),
+    );
+    let from = page.find(&begin).unwrap_or_else(|| panic!("{begin}")) + begin.len();
+    let to = page[from..].find(&end).unwrap_or_else(|| panic!("{end}"));
+    &page[from..from + to]
+}
+
+/// docs/metal.md holds what the graphs ask for and the sources answer now; with `METAL_WRITE` in the
+/// environment, as `cargo xtask metal --write` sets it, it is written.
 #[test]
-fn the_documented_table_is_what_metal_does() {
-    const NAME: &str = "metal::the_documented_table_is_what_metal_does";
+fn the_documented_tables_are_what_metal_does() {
+    const NAME: &str = "metal::the_documented_tables_are_what_metal_does";
+    const PAGE: &str = "docs/metal.md";
     assert_eq!(dry_metal::BROKEN, "");
     if std::env::var_os(ALONE).is_some() {
-        println!();
-        let failed = everything(&|name, t| println!("traffic\t{name}\t{}\t{}", t.graphs, t.bytes));
-        dry_metal::lines()
-            .iter()
-            .for_each(|line| println!("{line}"));
-        failed.iter().for_each(|name| println!("failed\t{name}"));
-        return;
+        return tell(Scope::All);
     }
-    let text = run_alone("m1", NAME);
-    std::fs::write("/tmp/metal-seen.txt", &text).unwrap();
-    let report = dry_metal::Report::of(&text);
-    assert_eq!(report.faults, [""; 0]);
-    assert!(report.nodes.len() > 100);
+    let (report, traffic) = seen("m1", NAME);
+    assert!(report.nodes.iter().any(|n| n.refused) && report.nodes.len() > 200);
+    let path = repository(PAGE);
+    let mut page = std::fs::read_to_string(&path).unwrap();
+    let tables = [
+        ("operations", table(&report.nodes)),
+        ("costs", costs(&traffic)),
+    ];
+    for (name, ours) in &tables {
+        let old = between(&page, name).to_owned();
+        if std::env::var_os("METAL_WRITE").is_some() {
+            let begin = format!("<!-- {name} -->\n");
+            page = page.replace(&format!("{begin}{old}"), &format!("{begin}{ours}"));
+        } else if old != *ours {
+            let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+            let (old, ours) = (lines(&old), lines(ours));
+            let gone: Vec<_> = old.difference(&ours).collect();
+            let new: Vec<_> = ours.difference(&old).collect();
+            panic!("{PAGE}, {name}: cargo xtask metal --write; now {new:#?} instead of {gone:#?}");
+        }
+    }
+    if std::env::var_os("METAL_WRITE").is_some() {
+        std::fs::write(&path, page).unwrap();
+    }
+}
+
+/// Later GPUs launch other kernels, and lesser ones leave operations to the processor: whatever they have,
+/// nothing fails.
+#[test]
+fn no_gpu_of_apples_fails() {
+    const NAME: &str = "metal::no_gpu_of_apples_fails";
+    assert_eq!(dry_metal::BROKEN, "");
+    if std::env::var_os(ALONE).is_some() {
+        return tell(Scope::Some);
+    }
+    let kernels = |gpu| {
+        let (report, _) = seen(gpu, NAME);
+        let all = report.nodes.into_iter().flat_map(|node| node.kernels);
+        all.collect::<BTreeSet<String>>()
+    };
+    let [m3, m5, plain, least] = ["m3", "m5", "no-bf16", "virtual"].map(kernels);
+    assert!(m5.difference(&m3).next().is_some(), "no kernel of M5's own");
+    let bf16 = |kernels: &BTreeSet<String>| kernels.iter().any(|name| name.contains("bf16"));
+    assert!(bf16(&m3) && !bf16(&plain));
+    assert!(
+        least.len() < plain.len() / 2,
+        "{} {}",
+        least.len(),
+        plain.len()
+    );
 }

@@ -1,6 +1,6 @@
 //! The chores of the repository:
 //! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | page | oracle | fuzz | soak | test |
-//! sanitize | clang | deny`.
+//! sanitize | metal | clang | deny`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -102,6 +102,12 @@ enum Command {
     /// Run tests with llama.cpp under sanitizers: by default those of the cache, for addresses and
     /// undefined behaviour (Linux)
     Sanitize(sanitize::Args),
+    /// Compare docs/metal.md with the graphs of the tests and the pinned Metal backend, without a Mac (Linux)
+    Metal {
+        /// Write its tables instead
+        #[arg(long)]
+        write: bool,
+    },
     /// Let clang read the C and C++ that patches add or change, and name its warnings in them
     Clang(clang::Args),
     /// Check licences, sources and known holes of all dependencies, by cargo-deny and deny.toml
@@ -158,6 +164,7 @@ fn main() -> ExitCode {
         Command::Soak(args) => soak::run(root, &args),
         Command::Test => steps::test(root),
         Command::Sanitize(args) => sanitize::run(root, &args),
+        Command::Metal { write } => steps::metal(root, write),
         Command::Clang(args) => clang::run(root, &args),
         Command::Deny(args) => deny::run(root, &args),
     };
