@@ -62,10 +62,16 @@ fn build_and_run(root: &Path, target: &[&str], words: &[&str], args: &[String]) 
 const XTASK: &str = "xtask/Cargo.toml";
 
 /// Only the release profile is used: each profile would build its own llama.cpp.
-const CHECKS: [&[&str]; 8] = [
+const CHECKS: [&[&str]; 9] = [
     &["fmt", "--check"],
     &["fmt", "--check", "--manifest-path", XTASK],
     &["fmt", "--check", "--manifest-path", "fuzz/Cargo.toml"],
+    &[
+        "fmt",
+        "--check",
+        "--manifest-path",
+        "tests/dry-metal/Cargo.toml",
+    ],
     &[
         "clippy",
         "--release",
