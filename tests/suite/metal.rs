@@ -661,12 +661,13 @@ fn no_gpu_of_apples_fails() {
         let all = report.nodes.into_iter().flat_map(|node| node.kernels);
         all.collect::<BTreeSet<String>>()
     };
-    let [m3, m5, plain, least] = ["m3", "m5", "no-bf16", "virtual"].map(kernels);
-    assert!(m5.difference(&m3).next().is_some(), "no kernel of M5's own");
+    let [m5, plain, least] = ["m5", "no-bf16", "virtual"].map(kernels);
+    let tensor = "kernel_flash_attn_ext_tensor_f16_dk576_dv512";
+    assert!(m5.contains(tensor) && !plain.contains(tensor), "{m5:?}");
     let bf16 = |kernels: &BTreeSet<String>| kernels.iter().any(|name| name.contains("bf16"));
-    assert!(bf16(&m3) && !bf16(&plain));
+    assert!(bf16(&m5) && !bf16(&plain));
     assert!(
-        least.len() < plain.len() / 2,
+        least.len() < plain.len() * 2 / 3,
         "{} {}",
         least.len(),
         plain.len()
