@@ -108,7 +108,8 @@ fn files() -> MutexGuard<'static, Vec<PathBuf>> {
     FILES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What became of an attempt to lock a file.
+/// What became of an attempt to lock a file. Elsewhere than on Unix there are no attempts.
+#[cfg_attr(not(unix), expect(dead_code))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lock {
     /// It is ours until it is closed, and it still has a name.

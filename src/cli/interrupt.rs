@@ -9,9 +9,9 @@
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result};
-
-use hae::tempfiles;
+use anyhow::Result;
+#[cfg(unix)]
+use {anyhow::Context, hae::tempfiles};
 
 /// A signal ends the program.
 const BUSY: u8 = 0;

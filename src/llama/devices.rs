@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_sys_2 as sys;
 
-use super::{backend, static_str};
+use super::{CacheType, backend, static_str};
 use crate::error::Result;
 
 /// A processor or accelerator that this build of ggml found.
@@ -39,6 +39,40 @@ pub fn devices() -> Result<Vec<Device>> {
             }
         };
         Ok((0..sys::ggml_backend_dev_count()).map(device).collect())
+    }
+}
+
+/// A GPU that cannot write rows into a cache of this type. llama.cpp would put the cache there all the same,
+/// and ggml ends the program when it finds that no other device reaches it.
+pub(super) fn without_cache(kind: CacheType) -> Option<String> {
+    let params = sys::ggml_init_params {
+        // Four tensors.
+        mem_size: 4 << 10,
+        mem_buffer: std::ptr::null_mut(),
+        no_alloc: true,
+    };
+    // SAFETY: the context holds what is made in it and is freed last. The rows are of one block that every
+    // type has whole; nothing is computed. Devices live as long as the process, and only look at the tensor.
+    unsafe {
+        let ctx = sys::ggml_init(params);
+        if ctx.is_null() {
+            return None;
+        }
+        let new = |kind, ne0, ne1| sys::ggml_new_tensor_2d(ctx, kind, ne0, ne1);
+        let cache = new(kind.raw().into(), 256, 1);
+        let rows = new(sys::GGML_TYPE_F32, 256, 1);
+        let op = sys::ggml_set_rows(ctx, cache, rows, new(sys::GGML_TYPE_I64, 1, 1));
+        let lacks = (0..sys::ggml_backend_dev_count()).map(|i| sys::ggml_backend_dev_get(i));
+        let lacks = lacks
+            .filter(|&device| {
+                let kind = sys::ggml_backend_dev_type(device);
+                kind == sys::GGML_BACKEND_DEVICE_TYPE_GPU
+                    || kind == sys::GGML_BACKEND_DEVICE_TYPE_IGPU
+            })
+            .find(|&device| !sys::ggml_backend_dev_supports_op(device, op))
+            .map(|device| static_str(sys::ggml_backend_dev_description(device)));
+        sys::ggml_free(ctx);
+        lacks
     }
 }
 

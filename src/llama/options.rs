@@ -3,7 +3,7 @@
 use super::cache_type::CacheType;
 use super::taps::ScoreSource;
 use super::threads::Poll;
-use super::{Model, RopeFactors, memory};
+use super::{Model, RopeFactors, devices, memory};
 use crate::attend::Attend;
 use crate::cache::BinOptions;
 use crate::error::{Error, Result};
@@ -169,6 +169,7 @@ impl ContextOptions {
             ));
         }
         self.check_sequences(model)?;
+        self.check_types(model)?;
         if model.options().vocabulary {
             return Err(Error::contract("a context of a vocabulary"));
         }
@@ -196,6 +197,23 @@ impl ContextOptions {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The GPU has to write into what it holds.
+    fn check_types(&self, model: &Model) -> Result<()> {
+        if !model.may_use_gpu() {
+            return Ok(());
+        }
+        for (name, kind) in [("type_k", self.type_k), ("type_v", self.type_v)] {
+            if let Some(gpu) = devices::without_cache(kind) {
+                let reason = format!(
+                    "{}: the GPU {gpu} cannot write into such a cache",
+                    kind.name()
+                );
+                return Err(Error::option(name, reason));
+            }
+        }
+        Ok(())
     }
 
     fn check_sequences(&self, model: &Model) -> Result<()> {

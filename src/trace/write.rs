@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::{Header, MAGIC, Record, VERSION, block};
 use crate::controller::{After, Event, Recorder};
 use crate::error::{Error, Result};
-use crate::outfile::{Claim, PRIVATE};
+use crate::outfile::Claim;
 
 /// Records wait until so many bytes are worth a block. An interruption that leaves no time for
 /// the last words costs no more than these.
@@ -42,7 +42,7 @@ impl Writer {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true);
         #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, PRIVATE);
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, crate::outfile::PRIVATE);
         let mut file = options.open(path).map_err(|e| Error::io(path, e))?;
         let mut begin = MAGIC.to_vec();
         begin.extend(VERSION.to_le_bytes());

@@ -57,6 +57,8 @@ mod lookup_runs;
 mod lookup_shapes;
 mod lookup_windows;
 mod masked;
+#[cfg(target_os = "linux")]
+mod metal;
 mod midway;
 mod midway_calls;
 mod model;

@@ -1,6 +1,6 @@
 //! The chores of the repository:
 //! `cargo xtask setup | vendor | demo | model | overhead | bench | serve | page | oracle | fuzz | soak | test |
-//! lavapipe | sanitize | deny`.
+//! sanitize | metal | lavapipe | clang | deny`.
 //!
 //! This is a workspace of its own, because the root manifest points into `vendor/`: until
 //! `cargo xtask vendor` has filled that folder, no cargo command works in the root.
@@ -8,6 +8,7 @@
 mod attempt;
 mod bench;
 mod browser;
+mod clang;
 mod deny;
 mod digest;
 mod fuzz;
@@ -104,6 +105,14 @@ enum Command {
     /// Run tests with llama.cpp under sanitizers: by default those of the cache, for addresses and
     /// undefined behaviour (Linux)
     Sanitize(sanitize::Args),
+    /// Compare docs/metal.md with the graphs of the tests and the pinned Metal backend, without a Mac (Linux)
+    Metal {
+        /// Write its tables instead
+        #[arg(long)]
+        write: bool,
+    },
+    /// Let clang read the C and C++ that patches add or change, and name its warnings in them
+    Clang(clang::Args),
     /// Check licences, sources and known holes of all dependencies, by cargo-deny and deny.toml
     Deny(deny::Args),
 }
@@ -159,6 +168,8 @@ fn main() -> ExitCode {
         Command::Test => steps::test(root),
         Command::Lavapipe(args) => lavapipe::run(root, &args),
         Command::Sanitize(args) => sanitize::run(root, &args),
+        Command::Metal { write } => steps::metal(root, write),
+        Command::Clang(args) => clang::run(root, &args),
         Command::Deny(args) => deny::run(root, &args),
     };
     match done {

@@ -27,6 +27,26 @@ pub fn full_model(root: &Path, args: &[String]) -> Result<u8> {
     build_and_run(root, &["--example", "full_model"], &[], args)
 }
 
+/// Runs the tests of `tests/dry-metal`, which with `write` write the tables of docs/metal.md instead of
+/// comparing them. 0: all passed.
+///
+/// # Errors
+/// When the set-up fails or cargo cannot be run.
+pub fn metal(root: &Path, write: bool) -> Result<u8> {
+    ensure!(
+        cfg!(target_os = "linux"),
+        "Metal is stood in for on Linux; on a Mac the tests have the GPU itself"
+    );
+    set_up(root)?;
+    let variables: &[(String, OsString)] = match write {
+        true => &[("METAL_WRITE".to_owned(), "1".into())],
+        false => &[],
+    };
+    let args = ["test", "--release", "--test", "suite", "--", "metal::"];
+    let done = cargo_with(root, &args, variables)?;
+    Ok(u8::from(!done.success()))
+}
+
 fn build_and_run(root: &Path, target: &[&str], words: &[&str], args: &[String]) -> Result<u8> {
     let build = cargo(root, &[&["build", "--release"], target].concat())?;
     ensure!(build.success(), "the build failed");
@@ -49,6 +69,12 @@ const CHECKS: [&[&str]; 9] = [
     &["fmt", "--check", "--manifest-path", FUZZ],
     // Its lock file names what the library needs, and nothing here builds it.
     &["tree", "--locked", "--depth", "0", "--manifest-path", FUZZ],
+    &[
+        "fmt",
+        "--check",
+        "--manifest-path",
+        "tests/dry-metal/Cargo.toml",
+    ],
     &[
         "clippy",
         "--release",
