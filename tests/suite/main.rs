@@ -83,6 +83,7 @@ mod remake;
 mod replay;
 mod room;
 mod rope;
+mod rpc;
 mod runtime;
 mod seen;
 mod separators;
