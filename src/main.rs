@@ -6,12 +6,13 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use cli::options::DeviceArgs;
 use cli::polling::PollArgs;
 #[cfg(feature = "serve")]
 use cli::serve;
 use cli::{
     Done, bench, calibrate, compare, convert, demo, eval, help, inspect, interrupt, options, plan,
-    quantize, replay, report, run, tokenize,
+    quantize, replay, report, rpc_worker, run, tokenize,
 };
 
 /// Small buffers that cannot be had end the program with a line, not with an abort.
@@ -57,6 +58,8 @@ enum Command {
     Replay(Box<replay::Args>),
     /// Show saved results and traces in one HTML file
     Report(report::Args),
+    /// Compute with this machine's devices for models of other machines, as llama.cpp's rpc-server does
+    RpcWorker(rpc_worker::Args),
     /// List the cache policies and the flags that tune them
     Policies,
 }
@@ -80,7 +83,31 @@ impl Command {
             | Command::Tokenize(_)
             | Command::Replay(_)
             | Command::Report(_)
+            | Command::RpcWorker(_)
             | Command::Policies => Ok(()),
+        }
+    }
+
+    /// Of a command that computes with a model.
+    fn devices(&self) -> Option<&DeviceArgs> {
+        match self {
+            Command::Run(args) => Some(&args.model.devices),
+            #[cfg(feature = "serve")]
+            Command::Serve(args) => Some(&args.model.devices),
+            Command::Demo(args) => Some(&args.model.devices),
+            Command::Plan(args) => Some(&args.model.devices),
+            Command::Bench(args) => Some(&args.devices),
+            Command::Compare(args) => Some(&args.evaluation.inference.model.devices),
+            Command::Eval(args) => Some(&args.evaluation.inference.model.devices),
+            Command::Calibrate(args) => Some(&args.inference.model.devices),
+            Command::Convert(_)
+            | Command::Quantize(_)
+            | Command::Inspect(_)
+            | Command::Tokenize(_)
+            | Command::Replay(_)
+            | Command::Report(_)
+            | Command::RpcWorker(_)
+            | Command::Policies => None,
         }
     }
 
@@ -103,6 +130,7 @@ impl Command {
             | Command::Replay(_)
             | Command::Report(_)
             | Command::Policies => None,
+            Command::RpcWorker(args) => Some(args.poll),
         }
     }
 }
@@ -137,7 +165,15 @@ fn main() -> ExitCode {
         poll.apply();
     }
     let command = || {
+        if let Command::RpcWorker(args) = &cli.command {
+            return rpc_worker::run(args);
+        }
         interrupt::install()?;
+        if let Some(devices) = cli.command.devices()
+            && devices.begin()?
+        {
+            return Ok(Done::Whole);
+        }
         cli.command.fetch()?;
         match cli.command {
             Command::Run(args) => run::run(&args),
@@ -155,6 +191,7 @@ fn main() -> ExitCode {
             Command::Calibrate(args) => calibrate::run(&args),
             Command::Replay(args) => replay::run(&args),
             Command::Report(args) => report::run(&args),
+            Command::RpcWorker(args) => rpc_worker::run(&args),
             Command::Policies => help::print_policies(&mut program),
         }
     };

@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::crops::CropArgs;
 use super::load::{self, Files};
-use super::options::{AttendArgs, HubArgs, PolicyArgs};
+use super::options::{AttendArgs, DeviceArgs, HubArgs, PolicyArgs};
 use super::output::ContextReport;
 use super::polling::PollArgs;
 use super::{Done, interrupt, warn};
@@ -105,6 +105,8 @@ pub struct Args {
         default_value = "auto"
     )]
     gpu_layers: Vec<String>,
+    #[command(flatten)]
+    pub devices: DeviceArgs,
     /// -fa: flash attention, list
     ///
     /// on, off or auto.
@@ -230,6 +232,7 @@ impl Bench<'_> {
                     &files.model,
                     &ModelOptions {
                         n_gpu_layers,
+                        placement: plan.placement.clone(),
                         ..ModelOptions::default()
                     },
                 )?;

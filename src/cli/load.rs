@@ -218,6 +218,7 @@ pub fn load_model(files: &Files, args: &ModelArgs) -> Result<Model> {
     let bar = spinner("loading the model");
     let options = ModelOptions {
         n_gpu_layers: args.gpu_layers,
+        placement: args.devices.placement()?,
         no_mmap: args.no_mmap,
         mlock: args.mlock,
         ..ModelOptions::default()
@@ -282,6 +283,7 @@ pub fn measured(
             None => {
                 let options = ModelOptions {
                     n_gpu_layers,
+                    placement: args.devices.placement()?,
                     measure: true,
                     ..ModelOptions::default()
                 };

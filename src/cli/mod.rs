@@ -25,6 +25,7 @@ pub mod polling;
 pub mod quantize;
 pub mod replay;
 pub mod report;
+pub mod rpc_worker;
 pub mod run;
 #[cfg(feature = "serve")]
 pub mod serve;

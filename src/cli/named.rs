@@ -5,7 +5,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use hae::cache::BinStore;
 use hae::convert::OutType;
 use hae::eval::files::Format;
-use hae::llama::{CacheType, FlashAttention};
+use hae::llama::{CacheType, FlashAttention, SplitMode};
 use hae::open::RopeChoice;
 use hae::policy::{DapMode, Norm, Pooling, Queries};
 use hae::replay::Against;
@@ -36,6 +36,15 @@ impl Named for FlashAttention {
         (FlashAttention::On, &["on", "1", "true", "enabled"]),
         (FlashAttention::Off, &["off", "0", "false", "disabled"]),
         (FlashAttention::Auto, &["auto", "-1"]),
+    ];
+}
+
+impl Named for SplitMode {
+    const NAMES: &'static [(Self, &'static [&'static str])] = &[
+        (SplitMode::None, &["none"]),
+        (SplitMode::Layer, &["layer"]),
+        (SplitMode::Row, &["row"]),
+        (SplitMode::Tensor, &["tensor"]),
     ];
 }
 

@@ -3,6 +3,7 @@
 
 mod constraint;
 mod context;
+mod devices;
 mod elsewhere;
 mod fit;
 mod hub;
@@ -14,6 +15,7 @@ mod template;
 
 pub use constraint::ConstraintArgs;
 pub use context::{AttendArgs, ContextArgs, default_threads};
+pub use devices::{DeviceArgs, names};
 pub use fit::FitArgs;
 pub use hub::HubArgs;
 pub use model::{GpuLayers, ModelArgs, gpu_layers};

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use llama_cpp_sys_2 as sys;
 
-use super::{log, memory};
+use super::{log, memory, workers};
 
 /// Told what went wrong; returns the exit status.
 type Handler = fn(&str) -> i32;
@@ -35,8 +35,10 @@ unsafe extern "C" fn receive(message: *const c_char) {
                 .to_string_lossy()
                 .into_owned()
         };
-        let reason = reason(without_folder(&message), log::take_reason(""));
-        format!("llama.cpp: {reason}")
+        workers::lost(&message).unwrap_or_else(|| {
+            let reason = reason(without_folder(&message), log::take_reason(""));
+            format!("llama.cpp: {reason}")
+        })
     });
 }
 

@@ -3,7 +3,6 @@
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_sys_2 as sys;
 
-use super::devices;
 use super::{ContextOptions, LlamaEngine, Model};
 use crate::attend::Lookup;
 use crate::cache::Cell;
@@ -35,7 +34,7 @@ pub(super) fn begin(
     }
     let wish = options.by_policy.attend;
     // There attention to everything is as fast up to some ten thousand cells (docs/lookups.md).
-    if wish && model.may_use_gpu() && devices::devices()?.iter().any(|device| device.is_gpu) {
+    if wish && model.may_use_gpu() {
         return Ok(false);
     }
     match allow(ctx, options) {

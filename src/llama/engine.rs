@@ -146,6 +146,7 @@ impl LlamaEngine {
         let raw = params.as_raw_mut();
         // Sequences share the cells: what one leaves the others can have.
         raw.kv_unified = options.n_seq_max > 1;
+        raw.offload_kqv = !model.options().placement.kv_on_host;
         options.rope_factors.set(raw);
         trial::set(n_layer_first, raw);
         room::set(options.kv_size, raw);

@@ -25,6 +25,7 @@ mod memory;
 mod model;
 mod observer;
 mod options;
+mod placement;
 mod predict;
 pub mod quantize;
 mod room;
@@ -40,15 +41,17 @@ mod trial;
 mod vision;
 mod vocab;
 mod weights;
+mod workers;
 
 pub use abort::on_abort;
 pub use cache_type::CacheType;
-pub use devices::{Device, devices};
+pub use devices::{Device, device_memory, devices};
 pub use engine::LlamaEngine;
 pub use exhausted::OrExit;
 pub use footprint::{Footprint, Place, by_device, places};
 pub use model::{Model, ModelOptions};
 pub use options::{ByPolicy, ContextOptions, FlashAttention};
+pub use placement::{Override, Placement, SplitMode};
 pub use room::grown;
 pub use rope::RopeFactors;
 pub use rows::MAX_POS;
@@ -58,6 +61,7 @@ pub use taps::ScoreSource;
 pub use threads::Poll;
 pub use vision::{ImageEmbeddings, ImageTokens, Mrope, Part, Piece, Vision, VisionOptions};
 pub use vocab::Around;
+pub use workers::{WorkerOptions, add_workers, serve_worker};
 
 use std::sync::OnceLock;
 

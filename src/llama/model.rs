@@ -10,6 +10,7 @@ use llama_cpp_sys_2 as sys;
 
 use super::cache_type::CacheType;
 use super::gguf::{Gguf, c_path};
+use super::placement::Placement;
 use super::rows::check_token;
 use super::{backend, devices, gguf, hparams, log, tokens, weights};
 use crate::engine::{Token, Vocabulary};
@@ -27,6 +28,8 @@ pub struct ModelOptions {
     /// Take no memory for weights, contexts and their caches, and say how much it would be ([`crate::memory`]). Nothing
     /// can be computed with it.
     pub measure: bool,
+    /// Which devices it goes to.
+    pub placement: Placement,
     /// Only the vocabulary, which may be all that the file has. Nothing can be computed with it.
     pub vocabulary: bool,
 }
@@ -115,7 +118,7 @@ impl Model {
             .flatten()
             .and_then(|n| u32::try_from(n).ok());
 
-        let mut params = LlamaModelParams::default();
+        let (mut params, pointed) = options.placement.set(LlamaModelParams::default())?;
         if let Some(n) = options.n_gpu_layers {
             params = params.with_n_gpu_layers(n);
         }
@@ -128,8 +131,10 @@ impl Model {
         if options.measure {
             params = params.with_no_alloc(true);
         }
+        let inner = load(path, &params)?;
+        drop(pointed);
         Ok(Model {
-            inner: load(path, &params)?,
+            inner,
             path: path.to_owned(),
             file_bytes,
             fingerprint,
@@ -162,9 +167,9 @@ impl Model {
 
     /// Whether layers of it may be on a GPU.
     pub(super) fn may_use_gpu(&self) -> bool {
-        // SAFETY: takes nothing.
-        let gpu = unsafe { sys::llama_supports_gpu_offload() };
-        gpu && self.options.n_gpu_layers != Some(0)
+        // Not what llama.cpp says, which with the RPC backend is yes on any machine.
+        let offloads = || self.options.placement.offloads().unwrap_or(false);
+        self.options.n_gpu_layers != Some(0) && offloads()
     }
 
     /// `general.architecture`.

@@ -199,13 +199,15 @@ impl ContextOptions {
         }
     }
 
-    /// The GPU has to write into what it holds.
+    /// A GPU has to write into what it holds.
     fn check_types(&self, model: &Model) -> Result<()> {
-        if !model.may_use_gpu() {
+        let placement = &model.options().placement;
+        if !model.may_use_gpu() || placement.kv_on_host {
             return Ok(());
         }
+        let taken = placement.targets()?;
         for (name, kind) in [("type_k", self.type_k), ("type_v", self.type_v)] {
-            if let Some(gpu) = devices::without_cache(kind) {
+            if let Some(gpu) = devices::without_cache(&taken, kind) {
                 let reason = format!(
                     "{}: the GPU {gpu} cannot write into such a cache",
                     kind.name()

@@ -215,11 +215,15 @@ impl Vision {
         hparams::check_vision(&meta)?;
         weights::check(&meta)?;
         let c_path = c_path(path)?;
+        let placement = &model.options().placement;
+        let device = placement.first()?;
+        let use_gpu = options.use_gpu && placement.offloads()?;
         log::forget();
-        // SAFETY: the path outlives the call; `Self` owns a clone of the model.
+        // SAFETY: the path outlives the call; `Self` owns a clone of the model; a device of the registry or none.
         let ctx = unsafe {
             let mut params = sys::mtmd_context_params_default();
-            params.use_gpu = options.use_gpu;
+            params.use_gpu = use_gpu;
+            params.device = device.unwrap_or(std::ptr::null_mut());
             params.n_threads = options.n_threads;
             params.print_timings = false;
             params.warmup = false;

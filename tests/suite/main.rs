@@ -86,6 +86,7 @@ mod remake;
 mod replay;
 mod room;
 mod rope;
+mod rpc;
 mod runtime;
 mod seen;
 mod separators;

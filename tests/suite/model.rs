@@ -81,6 +81,7 @@ pub fn exact(n_ctx: u32) -> ContextOptions {
 }
 
 pub fn load(path: &Path) -> Model {
+    crate::rpc::join_workers();
     Model::load(path, &ModelOptions::default()).unwrap()
 }
 

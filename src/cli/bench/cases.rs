@@ -9,7 +9,7 @@ use super::{Args, MOST_TOKENS};
 use hae::attend::Attend;
 use hae::bench::{Pictures, Test, Turn, Workload};
 use hae::llama::gguf::header;
-use hae::llama::{ByPolicy, CacheType, FlashAttention, Poll};
+use hae::llama::{ByPolicy, CacheType, FlashAttention, Placement, Poll};
 use hae::policy::{PolicyOptions, PolicySpec};
 use hae::{Error, Result};
 
@@ -42,6 +42,7 @@ impl Case {
 pub struct BenchPlan {
     pub files: Vec<Files>,
     pub gpu_layers: Vec<GpuLayers>,
+    pub placement: Placement,
     pub threads: Vec<i32>,
     pub poll: Poll,
     pub shapes: Vec<Shape>,
@@ -87,6 +88,7 @@ impl BenchPlan {
         }
         Ok(BenchPlan {
             gpu_layers: values("-ngl", &args.gpu_layers, gpu_layers)?,
+            placement: args.devices.placement()?,
             threads,
             poll: args.poll.level(),
             shapes: shapes(args)?,

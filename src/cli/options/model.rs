@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::HubArgs;
+use super::{DeviceArgs, HubArgs};
 use crate::cli::named::named;
 use hae::open::RopeChoice;
 use hae::outfile::FilesInUse;
@@ -26,6 +26,8 @@ pub struct ModelArgs {
     /// A number, all, or auto for llama.cpp's choice. --n-gpu-layers is the same.
     #[arg(long, aliases = ["n-gpu-layers", "ngl"], default_value = "auto", value_parser = gpu_layers, value_name = "N")]
     pub gpu_layers: GpuLayers,
+    #[command(flatten)]
+    pub devices: DeviceArgs,
     /// Read the weights into memory instead of mapping the file
     #[arg(long, hide_short_help = true)]
     pub no_mmap: bool,

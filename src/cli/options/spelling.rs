@@ -10,7 +10,7 @@ use hae::Error;
 
 /// llama.cpp spells some options with one dash and several letters, which clap would read as
 /// several short options. They are rewritten to the long names given here.
-const ONE_DASH: [(&str, &str); 23] = [
+const ONE_DASH: [(&str, &str); 32] = [
     ("-ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
@@ -27,6 +27,15 @@ const ONE_DASH: [(&str, &str); 23] = [
     ("-fit", "--fit"),
     ("-fitt", "--fit-target"),
     ("-fitc", "--fit-ctx"),
+    ("-dev", "--device"),
+    ("-sm", "--split-mode"),
+    ("-mg", "--main-gpu"),
+    ("-ts", "--tensor-split"),
+    ("-ot", "--override-tensor"),
+    ("-cmoe", "--cpu-moe"),
+    ("-ncmoe", "--n-cpu-moe"),
+    ("-ncffn", "--n-cpu-ffn"),
+    ("-nkvo", "--no-kv-offload"),
     ("-np", "--parallel"),
     ("-no-cnv", "--no-conversation"),
     ("-pg", "--pg"),
