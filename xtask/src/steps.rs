@@ -63,7 +63,7 @@ const XTASK: &str = "xtask/Cargo.toml";
 const FUZZ: &str = "fuzz/Cargo.toml";
 
 /// Only the release profile is used: each profile would build its own llama.cpp.
-const CHECKS: [&[&str]; 9] = [
+const CHECKS: [&[&str]; 10] = [
     &["fmt", "--check"],
     &["fmt", "--check", "--manifest-path", XTASK],
     &["fmt", "--check", "--manifest-path", FUZZ],
