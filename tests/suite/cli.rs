@@ -209,7 +209,7 @@ fn prompts_that_cannot_be() {
     }
     let missing = dir.path().join("a\nb");
     let line = refusal(&["run", "-f", missing.to_str().unwrap()]);
-    assert!(line.contains("a b: No such file"), "{line}");
+    assert!(line.contains(r"a\nb: No such file"), "{line}");
     assert!(refusal(&["run", "-f", dir.path().to_str().unwrap()]).contains("directory"));
     assert!(refusal(&["run", "-p", ""]).contains("-p: is empty"));
     assert!(refusal(&["run", "-o", "json"]).contains("-o: json needs a prompt"));
