@@ -648,7 +648,7 @@ fn the_documented_tables_are_what_metal_does() {
 }
 
 /// Later GPUs launch other kernels, and lesser ones leave operations to the processor: whatever they have,
-/// nothing fails.
+/// nothing fails. The lesser ones take a minute more, and are asked by `cargo xtask metal` alone.
 #[test]
 fn no_gpu_of_apples_fails() {
     const NAME: &str = "metal::no_gpu_of_apples_fails";
@@ -661,11 +661,15 @@ fn no_gpu_of_apples_fails() {
         let all = report.nodes.into_iter().flat_map(|node| node.kernels);
         all.collect::<BTreeSet<String>>()
     };
-    let [m5, plain, least] = ["m5", "no-bf16", "virtual"].map(kernels);
+    let m5 = kernels("m5");
     let tensor = "kernel_flash_attn_ext_tensor_f16_dk576_dv512";
-    assert!(m5.contains(tensor) && !plain.contains(tensor), "{m5:?}");
     let bf16 = |kernels: &BTreeSet<String>| kernels.iter().any(|name| name.contains("bf16"));
-    assert!(bf16(&m5) && !bf16(&plain));
+    assert!(m5.contains(tensor) && bf16(&m5), "{m5:?}");
+    if std::env::var_os("METAL_ALL").is_none() {
+        return;
+    }
+    let [plain, least] = ["no-bf16", "virtual"].map(kernels);
+    assert!(!plain.contains(tensor) && !bf16(&plain), "{plain:?}");
     assert!(
         least.len() < plain.len() * 2 / 3,
         "{} {}",

@@ -27,8 +27,8 @@ pub fn full_model(root: &Path, args: &[String]) -> Result<u8> {
     build_and_run(root, &["--example", "full_model"], &[], args)
 }
 
-/// Runs the tests of `tests/dry-metal`, which with `write` write the tables of docs/metal.md instead of
-/// comparing them. 0: all passed.
+/// Runs the tests of `tests/dry-metal` for every GPU, which with `write` write the tables of docs/metal.md instead
+/// of comparing them. 0: all passed.
 ///
 /// # Errors
 /// When the set-up fails or cargo cannot be run.
@@ -38,12 +38,12 @@ pub fn metal(root: &Path, write: bool) -> Result<u8> {
         "Metal is stood in for on Linux; on a Mac the tests have the GPU itself"
     );
     set_up(root)?;
-    let variables: &[(String, OsString)] = match write {
-        true => &[("METAL_WRITE".to_owned(), "1".into())],
-        false => &[],
-    };
+    let mut variables = vec![("METAL_ALL".to_owned(), OsString::from("1"))];
+    if write {
+        variables.push(("METAL_WRITE".to_owned(), "1".into()));
+    }
     let args = ["test", "--release", "--test", "suite", "--", "metal::"];
-    let done = cargo_with(root, &args, variables)?;
+    let done = cargo_with(root, &args, &variables)?;
     Ok(u8::from(!done.success()))
 }
 
