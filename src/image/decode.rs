@@ -8,6 +8,7 @@ use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
 
 use super::{Limits, Picture};
 use crate::error::{Error, Result};
+use crate::guard::guarded;
 
 const FORMATS: [ImageFormat; 5] = [
     ImageFormat::Png,
@@ -44,8 +45,13 @@ fn decode_bytes(bytes: &[u8], limits: &Limits) -> Result<Picture, String> {
     if !whole {
         return Err(format!("broken {}: the file is cut off", name(format)));
     }
-    let broken = |e: ImageError| describe(format, &e, limits);
+    // zune-jpeg panics at some damage.
+    guarded(|| pixels(bytes, format, limits))
+        .unwrap_or_else(|| Err(format!("broken {}", name(format))))
+}
 
+fn pixels(bytes: &[u8], format: ImageFormat, limits: &Limits) -> Result<Picture, String> {
+    let broken = |e: ImageError| describe(format, &e, limits);
     let mut memory = image::Limits::no_limits();
     memory.max_alloc = Some(limits.memory);
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);

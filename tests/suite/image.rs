@@ -491,6 +491,17 @@ fn flipped_bits_never_panic() {
     }
 }
 
+/// Fuzzing found that zune-jpeg panics at this one, where the processor has AVX2.
+#[test]
+fn a_reader_that_gives_up_is_a_broken_file() {
+    let find = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/picture/found.jpg");
+    let error = match load(&find, &Limits::default()) {
+        Err(error) => error.to_string(),
+        Ok(_) => return,
+    };
+    assert!(error.contains("found.jpg: broken JPEG"), "{error}");
+}
+
 #[test]
 fn the_hash_is_of_the_picture_not_of_the_file() {
     let image = gradient(12, 10);

@@ -39,6 +39,9 @@ pub struct Args {
     /// Minutes for each target
     #[arg(long, default_value_t = 1.0, value_name = "N")]
     minutes: f64,
+    /// Processes for each target
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..), value_name = "N")]
+    jobs: u16,
     /// Targets, in the place of all
     #[arg(value_name = "TARGET")]
     targets: Vec<String>,
@@ -73,7 +76,7 @@ pub fn run(root: &Path, args: &Args) -> Result<u8> {
     let seconds = (args.minutes * 60.0).ceil();
     let mut rows = Vec::new();
     for target in wanted {
-        rows.push(fuzz(root, &folder, target, seconds)?);
+        rows.push(fuzz(root, &folder, target, seconds, args.jobs)?);
     }
     print!("{}", table(&rows, args.minutes));
     Ok(u8::from(rows.iter().any(|row| !row.finds.is_empty())))
@@ -131,7 +134,7 @@ fn build(root: &Path) -> Result<PathBuf> {
     Ok(root.join(FOLDER).join(host).join("release"))
 }
 
-fn fuzz(root: &Path, programs: &Path, target: &str, seconds: f64) -> Result<Ran> {
+fn fuzz(root: &Path, programs: &Path, target: &str, seconds: f64, jobs: u16) -> Result<Ran> {
     let own = root.join(FOLDER);
     let (learned, artifacts) = (
         own.join("corpus").join(target),
@@ -159,6 +162,9 @@ fn fuzz(root: &Path, programs: &Path, target: &str, seconds: f64) -> Result<Ran>
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
+    if jobs > 1 {
+        command.arg(format!("-fork={jobs}"));
+    }
     let words = root.join("fuzz/dictionaries").join(format!("{target}.txt"));
     if words.is_file() {
         let mut dict = OsString::from("-dict=");
@@ -205,7 +211,8 @@ fn executions(said: &str) -> Option<u64> {
         .find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
     let last = said.lines().rev().find_map(|line| {
         let number = line.strip_prefix('#')?.split_whitespace().next()?;
-        number.parse().ok()
+        // Several processes have a colon behind it.
+        number.trim_end_matches(':').parse().ok()
     });
     end.and_then(|n| n.trim().parse().ok()).or(last)
 }
@@ -254,6 +261,9 @@ mod tests {
         // It stops in the middle where it finds something.
         let stopped = "#2\tINITED cov: 8 ft: 8\n#64\tNEW    cov: 9 ft: 9\n==1== ERROR: libFuzzer: deadly signal\n";
         assert_eq!((executions(stopped), edges(stopped)), (Some(64), Some(9)));
+        let several =
+            "#77: cov: 12 ft: 30 corp: 4 exec/s: 9 oom/timeout/crash: 0/0/0 time: 6s job: 3\n";
+        assert_eq!((executions(several), edges(several)), (Some(77), Some(12)));
         assert_eq!((executions(""), edges("")), (None, None));
     }
 
