@@ -411,11 +411,11 @@ fn stored(tensors: Vec<(String, Stored)>) -> Vec<Tensor> {
 
 /// A directory as `hae convert` takes it. Its bytes are those of its tensors.
 fn checkpoint(dir: &Path) -> Result<Inspected> {
-    let (tensors, config) = convert::checkpoint(dir)?;
-    let tensors = stored(tensors);
+    let found = convert::directory(dir)?;
+    let tensors = stored(found.tensors);
     let bytes = tensors.iter().map(|tensor| tensor.bytes).sum();
     let mut out = Inspected::new(dir, Kind::Checkpoint, bytes);
-    match config {
+    match found.configs {
         Ok((text, vision)) => {
             out.fact("architecture", "phi3_v");
             for (name, value) in [

@@ -71,13 +71,24 @@ pub struct Options {
     pub name: Option<String>,
 }
 
-/// What a directory holds: its tensors by name, and what its configuration says or why it cannot be converted.
+/// What a directory holds.
+#[derive(Debug)]
+pub struct Directory {
+    /// By name.
+    pub tensors: Vec<(String, Stored)>,
+    /// What its configuration says, or why it cannot be converted.
+    pub configs: Result<Configs>,
+}
+
+/// Reads what a directory holds, but for the weights themselves.
 ///
 /// # Errors
 /// [`Error::File`] or [`Error::Io`] naming the file of weights that is missing or damaged.
-pub fn checkpoint(dir: &Path) -> Result<(Vec<(String, Stored)>, Result<Configs>)> {
-    let tensors = Checkpoint::open(dir)?.into_tensors();
-    Ok((tensors, config::read(dir)))
+pub fn directory(dir: &Path) -> Result<Directory> {
+    Ok(Directory {
+        tensors: Checkpoint::open(dir)?.into_tensors(),
+        configs: config::read(dir),
+    })
 }
 
 /// Converts. `progress` is told the bytes written so far and in all, tensor data only.
