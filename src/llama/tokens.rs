@@ -3,8 +3,6 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use foldhash::fast::RandomState;
-
 use super::gguf::{Gguf, Value};
 use crate::error::{Error, Result};
 
@@ -40,8 +38,7 @@ pub(super) fn check(gguf: &Gguf) -> Result<()> {
     if n == 0 {
         return wrong(format!("{TOKENS} is empty, expected tokens"));
     }
-    // Most of what this check costs: std's own hash takes twice the time.
-    let mut seen = HashMap::with_capacity_and_hasher(n, RandomState::default());
+    let mut seen = HashMap::with_capacity(n);
     for (id, token) in tokens.enumerate() {
         // What llama.cpp calls one without a text.
         let token = match token.to_bytes() {
