@@ -237,8 +237,7 @@ pub fn inspect(path: &Path, most: usize) -> Result<Inspected> {
         [b'H', b'A', b'E', b'-', b'S', b'L', b'O', b'T', ..] => slot(path, bytes),
         [b'H', b'A', b'E', b'-', b'T', b'R', b'A', b'C', ..] => trace(path, bytes),
         _ if text.starts_with(b"{\"record\":\"header\"") => answers(path, bytes),
-        _ if ["jsonl", "tsv", "parquet"].into_iter().any(named) => questions(path, bytes),
-        _ if named("json") && Format::of(path).is_ok() => questions(path, bytes),
+        _ if Format::of(path).is_ok() => questions(path, bytes),
         _ if text.starts_with(b"{") => calibration(path, bytes),
         _ if is_safetensors || named("safetensors") => safetensors(path, bytes),
         // Its reader says what is wrong with it.
@@ -431,9 +430,6 @@ fn checkpoint(dir: &Path) -> Result<Inspected> {
             ] {
                 out.fact(name, value);
             }
-        }
-        Err(Error::File { path, reason }) => {
-            out.obstacle = Some(format!("{}: {reason}", path.display()));
         }
         Err(e) => out.obstacle = Some(e.to_string()),
     }

@@ -165,10 +165,10 @@ fn main() -> ExitCode {
         poll.apply();
     }
     let command = || {
-        if let Command::RpcWorker(args) = &cli.command {
-            return rpc_worker::run(args);
+        // A signal ends a worker, as it ends ggml's.
+        if !matches!(cli.command, Command::RpcWorker(_)) {
+            interrupt::install()?;
         }
-        interrupt::install()?;
         if let Some(devices) = cli.command.devices()
             && devices.begin()?
         {

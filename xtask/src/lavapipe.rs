@@ -51,9 +51,6 @@ pub fn run(root: &Path, wanted: &Args) -> Result<u8> {
     };
     let args = arguments(&tests);
     let environment = environment(&driver);
-    for (name, value) in &environment {
-        eprintln!("$ export {name}='{}'", value.to_string_lossy());
-    }
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let status = steps::cargo_with(root, &args, &environment)?;
     Ok(u8::from(!status.success()))

@@ -111,9 +111,6 @@ pub fn run(root: &Path, wanted: &Args) -> Result<u8> {
     let (cc, cxx) = (compiler("CC", "cc"), compiler("CXX", "c++"));
     let args = arguments(&target, wanted);
     let environment = environment(root, &target, wanted, cc, cxx);
-    for (name, value) in &environment {
-        eprintln!("$ export {name}='{}'", value.to_string_lossy());
-    }
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let status = steps::cargo_with(root, &args, &environment)?;
     Ok(status

@@ -190,6 +190,9 @@ pub fn cargo_with(
 
 /// Such a command, to be run by the caller; it is printed here.
 pub fn cargo_command(root: &Path, args: &[&str], variables: &[(String, OsString)]) -> Command {
+    for (name, value) in variables {
+        eprintln!("$ export {name}='{}'", value.to_string_lossy());
+    }
     eprintln!("$ cargo {}", args.join(" "));
     let mut command = Command::new(pin::cargo());
     command.args(args).current_dir(root);
