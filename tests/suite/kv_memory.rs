@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::process::Command;
 
 use hae::cache::{Cell, Pos};
-use hae::engine::{Batch, Engine, Input, Observation};
+use hae::engine::Engine;
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions};
 
-use crate::model::{engine, exact};
+use crate::model::{engine, exact, feed};
 use crate::wide;
 
 const CHILD: &str = "HAE_TEST_KV_MEMORY";
@@ -78,18 +78,7 @@ fn options(flash: bool, kv_size: u32) -> ContextOptions {
 
 /// Decodes a few tokens.
 fn decode(engine: &mut LlamaEngine, from: Pos) {
-    let positions: Vec<Pos> = (from..from + 4).collect();
-    let batch = Batch {
-        seq: 0,
-        input: Input::Tokens(&[1, 20, 37, 5]),
-        pos: &positions,
-        queries: &[],
-        logits: true,
-        lookup: None,
-    };
-    engine
-        .decode(batch, &mut Vec::new(), &mut Observation::default())
-        .unwrap();
+    feed(engine, &[1, 20, 37, 5], from);
 }
 
 /// Fills an empty cache without computing it: rows of small numbers, each its own.

@@ -1,28 +1,13 @@
 //! Positions far beyond the cells, and rows that go from one cache to another.
 
 use hae::cache::{Cell, Pos};
-use hae::engine::{Batch, Engine, Input, Observation};
+use hae::engine::Engine;
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine, RopeFactors};
 
-use crate::model::{converted, engine, exact, load};
+use crate::model::{converted, engine, exact, feed, load};
 use crate::npz::max_abs_diff;
 use crate::precision;
 use crate::remake::Remake;
-
-fn decode(engine: &mut LlamaEngine, tokens: &[i32], pos: Pos) {
-    let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();
-    let batch = Batch {
-        seq: 0,
-        input: Input::Tokens(tokens),
-        pos: &positions,
-        queries: &[],
-        logits: true,
-        lookup: None,
-    };
-    engine
-        .decode(batch, &mut Vec::new(), &mut Observation::default())
-        .unwrap();
-}
 
 /// Positions go on where the few cells are taken again, past position 4096, where longrope's other
 /// factors begin to count: with either set, as in a cache of all positions.
@@ -66,7 +51,7 @@ fn cross(ours: &mut LlamaEngine, twin: &mut LlamaEngine) -> Vec<f32> {
     for pos in (0..4300).step_by(50) {
         let tokens: Vec<i32> = (pos..pos + 50).map(|p| 3 + p * 7 % 900).collect();
         for engine in [&mut *ours, &mut *twin] {
-            decode(engine, &tokens, pos);
+            feed(engine, &tokens, pos);
             // Of every 50 the last 7 stay for a while, the first 50 always.
             if pos > 0 {
                 engine
@@ -109,8 +94,8 @@ fn rows_do_not_know_how_v_is_stored() {
         let mut across = engine(&model, options(FlashAttention::Off));
         let mut along = engine(&model, options(FlashAttention::On));
         let tokens: Vec<i32> = (3..43).collect();
-        decode(&mut across, &tokens, 0);
-        decode(&mut along, &tokens, 0);
+        feed(&mut across, &tokens, 0);
+        feed(&mut along, &tokens, 0);
         let cells: Vec<Cell> = (0..40).collect();
         let (a, b) = (across.rows(&cells).unwrap(), along.rows(&cells).unwrap());
         let size = across.row_bytes().unwrap();

@@ -6,25 +6,10 @@
 //! fails. Cells that lie apart make it lose count and read on past the end of its list.
 
 use hae::cache::{Cell, Pos};
-use hae::engine::{Batch, Engine, Input, Observation};
+use hae::engine::Engine;
 use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 
-use crate::model::{converted, engine, exact, load};
-
-fn decode(engine: &mut LlamaEngine, tokens: &[i32], pos: Pos) {
-    let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();
-    let batch = Batch {
-        seq: 0,
-        input: Input::Tokens(tokens),
-        pos: &positions,
-        queries: &[],
-        logits: true,
-        lookup: None,
-    };
-    engine
-        .decode(batch, &mut Vec::new(), &mut Observation::default())
-        .unwrap();
-}
+use crate::model::{converted, engine, exact, feed, load};
 
 /// K and V of all cells, by position.
 fn contents(engine: &mut LlamaEngine) -> Vec<(Pos, Vec<u8>)> {
@@ -66,7 +51,7 @@ fn a_copy_on_the_device_is_whole() {
             };
             let mut engine = engine(&model, options);
             assert!(engine.restore_from_device().is_err(), "nothing saved");
-            decode(&mut engine, &first, 0);
+            feed(&mut engine, &first, 0);
             if scattered {
                 engine.remove(0, &[3..4, 10..30, 33..34, 60..61]).unwrap();
             }
@@ -75,7 +60,7 @@ fn a_copy_on_the_device_is_whole() {
             for _ in 0..2 {
                 // Other values in the same cells, and with holes elsewhere.
                 engine.rewind(0, 0, 0).unwrap();
-                decode(&mut engine, &other, 0);
+                feed(&mut engine, &other, 0);
                 assert_ne!(contents(&mut engine), before);
                 if scattered {
                     engine.remove(0, &[0..1, 50..90]).unwrap();
@@ -95,7 +80,7 @@ fn a_copy_on_the_device_outlives_a_resize() {
     let model = load(text);
     let mut engine = engine(&model, exact(1024));
     let tokens: Vec<i32> = (3..203).collect();
-    decode(&mut engine, &tokens, 0);
+    feed(&mut engine, &tokens, 0);
     engine.remove(0, std::slice::from_ref(&(20..120))).unwrap();
     let before = contents(&mut engine);
     engine.save_on_device().unwrap();
@@ -105,7 +90,7 @@ fn a_copy_on_the_device_outlives_a_resize() {
         // Copied from the same place as the first time, but for the buffer.
         engine.save_on_device().unwrap();
         engine.rewind(0, 0, 0).unwrap();
-        decode(&mut engine, &tokens[100..], 0);
+        feed(&mut engine, &tokens[100..], 0);
         engine.restore_from_device().unwrap();
         assert!(contents(&mut engine) == before, "{n} cells");
     }

@@ -18,7 +18,9 @@ use hae::prompt;
 
 use crate::kv_cells::{Pair, Step, cache};
 use crate::lookup::looking;
-use crate::model::{PICTURE, TEXT, VISION, converted, engine, exact, load, quiet, repository};
+use crate::model::{
+    PICTURE, TEXT, VISION, converted, engine, exact, feed_and_read, load, quiet, repository,
+};
 use crate::others::{gemma3, llava_llama, mamba, qwen2vl, qwen25vl};
 use crate::random_llama::{EMBD, Shape, bloom, grok, keys, layer, llama};
 use crate::remake::Tensor;
@@ -42,17 +44,7 @@ const TYPES: [CacheType; 9] = [
 const WIDTHS: [u32; 5] = [64, 80, 96, 128, 256];
 
 fn decode(engine: &mut LlamaEngine, tokens: &[i32], from: i32, queries: &[u32]) {
-    let pos: Vec<i32> = (from..).take(tokens.len()).collect();
-    let batch = Batch {
-        seq: 0,
-        input: Input::Tokens(tokens),
-        pos: &pos,
-        queries,
-        logits: true,
-        lookup: None,
-    };
-    let mut seen = Observation::default();
-    engine.decode(batch, &mut Vec::new(), &mut seen).unwrap();
+    feed_and_read(engine, tokens, from, queries, None);
     engine.logits().unwrap();
 }
 
@@ -117,16 +109,7 @@ fn lookups(model: &Model, options: &ContextOptions) {
             n_vision,
             n_text: 30,
         };
-        let batch = Batch {
-            seq: 0,
-            input: Input::Tokens(&[5]),
-            pos: &[pos],
-            queries: &[],
-            logits: true,
-            lookup: Some(&lookup),
-        };
-        let mut seen = Observation::default();
-        engine.decode(batch, &mut Vec::new(), &mut seen).unwrap();
+        feed_and_read(&mut engine, &[5], pos, &[], Some(&lookup));
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use hae::attend::Lookup;
 use hae::cache::Pos;
 use hae::engine::{Batch, Engine, Input, Observation};
 use hae::generate::{Hooks, Segment};
@@ -212,6 +213,33 @@ pub fn prefill(
         pos += input.len() as Pos;
     }
     pos
+}
+
+/// Feeds text from a position on, and asks for the logits behind it.
+pub fn feed(engine: &mut LlamaEngine, tokens: &[i32], from: Pos) {
+    feed_and_read(engine, tokens, from, &[], None);
+}
+
+/// The same; reads the attention of some of its rows, and looks cells up.
+pub fn feed_and_read(
+    engine: &mut LlamaEngine,
+    tokens: &[i32],
+    from: Pos,
+    queries: &[u32],
+    lookup: Option<&Lookup>,
+) -> Observation {
+    let pos: Vec<Pos> = (from..).take(tokens.len()).collect();
+    let batch = Batch {
+        seq: 0,
+        input: Input::Tokens(tokens),
+        pos: &pos,
+        queries,
+        logits: true,
+        lookup,
+    };
+    let mut seen = Observation::default();
+    engine.decode(batch, &mut Vec::new(), &mut seen).unwrap();
+    seen
 }
 
 pub fn engine(model: &Model, options: ContextOptions) -> LlamaEngine {

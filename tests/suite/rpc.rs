@@ -1,28 +1,29 @@
 //! Workers on other machines (`--rpc`), here processes on this one: a model that is split over them answers as in
 //! one process, what holds of the cache holds of one that lies there, and a worker that is none, or goes, is one line.
 
+mod refused;
+mod wire;
+
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Once};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
-use hae::attend::{Attend, Kind, Lookup};
+use hae::attend::Lookup;
 use hae::cache::Pos;
-use hae::engine::{Batch, Engine, Input, Observation};
-use hae::llama::{
-    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Placement,
-};
-use hae::policy::Amount;
+use hae::engine::Engine;
+use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::bin::{answer, hae, refusal};
+use crate::bin::{answer, hae};
 use crate::model::{
-    PICTURE, STORY, TEXT, WHERE, WHERE_ANSWER, converted, engine, exact, load, repository,
+    PICTURE, STORY, TEXT, WHERE, WHERE_ANSWER, converted, engine, exact, feed, feed_and_read, load,
+    repository,
 };
 
 /// Where a process of this program finds workers that its models go to.
@@ -47,16 +48,22 @@ struct Worker {
 
 impl Worker {
     fn start() -> Worker {
+        Worker::with(|_| {})
+    }
+
+    /// With more words or another environment.
+    fn with(more: impl Fn(&mut Command)) -> Worker {
         // Somebody else may take the port between the two.
         for _ in 0..5 {
             let port = free_port();
-            let mut child = Command::new(hae().get_program())
+            let mut command = Command::new(hae().get_program());
+            command
                 .args(["rpc-worker", "-t", "1", "-p", &port.to_string()])
                 .env("GOMP_SPINCOUNT", "0")
                 .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap();
+                .stderr(Stdio::null());
+            more(&mut command);
+            let mut child = command.spawn().unwrap();
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(60) && child.try_wait().unwrap().is_none() {
                 if TcpStream::connect(("127.0.0.1", port)).is_ok() {
@@ -93,6 +100,17 @@ fn list(workers: &[Worker]) -> String {
     all.join(",")
 }
 
+/// The flags that put one half of the layers on each of two workers.
+fn halves(rpc: &str) -> [&str; 6] {
+    ["--rpc", rpc, "-ngl", "99", "-ts", "1,1"]
+}
+
+/// The flags of a question about a picture.
+fn about(picture: &Path) -> [&str; 6] {
+    let picture = picture.to_str().unwrap();
+    ["--image", picture, "-p", WHERE, "-n", "24"]
+}
+
 /// Runs the small model; the report.
 fn run(args: &[&str]) -> Value {
     let fixed = ["run", "-o", "json", "--temp", "0", "-t", "1"];
@@ -112,16 +130,9 @@ fn outcome(report: &Value) -> Value {
 fn two_workers_answer_as_one_process() {
     let workers = Worker::two();
     let rpc = list(&workers);
-    let there = ["--rpc", &rpc, "-ngl", "99", "-ts", "1,1"];
+    let there = halves(&rpc);
     let picture = repository(PICTURE);
-    let shown = [
-        "--image",
-        picture.to_str().unwrap(),
-        "-p",
-        WHERE,
-        "-n",
-        "24",
-    ];
+    let shown = about(&picture);
     let story = ["-p", STORY, "-n", "60"];
     // By itself the policy looks up where the processor has the cache, and not where a device has it.
     let all = ["--attend", "1", "--attend-text", "1"];
@@ -201,37 +212,18 @@ fn what_holds_of_the_cache_holds_on_workers() {
     );
 }
 
-/// One token behind others.
+/// One token behind others; the logits.
 fn step(engine: &mut LlamaEngine, pos: Pos, queries: &[u32], lookup: Option<&Lookup>) -> Vec<f32> {
-    let batch = Batch {
-        seq: 0,
-        input: Input::Tokens(&[3 + pos % 900]),
-        pos: &[pos],
-        queries,
-        logits: true,
-        lookup,
-    };
-    engine
-        .decode(batch, &mut Vec::new(), &mut Observation::default())
-        .unwrap();
+    feed_and_read(engine, &[3 + pos % 900], pos, queries, lookup);
     engine.logits().unwrap().to_vec()
 }
 
-/// Tokens before it.
+/// Tokens before it, in batches that a context takes.
 fn fill(engine: &mut LlamaEngine, n: Pos) {
     let tokens: Vec<i32> = (0..n).map(|i| 3 + i % 900).collect();
-    let pos: Vec<Pos> = (0..n).collect();
-    let batch = Batch {
-        seq: 0,
-        input: Input::Tokens(&tokens),
-        pos: &pos,
-        queries: &[],
-        logits: true,
-        lookup: None,
-    };
-    engine
-        .decode(batch, &mut Vec::new(), &mut Observation::default())
-        .unwrap();
+    for (batch, from) in tokens.chunks(2000).zip((0..).step_by(2000)) {
+        feed(engine, batch, from);
+    }
 }
 
 /// A worker forgets its graphs with any buffer that it frees, and must not be asked for one again.
@@ -273,18 +265,8 @@ fn logits_are_the_same_bits() {
         let mut engine = engine(&model, options);
         let mut hasher = DefaultHasher::new();
         let tokens: Vec<i32> = (0..70).map(|i| 3 + i * 7919 % 900).collect();
-        let all: Vec<i32> = (0..70).collect();
         for rows in [0..61, 61..62, 62..63, 63..70] {
-            let batch = Batch {
-                seq: 0,
-                input: Input::Tokens(&tokens[rows.clone()]),
-                pos: &all[rows],
-                queries: &[],
-                logits: true,
-                lookup: None,
-            };
-            let mut seen = Observation::default();
-            engine.decode(batch, &mut Vec::new(), &mut seen).unwrap();
+            feed(&mut engine, &tokens[rows.clone()], rows.start as Pos);
             let logits = engine.logits().unwrap();
             logits.iter().for_each(|x| x.to_bits().hash(&mut hasher));
         }
@@ -308,16 +290,9 @@ fn logits_are_the_same_bits() {
 fn a_conversation_goes_on_elsewhere() {
     let workers = Worker::two();
     let rpc = list(&workers);
-    let there = ["--rpc", &rpc, "-ngl", "99", "-ts", "1,1"];
+    let there = halves(&rpc);
     let picture = repository(PICTURE);
-    let first = [
-        "--image",
-        picture.to_str().unwrap(),
-        "-p",
-        WHERE,
-        "-n",
-        "24",
-    ];
+    let first = about(&picture);
     let policy = ["--kv-policy", "hae", "--attend", "1", "--attend-text", "1"];
     let second = ["-p", "How many stars are there?", "-n", "24"];
     let mut outcomes = Vec::new();
@@ -382,143 +357,6 @@ fn a_worker_that_goes_ends_the_run_with_one_line() {
     let rpc = ["--rpc", &workers[0].address, "-ngl", "99"];
     let report = run(&[&session[..], &["-p", "Hi", "-n", "4"], &rpc].concat());
     assert!(report["kv"]["cells"]["live"]["text"].as_u64().unwrap() > 4);
-}
-
-/// Listens, and answers each connection's first message with these bytes.
-fn pretender(bytes: Vec<u8>) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let mut stream = stream;
-            let _ = stream.read(&mut [0; 64]);
-            let _ = stream.write_all(&bytes);
-            let _ = stream.shutdown(Shutdown::Write);
-            let _ = stream.read(&mut [0; 64]);
-        }
-    });
-    address
-}
-
-/// A worker's first answer.
-fn greeting(version: [u8; 3]) -> Vec<u8> {
-    let mut bytes = 28u64.to_le_bytes().to_vec();
-    bytes.extend(version);
-    bytes.extend([0; 25]);
-    bytes
-}
-
-/// No file is looked at before the workers.
-fn refused(args: &[&str]) -> String {
-    refusal(&[&["run", "-m", "/nowhere.gguf", "-p", "Hi"][..], args].concat())
-}
-
-#[test]
-fn workers_that_are_none() {
-    let line = |address: &str| refused(&["--rpc", address]);
-    for address in [
-        "localhost",
-        "localhost:0",
-        "localhost:x",
-        ":50052",
-        "",
-        "127.0.0.1:70000",
-    ] {
-        let said = line(address);
-        assert!(
-            said.contains("--rpc: ") && said.contains("expected HOST:PORT"),
-            "{said}"
-        );
-    }
-    let nobody = format!("127.0.0.1:{}", free_port());
-    assert!(line(&nobody).contains(&format!("--rpc: \"{nobody}\": no worker answers there")));
-    let said = line("no.such.host.invalid:50052");
-    assert!(said.contains("has no such host"), "{said}");
-    let other = pretender(b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec());
-    assert!(line(&other).contains("is no worker, or one of another version of ggml"));
-    for version in [[6, 0, 0], [8, 0, 0], [7, 1, 0], [7, 0, 1]] {
-        let said = line(&pretender(greeting(version)));
-        let [a, b, c] = version;
-        assert!(
-            said.contains(&format!(
-                "speaks version {a}.{b}.{c} of ggml's RPC, expected 7.0.0"
-            )),
-            "{said}"
-        );
-    }
-    let said = line(&pretender(greeting([7, 0, 0])));
-    assert!(said.contains("does not say its devices"), "{said}");
-    let mut none = greeting([7, 0, 0]);
-    none.extend(4u64.to_le_bytes());
-    none.extend([0; 4]);
-    assert!(line(&pretender(none)).contains("has no devices"));
-    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let said = line(&silent.local_addr().unwrap().to_string());
-    assert!(
-        said.contains("says nothing for 5 s: it serves another client, or is no worker"),
-        "{said}"
-    );
-    let worker = Worker::start();
-    let twice = format!("{0},{0}", worker.address);
-    assert!(line(&twice).contains("is given twice"));
-    // The second is looked at before ggml is told of the first.
-    assert!(line(&format!("{},{nobody}", worker.address)).contains("no worker answers there"));
-    // One that serves somebody else.
-    let _other = TcpStream::connect(&worker.address).unwrap();
-    std::thread::sleep(Duration::from_millis(300));
-    assert!(line(&worker.address).contains("it serves another client"));
-}
-
-#[test]
-fn places_that_are_none() {
-    let worker = Worker::start();
-    let rpc = ["--rpc", &worker.address];
-    for (args, expected) in [
-        (
-            &["-dev", "RPC1"][..],
-            "--device: no device \"RPC1\", expected some of RPC0",
-        ),
-        (&["-dev", "CPU"], "--device: no device \"CPU\""),
-        (&["-dev", "RPC0,"], "--device: \"RPC0,\", expected names"),
-        (&["-ts", "1,1"], "--tensor-split: 2 shares for 1 devices"),
-        (&["-ts", "-1"], "--tensor-split: a share of -1"),
-        (
-            &["-ts", "much"],
-            "--tensor-split: \"much\", expected numbers",
-        ),
-        (
-            &["-sm", "none", "-mg", "1"],
-            "--main-gpu: no device 1, expected 0 to 0",
-        ),
-        (
-            &["-sm", "tensor"],
-            "--split-mode: tensor cuts each layer's cache by heads",
-        ),
-        (
-            &["-sm", "row"],
-            "--split-mode: row: RPC0 cannot hold rows of a weight",
-        ),
-        (
-            &["-ot", "ffn"],
-            "--override-tensor: \"ffn\", expected PATTERN=BUFFER",
-        ),
-        (
-            &["-ot", "ffn=GPU"],
-            "--override-tensor: no buffer type \"GPU\", expected one of CPU, RPC0[",
-        ),
-    ] {
-        let said = refused(&[&rpc[..], args].concat());
-        assert!(said.contains(expected), "{args:?}: {said}");
-    }
-    let devices = answer(&[&["run", "--list-devices"][..], &rpc].concat());
-    let line = format!("  RPC0: {} (", worker.address);
-    assert!(
-        devices.starts_with("Available devices:\n") && devices.contains(&line),
-        "{devices}"
-    );
-    // A pattern that is none is llama.cpp's to refuse.
-    let said = refusal(&["run", "-p", "Hi", "-ot", "(=CPU"]);
-    assert!(said.contains("cannot be loaded"), "{said}");
 }
 
 /// Bytes of weights and of the cache on each device, as `hae plan` says; the processor is "".
@@ -594,7 +432,7 @@ fn layers_and_their_cache_go_where_they_are_sent() {
 fn other_commands_split_their_models_too() {
     let workers = Worker::two();
     let rpc = list(&workers);
-    let there = ["--rpc", &rpc, "-ngl", "99", "-ts", "1,1"];
+    let there = halves(&rpc);
     let bench = [
         "bench", "-p", "16", "-n", "4", "-r", "1", "-t", "1", "-o", "jsonl",
     ];
@@ -626,370 +464,4 @@ fn other_commands_split_their_models_too() {
         rows.iter().map(|row| row["right"].clone()).collect()
     };
     assert_eq!(right(&there), right(&[]));
-}
-
-#[test]
-fn workers_that_cannot_be() {
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = taken.local_addr().unwrap().port().to_string();
-    for (args, expected) in [
-        (&["-p", &port][..], format!("--port: 127.0.0.1:{port}: ")),
-        (&["-H", "192.0.2.1"], "--port: 192.0.2.1:50052: ".into()),
-        (
-            &["-d", "GPU7"],
-            "--device: no device \"GPU7\", expected some of ".into(),
-        ),
-        (
-            &["-d", "none"],
-            "--device: none, expected the name of one".into(),
-        ),
-    ] {
-        let output = hae().arg("rpc-worker").args(args).output().unwrap();
-        assert_eq!(output.status.code(), Some(2), "{args:?}");
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert!(said.contains(&expected), "{args:?}: {said}");
-    }
-    for args in [["-H", "localhost"], ["-p", "0"], ["-t", "0"]] {
-        let output = hae().arg("rpc-worker").args(args).output().unwrap();
-        assert_eq!(output.status.code(), Some(2), "{args:?}");
-    }
-}
-
-#[test]
-fn who_listens_to_everybody_is_warned() {
-    let port = free_port().to_string();
-    let mut child = Command::new(hae().get_program())
-        .args(["rpc-worker", "-H", "0.0.0.0", "-p", &port, "-t", "1"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stderr.take().unwrap())
-        .read_line(&mut line)
-        .unwrap();
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert!(
-        line.contains("can be reached from other machines")
-            && line.contains("networks that you trust"),
-        "{line}"
-    );
-}
-
-/// Weights that a worker has kept come from there.
-#[test]
-fn a_worker_keeps_large_tensors() {
-    let dir = TempDir::new().unwrap();
-    let port = free_port().to_string();
-    let mut child = Command::new(hae().get_program())
-        .args(["rpc-worker", "-c", "-p", &port, "-t", "1"])
-        .env("LLAMA_CACHE", dir.path())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    while TcpStream::connect(format!("127.0.0.1:{port}")).is_err() {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    assert!(dir.path().join("rpc").is_dir());
-    child.kill().unwrap();
-    child.wait().unwrap();
-}
-
-/// A wire between a client and a worker that counts bytes, to the worker and from it, and may take long.
-struct Wire {
-    address: String,
-    bytes: Arc<[AtomicU64; 2]>,
-    /// Milliseconds of each way.
-    delay: Arc<AtomicU64>,
-}
-
-impl Wire {
-    fn to(worker: &str) -> Wire {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let (bytes, delay) = (Arc::default(), Arc::default());
-        let wire = Wire {
-            address,
-            bytes,
-            delay,
-        };
-        let (worker, bytes, delay) = (worker.to_owned(), wire.bytes.clone(), wire.delay.clone());
-        std::thread::spawn(move || {
-            for client in listener.incoming().flatten() {
-                let Ok(server) = TcpStream::connect(&worker) else {
-                    return;
-                };
-                for (i, (from, to)) in [(&client, &server), (&server, &client)]
-                    .into_iter()
-                    .enumerate()
-                {
-                    to.set_nodelay(true).unwrap();
-                    let ends = (from.try_clone().unwrap(), to.try_clone().unwrap());
-                    Wire::carry(ends, i, bytes.clone(), delay.clone());
-                }
-            }
-        });
-        wire
-    }
-
-    /// What comes in goes out after the delay, whatever comes in meanwhile.
-    fn carry(
-        (mut from, mut to): (TcpStream, TcpStream),
-        way: usize,
-        bytes: Arc<[AtomicU64; 2]>,
-        delay: Arc<AtomicU64>,
-    ) {
-        let (sender, receiver) = std::sync::mpsc::channel::<(Instant, Vec<u8>)>();
-        std::thread::spawn(move || {
-            let mut buffer = vec![0; 1 << 16];
-            while let Ok(n) = from.read(&mut buffer)
-                && n > 0
-            {
-                let delay = Duration::from_millis(delay.load(Ordering::Relaxed));
-                if sender
-                    .send((Instant::now() + delay, buffer[..n].to_vec()))
-                    .is_err()
-                {
-                    return;
-                }
-            }
-        });
-        std::thread::spawn(move || {
-            for (due, part) in receiver {
-                std::thread::sleep(due.saturating_duration_since(Instant::now()));
-                bytes[way].fetch_add(part.len() as u64, Ordering::Relaxed);
-                if to.write_all(&part).is_err() {
-                    return;
-                }
-            }
-            let _ = to.shutdown(Shutdown::Write);
-        });
-    }
-
-    fn take(&self) -> [u64; 2] {
-        [0, 1].map(|i| self.bytes[i].swap(0, Ordering::Relaxed))
-    }
-}
-
-/// Bytes that go to two workers and come back, of a token and of what the cache does, and a table of them:
-/// `cargo test --release --test suite rpc::what_a_token_sends -- --nocapture`.
-#[test]
-fn what_a_token_sends() {
-    let Ok(workers) = std::env::var(WORKERS) else {
-        let workers = Worker::two();
-        let text = on_workers(&workers, &["rpc::what_a_token_sends"]);
-        let table: Vec<&str> = text.lines().filter(|line| line.starts_with('|')).collect();
-        println!("\n{}", table.join("\n"));
-        assert!(table.len() > 8, "{text}");
-        return;
-    };
-    let wires: Vec<Wire> = workers.split(',').map(Wire::to).collect();
-    let addresses: Vec<String> = wires.iter().map(|wire| wire.address.clone()).collect();
-    hae::llama::add_workers(&addresses).unwrap();
-    let options = ModelOptions {
-        placement: Placement {
-            tensor_split: vec![1.0, 1.0],
-            ..Placement::default()
-        },
-        ..ModelOptions::default()
-    };
-    let model = Model::load(&repository(TEXT), &options).unwrap();
-    let sent = |name: &str, n: u64, work: &mut dyn FnMut()| {
-        // What was on its way is there.
-        let settle = || std::thread::sleep(Duration::from_millis(50));
-        settle();
-        for wire in &wires {
-            wire.take();
-        }
-        work();
-        settle();
-        let all: Vec<[u64; 2]> = wires
-            .iter()
-            .map(|wire| wire.take().map(|bytes| bytes / n))
-            .collect();
-        println!(
-            "| {name} | {} | {} |",
-            all[0][0] + all[1][0],
-            all[0][1] + all[1][1]
-        );
-        all
-    };
-    let sum = |all: &[[u64; 2]]| all.iter().flatten().sum::<u64>();
-    println!(
-        "\n| n_embd {}, n_vocab {}, {} layers | to workers | from workers |",
-        model.n_embd(),
-        model.n_vocab(),
-        model.n_layer()
-    );
-    let context = |n_ctx, layers: Vec<u32>| ContextOptions {
-        flash_attention: FlashAttention::On,
-        type_k: CacheType::F16,
-        type_v: CacheType::F16,
-        score_layers: layers,
-        ..exact(n_ctx)
-    };
-    let mut tokens = Vec::new();
-    for n in [200, 900, 3900] {
-        let mut engine = engine(&model, context(4096, Vec::new()));
-        fill(&mut engine, n.min(2000));
-        if n > 2000 {
-            let tokens: Vec<i32> = (0..n - 2000).map(|i| 3 + i % 900).collect();
-            let pos: Vec<Pos> = (2000..n).collect();
-            let batch = Batch {
-                seq: 0,
-                input: Input::Tokens(&tokens),
-                pos: &pos,
-                queries: &[],
-                logits: true,
-                lookup: None,
-            };
-            engine
-                .decode(batch, &mut Vec::new(), &mut Observation::default())
-                .unwrap();
-        }
-        let mut first = || drop(step(&mut engine, n, &[], None));
-        match n {
-            900 => drop(sent(
-                "a token behind 900 others, with a graph that is new",
-                1,
-                &mut first,
-            )),
-            _ => first(),
-        }
-        let name = format!("a token behind {n} others");
-        let mut at = n;
-        tokens.push(sum(&sent(&name, 8, &mut || {
-            for _ in 0..8 {
-                at += 1;
-                step(&mut engine, at, &[], None);
-            }
-        })));
-    }
-    // The mask of each worker: an F16 a cell.
-    assert_eq!(tokens[2] - tokens[0], 2 * 2 * (4096 - 256));
-
-    let layers: Vec<u32> = (0..model.n_layer()).collect();
-    let mut tapped = engine(&model, context(4096, layers));
-    fill(&mut tapped, 900);
-    step(&mut tapped, 900, &[0], None);
-    let mut at = 900;
-    let scored = sent(
-        "the same behind 900, with the attention of all layers",
-        8,
-        &mut || {
-            for _ in 0..8 {
-                at += 1;
-                step(&mut tapped, at, &[0], None);
-            }
-        },
-    );
-    // Sums and maxima of each cell come back.
-    assert!(sum(&scored) < tokens[1] + 4 * 4 * 1024 + 4096, "{scored:?}");
-
-    let looking = ContextOptions {
-        attend: Attend {
-            vision: Some(Amount::Cells(1)),
-            text: Some(Amount::Cells(1)),
-            ..Attend::default()
-        },
-        ..context(4096, Vec::new())
-    };
-    let mut looking = engine(&model, looking);
-    fill(&mut looking, 900);
-    let lookup = Lookup {
-        kinds: vec![Kind::Text; 900],
-        n_vision: 0,
-        n_text: 200,
-    };
-    step(&mut looking, 900, &[], Some(&lookup));
-    let mut at = 900;
-    sent(
-        "the same behind 900, with lookups of as many cells",
-        8,
-        &mut || {
-            for _ in 0..8 {
-                at += 1;
-                step(&mut looking, at, &[], Some(&lookup));
-            }
-        },
-    );
-    sent(
-        "the same behind 900, with lookups of one cell more each time",
-        8,
-        &mut || {
-            for n in 0..8 {
-                at += 1;
-                let more = Lookup {
-                    n_text: 201 + n,
-                    ..lookup.clone()
-                };
-                step(&mut looking, at, &[], Some(&more));
-            }
-        },
-    );
-
-    let grows = ContextOptions {
-        kv_size: Some(1024),
-        ..context(4096, Vec::new())
-    };
-    let mut engine = engine(&model, grows);
-    fill(&mut engine, 900);
-    step(&mut engine, 900, &[], None);
-    let mut rows = Vec::new();
-    sent("8 rows to the host", 1, &mut || {
-        rows.clear();
-        assert!(
-            engine
-                .save_rows(&[1, 3, 5, 7, 9, 11, 13, 15], &mut rows)
-                .unwrap()
-        );
-    });
-    let gone: Vec<_> = (0..8).map(|i| 2 * i + 1..2 * i + 2).collect();
-    let removed = sent("8 tokens removed", 1, &mut || {
-        engine.remove(0, &gone).unwrap()
-    });
-    assert_eq!(sum(&removed), 0);
-    let pos: Vec<Pos> = gone.iter().map(|range| range.start).collect();
-    sent("the 8 rows back", 1, &mut || {
-        engine
-            .restore_rows(0, &pos, &rows, &mut Vec::new())
-            .unwrap();
-    });
-    let half: Vec<_> = (0..400).map(|i| 2 * i + 1..2 * i + 2).collect();
-    engine.remove(0, &half).unwrap();
-    sent(
-        "400 of 900 removed, the others moved together",
-        1,
-        &mut || {
-            engine.compact(0, &mut Vec::new()).unwrap();
-        },
-    );
-    let bytes = engine.kv_bytes();
-    assert!(bytes.allocated < 1024 * bytes.per_cell, "{bytes:?}");
-    step(&mut engine, 901, &[], None);
-    let mut at = 901;
-    let fewer = sent("a token behind the 500 that are left", 8, &mut || {
-        for _ in 0..8 {
-            at += 1;
-            step(&mut engine, at, &[], None);
-        }
-    });
-    assert!(sum(&fewer) < tokens[1], "{fewer:?}");
-
-    // How often a token waits for a way there and back.
-    const DELAY: u64 = 100;
-    let slow = |delay: u64| {
-        wires
-            .iter()
-            .for_each(|wire| wire.delay.store(delay, Ordering::Relaxed))
-    };
-    slow(DELAY);
-    let begun = Instant::now();
-    step(&mut engine, at + 1, &[], None);
-    let trips = begun.elapsed().as_secs_f64() * 1e3 / (2 * DELAY) as f64;
-    slow(0);
-    println!("| round trips that a token waits for, one behind the other | {trips:.1} | |");
-    assert!((1.9..5.0).contains(&trips), "{trips}");
 }
