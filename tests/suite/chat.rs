@@ -417,8 +417,7 @@ fn a_chat_at_a_terminal() {
     command.env("TERM", "xterm");
     let mut chat = rexpect::session::spawn_command(command, Some(120_000)).unwrap();
     chat.exp_string("> ").unwrap();
-    // The model was trained to answer questions about pictures; without one it goes on until the
-    // context is full.
+    // Of the pictures that it was trained on: longer than it takes to stop it, mostly.
     chat.send_line("Hello").unwrap();
     chat.exp_string("Hello").unwrap();
     // Five: the line that says "reading the prompt 0s" has four.
@@ -443,4 +442,24 @@ fn a_chat_at_a_terminal() {
     chat.exp_string("> ").unwrap();
     chat.send_line("/quit").unwrap();
     chat.exp_eof().unwrap();
+}
+
+/// Lines that come faster than they are read, behind a line that is given up and behind another.
+#[test]
+fn what_is_typed_ahead_at_a_terminal_is_read() {
+    let mut command = command(&["-t", "1"]);
+    command.env("TERM", "xterm");
+    let mut chat = rexpect::session::spawn_command(command, Some(60_000)).unwrap();
+    chat.exp_string("> ").unwrap();
+    chat.send("given up\u{3}/first\n/second\n").unwrap();
+    chat.flush().unwrap();
+    chat.exp_string("/first: unknown command").unwrap();
+    chat.exp_string("/second: unknown command").unwrap();
+    // What was given up is neither asked nor kept for the arrow keys: up, up and Enter are /first.
+    chat.send("\u{1b}[A\u{1b}[A\n").unwrap();
+    chat.flush().unwrap();
+    chat.exp_string("/first: unknown command").unwrap();
+    chat.send_line("/quit").unwrap();
+    let rest = chat.exp_eof().unwrap();
+    assert!(!rest.contains("unknown command"), "{rest}");
 }

@@ -2,13 +2,17 @@
 //! a signal has to end the waiting, which the systems' calls do not let it do.
 
 use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use anyhow::{Context, Result};
-use rustyline::Editor;
 use rustyline::config::{Behavior, Config};
 use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
+use rustyline::{
+    Cmd, ConditionalEventHandler, Editor, Event, EventContext, EventHandler, KeyEvent, RepeatCount,
+};
 
 use crate::cli::interrupt;
 
@@ -72,7 +76,12 @@ impl Lines {
 fn read(asked: &Receiver<Option<String>>, tell: &Sender<Told>) {
     let mut source = Source::open();
     for remember in asked {
-        if tell.send(Told::Line(source.line(remember))).is_err() {
+        let line = match &mut source {
+            Ok(source) => source.line(remember),
+            // There is no terminal to be had; the chat ends with the reason.
+            Err(e) => Err(std::mem::replace(e, ReadlineError::Eof)),
+        };
+        if tell.send(Told::Line(line)).is_err() {
             return;
         }
     }
@@ -80,10 +89,11 @@ fn read(asked: &Receiver<Option<String>>, tell: &Sender<Told>) {
 
 /// Where the questions come from.
 enum Source {
-    /// A terminal, with editing and history.
+    /// A terminal, with editing and history. One editor for all lines: it holds what was typed
+    /// ahead.
     Typed {
-        behavior: Behavior,
-        history: Vec<String>,
+        editor: Box<Editor<(), DefaultHistory>>,
+        interrupted: Arc<AtomicBool>,
     },
     /// A file or another program: no prompt, which would mix with the answers. `begun`: whether
     /// its first line was read, which may have a byte order mark.
@@ -91,33 +101,41 @@ enum Source {
 }
 
 impl Source {
-    fn open() -> Self {
+    fn open() -> Result<Self, ReadlineError> {
         if !std::io::stdin().is_terminal() {
-            return Source::Piped { begun: false };
+            return Ok(Source::Piped { begun: false });
         }
         // The prompt belongs to the terminal, even if the answers go to a file.
         let behavior = match std::io::stdout().is_terminal() {
             true => Behavior::Stdio,
             false => Behavior::PreferTerm,
         };
-        Source::Typed {
-            behavior,
-            history: Vec::new(),
-        }
+        let config = Config::builder().behavior(behavior).build();
+        let mut editor = Editor::with_config(config)?;
+        let interrupted = Arc::new(AtomicBool::new(false));
+        let leaves = EventHandler::Conditional(Box::new(Leaves(Arc::clone(&interrupted))));
+        editor.bind_sequence(KeyEvent::ctrl('c'), leaves);
+        Ok(Source::Typed {
+            editor: Box::new(editor),
+            interrupted,
+        })
     }
 
     fn line(&mut self, remember: Option<String>) -> Result<String, ReadlineError> {
         match self {
-            Source::Typed { behavior, history } => {
-                history.extend(remember);
-                // One for each line: it takes Ctrl-C for itself as long as it lives.
-                let config = Config::builder().behavior(*behavior).build();
-                let mut editor = Editor::<(), DefaultHistory>::with_config(config)?;
-                for line in &*history {
+            Source::Typed {
+                editor,
+                interrupted,
+            } => {
+                if let Some(line) = remember {
                     // A history that cannot grow is no reason to stop.
                     let _ = editor.add_history_entry(line);
                 }
-                editor.readline("> ")
+                let line = editor.readline("> ")?;
+                match interrupted.swap(false, Ordering::Relaxed) {
+                    true => Err(ReadlineError::Interrupted),
+                    false => Ok(line),
+                }
             }
             Source::Piped { begun } => {
                 let mut line = String::new();
@@ -133,6 +151,17 @@ impl Source {
                 }
             }
         }
+    }
+}
+
+/// Ctrl-C gives a line up. The editor's own way of doing so forgets what was typed after it; a line
+/// that is accepted does not.
+struct Leaves(Arc<AtomicBool>);
+
+impl ConditionalEventHandler for Leaves {
+    fn handle(&self, _: &Event, _: RepeatCount, _: bool, _: &EventContext<'_>) -> Option<Cmd> {
+        self.0.store(true, Ordering::Relaxed);
+        Some(Cmd::AcceptLine)
     }
 }
 
