@@ -15,6 +15,8 @@ pub trait Named: Copy + Send + Sync + 'static {
     /// The values in the order in which help lists them, each with its name and, behind that, what
     /// else llama.cpp's users may write.
     const NAMES: &'static [(Self, &'static [&'static str])];
+    /// Names that are known, so that their refusal has its own reason, and are not offered.
+    const REFUSED: &'static [&'static str] = &[];
 }
 
 impl Named for CacheType {
@@ -46,6 +48,7 @@ impl Named for SplitMode {
         (SplitMode::Row, &["row"]),
         (SplitMode::Tensor, &["tensor"]),
     ];
+    const REFUSED: &'static [&'static str] = &["tensor"];
 }
 
 impl Named for RopeChoice {
@@ -126,6 +129,7 @@ pub fn parse<T: Named>(text: &str) -> Result<T, String> {
     found.map(|(value, _)| *value).ok_or_else(|| {
         let mut names: Vec<&str> = known
             .filter_map(|(_, names)| names.first().copied())
+            .filter(|name| !T::REFUSED.contains(name))
             .collect();
         let last = names.pop().unwrap_or_default();
         format!("expected {} or {last}", names.join(", "))
@@ -136,7 +140,8 @@ pub fn parse<T: Named>(text: &str) -> Result<T, String> {
 pub fn named<T: Named>() -> impl TypedValueParser<Value = T> {
     let values = T::NAMES.iter().filter_map(|(_, names)| {
         let (name, others) = names.split_first()?;
-        Some(PossibleValue::new(*name).aliases(others.iter().copied()))
+        let value = PossibleValue::new(*name).aliases(others.iter().copied());
+        Some(value.hide(T::REFUSED.contains(name)))
     });
     PossibleValuesParser::new(values).try_map(|name| parse::<T>(&name))
 }
@@ -165,5 +170,9 @@ mod tests {
         assert_eq!(parse::<FlashAttention>("-1"), Ok(FlashAttention::Auto));
         let error = parse::<FlashAttention>("maybe").unwrap_err();
         assert_eq!(error, "expected on, off or auto");
+        // One that is refused elsewhere, with the reason, is not offered.
+        let error = parse::<SplitMode>("cols").unwrap_err();
+        assert_eq!(error, "expected none, layer or row");
+        assert_eq!(parse::<SplitMode>("tensor"), Ok(SplitMode::Tensor));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 
 use super::gguf::{Gguf, Value};
 use crate::error::{Error, Result};
@@ -38,19 +39,20 @@ pub(super) fn check(gguf: &Gguf) -> Result<()> {
     if n == 0 {
         return wrong(format!("{TOKENS} is empty, expected tokens"));
     }
-    let mut seen = HashMap::with_capacity(n);
-    for (id, token) in tokens.enumerate() {
-        // What llama.cpp calls one without a text.
-        let token = match token.to_bytes() {
+    let texts = || {
+        let texts = gguf.strings(TOKENS).into_iter().flatten().enumerate();
+        texts.map(|(id, text)| match text.to_bytes() {
+            // What llama.cpp calls one without a text.
             [] => Cow::from(format!("[EMPTY_{id}]").into_bytes()),
-            token => Cow::from(token),
-        };
-        if let Some(first) = seen.insert(token.clone(), id) {
-            let token = String::from_utf8_lossy(&token).escape_debug().to_string();
-            return wrong(format!(
-                "{TOKENS} has \"{token}\" at {first} and at {id}, expected each text once"
-            ));
-        }
+            text => Cow::from(text),
+        })
+    };
+    if let Some((first, id)) = twice(n, &texts) {
+        let text = texts().nth(id).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).escape_debug().to_string();
+        return wrong(format!(
+            "{TOKENS} has \"{text}\" at {first} and at {id}, expected each text once"
+        ));
     }
     for (key, kinds) in BESIDE {
         let Some(found) = gguf.glimpse(key, 0) else {
@@ -77,10 +79,65 @@ pub(super) fn check(gguf: &Gguf) -> Result<()> {
     }
     let name = gguf.text("general.name").unwrap_or_default().to_lowercase();
     if ["phi-3", "phi3"].iter().any(|phi| name.contains(phi))
-        && let Some(missing) = OF_PHI3.iter().find(|token| !seen.contains_key(**token))
+        && let Some(missing) = OF_PHI3
+            .iter()
+            .find(|token| texts().all(|text| text != **token))
     {
         let missing = String::from_utf8_lossy(missing);
         return wrong(format!("{TOKENS} lacks {missing}, which Phi-3 models have"));
     }
     Ok(())
+}
+
+/// Where the first of `n` texts stands that another before it equals, with where that is.
+///
+/// A map of all texts would take its time for memory that is far from the processor. Here each text has a bit,
+/// by its hash, in a table that is near; the few whose bit another has as well are compared.
+fn twice<'t, I>(n: usize, texts: &impl Fn() -> I) -> Option<(usize, usize)>
+where
+    I: Iterator<Item = Cow<'t, [u8]>>,
+{
+    // So that one text in a hundred shares its bit by chance.
+    let words = n.next_power_of_two();
+    let bits = words as u64 * 64;
+    let keys = RandomState::new();
+    let (mut once, mut more) = (vec![0u64; words], vec![0u64; words]);
+    let mut places = Vec::with_capacity(n);
+    for text in texts() {
+        let place = keys.hash_one(&text) & (bits - 1);
+        let (word, bit) = ((place / 64) as usize, 1 << (place % 64));
+        more[word] |= once[word] & bit;
+        once[word] |= bit;
+        places.push((word, bit));
+    }
+    let mut seen = HashMap::new();
+    let shared = texts().zip(places).enumerate();
+    let mut shared = shared.filter(|(_, (_, (word, bit)))| more[*word] & bit != 0);
+    shared.find_map(|(id, (text, _))| seen.insert(text, id).map(|first| (first, id)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_text_that_comes_again_is_found_wherever_it_is() {
+        let texts: Vec<String> = (0..20_000).map(|i| format!("{}", i * 7)).collect();
+        let find = |texts: &[String]| {
+            twice(texts.len(), &|| {
+                texts.iter().map(|text| Cow::from(text.as_bytes()))
+            })
+        };
+        assert_eq!(find(&texts), None);
+        for (first, id) in [(0, 1), (0, 19_999), (19_998, 19_999), (77, 12_345)] {
+            let mut texts = texts.clone();
+            texts[id] = texts[first].clone();
+            assert_eq!(find(&texts), Some((first, id)));
+            // Others behind it change nothing.
+            texts[19_999] = texts[first].clone();
+            assert_eq!(find(&texts), Some((first, id)));
+        }
+        assert_eq!(find(&texts[..1]), None);
+        assert_eq!(find(&["".into(), "".into()]), Some((0, 1)));
+    }
 }

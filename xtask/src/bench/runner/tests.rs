@@ -135,10 +135,3 @@ fn a_word_is_quoted_where_a_shell_would_split_it() {
     assert_eq!(quoted("it's"), r"'it'\''s'");
     assert_eq!(quoted(""), "''");
 }
-
-#[test]
-fn tests_and_benchmarks_wait_as_cargo_lets_them() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cargo/config.toml");
-    let config: toml::Table = fs::read_to_string(path).unwrap().parse().unwrap();
-    assert_eq!(config["env"]["GOMP_SPINCOUNT"].as_str(), Some(SPINS));
-}
