@@ -26,7 +26,7 @@ struct Seen {
     layers: Vec<Vec<Vec<f64>>>,
 }
 
-/// `n` values of a row of the cache, or of any tensor on the host.
+/// `n` values of a row of the cache, or of any tensor.
 ///
 /// # Safety
 /// `data` points to a row of as many values of this type.
@@ -89,8 +89,21 @@ fn slope(max_bias: f32, head: usize, n_head: usize) -> f64 {
     }
 }
 
+/// A tensor's bytes, from wherever they are, at the strides that they have there.
+///
 /// # Safety
-/// `t` is a computed node of flash attention whose sources are on the host.
+/// `t` is alive and computed, or comes before what is.
+unsafe fn bytes(t: *const sys::ggml_tensor) -> Vec<u8> {
+    // SAFETY: the caller's promise; as many bytes as the tensor spans.
+    unsafe {
+        let mut bytes = vec![0; sys::ggml_nbytes(t)];
+        sys::ggml_backend_tensor_get(t, bytes.as_mut_ptr().cast(), 0, bytes.len());
+        bytes
+    }
+}
+
+/// # Safety
+/// `t` is a computed node of flash attention.
 unsafe fn weights(t: &sys::ggml_tensor, rows: &[usize]) -> Vec<Vec<f64>> {
     // SAFETY: the sources of a live node are alive; everything is read at strides below their
     // shapes, as the node itself does.
@@ -104,21 +117,22 @@ unsafe fn weights(t: &sys::ggml_tensor, rows: &[usize]) -> Vec<Vec<f64>> {
         let n_kv = k.ne[1] as usize;
         let group = n_head / k.ne[2] as usize;
         let blocks = ![sys::GGML_TYPE_F32, sys::GGML_TYPE_F16].contains(&k.type_);
-        let at = |t: &sys::ggml_tensor, row: usize, head: usize| {
-            t.data.cast::<u8>().add(row * t.nb[1] + head * t.nb[2])
+        let [all_q, all_k, all_mask] = [t.src[0], t.src[1], t.src[3]].map(|t| bytes(t));
+        let at = |t: &sys::ggml_tensor, bytes: &[u8], row: usize, head: usize| {
+            bytes.as_ptr().add(row * t.nb[1] + head * t.nb[2])
         };
         let keys: Vec<Vec<Vec<f32>>> = (0..n_head / group)
             .map(|h| {
                 (0..n_kv)
-                    .map(|j| values(k.type_, at(k, j, h), width))
+                    .map(|j| values(k.type_, at(k, &all_k, j, h), width))
                     .collect()
             })
             .collect();
         let of_row = |&row: &usize| {
-            let mask = values(mask.type_, at(mask, row, 0), n_kv);
+            let mask = values(mask.type_, at(mask, &all_mask, row, 0), n_kv);
             let mut mean = vec![0.0; n_kv];
             for head in 0..n_head {
-                let mut query = values(q.type_, at(q, row, head), width);
+                let mut query = values(q.type_, at(q, &all_q, row, head), width);
                 if blocks {
                     query = quantized(&query);
                 }
@@ -154,7 +168,7 @@ unsafe extern "C" fn on_node(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_v
         return !ask;
     }
     if !ask {
-        // SAFETY: it was just computed, on the processor; a panic would end the process.
+        // SAFETY: it was just computed; a panic would end the process.
         seen.layers.push(unsafe { weights(t, &seen.rows) });
     }
     true
