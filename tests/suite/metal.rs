@@ -13,7 +13,7 @@ use hae::llama::{
     CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, SamplerOptions, Vision,
     VisionOptions,
 };
-use hae::policy::{self, Amount, DapMode, Limits, Observe, PolicyOptions};
+use hae::policy::{self, Amount, DapMode, Limits, Observe, OptionKey, PolicyOptions};
 use hae::prompt;
 
 use crate::kv_cells::{Pair, Step, cache};
@@ -188,6 +188,10 @@ fn answers(text: &Path, flash: FlashAttention, kind: CacheType) {
         .collect();
     for name in policy::names() {
         for dap_mode in [DapMode::Exact, DapMode::Midway] {
+            // One of the two will do for those that prune no prompt by it.
+            if dap_mode == DapMode::Midway && !policy::reads(name, OptionKey::DapMode) {
+                continue;
+            }
             let options = PolicyOptions {
                 dap_mode,
                 kv_budget: Some(Amount::Cells(120)),

@@ -25,6 +25,7 @@ use crate::model::{
     PICTURE, STORY, TEXT, WHERE, WHERE_ANSWER, converted, engine, exact, feed, feed_and_read, load,
     repository,
 };
+use crate::random_llama::grok;
 
 /// Where a process of this program finds workers that its models go to.
 const WORKERS: &str = "HAE_TEST_WORKERS";
@@ -360,9 +361,8 @@ fn a_worker_that_goes_ends_the_run_with_one_line() {
 }
 
 /// Bytes of weights and of the cache on each device, as `hae plan` says; the processor is "".
-fn planned(args: &[&str]) -> BTreeMap<String, [u64; 2]> {
+fn planned(model: &Path, args: &[&str]) -> BTreeMap<String, [u64; 2]> {
     let fixed = ["plan", "-o", "json", "-c", "1024"];
-    let model = repository(TEXT);
     let model = ["-m", model.to_str().unwrap()];
     let plan: Value = serde_json::from_str(&answer(&[&fixed[..], &model, args].concat())).unwrap();
     let parts = plan["places"]
@@ -382,7 +382,7 @@ fn layers_and_their_cache_go_where_they_are_sent() {
     let workers = Worker::two();
     let rpc = list(&workers);
     let rpc = ["--rpc", &rpc, "-ngl", "99"];
-    let of = |args: &[&str]| planned(&[&rpc[..], args].concat());
+    let of = |args: &[&str]| planned(&repository(TEXT), &[&rpc[..], args].concat());
     let kv = |all: &BTreeMap<String, [u64; 2]>, name: &str| all.get(name).map_or(0, |part| part[1]);
     let weights =
         |all: &BTreeMap<String, [u64; 2]>, name: &str| all.get(name).map_or(0, |part| part[0]);
@@ -414,6 +414,7 @@ fn layers_and_their_cache_go_where_they_are_sent() {
         weights(&dense, "") > weights(&both, ""),
         "{dense:?} {both:?}"
     );
+    // It has no experts.
     assert_eq!(of(&["-ts", "1,1", "-cmoe", "-ncmoe", "2"]), both);
     // And it answers so.
     let here = run(&["-p", STORY, "-n", "12"]);
@@ -425,6 +426,37 @@ fn layers_and_their_cache_go_where_they_are_sent() {
     ] {
         let there = run(&[&["-p", STORY, "-n", "12"][..], &rpc, args].concat());
         assert_eq!(there["text"], here["text"], "{args:?}");
+    }
+}
+
+/// A mixture of experts, which may stay here while everything else goes.
+#[test]
+fn experts_stay_where_they_are_told_to() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("mixture.gguf");
+    grok(&path, 3);
+    let model = ["-m", path.to_str().unwrap()];
+    let workers = Worker::two();
+    let rpc = list(&workers);
+    let there = halves(&rpc);
+    let here = |args: &[&str]| {
+        let all = planned(&path, &[&there[..], args].concat());
+        all.get("").map_or(0, |part| part[0])
+    };
+    let none = here(&[]);
+    let all = here(&["-cmoe"]) - none;
+    assert!(all > 0);
+    for n in 1..3 {
+        let some = here(&["-ncmoe", &n.to_string()]);
+        assert_eq!(some - none, n * all / 3);
+    }
+    // -ncffn means what is no expert, of which this model has none.
+    assert_eq!(here(&["-ncffn", "3"]), none);
+    let question = [&model[..], &["-p", "Hi", "-n", "16"]].concat();
+    let expected = outcome(&run(&question));
+    for experts in [&[][..], &["-cmoe"], &["-ncmoe", "1"]] {
+        let report = run(&[&question[..], &there, experts].concat());
+        assert_eq!(outcome(&report), expected, "{experts:?}");
     }
 }
 
