@@ -32,23 +32,19 @@ pub(super) fn check(gguf: &Gguf) -> Result<()> {
     if ["none", "no_vocab"].contains(&model.as_str()) {
         return Ok(());
     }
-    let Some(tokens) = gguf.strings(TOKENS) else {
+    let Some((n, text)) = gguf.strings(TOKENS) else {
         return wrong(format!("{TOKENS} is missing, or no array of strings"));
     };
-    let n = tokens.len();
     if n == 0 {
         return wrong(format!("{TOKENS} is empty, expected tokens"));
     }
-    let texts = || {
-        let texts = gguf.strings(TOKENS).into_iter().flatten().enumerate();
-        texts.map(|(id, text)| match text.to_bytes() {
-            // What llama.cpp calls one without a text.
-            [] => Cow::from(format!("[EMPTY_{id}]").into_bytes()),
-            text => Cow::from(text),
-        })
+    let name = |id| match text(id).to_bytes() {
+        // What llama.cpp calls one without a text.
+        [] => Cow::from(format!("[EMPTY_{id}]").into_bytes()),
+        text => Cow::from(text),
     };
-    if let Some((first, id)) = twice(n, &texts) {
-        let text = texts().nth(id).unwrap_or_default();
+    if let Some((first, id)) = twice(n, &name) {
+        let text = name(id);
         let text = String::from_utf8_lossy(&text).escape_debug().to_string();
         return wrong(format!(
             "{TOKENS} has \"{text}\" at {first} and at {id}, expected each text once"
@@ -77,11 +73,10 @@ pub(super) fn check(gguf: &Gguf) -> Result<()> {
     if model == "bert" && bytes() {
         return wrong("tokenizer.ggml.model is bert with tokens of type 6 (bytes), which such vocabularies cannot have".into());
     }
-    let name = gguf.text("general.name").unwrap_or_default().to_lowercase();
-    if ["phi-3", "phi3"].iter().any(|phi| name.contains(phi))
-        && let Some(missing) = OF_PHI3
-            .iter()
-            .find(|token| texts().all(|text| text != **token))
+    let called = gguf.text("general.name").unwrap_or_default().to_lowercase();
+    let lacks = |token: &&&[u8]| (0..n).all(|id| name(id) != **token);
+    if ["phi-3", "phi3"].iter().any(|phi| called.contains(phi))
+        && let Some(missing) = OF_PHI3.iter().find(lacks)
     {
         let missing = String::from_utf8_lossy(missing);
         return wrong(format!("{TOKENS} lacks {missing}, which Phi-3 models have"));
@@ -89,31 +84,33 @@ pub(super) fn check(gguf: &Gguf) -> Result<()> {
     Ok(())
 }
 
-/// Where the first of `n` texts stands that another before it equals, with where that is.
+/// The first of `n` names that one before it equals: where that is, and where it stands.
 ///
-/// A map of all texts would take its time for memory that is far from the processor. Here each text has a bit,
-/// by its hash, in a table that is near; the few whose bit another has as well are compared.
-fn twice<'t, I>(n: usize, texts: &impl Fn() -> I) -> Option<(usize, usize)>
-where
-    I: Iterator<Item = Cow<'t, [u8]>>,
-{
-    // So that one text in a hundred shares its bit by chance.
-    let words = n.next_power_of_two();
-    let bits = words as u64 * 64;
+/// A map of all names would take its time for memory that is far from the processor. Here each name has a bit, by
+/// its hash, in a table that is near; the few whose bit another has as well are compared.
+fn twice<'t>(n: usize, name: &impl Fn(usize) -> Cow<'t, [u8]>) -> Option<(usize, usize)> {
+    // So that one name in thirty or more shares its bit by chance.
+    let words = n.div_ceil(2).next_power_of_two();
+    let last = (words * 64 - 1) as u64;
     let keys = RandomState::new();
     let (mut once, mut more) = (vec![0u64; words], vec![0u64; words]);
+    let bit = |place: usize| (place / 64, 1 << (place % 64));
     let mut places = Vec::with_capacity(n);
-    for text in texts() {
-        let place = keys.hash_one(&text) & (bits - 1);
-        let (word, bit) = ((place / 64) as usize, 1 << (place % 64));
+    for id in 0..n {
+        let place = (keys.hash_one(name(id)) & last) as usize;
+        let (word, bit) = bit(place);
         more[word] |= once[word] & bit;
         once[word] |= bit;
-        places.push((word, bit));
+        places.push(place);
     }
     let mut seen = HashMap::new();
-    let shared = texts().zip(places).enumerate();
-    let mut shared = shared.filter(|(_, (_, (word, bit)))| more[*word] & bit != 0);
-    shared.find_map(|(id, (text, _))| seen.insert(text, id).map(|first| (first, id)))
+    let is_shared = |&id: &usize| {
+        let (word, bit) = bit(places[id]);
+        more[word] & bit != 0
+    };
+    (0..n)
+        .filter(is_shared)
+        .find_map(|id| seen.insert(name(id), id).map(|first| (first, id)))
 }
 
 #[cfg(test)]
@@ -124,9 +121,8 @@ mod tests {
     fn the_first_text_that_comes_again_is_found_wherever_it_is() {
         let texts: Vec<String> = (0..20_000).map(|i| format!("{}", i * 7)).collect();
         let find = |texts: &[String]| {
-            twice(texts.len(), &|| {
-                texts.iter().map(|text| Cow::from(text.as_bytes()))
-            })
+            let name = |id: usize| Cow::from(texts[id].as_bytes());
+            twice(texts.len(), &name)
         };
         assert_eq!(find(&texts), None);
         for (first, id) in [(0, 1), (0, 19_999), (19_998, 19_999), (77, 12_345)] {

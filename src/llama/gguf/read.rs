@@ -186,8 +186,12 @@ impl Gguf {
         })
     }
 
-    /// The strings of the array at `key`, as they lie there. `None`: there is none, or it holds something else.
-    pub fn strings(&self, key: &str) -> Option<impl ExactSizeIterator<Item = &CStr>> {
+    /// How many strings the array at `key` has, and each of them as it lies there. `None`: there is none, or it holds
+    /// something else.
+    ///
+    /// # Panics
+    /// The function, when it is asked for one behind the last.
+    pub fn strings<'g>(&'g self, key: &str) -> Option<(usize, impl Fn(usize) -> &'g CStr)> {
         let id = *self.ids.get(key)?;
         let ctx = self.ctx.as_ptr();
         // SAFETY: `id` is a valid key of a live context, and an array where that is asked.
@@ -196,8 +200,12 @@ impl Gguf {
             let is_text = is_array && sys::gguf_get_arr_type(ctx, id) == sys::GGUF_TYPE_STRING;
             is_text.then(|| sys::gguf_get_arr_n(ctx, id))?
         };
-        // SAFETY: an index below the length of an array of strings; they live as long as the context does.
-        Some((0..n).map(move |i| unsafe { CStr::from_ptr(sys::gguf_get_arr_str(ctx, id, i)) }))
+        let at = move |i| {
+            assert!(i < n, "{i} of {n} strings");
+            // SAFETY: an index below the length of an array of strings; they live as long as the context does.
+            unsafe { CStr::from_ptr(sys::gguf_get_arr_str(ctx, id, i)) }
+        };
+        Some((n, at))
     }
 
     fn array(&self, id: i64, most: usize) -> Vec<Value> {
