@@ -90,8 +90,12 @@ pub fn ggml_version() -> String {
 
 /// The processor features that llama.cpp was built for and found.
 pub fn system_info() -> String {
-    // SAFETY: returns a C string that lives until the next call, copied at once.
-    unsafe { static_str(llama_cpp_sys_2::llama_print_system_info()) }
+    // llama.cpp writes it into one place, whoever asks: two threads would write there at a time.
+    static INFO: OnceLock<String> = OnceLock::new();
+    // SAFETY: returns a C string that lives until the next call, and there is none.
+    let info =
+        INFO.get_or_init(|| unsafe { static_str(llama_cpp_sys_2::llama_print_system_info()) });
+    info.clone()
 }
 
 /// # Safety

@@ -20,7 +20,7 @@ use crate::model::{
 };
 use crate::others::{gemma3, mamba, qwen2vl};
 
-const WAIT: Duration = Duration::from_secs(120);
+const WAIT: Duration = Duration::from_secs(600);
 
 fn model() -> Model {
     static MODEL: OnceLock<Model> = OnceLock::new();

@@ -189,7 +189,7 @@ fn environment(
     // All is reported, and read when the tests are through.
     let reports = root.join(REPORTS).join("of");
     let thread = format!(
-        "halt_on_error=0:exitcode=0:second_deadlock_stack=1:log_path={}",
+        "halt_on_error=0:exitcode=0:history_size=7:second_deadlock_stack=1:log_path={}",
         reports.display()
     );
     [

@@ -2,7 +2,7 @@
 //!
 //! Rust's own locks and channels are not instrumented. So what one thread hands to another looks like a race where
 //! Rust's code calls `memcpy` or the allocator, which are. A report is kept where C++ touches the memory on both
-//! sides. The sanitizer's own suppressions cannot say that: they look at all callers, and Rust calls all of it.
+//! sides, or on one, if the other is not known any more and the memory is C++'s. The sanitizer's own suppressions cannot say that: they look at all callers, and Rust calls all of it.
 
 use std::fs;
 use std::path::Path;
@@ -46,16 +46,24 @@ fn is_handed_over(report: &str) -> bool {
     let is_race = lines
         .next()
         .is_some_and(|line| line.starts_with("data race"));
-    let mut rust = false;
+    let (mut rust, mut unknown, mut allocated) = (false, false, false);
     while let Some(line) = lines.next() {
-        if is_side(line) {
-            let frames = lines.by_ref().take_while(|line| !line.trim().is_empty());
-            let mut own = frames.filter(|frame| !frame.contains("/libsanitizer/"));
-            rust |= own.next().is_some_and(|frame| frame.contains(".rs:"));
-            own.for_each(drop);
+        let allocation = line.trim_start().starts_with("Location is heap block");
+        if !allocation && !is_side(line) {
+            continue;
         }
+        let frames = lines.by_ref().take_while(|line| !line.trim().is_empty());
+        let mut own = frames.filter(|frame| !frame.contains("/libsanitizer/"));
+        let first = own.next().unwrap_or_default();
+        let is_rust = first.contains(".rs:") || first.contains(".rs ");
+        match allocation {
+            true => allocated = is_rust,
+            false => rust |= is_rust,
+        }
+        unknown |= first.contains("failed to restore");
+        own.for_each(drop);
     }
-    is_race && rust
+    is_race && (rust || unknown && allocated)
 }
 
 #[cfg(test)]
@@ -80,9 +88,24 @@ mod tests {
         assert!(!is_handed_over(&report("data race", CPP, CPP)));
         assert!(is_handed_over(&report("data race", RUST, CPP)));
         assert!(is_handed_over(&report("data race", CPP, RUST)));
+        let no_line = "    #1 eq library/std/src/path.rs (hae+0x16)\n";
+        assert!(is_handed_over(&report("data race", no_line, CPP)));
         // Where nobody knows, and what is no race, is kept.
         let unknown = "    [failed to restore the stack]\n";
-        assert!(!is_handed_over(&report("data race", CPP, unknown)));
+        let half = report("data race", CPP, "").replacen(
+            &format!("{INSIDE}\n"),
+            &format!("{unknown}\n"),
+            1,
+        );
+        assert!(half.contains(unknown) && !is_handed_over(&half));
+        let with = |whose: &str| {
+            let memory = format!(
+                "  Location is heap block of size 8 at 0x7f by T7:\n{INSIDE}{whose}\n  Thread T4 'hall'"
+            );
+            half.replace("  Thread T4 'hall'", &memory)
+        };
+        assert!(!is_handed_over(&with(CPP)));
+        assert!(is_handed_over(&with(RUST)));
         assert!(!is_handed_over(&report("lock-order-inversion", RUST, RUST)));
     }
 
