@@ -26,6 +26,32 @@ fn resident() -> Option<f64> {
     Some(kib / 1024.0)
 }
 
+/// What is allocated and not freed, of C++ and Rust, in MiB; `None` where the C library does not say. It counts its
+/// first arena: all of it with `MALLOC_ARENA_MAX=1`.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn allocated() -> Option<f64> {
+    // SAFETY: it takes nothing and returns numbers.
+    let info = unsafe { libc::mallinfo2() };
+    Some((info.uordblks + info.hblkhd) as f64 / f64::from(1 << 20))
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn allocated() -> Option<f64> {
+    None
+}
+
+/// The first, the last and how much comes in an hour, as columns.
+fn columns(points: &[(f64, f64)]) -> String {
+    let number = |x: Option<f64>| x.map_or("".into(), |x| format!("{x:.1}"));
+    let of = |point: Option<&(f64, f64)>| number(point.map(|&(_, mib)| mib));
+    format!(
+        "{} | {} | {}",
+        of(points.first()),
+        of(points.last()),
+        number(slope(points))
+    )
+}
+
 /// By least squares: how much the second number grows by with the first.
 fn slope(points: &[(f64, f64)]) -> Option<f64> {
     let n = points.len() as f64;
@@ -55,7 +81,7 @@ fn chats_for_minutes() {
     let begun = Instant::now();
     let (mut chats, mut steps, mut decoded, mut reopened, mut removed) = (0u64, 0, 0, 0, 0);
     let (mut worst, mut differences) = (0.0f32, Vec::new());
-    let mut memory: Vec<(f64, f64)> = Vec::new();
+    let (mut memory, mut held) = (Vec::new(), Vec::new());
     let mut sampled = begun;
     while begun.elapsed() < whole {
         let policy = policies[chats as usize % policies.len()];
@@ -76,22 +102,26 @@ fn chats_for_minutes() {
         chats += 1;
         if sampled.elapsed() >= EVERY {
             sampled = Instant::now();
-            memory.extend(resident().map(|mib| (begun.elapsed().as_secs_f64() / 3600.0, mib)));
+            let at = begun.elapsed().as_secs_f64() / 3600.0;
+            memory.extend(resident().map(|mib| (at, mib)));
+            // Between chats, when nothing of them should be left.
+            held.extend(allocated().map(|mib| (at, mib)));
         }
     }
     let warm = WARM * whole.as_secs_f64() / 3600.0;
-    let warmed: Vec<(f64, f64)> = memory.into_iter().filter(|&(at, _)| at >= warm).collect();
+    let warmed = |points: Vec<(f64, f64)>| -> Vec<(f64, f64)> {
+        points.into_iter().filter(|&(at, _)| at >= warm).collect()
+    };
     println!(
-        "| minutes | chats | rows | decoding steps | tokens removed | sessions reopened | differences | worst logit | MiB when warm | MiB at the end | MiB an hour |"
+        "| minutes | chats | rows | decoding steps | tokens removed | sessions reopened | differences | worst logit | \
+         MiB allocated when warm | at the end | an hour | MiB resident when warm | at the end | an hour |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|");
-    let mib = |point: Option<&(f64, f64)>| point.map_or("".into(), |(_, mib)| format!("{mib:.1}"));
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     println!(
-        "| {minutes} | {chats} | {decoded} | {steps} | {removed} | {reopened} | {} | {worst:.1e} | {} | {} | {} |",
+        "| {minutes} | {chats} | {decoded} | {steps} | {removed} | {reopened} | {} | {worst:.1e} | {} | {} |",
         differences.len(),
-        mib(warmed.first()),
-        mib(warmed.last()),
-        slope(&warmed).map_or("".into(), |slope| format!("{slope:.1}")),
+        columns(&warmed(held)),
+        columns(&warmed(memory)),
     );
     assert!(chats > 0 && decoded > 0);
     assert!(differences.is_empty(), "{differences:#?}");
