@@ -563,7 +563,7 @@ fn a_hall_says_what_it_is() {
     assert_eq!((bare.prompt, written.prompt), (ids.len(), ids.len()));
     assert_eq!(bare.end, Some(End::Finish(Finish::Length)));
     hall.close(Arc::default());
-    assert!(start.elapsed() < WAIT);
+    assert!(start.elapsed() < Duration::from_secs(120));
 }
 
 #[test]

@@ -131,10 +131,10 @@ impl Source {
                     // A history that cannot grow is no reason to stop.
                     let _ = editor.add_history_entry(line);
                 }
-                let line = editor.readline("> ")?;
+                let line = editor.readline("> ");
                 match interrupted.swap(false, Ordering::Relaxed) {
-                    true => Err(ReadlineError::Interrupted),
-                    false => Ok(line),
+                    true => line.and(Err(ReadlineError::Interrupted)),
+                    false => line,
                 }
             }
             Source::Piped { begun } => {

@@ -215,7 +215,7 @@ impl Runner<'_> {
         let mut command = Command::new(&line.words[0]);
         command.args(&line.words[1..]).current_dir(self.root);
         // hae and llama.cpp wait for their threads as they do by themselves: cargo sets one of these for
-        // what it starts. Benchmarks, which set nothing for themselves, get what hae sets.
+        // what it starts. Tests and benchmarks, which set nothing for themselves, get here what hae sets.
         command
             .env_remove("GOMP_SPINCOUNT")
             .env_remove("OMP_WAIT_POLICY");

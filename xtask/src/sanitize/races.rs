@@ -2,7 +2,8 @@
 //!
 //! Rust's own locks and channels are not instrumented. So what one thread hands to another looks like a race where
 //! Rust's code calls `memcpy` or the allocator, which are. A report is kept where C++ touches the memory on both
-//! sides, or on one, if the other is not known any more and the memory is C++'s. The sanitizer's own suppressions cannot say that: they look at all callers, and Rust calls all of it.
+//! sides, or on one, if the other is not known any more and the memory is C++'s. The sanitizer's own suppressions
+//! cannot say that: they look at all callers, and Rust calls all of it.
 
 use std::fs;
 use std::path::Path;
