@@ -7,18 +7,23 @@
 //! the subject, the middle of the id. Open questions are scored word for word, which is stricter
 //! than the authors' own scoring.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::sync::Arc;
 
+use parquet::basic::{Repetition, Type as Physical};
 use parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
 use parquet::record::{Field, Row};
+use parquet::schema::types::{Type, TypePtr};
 
 use super::Source;
 use crate::error::{Error, Result};
 use crate::eval::question::{Expected, Image, Question, Turn, letter, with_options};
 use crate::guard::guarded;
 
+/// Columns of text.
+const TEXTS: [&str; 5] = ["id", "question", "options", "answer", "question_type"];
 const MOST_IMAGES: usize = 7;
 
 pub(super) fn read(source: &Source) -> Result<Vec<Question>> {
@@ -34,17 +39,57 @@ pub(super) fn read(source: &Source) -> Result<Vec<Question>> {
         let reason = "is damaged, expected MMMU's columns as published";
         source.wrong(&format!("row {number}"), reason)
     };
-    let rows = guarded(|| reader.get_row_iter(None)).and_then(|rows| rows.ok());
-    let mut rows = rows.ok_or_else(|| damaged(1))?;
-    let mut questions = Vec::new();
+    let schema = reader.metadata().file_metadata().schema();
+    let rows = guarded(|| reader.get_row_iter(Some(columns(schema)?)).ok());
+    let mut rows = rows.flatten().ok_or_else(|| damaged(1))?;
+    let (mut questions, mut ids) = (Vec::new(), HashSet::new());
     loop {
         let number = questions.len() + 1;
         match guarded(|| rows.next()) {
             Some(None) => return Ok(questions),
-            Some(Some(Ok(row))) => questions.push(question(source, number, &row)?),
+            Some(Some(Ok(row))) => {
+                let question = question(source, number, &row)?;
+                // At once: a few bytes say that a row is there thousands of millions of times.
+                source.once(&mut ids, &question)?;
+                questions.push(question);
+            }
             Some(Some(Err(_))) | None => return Err(damaged(number)),
         }
     }
+}
+
+/// What is read of a file: texts, and the bytes of pictures, one value a row. Other columns may claim lists of any
+/// length without holding anything. `None` if parquet cannot say it.
+fn columns(schema: &Type) -> Option<Type> {
+    let mut columns = Vec::new();
+    for column in schema.get_fields() {
+        if TEXTS.contains(&column.name()) && is_one_text(column) {
+            columns.push(column.clone());
+        }
+        let is_picture = (1..=MOST_IMAGES).any(|k| column.name() == format!("image_{k}"));
+        if is_picture && column.is_group() && is_one(column) {
+            let mut inside = column.get_fields().iter();
+            let Some(bytes) = inside.find(|f| f.name() == "bytes" && is_one_text(f)) else {
+                continue;
+            };
+            let group = Type::group_type_builder(column.name())
+                .with_repetition(column.get_basic_info().repetition())
+                .with_fields(vec![bytes.clone()]);
+            columns.push(Arc::new(group.build().ok()?));
+        }
+    }
+    let rows = Type::group_type_builder(schema.name()).with_fields(columns);
+    rows.build().ok()
+}
+
+/// Not a list.
+fn is_one(column: &TypePtr) -> bool {
+    column.get_basic_info().repetition() != Repetition::REPEATED
+}
+
+fn is_one_text(column: &TypePtr) -> bool {
+    let text = column.is_primitive() && column.get_physical_type() == Physical::BYTE_ARRAY;
+    text && is_one(column)
 }
 
 /// A file whose end is an error. parquet skips what lies behind it two thousand million times, if a page's header says
@@ -231,6 +276,10 @@ fn python_list(text: &str) -> Result<Vec<String>, String> {
 
 #[cfg(test)]
 mod tests {
+    use parquet::data_type::{BoolType, ByteArray, ByteArrayType};
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+
     use super::*;
 
     /// What Python's ast.literal_eval makes of them.
@@ -274,6 +323,90 @@ mod tests {
             placed("<image 2>", vec![image(1)])
                 .unwrap_err()
                 .contains("<image 2>")
+        );
+    }
+
+    const MESSAGE: &str = "message schema {
+        required binary id (UTF8); optional binary question (UTF8); optional binary options (UTF8);
+        optional binary answer (UTF8); optional binary question_type (UTF8);";
+
+    fn schema(more: &str) -> Type {
+        parse_message_type(&format!("{MESSAGE} {more} }}")).unwrap()
+    }
+
+    #[test]
+    fn only_single_texts_and_the_bytes_of_pictures_are_read() {
+        let more = "optional group image_1 { optional binary bytes; optional binary path; }";
+        let wanted = "optional group image_1 { optional binary bytes; }";
+        assert_eq!(columns(&schema(more)).unwrap(), schema(wanted));
+        for more in [
+            "repeated boolean flags;",
+            "optional group flags (LIST) { repeated group list { optional boolean element; } }",
+            "repeated group image_2 { optional binary bytes; }",
+            "optional group image_2 { repeated binary bytes; }",
+            "optional group image_2 { optional boolean bytes; }",
+            "optional group image_2 { optional binary path; }",
+            "optional binary image_2;",
+            "optional group image_8 { optional binary bytes; }",
+        ] {
+            assert_eq!(columns(&schema(more)).unwrap(), schema(""), "{more}");
+        }
+        let lists =
+            parse_message_type("message schema { repeated binary id; required int32 answer; }");
+        assert_eq!(columns(&lists.unwrap()).unwrap().get_fields().len(), 0);
+    }
+
+    /// Rows of texts, and a column of booleans that nobody asked for.
+    fn file(rows: &[[&str; 5]]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let schema = Arc::new(schema("required boolean more;"));
+        let mut file = SerializedFileWriter::new(&mut bytes, schema, Arc::default()).unwrap();
+        let mut group = file.next_row_group().unwrap();
+        for i in 0..TEXTS.len() {
+            let texts: Vec<ByteArray> = rows.iter().map(|row| row[i].into()).collect();
+            let levels = vec![1; rows.len()];
+            let mut column = group.next_column().unwrap().unwrap();
+            let values = column.typed::<ByteArrayType>();
+            // The id is there in every row.
+            let levels = (i > 0).then_some(&levels[..]);
+            values.write_batch(&texts, levels, None).unwrap();
+            column.close().unwrap();
+        }
+        let mut column = group.next_column().unwrap().unwrap();
+        let values = column.typed::<BoolType>();
+        values
+            .write_batch(&vec![true; rows.len()], None, None)
+            .unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+        file.close().unwrap();
+        bytes
+    }
+
+    #[test]
+    fn an_id_that_is_there_twice_ends_the_reading() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("q.parquet");
+        let read = |rows: &[[&str; 5]]| {
+            std::fs::write(&path, file(rows)).unwrap();
+            super::read(&Source {
+                path: path.clone(),
+                ..Source::default()
+            })
+        };
+        let (a, b) = (
+            ["a_b_1", "What?", "['x', 'y']", "A", "multiple-choice"],
+            ["a_b_2", "What?", "[]", "z", "open"],
+        );
+        let bad = ["a_b_3", "What?", "no list", "z", "open"];
+        assert_eq!(read(&[a, b]).unwrap().len(), 2);
+        let error = read(&[a, b, bad]).unwrap_err().to_string();
+        assert!(error.contains("row 3: options"), "{error}");
+        // What follows is not looked at.
+        let error = read(&[a, a, bad]).unwrap_err().to_string();
+        assert!(
+            error.contains("row 2: the id \"a_b_1\" is there twice"),
+            "{error}"
         );
     }
 

@@ -150,10 +150,8 @@ impl Source {
         }
         let mut ids = HashSet::new();
         for question in questions {
-            let Question { id, place, .. } = question;
-            if !ids.insert(id) {
-                return Err(self.wrong(place, format!("the id {id:?} is there twice")));
-            }
+            let place = &question.place;
+            self.once(&mut ids, question)?;
             for turn in &question.turns {
                 self.check_expected(place, &turn.expected)?;
                 if turn.text.trim().is_empty() {
@@ -166,6 +164,15 @@ impl Source {
             }
         }
         Ok(())
+    }
+
+    /// That the file names no other question so.
+    fn once(&self, ids: &mut HashSet<String>, question: &Question) -> Result<()> {
+        let Question { id, place, .. } = question;
+        match ids.insert(id.clone()) {
+            true => Ok(()),
+            false => Err(self.wrong(place, format!("the id {id:?} is there twice"))),
+        }
     }
 
     fn check_expected(&self, place: &str, expected: &Expected) -> Result<()> {
