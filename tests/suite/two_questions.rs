@@ -6,27 +6,25 @@
 //! model's own.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
-use hae::chat::{Begin, ChatOptions};
+use hae::asker::{Asker, Contender};
+use hae::bench::Pulse;
+use hae::eval::question::{Expected, Image, Question, Turn};
 use hae::generate::Finish;
-use hae::image::{self, Picture};
-use hae::llama::{CacheType, FlashAttention};
+use hae::llama::{CacheType, ContextOptions, FlashAttention, Model};
+use hae::open::RopeChoice;
 use hae::policy::{PolicyOptions, PolicySpec};
-use hae::turn::Turn;
+use hae::prompt::Template;
 use serde_json::Value;
 
-use crate::model::{TEXT, VISION, exact, load, load_vision, quiet, repository};
+use crate::model::{TEXT, VISION, exact, load, load_vision, repository};
 
 const SETS: [&str; 2] = ["dev", "test"];
 const MOST_CROPS: u32 = 6;
 const N_CTX: u32 = 2048;
-
-struct Chat {
-    picture: Picture,
-    questions: [String; 2],
-    /// Of the second question.
-    answer: String,
-}
+/// Tokens of an answer.
+const MOST: usize = 64;
 
 /// The objects that a question is about.
 fn about(row: &Value) -> BTreeSet<String> {
@@ -38,7 +36,16 @@ fn text(row: &Value, key: &str) -> String {
     row[key].as_str().unwrap().to_owned()
 }
 
-fn chats() -> Vec<Chat> {
+fn turn(row: &Value) -> Turn {
+    Turn {
+        task: text(row, "task"),
+        text: text(row, "question"),
+        raw: None,
+        expected: Expected::Words(vec![text(row, "answer")]),
+    }
+}
+
+fn chats() -> Vec<Question> {
     let mut chats = Vec::new();
     for set in SETS {
         let folder = format!("tests/eval/small-phi3v/{set}");
@@ -68,63 +75,90 @@ fn chats() -> Vec<Chat> {
                 continue;
             };
             let path = format!("{folder}/{}", second["images"][0].as_str().unwrap());
-            chats.push(Chat {
-                picture: Picture {
-                    num_crops: Some(num_crops),
-                    ..image::load(&repository(&path), &image::Limits::default()).unwrap()
-                },
-                questions: [text(first, "question"), text(second, "question")],
-                answer: text(second, "answer"),
+            chats.push(Question {
+                id: text(second, "id"),
+                place: path.clone(),
+                images: vec![Image::File(repository(&path))],
+                num_crops: Some(num_crops),
+                turns: vec![turn(first), turn(second)],
             });
         }
     }
     chats
 }
 
-/// How many second questions are answered word for word, and how many visual tokens were gone
-/// before the second question was asked.
-fn right(chats: &[Chat], policy: &str, recall: bool) -> (usize, usize) {
-    let model = load(&repository(TEXT));
-    let vision = load_vision(&repository(VISION), &model);
+/// What came of second questions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Tally {
+    /// Answered word for word.
+    right: usize,
+    /// Visual tokens that were gone before they were asked.
+    gone: usize,
+}
+
+impl std::ops::Add for Tally {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Tally {
+            right: self.right + other.right,
+            gone: self.gone + other.gone,
+        }
+    }
+}
+
+fn contender(asker: &Asker, policy: &str, recall: bool) -> Contender {
     let options = PolicyOptions {
         recall,
         ..PolicyOptions::default()
     };
-    let mut context = exact(N_CTX);
-    context.type_k = CacheType::F16;
-    context.type_v = CacheType::F16;
-    context.flash_attention = FlashAttention::Auto;
-    let options = ChatOptions {
-        context,
-        policy: PolicySpec::new(policy, options),
-        ..ChatOptions::default()
+    let context = ContextOptions {
+        type_k: CacheType::F16,
+        type_v: CacheType::F16,
+        flash_attention: FlashAttention::Auto,
+        ..exact(N_CTX)
     };
-    let mut chat = hae::Chat::begin(&model, Some(vision), &options, Begin::default()).unwrap();
+    let policy = PolicySpec::new(policy, options);
+    asker
+        .contender(policy.name.clone(), policy, None, &context)
+        .unwrap()
+}
 
-    let (mut right, mut gone) = (0, 0);
-    for Chat {
-        picture,
-        questions,
-        answer,
-    } in chats
-    {
-        chat.clear();
-        let mut ask = |question: &str, pictures: &[Picture]| {
-            let turn = Turn {
-                text: question,
-                pictures,
-                n_predict: Some(64),
-                expected: None,
-            };
-            quiet(|hooks| chat.turn(turn, hooks)).unwrap()
+/// Holds each chat with `full`, `hae` and `hae` without recall; its picture is encoded once.
+fn hold(model: &Model, chats: &[Question]) -> [Tally; 3] {
+    let vision = load_vision(&repository(VISION), model);
+    let template = Template::default().of(model).unwrap();
+    let mut asker = Asker::new(model, Some(vision), template, RopeChoice::Auto);
+    let contenders = [("full", true), ("hae", true), ("hae", false)]
+        .map(|(policy, recall)| contender(&asker, policy, recall));
+    let watch = Pulse {
+        now: &|| Duration::ZERO,
+        cancelled: &|| false,
+    };
+    let mut tallies = [Tally::default(); 3];
+    for chat in chats {
+        asker.next_question();
+        let picture = chat.images[0].load(chat.num_crops).unwrap();
+        let pictures = std::slice::from_ref(&picture);
+        let Expected::Words(words) = &chat.turns[1].expected else {
+            panic!("{chat:?}");
         };
-        let first = ask(&questions[0], std::slice::from_ref(picture));
-        gone += first.kv.cells.evicted.vision;
-        let second = ask(&questions[1], &[]);
-        let same = second.text.trim() == answer;
-        right += usize::from(same && second.finish == Finish::Eog);
+        for (contender, tally) in contenders.iter().zip(&mut tallies) {
+            let n_predict = [MOST, MOST];
+            let answers = asker.ask(contender, chat, pictures, &n_predict, None, watch);
+            let answers = answers.unwrap().unwrap();
+            let [first, second] = &answers[..] else {
+                panic!("{answers:?}");
+            };
+            let same = second.text.trim() == words[0] && second.finish == Finish::Eog;
+            *tally = *tally
+                + Tally {
+                    right: usize::from(same),
+                    gone: first.kv.cells.evicted.vision,
+                };
+        }
     }
-    (right, gone)
+    tallies
 }
 
 /// Accuracy within one point of never having pruned. Without recall it is not, or the comparison
@@ -134,17 +168,26 @@ fn a_second_question_does_not_suffer_from_the_first() {
     let chats = chats();
     let n = chats.len();
     assert!(n > 80, "{n}");
-    let (full, none) = right(&chats, "full", true);
-    let (recalled, gone) = right(&chats, "hae", true);
-    let (forgotten, gone_too) = right(&chats, "hae", false);
+    let model = load(&repository(TEXT));
+    // By two threads: it is the last test that ends.
+    let (one, other) = chats.split_at(n / 2);
+    let tallies = std::thread::scope(|scope| {
+        let one = scope.spawn(|| hold(&model, one));
+        let other = hold(&model, other);
+        let one = one.join().unwrap();
+        [0, 1, 2].map(|i| one[i] + other[i])
+    });
+    let [full, recalled, forgotten] = tallies;
     println!(
-        "{n} chats: never pruned {full}, recalled {recalled}, without recall {forgotten}; \
-         {} visual tokens a picture were gone",
-        gone / n
+        "{n} chats: never pruned {}, recalled {}, without recall {}; {} visual tokens a picture were gone",
+        full.right,
+        recalled.right,
+        forgotten.right,
+        recalled.gone / n
     );
-    assert_eq!((none, gone), (0, gone_too));
-    assert!(gone > 50 * n);
+    assert_eq!((full.gone, recalled.gone), (0, forgotten.gone));
+    assert!(recalled.gone > 50 * n);
     let point = n as f64 / 100.0;
-    assert!(recalled as f64 >= full as f64 - point);
-    assert!((forgotten as f64) < full as f64 - 5.0 * point);
+    assert!(recalled.right as f64 >= full.right as f64 - point);
+    assert!((forgotten.right as f64) < full.right as f64 - 5.0 * point);
 }
