@@ -137,19 +137,17 @@ fn every_cache_type_agrees_with_the_callback() {
             prefill(&mut ours, &segments, &mut seen, behind);
             assert!(expected.queries.len() > 4);
             let error = difference(&seen, &expected);
-            let tolerance = precision::attention(tolerance);
+            let tolerance = precision::attention_beside(kinds.0, tolerance);
             assert!(error < tolerance, "{kinds:?} {flash:?} {layers:?}: {error}");
             // Across the border of 256 cells in view, where the graph changes.
             let n_kv = seen.sum.len();
             let (mut cells, mut steps) = (Vec::new(), 0);
             while steps < 24 || seen.sum.len() == n_kv {
+                let (tokens, places) = ([500 + steps], [pos]);
                 let batch = Batch {
-                    seq: 0,
-                    input: Input::Tokens(&[500 + steps]),
-                    pos: &[pos],
                     queries: &[0],
                     logits: true,
-                    lookup: None,
+                    ..Batch::new(Input::Tokens(&tokens), &places)
                 };
                 theirs.decode(batch, &mut cells, &mut expected).unwrap();
                 ours.decode(batch, &mut cells, &mut seen).unwrap();
@@ -172,12 +170,9 @@ fn long_prompt(engine: &mut LlamaEngine, wanted: impl Fn(u32) -> bool) -> Observ
         let last = pos[0] == 1275;
         let queries: Vec<u32> = (0..425).filter(|&row| last && wanted(row)).collect();
         let batch = Batch {
-            seq: 0,
-            input: Input::Tokens(tokens),
-            pos,
             queries: &queries,
             logits: last,
-            lookup: None,
+            ..Batch::new(Input::Tokens(tokens), pos)
         };
         engine.decode(batch, &mut cells, &mut seen).unwrap();
     }
@@ -226,7 +221,7 @@ fn many_rows_over_grouped_heads_agree_with_the_callback() {
                     let error = difference(&seen, &expected);
                     // A flash attention of F16 values lies below layer 1.
                     let tolerance = if layers.len() == 1 { 1e-4 } else { 5e-3 };
-                    let tolerance = precision::attention(tolerance);
+                    let tolerance = precision::attention_beside(kinds.0, tolerance);
                     assert!(
                         error < tolerance,
                         "{width} {kinds:?} {layers:?} {stride} {flash:?}: {error}"
@@ -249,12 +244,9 @@ fn trace(model: &Model, options: ContextOptions, queries: bool) -> Vec<Vec<u32>>
     let places: Vec<Pos> = (0..300).collect();
     let rows: Vec<u32> = (200..290).collect();
     let batch = Batch {
-        seq: 0,
-        input: Input::Tokens(&tokens),
-        pos: &places,
         queries: if queries { &rows } else { &[] },
         logits: true,
-        lookup: None,
+        ..Batch::new(Input::Tokens(&tokens), &places)
     };
     engine.decode(batch, &mut cells, &mut seen).unwrap();
     let mut all = vec![bits(&engine)];
@@ -305,12 +297,9 @@ fn what_cannot_be_tapped_is_refused() {
     let mut decode = |n: i32, queries: &[u32]| {
         let tokens: Vec<i32> = (0..n).collect();
         let batch = Batch {
-            seq: 0,
-            input: Input::Tokens(&tokens),
-            pos: &tokens,
             queries,
             logits: true,
-            lookup: None,
+            ..Batch::new(Input::Tokens(&tokens), &tokens)
         };
         let mut seen = Observation::default();
         let done = engine.decode(batch, &mut Vec::new(), &mut seen);
@@ -356,12 +345,9 @@ fn other_kinds_of_attention_agree_with_the_callback() {
     let scores = |model: &Model, options: ContextOptions| {
         let mut seen = Observation::default();
         let batch = Batch {
-            seq: 0,
-            input: Input::Tokens(&tokens),
-            pos: &places,
             queries: &rows,
             logits: true,
-            lookup: None,
+            ..Batch::new(Input::Tokens(&tokens), &places)
         };
         let mut engine = engine(model, options);
         engine.decode(batch, &mut Vec::new(), &mut seen).unwrap();
