@@ -30,7 +30,16 @@ type StartServer =
     unsafe extern "C" fn(*const c_char, *const c_char, usize, usize, *mut sys::ggml_backend_dev_t);
 
 /// Workers that ggml knows.
-static KNOWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+static KNOWN: Mutex<Vec<Worker>> = Mutex::new(Vec::new());
+
+struct Worker {
+    endpoint: String,
+    /// Kept for good: it holds the connection, so that no other client comes between two uses of it.
+    _backend: sys::ggml_backend_t,
+}
+
+// SAFETY: nobody uses the backend, from any thread.
+unsafe impl Send for Worker {}
 
 /// A function of ggml's RPC backend; `None` where it is not compiled in.
 ///
@@ -68,7 +77,8 @@ pub fn add_workers(endpoints: &[String]) -> Result<Vec<Device>> {
     let mut known = KNOWN.lock().unwrap_or_else(|e| e.into_inner());
     let mut names = Vec::new();
     for (i, endpoint) in endpoints.iter().enumerate() {
-        if known.contains(endpoint) || endpoints[..i].contains(endpoint) {
+        let twice = known.iter().any(|worker| worker.endpoint == *endpoint);
+        if twice || endpoints[..i].contains(endpoint) {
             return Err(refused(endpoint, "is given twice"));
         }
         let name = CString::new(endpoint.as_str());
@@ -76,17 +86,19 @@ pub fn add_workers(endpoints: &[String]) -> Result<Vec<Device>> {
         greet(endpoint)?;
     }
     for (endpoint, name) in endpoints.iter().zip(&names) {
-        // SAFETY: the name is a C string. ggml copies it, and never frees what it gives. The backend is kept for
-        // good: it holds the connection, so that no other client comes between two uses of it.
-        unsafe {
+        // SAFETY: the name is a C string. ggml copies it, and never frees what it gives.
+        let backend = unsafe {
             let worker = add(name.as_ptr());
             if worker.is_null() {
                 return Err(refused(endpoint, "has no devices"));
             }
             sys::ggml_backend_register(worker);
-            sys::ggml_backend_dev_init(sys::ggml_backend_reg_dev_get(worker, 0), std::ptr::null());
-        }
-        known.push(endpoint.clone());
+            sys::ggml_backend_dev_init(sys::ggml_backend_reg_dev_get(worker, 0), std::ptr::null())
+        };
+        known.push(Worker {
+            endpoint: endpoint.clone(),
+            _backend: backend,
+        });
     }
     drop(known);
     devices::devices()

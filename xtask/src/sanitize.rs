@@ -98,6 +98,9 @@ const FLAGS: [&str; 5] = [
     "-DNDEBUG",
 ];
 
+/// What upstream does not free on purpose.
+const NEVER_FREED: &str = "xtask/src/sanitize/never-freed.supp";
+
 /// Builds and runs the tests. 0: all passed and nothing was found.
 ///
 /// # Errors
@@ -186,6 +189,10 @@ fn environment(
     let address =
         "detect_stack_use_after_return=1:strict_string_checks=1:check_initialization_order=1";
     let undefined = "print_stacktrace=1";
+    let leaks = format!(
+        "suppressions={}:print_suppressions=0",
+        root.join(NEVER_FREED).display()
+    );
     // All is reported, and read when the tests are through.
     let reports = root.join(REPORTS).join("of");
     let thread = format!(
@@ -206,6 +213,7 @@ fn environment(
             format!("-C target-cpu=native {LINK} -C link-arg={sanitizers}").into(),
         ),
         ("ASAN_OPTIONS", address.into()),
+        ("LSAN_OPTIONS", leaks.into()),
         ("UBSAN_OPTIONS", undefined.into()),
         ("TSAN_OPTIONS", thread.into()),
     ]
@@ -314,6 +322,13 @@ mod tests {
             assert!(get("RUSTFLAGS").ends_with(&link));
             for name in ["ASAN_OPTIONS", "UBSAN_OPTIONS", "TSAN_OPTIONS"] {
                 assert!(!get(name).contains("suppressions"));
+            }
+            let leaks = get("LSAN_OPTIONS").split(':').next().unwrap();
+            let file = leaks.strip_prefix("suppressions=").unwrap();
+            let text = std::fs::read_to_string(file).unwrap();
+            let lines = text.lines().filter(|line| !line.starts_with('#'));
+            for line in lines {
+                assert!(line.starts_with("leak:ggml_backend_rpc_"), "{line}");
             }
             for name in ["ASAN_OPTIONS", "UBSAN_OPTIONS"] {
                 assert!(!get(name).contains("halt_on_error=0"));
