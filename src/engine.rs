@@ -80,6 +80,20 @@ pub struct Batch<'a> {
     pub lookup: Option<&'a Lookup>,
 }
 
+impl<'a> Batch<'a> {
+    /// Rows of sequence 0, of which nothing is asked.
+    pub const fn new(input: Input<'a>, pos: &'a [Pos]) -> Self {
+        Batch {
+            seq: 0,
+            input,
+            pos,
+            queries: &[],
+            logits: false,
+            lookup: None,
+        }
+    }
+}
+
 /// A batch that goes through the model together with others, and where what comes of it goes: as
 /// in [`Engine::decode`].
 #[derive(Debug)]

@@ -343,12 +343,8 @@ impl Opened {
     pub fn warm_up(&mut self) -> Result<()> {
         let engine = &mut self.session.engine;
         let batch = Batch {
-            seq: 0,
-            input: Input::Tokens(&[0]),
-            pos: &[0],
-            queries: &[],
             logits: true,
-            lookup: None,
+            ..Batch::new(Input::Tokens(&[0]), &[0])
         };
         engine.decode(batch, &mut Vec::new(), &mut Observation::default())?;
         engine.logits()?;

@@ -82,12 +82,8 @@ mod tests {
     fn what_cannot_be_told_apart_goes_by_itself() {
         let tokens = [1, 2, 3];
         let plain = Batch {
-            seq: 0,
-            input: Input::Tokens(&tokens),
-            pos: &[0, 1, 2],
-            queries: &[],
             logits: true,
-            lookup: None,
+            ..Batch::new(Input::Tokens(&tokens), &[0, 1, 2])
         };
         let asks = Batch {
             queries: &[2],

@@ -656,14 +656,8 @@ mod tests {
         let mut engine = Scripted::new(n, 7).patched();
         let pos: Vec<Pos> = (0..).take(n).collect();
         for pos in pos.chunks(7) {
-            let batch = Batch {
-                seq: 0,
-                input: Input::Tokens(&vec![1; pos.len()]),
-                pos,
-                queries: &[],
-                logits: false,
-                lookup: None,
-            };
+            let tokens = vec![1; pos.len()];
+            let batch = Batch::new(Input::Tokens(&tokens), pos);
             engine
                 .decode(batch, &mut Vec::new(), &mut Observation::default())
                 .unwrap();

@@ -31,12 +31,8 @@ impl LlamaEngine {
             }
             let from = first.saturating_sub(start);
             let batch = Batch {
-                seq: 0,
-                input: Input::Tokens(part),
-                pos: &pos,
-                queries: &[],
                 logits: from < part.len(),
-                lookup: None,
+                ..Batch::new(Input::Tokens(part), &pos)
             };
             self.rows.logits_from = Some(from);
             let done = self.decode(batch, &mut cells, &mut seen);

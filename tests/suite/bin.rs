@@ -1,7 +1,8 @@
 //! Runs the built program.
 
 use std::ffi::OsStr;
-use std::process::Output;
+use std::io::Read;
+use std::process::{Child, Output};
 
 use assert_cmd::Command;
 
@@ -16,6 +17,14 @@ pub fn hae() -> Command {
         .env("GOMP_SPINCOUNT", "0")
         .env_remove("OMP_WAIT_POLICY");
     command
+}
+
+/// Waits until a program that was started with its stdout taken has begun to answer, and gives what it said.
+pub fn first_bytes(child: &mut Child) -> [u8; 4] {
+    let mut bytes = [0; 4];
+    let stdout = child.stdout.as_mut().unwrap();
+    stdout.read_exact(&mut bytes).unwrap();
+    bytes
 }
 
 /// Runs it with arguments that have to fail as misuse or bad input: exit code 2, nothing on

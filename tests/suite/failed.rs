@@ -132,12 +132,8 @@ fn a_stopped_batch_leaves_the_cells_as_they_were() {
 fn feed(engine: &mut LlamaEngine, input: Input<'_>, pos: Pos) -> hae::Result<()> {
     let places: Vec<Pos> = (pos..).take(input.len()).collect();
     let batch = Batch {
-        seq: 0,
-        input,
-        pos: &places,
-        queries: &[],
         logits: true,
-        lookup: None,
+        ..Batch::new(input, &places)
     };
     engine.decode(batch, &mut Vec::new(), &mut Observation::default())
 }

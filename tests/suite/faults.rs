@@ -2,10 +2,9 @@
 //! there before.
 #![cfg(target_os = "linux")]
 
-use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use hae::Error;
@@ -16,7 +15,7 @@ use hae::policy::{Amount, Limits, PolicyOptions, create};
 use hae::saved::Saved;
 use tempfile::TempDir;
 
-use crate::bin::{answer, hae, refusal};
+use crate::bin::{answer, first_bytes, hae, refusal};
 use crate::files::names;
 use crate::model::{PICTURE, STORY, TEXT, VISION, repository};
 use crate::random::{assert_in_step, prompt};
@@ -40,11 +39,6 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
         assert!(start.elapsed() < Duration::from_secs(300), "{what}");
         std::thread::sleep(Duration::from_millis(5));
     }
-}
-
-fn first_bytes(child: &mut Child) {
-    let stdout = child.stdout.as_mut().unwrap();
-    stdout.read_exact(&mut [0; 4]).unwrap();
 }
 
 /// What a mapped page gives that its file does not have any more is SIGBUS, at any load. The session

@@ -45,12 +45,8 @@ fn feed(
                 }
             };
             let batch = Batch {
-                seq: 0,
-                input,
-                pos,
-                queries: &[],
                 logits: true,
-                lookup: None,
+                ..Batch::new(input, pos)
             };
             engine.decode(batch, &mut cells, &mut seen).unwrap();
             assert_eq!(cells.len(), rows.len());
@@ -61,13 +57,10 @@ fn feed(
 }
 
 pub fn step(engine: &mut LlamaEngine, token: i32, pos: Pos) -> hae::Result<()> {
+    let (tokens, places) = ([token], [pos]);
     let batch = Batch {
-        seq: 0,
-        input: Input::Tokens(&[token]),
-        pos: &[pos],
-        queries: &[],
         logits: true,
-        lookup: None,
+        ..Batch::new(Input::Tokens(&tokens), &places)
     };
     engine.decode(batch, &mut Vec::new(), &mut Observation::default())
 }
@@ -167,14 +160,7 @@ fn taken_decreasing_and_negative_positions_are_refused() {
     });
     let mut refuse = |pos: &[Pos]| {
         let tokens = vec![7; pos.len()];
-        let batch = Batch {
-            seq: 0,
-            input: Input::Tokens(&tokens),
-            pos,
-            queries: &[],
-            logits: false,
-            lookup: None,
-        };
+        let batch = Batch::new(Input::Tokens(&tokens), pos);
         let error = engine
             .decode(batch, &mut Vec::new(), &mut Observation::default())
             .unwrap_err();
@@ -205,14 +191,7 @@ fn a_sliding_window_wants_positions_in_a_row() {
     let mut engine = engine(&model, exact(512));
     let decode = |engine: &mut LlamaEngine, pos: &[Pos]| {
         let tokens = vec![7; pos.len()];
-        let batch = Batch {
-            seq: 0,
-            input: Input::Tokens(&tokens),
-            pos,
-            queries: &[],
-            logits: false,
-            lookup: None,
-        };
+        let batch = Batch::new(Input::Tokens(&tokens), pos);
         engine.decode(batch, &mut Vec::new(), &mut Observation::default())
     };
     decode(&mut engine, &[0, 1, 2]).unwrap();

@@ -107,12 +107,8 @@ impl Pair {
         let pos = self.model.newest().map_or(0, |pos| pos + 1);
         let places: Vec<Pos> = (pos..).take(tokens.len()).collect();
         let batch = Batch {
-            seq: 0,
-            input: Input::Tokens(tokens),
-            pos: &places,
-            queries: &[],
             logits: true,
-            lookup: None,
+            ..Batch::new(Input::Tokens(tokens), &places)
         };
         let (mut cells, mut seen) = (Vec::new(), Observation::default());
         let positions: Vec<Pos> = (pos..).take(tokens.len()).collect();

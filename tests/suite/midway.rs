@@ -54,14 +54,7 @@ fn go_on(
             let end = (start + most.min(rows)).min(rows);
             let from = at.len() as Pos;
             let pos: Vec<Pos> = (from..).take(end - start).collect();
-            let batch = Batch {
-                seq: 0,
-                input: segment.rows(start, end, None),
-                pos: &pos,
-                queries: &[],
-                logits: false,
-                lookup: None,
-            };
+            let batch = Batch::new(segment.rows(start, end, None), &pos);
             trial.decode(batch, &mut cells, &mut seen).unwrap();
             at.extend(&cells);
         }
@@ -79,12 +72,8 @@ fn go_on(
     for pos in batches.flat_map(|batch| batch.chunks(most.min(n))) {
         let from: Vec<Cell> = pos.iter().map(|&pos| at[pos as usize]).collect();
         let batch = Batch {
-            seq: 0,
-            input: Input::Trial(&from),
-            pos,
-            queries: &[],
             logits: true,
-            lookup: None,
+            ..Batch::new(Input::Trial(&from), pos)
         };
         engine.decode(batch, &mut cells, &mut seen).unwrap();
     }
@@ -213,14 +202,7 @@ fn going_on_into_scattered_cells_changes_nothing() {
             if scattered {
                 // Behind the prompt, so that nothing of it sees them.
                 let after: Vec<Pos> = (n as Pos..).skip(1).take(60).collect();
-                let batch = Batch {
-                    seq: 0,
-                    input: Input::Tokens(&[13; 60]),
-                    pos: &after,
-                    queries: &[],
-                    logits: false,
-                    lookup: None,
-                };
+                let batch = Batch::new(Input::Tokens(&[13; 60]), &after);
                 let (mut cells, mut seen) = (Vec::new(), Observation::default());
                 engine.decode(batch, &mut cells, &mut seen).unwrap();
                 let gone = after.chunks(3).map(|three| three[0]..three[0] + 2);
@@ -262,12 +244,8 @@ fn rows_that_no_trial_run_has_are_refused() {
     let refused = |engine: &mut LlamaEngine, cells: &[Cell]| {
         let pos: Vec<Pos> = (0..cells.len() as Pos).collect();
         let batch = Batch {
-            seq: 0,
-            input: Input::Trial(cells),
-            pos: &pos,
-            queries: &[],
             logits: true,
-            lookup: None,
+            ..Batch::new(Input::Trial(cells), &pos)
         };
         let error = engine
             .decode(batch, &mut Vec::new(), &mut Observation::default())
@@ -277,14 +255,7 @@ fn rows_that_no_trial_run_has_are_refused() {
     refused(&mut engine, &[0]);
     for goes_on in [false, true] {
         let trial = engine.trials().unwrap().begin(8, goes_on).unwrap();
-        let batch = Batch {
-            seq: 0,
-            input: Input::Tokens(&[1, 20, 37]),
-            pos: &[0, 1, 2],
-            queries: &[],
-            logits: false,
-            lookup: None,
-        };
+        let batch = Batch::new(Input::Tokens(&[1, 20, 37]), &[0, 1, 2]);
         trial
             .decode(batch, &mut Vec::new(), &mut Observation::default())
             .unwrap();

@@ -199,12 +199,9 @@ pub fn prefill(
         let queries: Vec<u32> = rows.filter(|&r| observe(pos + r as Pos)).collect();
         let places: Vec<Pos> = (pos..).take(input.len()).collect();
         let batch = Batch {
-            seq: 0,
-            input,
-            pos: &places,
             queries: &queries,
             logits: i + 1 == segments.len(),
-            lookup: None,
+            ..Batch::new(input, &places)
         };
         engine.decode(batch, &mut cells, &mut all).unwrap();
         if !queries.is_empty() {

@@ -119,12 +119,8 @@ fn nothing_is_computed_with_what_was_measured() {
     let model = model("small-phi3v-Q8_0.gguf", true);
     let engine = LlamaEngine::new(&model, context(CacheType::F16), &SamplerOptions::GREEDY);
     let batch = Batch {
-        seq: 0,
-        input: Input::Tokens(&[1]),
-        pos: &[0],
-        queries: &[],
         logits: true,
-        lookup: None,
+        ..Batch::new(Input::Tokens(&[1]), &[0])
     };
     let decoded = engine
         .unwrap()

@@ -171,12 +171,8 @@ fn in_full(
     for tokens in batches {
         let places: Vec<_> = (pos..).take(tokens.len()).collect();
         let batch = Batch {
-            seq: 0,
-            input: Input::Tokens(tokens),
-            pos: &places,
-            queries: &[],
             logits: true,
-            lookup: None,
+            ..Batch::new(Input::Tokens(tokens), &places)
         };
         whole
             .decode(batch, &mut Vec::new(), &mut Observation::default())

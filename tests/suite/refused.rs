@@ -25,12 +25,9 @@ fn decode(
     queries: &[u32],
 ) -> hae::Result<Observation> {
     let batch = Batch {
-        seq: 0,
-        input,
-        pos,
         queries,
         logits: true,
-        lookup: None,
+        ..Batch::new(input, pos)
     };
     let mut seen = Observation::default();
     engine.decode(batch, &mut Vec::new(), &mut seen)?;

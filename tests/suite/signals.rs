@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::bin::hae;
+use crate::bin::{first_bytes, hae};
 use crate::model::{STORY, TEXT, repository};
 
 const BOTH: [(&str, i32); 2] = [("TERM", 143), ("HUP", 129)];
@@ -30,17 +30,6 @@ fn signal(child: &Child, name: &str) {
     let pid = child.id().to_string();
     let status = Command::new("kill").args(["-s", name, &pid]).status();
     assert!(status.unwrap().success());
-}
-
-/// Waits until an answer has begun.
-fn first_bytes(child: &mut Child) {
-    let mut bytes = [0; 4];
-    child
-        .stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut bytes)
-        .unwrap();
 }
 
 /// Waits for a chat's first prompt: its help ends with `/quit`.
