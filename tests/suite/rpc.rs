@@ -200,7 +200,6 @@ fn what_holds_of_the_cache_holds_on_workers() {
     on_workers(
         &workers,
         &[
-            "kv_memory::a_cache_that_cannot_grow_stays_as_it_is",
             "kv_positions::rows_do_not_know_how_v_is_stored",
             "kv_streams::two_sequences_apart",
             "lookup::lookups_equal_numpy",
@@ -211,6 +210,13 @@ fn what_holds_of_the_cache_holds_on_workers() {
             "taps::taps_leave_every_bit_of_the_logits",
         ],
     );
+}
+
+#[test]
+fn a_cache_that_cannot_grow_stays_as_it_is_on_workers() {
+    let workers = Worker::two();
+    let test = "kv_memory::a_cache_that_cannot_grow_stays_as_it_is";
+    on_workers(&workers, &[test]);
 }
 
 /// One token behind others; the logits.

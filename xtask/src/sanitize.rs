@@ -51,11 +51,12 @@ const THREADED: [&str; 6] = [
 
 /// Left out of `--all`: they limit or measure the memory of a process, of which the sanitizer's
 /// shadow takes terabytes.
-const MEMORY: [&str; 5] = [
+const MEMORY: [&str; 6] = [
     "kv_memory::",
     "no_memory::",
     "wide::",
     "plan::the_program_plans_and_fits",
+    "rpc::a_cache_that_cannot_grow",
     "allocations::",
 ];
 
