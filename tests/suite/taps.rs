@@ -137,7 +137,7 @@ fn every_cache_type_agrees_with_the_callback() {
             prefill(&mut ours, &segments, &mut seen, behind);
             assert!(expected.queries.len() > 4);
             let error = difference(&seen, &expected);
-            let tolerance = precision::attention_beside(kinds.0, tolerance);
+            let tolerance = precision::attention(tolerance);
             assert!(error < tolerance, "{kinds:?} {flash:?} {layers:?}: {error}");
             // Across the border of 256 cells in view, where the graph changes.
             let n_kv = seen.sum.len();
@@ -221,7 +221,7 @@ fn many_rows_over_grouped_heads_agree_with_the_callback() {
                     let error = difference(&seen, &expected);
                     // A flash attention of F16 values lies below layer 1.
                     let tolerance = if layers.len() == 1 { 1e-4 } else { 5e-3 };
-                    let tolerance = precision::attention_beside(kinds.0, tolerance);
+                    let tolerance = precision::attention(tolerance);
                     assert!(
                         error < tolerance,
                         "{width} {kinds:?} {layers:?} {stride} {flash:?}: {error}"
