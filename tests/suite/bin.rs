@@ -50,6 +50,11 @@ pub fn answer<A: AsRef<OsStr>>(args: &[A]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Whether the program computes on a GPU: it may have other devices than this process.
+pub fn on_gpu() -> bool {
+    !answer(&["run", "--list-devices"]).contains("(none)")
+}
+
 #[test]
 fn the_program_starts() {
     hae().arg("--help").assert().success();

@@ -155,8 +155,7 @@ pub fn backend() -> &'static LlamaBackend {
 }
 
 pub fn load(path: &Path) -> LlamaModel {
-    let params = LlamaModelParams::default().with_n_gpu_layers(0);
-    LlamaModel::load_from_file(backend(), path, &params).unwrap()
+    LlamaModel::load_from_file(backend(), path, &LlamaModelParams::default()).unwrap()
 }
 
 /// Decodes tokens of sequence 0 at these positions: llama.cpp's status. `logits`: of the last one.

@@ -1,11 +1,13 @@
 //! A part of the layers on a GPU (`-ngl`), each with its K and V beside it: chats under every policy say what they say
-//! with all layers on one side, and attention is read on both. Without a GPU there is one side, and nothing is run.
+//! with all layers on one side, and attention is read on both. The same of several GPUs, which share layers or rows.
+//! Without a GPU there is one side, without a second one nothing to share, and nothing is run.
 
 use hae::chat::{Begin, Chat, ChatOptions};
 use hae::engine::Observation;
 use hae::image::{self, Picture};
 use hae::llama::{
-    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, VisionOptions,
+    CacheType, ContextOptions, FlashAttention, LlamaEngine, Model, ModelOptions, Placement,
+    SplitMode, VisionOptions,
 };
 use hae::policy::{self, Amount, DapMode, PolicyOptions, PolicySpec};
 use hae::turn::Turn;
@@ -64,19 +66,23 @@ fn contexts() -> Vec<ContextOptions> {
 }
 
 /// Two questions about a picture, of which the second calls back what the first had pruned, and how much left.
-fn chat(n_gpu_layers: u32, context: &ContextOptions, policy: &PolicySpec) -> ([String; 2], usize) {
-    let model = load(n_gpu_layers);
+fn chat(
+    model: &Model,
+    use_gpu: bool,
+    context: &ContextOptions,
+    policy: &PolicySpec,
+) -> ([String; 2], usize) {
     let options = VisionOptions {
-        use_gpu: n_gpu_layers > 0,
+        use_gpu,
         n_threads: 1,
     };
-    let vision = hae::llama::Vision::load(&repository(VISION), &model, &options).unwrap();
+    let vision = hae::llama::Vision::load(&repository(VISION), model, &options).unwrap();
     let options = ChatOptions {
         context: context.clone(),
         policy: policy.clone(),
         ..ChatOptions::default()
     };
-    let mut chat = Chat::begin(&model, Some(vision), &options, Begin::default()).unwrap();
+    let mut chat = Chat::begin(model, Some(vision), &options, Begin::default()).unwrap();
     let picture = image::load(&repository(PICTURE), &image::Limits::default()).unwrap();
     let mut evicted = 0;
     let mut ask = |text, pictures: &[Picture]| {
@@ -144,9 +150,9 @@ fn every_policy_answers_with_any_share_of_the_layers() {
             "{} {:?} {:?}",
             policy.name, policy.options.dap_mode, context.type_k
         );
-        let (said, _) = chat(0, context, policy);
+        let (said, _) = chat(&load(0), false, context, policy);
         for n in shares {
-            let (answers, evicted) = chat(n, context, policy);
+            let (answers, evicted) = chat(&load(n), true, context, policy);
             assert_eq!(answers, said, "{name}: {n} layers on the GPU");
             n_evicted += evicted;
         }
@@ -154,46 +160,140 @@ fn every_policy_answers_with_any_share_of_the_layers() {
     assert!(n_evicted > 1000, "{n_evicted}");
 }
 
-/// Of layers on both sides, in one sum and by layer.
+/// What a prompt with a picture leaves, and the attention of every third row.
+fn observe(model: &Model, context: ContextOptions) -> (LlamaEngine, Observation) {
+    let mut vision = load_vision(&repository(VISION), model);
+    let golden = goldens_of("small-phi3v").into_iter().next().unwrap();
+    let segments = golden.segments(model, &mut vision);
+    let mut engine = engine(model, context);
+    let mut seen = Observation::default();
+    prefill(&mut engine, &segments, &mut seen, |pos| pos % 3 == 0);
+    (engine, seen)
+}
+
+/// How far the attention of two ways is apart for a query, at most; the queries are the same ones.
+fn apart(one: &Observation, other: &Observation) -> f32 {
+    assert_eq!(one.queries, other.queries);
+    let n_queries = one.queries.len() as f32;
+    assert!(n_queries > 3.0);
+    let max = max_abs_diff(&one.max, &other.max);
+    let sum = max_abs_diff(&one.sum, &other.sum) / n_queries;
+    let layers = max_abs_diff(&one.layers, &other.layers) / n_queries;
+    max.max(sum).max(layers)
+}
+
+/// The contexts, with attention read in every layer, in one sum and by layer.
+fn observed(n_layer: u32) -> impl Iterator<Item = ContextOptions> {
+    contexts().into_iter().map(move |context| ContextOptions {
+        score_layers: (0..n_layer).collect(),
+        scores_by_layer: true,
+        ..context
+    })
+}
+
 #[test]
 fn attention_is_read_on_both_sides() {
     if !precision::on_gpu() {
         return;
     }
     let n_layer = n_layer();
-    for context in contexts() {
-        let context = ContextOptions {
-            score_layers: (0..n_layer).collect(),
-            scores_by_layer: true,
-            ..context
-        };
+    for context in observed(n_layer) {
         let read = |n_gpu_layers| {
-            let model = load(n_gpu_layers);
-            let mut vision = load_vision(&repository(VISION), &model);
-            let golden = goldens_of("small-phi3v").into_iter().next().unwrap();
-            let segments = golden.segments(&model, &mut vision);
-            let mut engine = engine(&model, context.clone());
+            let (engine, seen) = observe(&load(n_gpu_layers), context.clone());
             assert_lies_beside(&engine, n_gpu_layers);
-            let mut seen = Observation::default();
-            prefill(&mut engine, &segments, &mut seen, |pos| pos % 3 == 0);
             seen
         };
         let [cpu, gpu @ ..] = shares(n_layer).map(|n| (n, read(n)));
         let (_, cpu) = cpu;
-        let n_queries = cpu.queries.len() as f32;
-        assert!(n_queries > 3.0);
         for (n, seen) in gpu {
-            assert_eq!(seen.queries, cpu.queries);
-            let bound = precision::attention(1e-3);
-            let max = max_abs_diff(&seen.max, &cpu.max);
-            let sum = max_abs_diff(&seen.sum, &cpu.sum) / n_queries;
-            let layers = max_abs_diff(&seen.layers, &cpu.layers) / n_queries;
-            println!("{n}: {max} {sum} {layers}");
-            assert!(
-                max < bound && sum < bound && layers < bound,
-                "{n}: {max} {sum} {layers}"
-            );
+            let error = apart(&seen, &cpu);
+            println!("{n}: {error}");
+            assert!(error < precision::attention(1e-3), "{n}: {error}");
             assert!(seen.layers.len() == seen.sum.len() * n_layer as usize);
+        }
+    }
+}
+
+fn placed(placement: Placement) -> Model {
+    let options = ModelOptions {
+        placement,
+        ..ModelOptions::default()
+    };
+    Model::load(&repository(TEXT), &options).unwrap()
+}
+
+/// A single GPU of this machine, and the ways in which two share a model: layers by halves, unevenly and in another
+/// order, the second alone, and rows, where the backend cuts weights into rows. `None` where there are not two.
+fn shared() -> Option<(Placement, Vec<Placement>)> {
+    let devices = hae::llama::devices().unwrap();
+    let mut gpus = devices.iter().filter(|d| d.is_gpu && !d.is_remote);
+    let [first, second] = [gpus.next()?, gpus.next()?].map(|gpu| gpu.name.clone());
+    let of = |names: &[&String], split_mode, main_gpu, tensor_split: &[f32]| Placement {
+        devices: Some(names.iter().map(|&name| name.clone()).collect()),
+        split_mode,
+        main_gpu,
+        tensor_split: tensor_split.to_vec(),
+        ..Placement::default()
+    };
+    let [both, turned] = [[&first, &second], [&second, &first]];
+    let mut ways = vec![
+        of(&both, SplitMode::Layer, 0, &[1.0, 1.0]),
+        of(&both, SplitMode::Layer, 0, &[3.0, 1.0]),
+        of(&turned, SplitMode::Layer, 0, &[1.0, 2.0]),
+        of(&both, SplitMode::None, 1, &[]),
+    ];
+    let rows = [
+        of(&both, SplitMode::Row, 0, &[1.0, 1.0]),
+        of(&both, SplitMode::Row, 1, &[1.0, 3.0]),
+    ];
+    ways.extend(rows.into_iter().filter(|rows| rows.check().is_ok()));
+    Some((of(&[&first], SplitMode::Layer, 0, &[]), ways))
+}
+
+/// How many devices hold some of the cache.
+fn n_holding(engine: &LlamaEngine) -> usize {
+    let footprint = engine.footprint();
+    let of_devices = footprint.iter().filter(|f| f.device.is_some());
+    of_devices.filter(|f| f.kv > 0).count()
+}
+
+#[test]
+fn several_gpus_answer_as_one() {
+    let Some((one, ways)) = shared() else {
+        return;
+    };
+    let one = placed(one);
+    let models: Vec<Model> = ways.iter().cloned().map(placed).collect();
+    let contexts = contexts();
+    let mut n_evicted = 0;
+    for (policy, context) in policies().iter().zip(contexts.iter().cycle()) {
+        let (said, _) = chat(&one, true, context, policy);
+        for (way, model) in ways.iter().zip(&models) {
+            let (answers, evicted) = chat(model, true, context, policy);
+            assert_eq!(answers, said, "{}: {way:?}", policy.name);
+            n_evicted += evicted;
+        }
+    }
+    assert!(n_evicted > 1000, "{n_evicted}");
+}
+
+#[test]
+fn attention_is_read_on_several_gpus() {
+    let Some((one, ways)) = shared() else {
+        return;
+    };
+    let one = placed(one);
+    let models: Vec<Model> = ways.iter().cloned().map(placed).collect();
+    for context in observed(one.n_layer()) {
+        let (engine, expected) = observe(&one, context.clone());
+        assert_eq!(n_holding(&engine), 1);
+        for (way, model) in ways.iter().zip(&models) {
+            let (engine, seen) = observe(model, context.clone());
+            let halved = way.split_mode != SplitMode::None;
+            assert_eq!(n_holding(&engine), 1 + usize::from(halved), "{way:?}");
+            let error = apart(&seen, &expected);
+            println!("{way:?}: {error}");
+            assert!(error < precision::attention(1e-3), "{way:?}: {error}");
         }
     }
 }

@@ -275,7 +275,7 @@ fn a_story_under_the_defaults() {
     assert_eq!(report["context"]["type_k"], "q8_0");
     // On a GPU attention to everything is as fast.
     let share = &report["context"]["attend"]["vision"]["share"];
-    match precision::on_gpu() {
+    match bin::on_gpu() {
         true => assert!(share.is_null(), "{share}"),
         false => assert_eq!(share, 0.15),
     }

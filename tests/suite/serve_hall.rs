@@ -19,6 +19,7 @@ use crate::model::{
     Golden, PICTURE, TEXT, VISION, exact, goldens_of, load, load_vision, quiet, repository,
 };
 use crate::others::{gemma3, mamba, qwen2vl};
+use crate::precision;
 
 const WAIT: Duration = Duration::from_secs(600);
 
@@ -451,7 +452,11 @@ fn a_hall_of_one_slot_looks_up() {
     };
     let vision = || load_vision(&repository(VISION), &model());
     let hall = open(options, model(), Some(vision())).unwrap();
-    assert!(hall.facts().attend.is_some());
+    assert_eq!(hall.facts().attend.is_none(), precision::on_gpu());
+    if precision::on_gpu() {
+        // Attention to everything is as fast there.
+        return;
+    }
     let watch = Ask {
         watch: true,
         attend: hall.facts().attend,

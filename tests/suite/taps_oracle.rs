@@ -1,6 +1,9 @@
 //! Tapped scores against a plain softmax over what the attention node of the same graph got: its
 //! queries, its keys as they lie in the cache, its mask. So nothing that came before can differ,
 //! whatever the cache's types are, in the deepest layer as in the first.
+//!
+//! The processor rounds a query as it multiplies it: to F16 beside F16 keys, in blocks of eight-bit integers beside
+//! quantized ones. A GPU does so or not, kernel by kernel, so its scores have to be near one of the two.
 
 use std::ffi::c_void;
 
@@ -18,12 +21,31 @@ use crate::model::{TEXT, repository};
 use crate::precision;
 use crate::random_llama::{Shape, bloom, llama};
 
-/// What the callback gathers: for each layer the mean over heads of each wanted row's weights.
+/// Whether a query is rounded as the processor does it, or not at all.
+#[derive(Clone, Copy)]
+enum Query {
+    Rounded,
+    Exact,
+}
+
+/// What a device may do.
+fn ways() -> &'static [Query] {
+    match precision::on_gpu() {
+        true => &[Query::Rounded, Query::Exact],
+        false => &[Query::Rounded],
+    }
+}
+
+/// The mean over heads of each wanted row's weights.
+type Rows = Vec<Vec<f64>>;
+
+/// What the callback gathers.
 #[derive(Default)]
 struct Seen {
     /// Rows of the micro-batch that comes; none: nothing is gathered.
     rows: Vec<usize>,
-    layers: Vec<Vec<Vec<f64>>>,
+    /// For each layer, for each of [`ways`].
+    layers: Vec<Vec<Rows>>,
 }
 
 /// `n` values of a row of the cache, or of any tensor.
@@ -104,7 +126,7 @@ unsafe fn bytes(t: *const sys::ggml_tensor) -> Vec<u8> {
 
 /// # Safety
 /// `t` is a computed node of flash attention.
-unsafe fn weights(t: &sys::ggml_tensor, rows: &[usize]) -> Vec<Vec<f64>> {
+unsafe fn weights(t: &sys::ggml_tensor, rows: &[usize], way: Query) -> Rows {
     // SAFETY: the sources of a live node are alive; everything is read at strides below their
     // shapes, as the node itself does.
     unsafe {
@@ -116,7 +138,6 @@ unsafe fn weights(t: &sys::ggml_tensor, rows: &[usize]) -> Vec<Vec<f64>> {
         let [width, _, n_head, _] = q.ne.map(|n| n as usize);
         let n_kv = k.ne[1] as usize;
         let group = n_head / k.ne[2] as usize;
-        let blocks = ![sys::GGML_TYPE_F32, sys::GGML_TYPE_F16].contains(&k.type_);
         let [all_q, all_k, all_mask] = [t.src[0], t.src[1], t.src[3]].map(|t| bytes(t));
         let at = |t: &sys::ggml_tensor, bytes: &[u8], row: usize, head: usize| {
             bytes.as_ptr().add(row * t.nb[1] + head * t.nb[2])
@@ -133,13 +154,12 @@ unsafe fn weights(t: &sys::ggml_tensor, rows: &[usize]) -> Vec<Vec<f64>> {
             let mut mean = vec![0.0; n_kv];
             for head in 0..n_head {
                 let mut query = values(q.type_, at(q, &all_q, row, head), width);
-                if blocks {
-                    query = quantized(&query);
-                }
-                if k.type_ == sys::GGML_TYPE_F16 {
-                    query
+                match (way, k.type_) {
+                    (Query::Exact, _) | (_, sys::GGML_TYPE_F32) => {}
+                    (Query::Rounded, sys::GGML_TYPE_F16) => query
                         .iter_mut()
-                        .for_each(|x| *x = f16::from_f32(*x).to_f32());
+                        .for_each(|x| *x = f16::from_f32(*x).to_f32()),
+                    (Query::Rounded, _) => query = quantized(&query),
                 }
                 let slope = slope(max_bias, head, n_head);
                 let score = |(key, mask): (&Vec<f32>, &f32)| {
@@ -169,7 +189,8 @@ unsafe extern "C" fn on_node(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_v
     }
     if !ask {
         // SAFETY: it was just computed; a panic would end the process.
-        seen.layers.push(unsafe { weights(t, &seen.rows) });
+        let of_way = |&way| unsafe { weights(t, &seen.rows, way) };
+        seen.layers.push(ways().iter().map(of_way).collect());
     }
     true
 }
@@ -218,7 +239,7 @@ fn decode(ctx: &mut LlamaContext<'_>, tokens: &[i32], start: i32) {
     ctx.decode(&mut batch).unwrap();
 }
 
-/// The largest error of a cell's sum and maximum, as a share of the largest of them.
+/// The largest error of a cell's sum and maximum, as a share of the largest of them; that of the way that is nearest.
 fn error(ctx: &mut LlamaContext<'_>, seen: &Seen, layers: &[i32]) -> f64 {
     let (mut sum, mut max) = (vec![0.0f32; 1024], vec![0.0f32; 1024]);
     // SAFETY: both arrays have room for as many values as is said.
@@ -226,11 +247,21 @@ fn error(ctx: &mut LlamaContext<'_>, seen: &Seen, layers: &[i32]) -> f64 {
         sys::llama_hae_taps_read(ctx.as_mut_ptr(), sum.as_mut_ptr(), max.as_mut_ptr(), 1024)
     };
     assert!(n > 0, "{n}");
-    let n = n as usize;
+    let theirs = [&sum[..n as usize], &max[..n as usize]];
+    let of_way = |way| way_error(theirs, seen, layers, way);
+    let errors: Vec<f64> = (0..ways().len()).map(of_way).collect();
+    println!("{} rows: {errors:?}", seen.rows.len());
+    errors.into_iter().fold(f64::MAX, f64::min)
+}
+
+fn way_error(theirs: [&[f32]; 2], seen: &Seen, layers: &[i32], way: usize) -> f64 {
+    let n = theirs[0].len();
     let (mut worst, mut largest) = (0.0f64, [0.0f64; 2]);
     for cell in 0..n {
         let of_row = |row: usize| {
-            let layers = layers.iter().map(|&il| seen.layers[il as usize][row][cell]);
+            let layers = layers
+                .iter()
+                .map(|&il| seen.layers[il as usize][way][row][cell]);
             layers.sum::<f64>()
         };
         let rows: Vec<f64> = (0..seen.rows.len())
@@ -240,8 +271,8 @@ fn error(ctx: &mut LlamaContext<'_>, seen: &Seen, layers: &[i32]) -> f64 {
             rows.iter().sum::<f64>(),
             rows.iter().copied().fold(0.0, f64::max),
         ];
-        for (i, theirs) in [sum[cell], max[cell]].into_iter().enumerate() {
-            worst = worst.max((ours[i] - f64::from(theirs)).abs());
+        for (i, theirs) in theirs.into_iter().enumerate() {
+            worst = worst.max((ours[i] - f64::from(theirs[cell])).abs());
             largest[i] = largest[i].max(ours[i]);
         }
     }
@@ -281,10 +312,7 @@ fn check(model: &LlamaModel, kinds: (CacheType, CacheType), layers: &[i32]) -> f
 
 #[test]
 fn scores_of_deep_layers_with_quantized_keys_and_values() {
-    if precision::on_gpu() {
-        println!("reads the cache where it lies, which is no host memory here");
-        return;
-    }
+    let bound = f64::from(precision::attention(1e-5));
     use CacheType::{F16, Q4_0, Q8_0};
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("grouped.gguf");
@@ -302,7 +330,7 @@ fn scores_of_deep_layers_with_quantized_keys_and_values() {
             for layers in [&[3][..], &[1, 2], &[0, 1, 2, 3]] {
                 let error = check(&model, kinds, layers);
                 println!("width {width}, {kinds:?}, layers {layers:?}: {error:.1e}");
-                assert!(error < 1e-5, "{width} {kinds:?} {layers:?}: {error}");
+                assert!(error < bound, "{width} {kinds:?} {layers:?}: {error}");
             }
         }
     }
@@ -310,7 +338,7 @@ fn scores_of_deep_layers_with_quantized_keys_and_values() {
     for kinds in [(Q8_0, Q8_0), (Q4_0, Q4_0)] {
         let error = check(&small, kinds, &[2, 5]);
         println!("small model, {kinds:?}: {error:.1e}");
-        assert!(error < 1e-5, "{kinds:?}: {error}");
+        assert!(error < bound, "{kinds:?}: {error}");
     }
 }
 
