@@ -1,9 +1,10 @@
 //! Early pruning and recall on the real model.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
 
-use hae::cache::Pos;
-use hae::controller::Controller;
+use hae::cache::{Modality, Pos};
+use hae::controller::{Controller, Event, Recorder};
 use hae::engine::Engine;
 use hae::generate::{Segment, Session};
 use hae::llama::{ContextOptions, LlamaEngine, Model};
@@ -71,6 +72,39 @@ fn prompts(model: &Model) -> Vec<Vec<Segment>> {
     vec![one.clone(), most.clone(), longest.clone()]
 }
 
+/// Takes down by which scores a trial run judged the pictures' tokens.
+#[derive(Clone, Default)]
+struct Judged(Arc<Mutex<BTreeMap<Pos, f32>>>);
+
+impl Recorder for Judged {
+    fn record(&mut self, event: Event<'_>) {
+        if let Event::Judged { trial, .. } = event {
+            let visual = trial.entries().filter(|e| e.modality == Modality::Vision);
+            *self.0.lock().unwrap() = visual.map(|e| (e.pos, e.sum / e.seen)).collect();
+        }
+    }
+
+    fn finish(&mut self) -> hae::Result<()> {
+        Ok(())
+    }
+}
+
+/// A trial run has other batches than the whole prefill. Vulkan's products of a few rows round nothing, those of many
+/// round to F16, so two scores that are nearly the same may change places there, and no others.
+fn assert_same(whole: &BTreeSet<Pos>, trial: &BTreeSet<Pos>, scores: &BTreeMap<Pos, f32>) {
+    if !precision::on_gpu() {
+        assert_eq!(whole, trial);
+        return;
+    }
+    let gone = scores.iter().filter(|(pos, _)| !trial.contains(pos));
+    let cut = gone.map(|(_, &score)| score).fold(0.0, f32::max);
+    for pos in whole.symmetric_difference(trial) {
+        let off = (scores[pos] - cut).abs() / cut;
+        println!("{pos}: {off} from the cut");
+        assert!(off < precision::attention(0.0), "{pos}: {off}");
+    }
+}
+
 #[test]
 fn a_trial_run_keeps_what_the_whole_prefill_keeps() {
     let model = load(converted("f32").0);
@@ -93,8 +127,10 @@ fn a_trial_run_keeps_what_the_whole_prefill_keeps() {
     for prompt in prompts(&model) {
         let rows: usize = prompt.iter().map(Segment::len).sum();
         for (layers, queries, rule) in &settings {
+            let judged = Judged::default();
             let run = |mode| {
                 let mut session = session(&model, &dap(mode, layers, *queries, *rule));
+                session.controller.record(Box::new(judged.clone()));
                 assert!(session.prefill(&prompt, &|| false).unwrap());
                 session
             };
@@ -103,7 +139,10 @@ fn a_trial_run_keeps_what_the_whole_prefill_keeps() {
             assert_eq!(peak(&exact), rows);
             for mode in [DapMode::Early, DapMode::Midway] {
                 let early = run(mode);
-                assert_eq!(held(&exact), held(&early), "{mode:?}, layers {layers:?}");
+                println!("{mode:?}, layers {layers:?}");
+                let scores = std::mem::take(&mut *judged.0.lock().unwrap());
+                assert!(scores.len() > 100, "{}", scores.len());
+                assert_same(&held(&exact), &held(&early), &scores);
                 assert!(held(&early).len() < rows);
                 assert_eq!(
                     peak(&early),

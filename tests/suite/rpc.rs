@@ -2,6 +2,7 @@
 //! one process, what holds of the cache holds of one that lies there, and a worker that is none, or goes, is one line.
 
 mod refused;
+mod sizes;
 mod wire;
 
 use std::collections::BTreeMap;
@@ -20,7 +21,7 @@ use hae::llama::{CacheType, ContextOptions, FlashAttention, LlamaEngine};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::bin::{answer, hae};
+use crate::bin::{self, answer, hae};
 use crate::model::{
     PICTURE, STORY, TEXT, WHERE, WHERE_ANSWER, converted, engine, exact, feed, feed_and_read, load,
     repository,
@@ -216,6 +217,10 @@ fn what_holds_of_the_cache_holds_on_workers() {
 
 #[test]
 fn a_cache_that_cannot_grow_stays_as_it_is_on_workers() {
+    // What a worker has of a GPU is not its process' own memory, which the test limits.
+    if bin::on_gpu() {
+        return;
+    }
     let workers = Worker::two();
     let test = "kv_memory::a_cache_that_cannot_grow_stays_as_it_is";
     on_workers(&workers, &[test]);

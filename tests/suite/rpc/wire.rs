@@ -16,8 +16,8 @@ use super::{WORKERS, Worker, fill, on_workers, step};
 use crate::model::{TEXT, engine, exact, repository};
 
 /// A wire between a client and a worker that counts bytes, to the worker and from it, and may take long.
-struct Wire {
-    address: String,
+pub struct Wire {
+    pub address: String,
     seen: Arc<Seen>,
     /// Milliseconds of each way.
     delay: Arc<AtomicU64>,
@@ -42,7 +42,7 @@ impl Seen {
 }
 
 impl Wire {
-    fn to(worker: &str) -> Wire {
+    pub fn to(worker: &str) -> Wire {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (seen, delay) = (Arc::default(), Arc::default());
@@ -104,7 +104,8 @@ impl Wire {
         });
     }
 
-    fn take(&self) -> [u64; 2] {
+    /// Bytes since the last time, to the worker and from it.
+    pub fn take(&self) -> [u64; 2] {
         [0, 1].map(|i| self.seen.bytes[i].swap(0, Ordering::Relaxed))
     }
 }
