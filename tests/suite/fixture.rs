@@ -158,6 +158,12 @@ pub fn load(path: &Path) -> LlamaModel {
     LlamaModel::load_from_file(backend(), path, &LlamaModelParams::default()).unwrap()
 }
 
+/// Where there are GPUs as well.
+pub fn load_on_host(path: &Path) -> LlamaModel {
+    let params = LlamaModelParams::default().with_n_gpu_layers(0);
+    LlamaModel::load_from_file(backend(), path, &params).unwrap()
+}
+
 /// Decodes tokens of sequence 0 at these positions: llama.cpp's status. `logits`: of the last one.
 pub fn decode(ctx: &mut LlamaContext<'_>, tokens: &[i32], pos: &[i32], logits: bool) -> i32 {
     let (mut tokens, mut pos, mut seq) = (tokens.to_vec(), pos.to_vec(), 0);

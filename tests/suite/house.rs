@@ -62,8 +62,8 @@ fn only_the_llama_module_names_llama_cpp_or_unsafe() {
         .map(|c| [format!("{c}::"), format!("use {c}"), format!("crate {c}")]);
     let words = crates.as_flattened().iter().map(String::as_str);
     let words: Vec<&str> = words.chain(["unsafe"]).collect();
-    // llama.cpp driven by hand is an oracle of some tests, one of them makes it abort, and one asks the C library
-    // what is allocated.
+    // llama.cpp driven by hand is an oracle of some tests, one of them makes it abort, one asks the C library what is
+    // allocated, and one asks a worker what an operation takes.
     let oracles = [
         "fixture.rs",
         "convert_metadata.rs",
@@ -75,6 +75,7 @@ fn only_the_llama_module_names_llama_cpp_or_unsafe() {
         "kv_twin.rs",
         "midway_calls.rs",
         "refused.rs",
+        "rpc/sizes.rs",
         "soak.rs",
         "taps_limits.rs",
         "taps_oracle.rs",

@@ -3,7 +3,7 @@
 //! whatever the cache's types are, in the deepest layer as in the first.
 //!
 //! The processor rounds a query as it multiplies it: to F16 beside F16 keys, in blocks of eight-bit integers beside
-//! quantized ones. A GPU does so or not, kernel by kernel, so its scores have to be near one of the two.
+//! quantized ones. A GPU does so or not, kernel by kernel, so its scores have to be near one of the ways that there are.
 
 use std::ffi::c_void;
 
@@ -21,17 +21,21 @@ use crate::model::{TEXT, repository};
 use crate::precision;
 use crate::random_llama::{Shape, bloom, llama};
 
-/// Whether a query is rounded as the processor does it, or not at all.
-#[derive(Clone, Copy)]
+/// How a query is multiplied with keys.
+#[derive(Clone, Copy, PartialEq)]
 enum Query {
+    /// Rounded, as by the processor.
     Rounded,
     Exact,
+    /// By CUDA's kernel for a single one (`vec_dot_q4_0_q8_1` in vecdotq.cuh): rounded, but that q4_0's offset of 8 is
+    /// multiplied with the sum of what was not.
+    OffsetApart,
 }
 
 /// What a device may do.
 fn ways() -> &'static [Query] {
     match precision::on_gpu() {
-        true => &[Query::Rounded, Query::Exact],
+        true => &[Query::Rounded, Query::Exact, Query::OffsetApart],
         false => &[Query::Rounded],
     }
 }
@@ -97,6 +101,17 @@ fn quantized(query: &[f32]) -> Vec<f32> {
     query.chunks(32).flat_map(block).collect()
 }
 
+/// For each block of a query, how far its sum is off that of what was rounded, itself rounded to F16.
+fn sums_off(rounded: &[f32], exact: &[f32]) -> Vec<f32> {
+    let blocks = rounded.chunks(32).zip(exact.chunks(32));
+    blocks
+        .map(|(rounded, exact)| {
+            let sum = f16::from_f32(exact.iter().sum()).to_f32();
+            rounded.iter().sum::<f32>() - sum
+        })
+        .collect()
+}
+
 /// What ALiBi multiplies distances with in this head.
 fn slope(max_bias: f32, head: usize, n_head: usize) -> f64 {
     if max_bias == 0.0 {
@@ -142,6 +157,10 @@ unsafe fn weights(t: &sys::ggml_tensor, rows: &[usize], way: Query) -> Rows {
         let at = |t: &sys::ggml_tensor, bytes: &[u8], row: usize, head: usize| {
             bytes.as_ptr().add(row * t.nb[1] + head * t.nb[2])
         };
+        // The scale of a block of q4_0.
+        let scale_of = |row: *const u8, block: usize| {
+            f16::from_bits(row.add(block * 18).cast::<u16>().read_unaligned()).to_f32()
+        };
         let keys: Vec<Vec<Vec<f32>>> = (0..n_head / group)
             .map(|h| {
                 (0..n_kv)
@@ -154,20 +173,31 @@ unsafe fn weights(t: &sys::ggml_tensor, rows: &[usize], way: Query) -> Rows {
             let mut mean = vec![0.0; n_kv];
             for head in 0..n_head {
                 let mut query = values(q.type_, at(q, &all_q, row, head), width);
+                let exact = query.clone();
                 match (way, k.type_) {
                     (Query::Exact, _) | (_, sys::GGML_TYPE_F32) => {}
-                    (Query::Rounded, sys::GGML_TYPE_F16) => query
+                    (_, sys::GGML_TYPE_F16) => query
                         .iter_mut()
                         .for_each(|x| *x = f16::from_f32(*x).to_f32()),
-                    (Query::Rounded, _) => query = quantized(&query),
+                    _ => query = quantized(&query),
                 }
+                let off = match way == Query::OffsetApart && k.type_ == sys::GGML_TYPE_Q4_0 {
+                    true => sums_off(&query, &exact),
+                    false => Vec::new(),
+                };
                 let slope = slope(max_bias, head, n_head);
-                let score = |(key, mask): (&Vec<f32>, &f32)| {
+                let score = |(j, (key, mask)): (usize, (&Vec<f32>, &f32))| {
                     let dot = |(a, b): (&f32, &f32)| f64::from(*a) * f64::from(*b);
                     let sum: f64 = query.iter().zip(key).map(dot).sum();
+                    let row = at(k, &all_k, j, head / group);
+                    let offset = |(b, off): (usize, &f32)| {
+                        8.0 * f64::from(scale_of(row, b)) * f64::from(*off)
+                    };
+                    let sum = sum + off.iter().enumerate().map(offset).sum::<f64>();
                     sum * f64::from(scale) + slope * f64::from(*mask)
                 };
-                let scores: Vec<f64> = keys[head / group].iter().zip(&mask).map(score).collect();
+                let keys = keys[head / group].iter().zip(&mask);
+                let scores: Vec<f64> = keys.enumerate().map(score).collect();
                 let most = scores.iter().copied().fold(f64::MIN, f64::max);
                 let total: f64 = scores.iter().map(|s| (s - most).exp()).sum();
                 for (mean, score) in mean.iter_mut().zip(&scores) {

@@ -17,7 +17,8 @@ fn a_worker_is_asked_for_what_is_read() {
     };
     let wire = Wire::to(&worker);
     let devices = hae::llama::add_workers(std::slice::from_ref(&wire.address)).unwrap();
-    let name = std::ffi::CString::new(devices[0].name.as_str()).unwrap();
+    let there = devices.iter().find(|device| device.is_remote).unwrap();
+    let name = std::ffi::CString::new(there.name.as_str()).unwrap();
     // SAFETY: the device of that name was just registered, and stays. The context holds more tensors than are made,
     // without data, and is freed behind the last use of them.
     unsafe {
