@@ -2,7 +2,7 @@
 //! `tests/golden/masked` knows, and the small one, which the program contains.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
 use hae::attend::Lookup;
@@ -237,6 +237,24 @@ pub fn feed_and_read(
     let mut seen = Observation::default();
     engine.decode(batch, &mut Vec::new(), &mut seen).unwrap();
     seen
+}
+
+/// Whether a cache of this type can be where models go: some of Apple's GPUs write no BF16, and such a cache is refused.
+pub fn takes(kind: CacheType) -> bool {
+    static BF16: LazyLock<bool> = LazyLock::new(|| {
+        let options = ContextOptions {
+            type_k: CacheType::Bf16,
+            type_v: CacheType::Bf16,
+            ..exact(256)
+        };
+        let model = load(converted("f16").0);
+        match LlamaEngine::new(&model, options, &SamplerOptions::GREEDY) {
+            Ok(_) => true,
+            Err(hae::Error::Option { name: "type_k", .. }) => false,
+            Err(e) => panic!("{e}"),
+        }
+    });
+    kind != CacheType::Bf16 || *BF16
 }
 
 pub fn engine(model: &Model, options: ContextOptions) -> LlamaEngine {
