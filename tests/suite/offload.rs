@@ -210,9 +210,9 @@ fn attention_is_read_on_both_sides() {
     }
 }
 
-fn placed(placement: Placement) -> Model {
+fn placed(placement: &Placement) -> Model {
     let options = ModelOptions {
-        placement,
+        placement: placement.clone(),
         ..ModelOptions::default()
     };
     Model::load(&repository(TEXT), &options).unwrap()
@@ -220,7 +220,7 @@ fn placed(placement: Placement) -> Model {
 
 /// A single GPU of this machine, and the ways in which two share a model: layers by halves, unevenly and in another
 /// order, the second alone, and rows, where the backend cuts weights into rows. `None` where there are not two.
-fn shared() -> Option<(Placement, Vec<Placement>)> {
+fn shared() -> Option<(Model, Vec<(Placement, Model)>)> {
     let devices = hae::llama::devices().unwrap();
     let mut gpus = devices.iter().filter(|d| d.is_gpu && !d.is_remote);
     let [first, second] = [gpus.next()?, gpus.next()?].map(|gpu| gpu.name.clone());
@@ -243,7 +243,12 @@ fn shared() -> Option<(Placement, Vec<Placement>)> {
         of(&both, SplitMode::Row, 1, &[1.0, 3.0]),
     ];
     ways.extend(rows.into_iter().filter(|rows| rows.check().is_ok()));
-    Some((of(&[&first], SplitMode::Layer, 0, &[]), ways))
+    let one = placed(&of(&[&first], SplitMode::Layer, 0, &[]));
+    let ways = ways.into_iter().map(|way| {
+        let model = placed(&way);
+        (way, model)
+    });
+    Some((one, ways.collect()))
 }
 
 /// How many devices hold some of the cache.
@@ -258,13 +263,11 @@ fn several_gpus_answer_as_one() {
     let Some((one, ways)) = shared() else {
         return;
     };
-    let one = placed(one);
-    let models: Vec<Model> = ways.iter().cloned().map(placed).collect();
     let contexts = contexts();
     let mut n_evicted = 0;
     for (policy, context) in policies().iter().zip(contexts.iter().cycle()) {
         let (said, _) = chat(&one, context, policy);
-        for (way, model) in ways.iter().zip(&models) {
+        for (way, model) in &ways {
             let (answers, evicted) = chat(model, context, policy);
             assert_eq!(answers, said, "{}: {way:?}", policy.name);
             n_evicted += evicted;
@@ -278,12 +281,10 @@ fn attention_is_read_on_several_gpus() {
     let Some((one, ways)) = shared() else {
         return;
     };
-    let one = placed(one);
-    let models: Vec<Model> = ways.iter().cloned().map(placed).collect();
     for context in observed(one.n_layer()) {
         let (engine, expected) = observe(&one, context.clone());
         assert_eq!(n_holding(&engine), 1);
-        for (way, model) in ways.iter().zip(&models) {
+        for (way, model) in &ways {
             let (engine, seen) = observe(model, context.clone());
             let halved = way.split_mode != SplitMode::None;
             assert_eq!(n_holding(&engine), 1 + usize::from(halved), "{way:?}");
