@@ -31,21 +31,28 @@ fn a_worker_is_asked_for_what_is_read() {
             no_alloc: true,
         });
         let tensor = |kind, n| sys::ggml_new_tensor_4d(context, kind, 64, n, 4, 1);
-        let is_asked = |kind, n_kv| {
+        let attention = |kind, n_kv| {
             let (k, v) = (tensor(kind, n_kv), tensor(kind, n_kv));
             let q = tensor(sys::GGML_TYPE_F32, 8);
             let none = std::ptr::null_mut();
-            let node = sys::ggml_flash_attn_ext(context, q, k, v, none, 0.125, 0.0, 0.0);
+            sys::ggml_flash_attn_ext(context, q, k, v, none, 0.125, 0.0, 0.0)
+        };
+        let is_node_asked = |node| {
             wire.take();
             let size = sys::ggml_backend_buft_get_alloc_size(kind_of_buffer, node);
             assert!(size >= 64 * 8 * 4 * 4, "{size}");
             wire.take()[0] > 0
         };
+        let is_asked = |kind, n_kv| is_node_asked(attention(kind, n_kv));
         assert!(is_asked(sys::GGML_TYPE_F16, 256));
         assert!(!is_asked(sys::GGML_TYPE_F16, 256), "it is known");
         assert!(is_asked(sys::GGML_TYPE_Q8_0, 256), "another type");
         assert!(is_asked(sys::GGML_TYPE_F16, 512), "a longer cache");
         assert!(!is_asked(sys::GGML_TYPE_Q8_0, 256));
+        let with_sinks = attention(sys::GGML_TYPE_F16, 256);
+        let sinks = sys::ggml_new_tensor_1d(context, sys::GGML_TYPE_F32, 4);
+        sys::ggml_flash_attn_ext_add_sinks(with_sinks, sinks);
+        assert!(is_node_asked(with_sinks), "sinks behind no mask");
         sys::ggml_free(context);
     }
 }
