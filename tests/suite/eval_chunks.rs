@@ -9,7 +9,7 @@ use hae::eval::log_probs::Reader;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::bin::{answer, hae, refusal};
+use crate::bin::{answer, hae, on_gpu, refusal};
 use crate::model::{TEXT, engine, exact, load, repository};
 
 const SMALLER: &str = "models/small-phi3v-Q4_K_M.gguf";
@@ -97,6 +97,8 @@ fn perplexity_and_divergence_are_llama_perplexitys() {
         base.display()
     ));
     let (row, expected) = (&all["summary"][0], &golden["c128_q4_k_m"]);
+    // A GPU multiplies the blocks of weights by other kernels, and how much two models differ is small beside each.
+    let of_errors = if on_gpu() { 4.0 } else { 2.0 };
     let check = |key: &str, name: &str, scale: f64, share: f64, least: f64| {
         let expected = numbers(&expected[name]);
         match row[key].is_object() {
@@ -112,7 +114,7 @@ fn perplexity_and_divergence_are_llama_perplexitys() {
                     name,
                     scale * of(row, &format!("{key}.error")),
                     expected[1],
-                    2.0 * share,
+                    of_errors * share,
                     least,
                 );
             }

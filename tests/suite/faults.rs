@@ -244,7 +244,7 @@ fn a_results_file_is_one_runs_at_a_time() {
     let [file, out] = ["q.jsonl", "r.jsonl"].map(|name| dir.path().join(name));
     let line =
         |i| format!("{{\"id\":\"{i}\",\"question\":\"Tell a story, {i}\",\"answer\":\"a\"}}\n");
-    std::fs::write(&file, (0..400).map(line).collect::<String>()).unwrap();
+    std::fs::write(&file, (0..40_000).map(line).collect::<String>()).unwrap();
     let line = format!(
         "eval {} -m {} -t 1 -n 8 --kv-policy full --out {}",
         file.display(),

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::bin::{answer, hae, refusal};
 use crate::fixture::root;
+use crate::precision;
 
 fn model(file: &str, measure: bool) -> Model {
     let options = ModelOptions {
@@ -150,7 +151,12 @@ fn a_budget_takes_less_than_the_full_cache() {
     );
     assert!(whole.image_tokens > 144 && whole.places[0].pictures > 3 * 1344 * 1344);
     let q8 = estimated(CacheType::Q8_0, &full(), &work);
-    assert_eq!(q8.kv.full * 32, whole.kv.full * 17);
+    // Some GPUs read whole blocks behind the last row of a quantized tensor.
+    let more = (q8.kv.full * 32).checked_sub(whole.kv.full * 17).unwrap();
+    match precision::on_gpu() {
+        true => assert!(more * 500 < q8.kv.full * 32, "{more}"),
+        false => assert_eq!(more, 0),
+    }
 
     let options = PolicyOptions {
         kv_budget: Some(Amount::Cells(300)),
@@ -166,10 +172,11 @@ fn a_budget_takes_less_than_the_full_cache() {
     assert!(hae.cells.decoding >= 100 + 200 + hae.image_tokens);
 }
 
+/// In main memory, of which one knows what is free: a margin for a GPU would be one for it too.
 fn planned(args: &[&str]) -> (Option<i32>, Value) {
     let output = hae()
         .arg("plan")
-        .args(["-o", "json"])
+        .args(["-o", "json", "--device", "none"])
         .args(args)
         .output()
         .unwrap();
