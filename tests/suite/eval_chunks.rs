@@ -97,8 +97,9 @@ fn perplexity_and_divergence_are_llama_perplexitys() {
         base.display()
     ));
     let (row, expected) = (&all["summary"][0], &golden["c128_q4_k_m"]);
-    // A GPU multiplies the blocks of weights by other kernels, and how much two models differ is small beside each.
-    let of_errors = if on_gpu() { 4.0 } else { 2.0 };
+    // A GPU multiplies the blocks of weights by other kernels. How much two models differ is small beside each of them, and
+    // the largest differences are those of one token.
+    let (of_errors, of_ends) = if on_gpu() { (4.0, 0.5) } else { (2.0, 0.15) };
     let check = |key: &str, name: &str, scale: f64, share: f64, least: f64| {
         let expected = numbers(&expected[name]);
         match row[key].is_object() {
@@ -136,19 +137,19 @@ fn perplexity_and_divergence_are_llama_perplexitys() {
         0.0,
     );
     check("kl", "Mean KLD", 1.0, 0.1, 0.0);
-    for (key, name) in [
-        ("max", "Maximum"),
-        ("p99_9", "99.9%"),
-        ("p99", "99.0%"),
-        ("p95", "95.0%"),
-        ("p90", "90.0%"),
-        ("median", "Median"),
-        ("p1", "1.0%"),
-        ("min", "Minimum"),
+    for (key, name, share) in [
+        ("max", "Maximum", of_ends),
+        ("p99_9", "99.9%", of_ends),
+        ("p99", "99.0%", of_ends),
+        ("p95", "95.0%", 0.15),
+        ("p90", "90.0%", 0.15),
+        ("median", "Median", 0.15),
+        ("p1", "1.0%", of_ends),
+        ("min", "Minimum", of_ends),
     ] {
         let (kl, dp) = (format!("kl_quantiles.{key}"), format!("dp_quantiles.{key}"));
-        check(&kl, &format!("{name} KLD"), 1.0, 0.15, 1e-5);
-        check(&dp, &format!("{name} Δp"), 100.0, 0.15, 0.3);
+        check(&kl, &format!("{name} KLD"), 1.0, share, 1e-5);
+        check(&dp, &format!("{name} Δp"), 100.0, share, 0.3);
     }
     check("dp", "Mean Δp", 100.0, 0.1, 0.1);
     check("dp_rms", "RMS Δp", 100.0, 0.1, 0.0);

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::{bench, setup, steps, vendor};
 
@@ -16,6 +16,34 @@ pub struct Args {
     /// Tests whose names contain one of these, in the place of those that `cargo xtask bench cuda parity` runs,
     /// but for `two_questions`
     filters: Vec<String>,
+    /// The K-th of N parts of them: every N-th test
+    #[arg(long, value_name = "K/N", value_parser = part)]
+    part: Option<Part>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Part {
+    k: usize,
+    n: usize,
+}
+
+fn part(text: &str) -> Result<Part> {
+    let said = || format!("{text}: not K/N with 1 <= K <= N");
+    let (k, n) = text.split_once('/').with_context(said)?;
+    let [k, n] = [k, n].map(str::parse::<usize>);
+    let part = Part { k: k?, n: n? };
+    ensure!((1..=part.n).contains(&part.k), said());
+    Ok(part)
+}
+
+impl Part {
+    /// What is its own of a list that `--list` of a test program printed. Neighbours, which take as long as each
+    /// other, are in different parts.
+    fn of(self, list: &str) -> Vec<String> {
+        let names = list.lines().filter_map(|line| line.strip_suffix(": test"));
+        let own = names.skip(self.k - 1).step_by(self.n);
+        own.map(str::to_owned).collect()
+    }
 }
 
 /// Where drivers are listed, but for those of `VK_DRIVER_FILES` and its older name.
@@ -50,10 +78,25 @@ pub fn run(root: &Path, wanted: &Args) -> Result<u8> {
         [] => in_hours(bench::tests_on_a_gpu(root)?),
         some => some.to_vec(),
     };
-    let args = arguments(&tests);
     let environment = environment(&driver);
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let status = steps::cargo_with(root, &args, &environment)?;
+    let cargo = |tests: &[String]| {
+        let args = arguments(tests);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        steps::cargo_command(root, &args, &environment)
+    };
+    let tests = match wanted.part {
+        None => tests,
+        Some(part) => {
+            let list = [&tests[..], &["--list".to_owned()]].concat();
+            let mut command = cargo(&list);
+            let output = command.stderr(Stdio::inherit()).output().context("cargo")?;
+            ensure!(output.status.success(), "the tests cannot be listed");
+            let own = part.of(&String::from_utf8(output.stdout)?);
+            ensure!(!own.is_empty(), "no test is in this part");
+            [vec!["--exact".to_owned()], own].concat()
+        }
+    };
+    let status = cargo(&tests).status().context("cargo")?;
     Ok(u8::from(!status.success()))
 }
 
@@ -157,7 +200,7 @@ fn environment(driver: &Path) -> Vec<(String, OsString)> {
 mod tests {
     use std::path::Path;
 
-    use super::{arguments, environment, finds, is_lavapipe, said};
+    use super::{Part, arguments, environment, finds, is_lavapipe, part, said};
     use crate::{bench, root};
 
     #[test]
@@ -187,6 +230,19 @@ mod tests {
             let path = root().join(format!("tests/suite/{file}.rs"));
             let text = std::fs::read_to_string(path).unwrap();
             assert!(text.contains(&format!("fn {test}")), "{name}");
+        }
+    }
+
+    #[test]
+    fn parts_are_all_tests_once() {
+        let list = "a::b: test\na::c: test\nd: benchmark\ne: test\n\n3 tests, 1 benchmark\n";
+        let of = |text: &str| part(text).unwrap().of(list);
+        assert_eq!(of("1/2"), ["a::b", "e"]);
+        assert_eq!(of("2/2"), ["a::c"]);
+        assert_eq!(of("1/1"), ["a::b", "a::c", "e"]);
+        assert_eq!(part("3/4").unwrap(), Part { k: 3, n: 4 });
+        for text in ["", "1", "0/2", "3/2", "1/0", "1/x", "-1/2"] {
+            assert!(part(text).is_err(), "{text}");
         }
     }
 
