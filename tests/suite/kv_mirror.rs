@@ -48,8 +48,10 @@ pub struct Tally {
     pub chosen_by_both: usize,
     /// Logits that had to have the same bits.
     pub exact: usize,
-    /// The largest difference of the others.
+    /// Of the others, how many there were, the largest difference, and how many were farther apart than a GPU's bound.
+    pub compared: usize,
     pub worst: f32,
+    pub beyond: usize,
 }
 
 pub struct Mirrored<'m> {
@@ -143,7 +145,10 @@ impl Mirrored<'_> {
             let bits = |all: &[f32]| all.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
             assert!(bits(ours) == bits(theirs), "{}", max_abs_diff(ours, theirs));
         } else {
-            tally.worst = tally.worst.max(max_abs_diff(ours, theirs));
+            let difference = max_abs_diff(ours, theirs);
+            tally.compared += 1;
+            tally.worst = tally.worst.max(difference);
+            tally.beyond += usize::from(difference >= precision::logits(0.0));
         }
         Ok(())
     }

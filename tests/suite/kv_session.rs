@@ -457,7 +457,14 @@ fn conversations_f32() {
         assert!(n > 0, "nothing {what}");
     }
     assert!(tally.exact > 30, "{}", tally.exact);
-    assert!(tally.worst < precision::logits(1e-4), "{}", tally.worst);
+    // Of thousands of steps the worst may be beyond a GPU's bound: products of many rows are rounded to F16 there, those
+    // of few are not, and the twin's batches are others. A wrong cell would stay, and what it does to each step after it.
+    if precision::on_gpu() {
+        assert!(tally.worst < 0.2, "{tally:?}");
+        assert!(tally.beyond * 500 <= tally.compared, "{tally:?}");
+    } else {
+        assert!(tally.worst < 1e-4, "{tally:?}");
+    }
 }
 
 #[test]

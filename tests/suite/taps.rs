@@ -229,13 +229,15 @@ fn many_rows_over_grouped_heads_agree_with_the_callback() {
                     options.flash_attention = flash;
                     let seen = long_prompt(&mut engine(&model, options), wanted);
                     let error = difference(&seen, &expected);
-                    // A flash attention of F16 values lies below layer 1.
-                    let tolerance = if layers.len() == 1 { 1e-4 } else { 5e-3 };
-                    let tolerance = precision::attention(tolerance);
-                    assert!(
-                        error < tolerance,
-                        "{width} {kinds:?} {layers:?} {stride} {flash:?}: {error}"
-                    );
+                    // A flash attention of F16 values lies below layer 1, whose products a GPU rounds as well.
+                    let tolerance = match (layers, precision::on_gpu()) {
+                        ([0], _) => precision::attention(1e-4),
+                        (_, false) => 5e-3,
+                        (_, true) => 2e-2,
+                    };
+                    let what = format!("{width} {kinds:?} {layers:?} {stride} {flash:?}: {error}");
+                    println!("{what}");
+                    assert!(error < tolerance, "{what}");
                 }
             }
         }

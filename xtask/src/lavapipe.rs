@@ -1,11 +1,19 @@
 //! `cargo xtask lavapipe`: the tests that hold on a GPU, on Vulkan without one. Mesa's lavapipe is a Vulkan driver that
 //! computes on the processor: slowly, but through all that a GPU has, from buffers of its own and copies that are not
 //! waited for to graphs over two backends.
+//!
+//! A device of ggml has one queue, and a process one such device: tests beside each other in a process wait for one
+//! another, longest while shaders are compiled. So each test has a process of its own, and one is run for each core.
+//! What was compiled is shared through Mesa's cache on the disk. A test that ends its process ends no other.
 
 use std::ffi::OsString;
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -19,6 +27,9 @@ pub struct Args {
     /// The K-th of N parts of them: every N-th test
     #[arg(long, value_name = "K/N", value_parser = part)]
     part: Option<Part>,
+    /// Tests at a time [default: one for each core]
+    #[arg(long, value_name = "N")]
+    jobs: Option<NonZeroUsize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,25 +90,70 @@ pub fn run(root: &Path, wanted: &Args) -> Result<u8> {
         some => some.to_vec(),
     };
     let environment = environment(&driver);
-    let cargo = |tests: &[String]| {
-        let args = arguments(tests);
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        steps::cargo_command(root, &args, &environment)
+    let list = arguments(&[&tests[..], &["--list".to_owned()]].concat());
+    let list: Vec<&str> = list.iter().map(String::as_str).collect();
+    let mut command = steps::cargo_command(root, &list, &environment);
+    let output = command.stderr(Stdio::inherit()).output().context("cargo")?;
+    ensure!(output.status.success(), "the tests cannot be listed");
+    let part = wanted.part.unwrap_or(Part { k: 1, n: 1 });
+    let own = part.of(&String::from_utf8(output.stdout)?);
+    ensure!(!own.is_empty(), "no test is among them");
+    let jobs = match wanted.jobs {
+        Some(jobs) => jobs,
+        None => thread::available_parallelism()?,
     };
-    let tests = match wanted.part {
-        None => tests,
-        Some(part) => {
-            let list = [&tests[..], &["--list".to_owned()]].concat();
-            let mut command = cargo(&list);
-            let output = command.stderr(Stdio::inherit()).output().context("cargo")?;
-            ensure!(output.status.success(), "the tests cannot be listed");
-            let own = part.of(&String::from_utf8(output.stdout)?);
-            ensure!(!own.is_empty(), "no test is in this part");
-            [vec!["--exact".to_owned()], own].concat()
+    let start = Instant::now();
+    let failed = each(&own, jobs, |name| {
+        let args = arguments(&["--exact", name].map(str::to_owned));
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        Ok(steps::unprinted(root, &args, &environment).output()?)
+    });
+    println!(
+        "{} passed, {} failed, in {} min",
+        own.len() - failed.len(),
+        failed.len(),
+        start.elapsed().as_secs().div_ceil(60)
+    );
+    failed.iter().for_each(|name| println!("FAILED {name}"));
+    Ok(u8::from(!failed.is_empty()))
+}
+
+/// Runs every test, `jobs` of them at a time, in their order; says of each how it went, and what a failed one printed.
+/// Those that failed.
+fn each<'a>(
+    names: &'a [String],
+    jobs: NonZeroUsize,
+    run: impl Fn(&str) -> Result<Output> + Sync,
+) -> Vec<&'a String> {
+    let next = Mutex::new(names.iter());
+    let failed = Mutex::new(Vec::new());
+    let work = || {
+        loop {
+            let taken = next.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some(name) = taken else { return };
+            let start = Instant::now();
+            let done = run(name);
+            let seconds = start.elapsed().as_secs_f32();
+            // Locked while it is printed, so that one is printed after another.
+            let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+            if done.as_ref().is_ok_and(|done| done.status.success()) {
+                println!("{seconds:7.1} s  ok      {name}");
+                continue;
+            }
+            println!("{seconds:7.1} s  FAILED  {name}");
+            match done {
+                Ok(done) => {
+                    print!("{}", String::from_utf8_lossy(&done.stdout));
+                    print!("{}", String::from_utf8_lossy(&done.stderr));
+                    println!("{}", done.status);
+                }
+                Err(error) => println!("cargo: {error:#}"),
+            }
+            failed.push(name);
         }
     };
-    let status = cargo(&tests).status().context("cargo")?;
-    Ok(u8::from(!status.success()))
+    thread::scope(|scope| (0..jobs.get()).for_each(|_| drop(scope.spawn(work))));
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Hundreds of chats about pictures, for which a processor that plays a GPU takes many hours.
@@ -191,6 +247,8 @@ fn environment(driver: &Path) -> Vec<(String, OsString)> {
         ("GGML_VK_VISIBLE_DEVICES", OsString::from("0")),
         // The suite makes sure that it runs on it (`offload`).
         ("HAE_TEST_DEVICE", OsString::from("llvmpipe")),
+        // The other cores have tests of their own.
+        ("LP_NUM_THREADS", OsString::from("1")),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into()
@@ -198,9 +256,12 @@ fn environment(driver: &Path) -> Vec<(String, OsString)> {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroUsize;
     use std::path::Path;
+    use std::process::Command;
+    use std::sync::Mutex;
 
-    use super::{Part, arguments, environment, finds, is_lavapipe, part, said};
+    use super::{Part, arguments, each, environment, finds, is_lavapipe, part, said};
     use crate::{bench, root};
 
     #[test]
@@ -243,6 +304,26 @@ mod tests {
         assert_eq!(part("3/4").unwrap(), Part { k: 3, n: 4 });
         for text in ["", "1", "0/2", "3/2", "1/0", "1/x", "-1/2"] {
             assert!(part(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn every_test_is_run_once_and_those_that_fail_are_named() {
+        let names = ["true", "false", "no such program", "true"].map(str::to_owned);
+        for jobs in [1, 3, 9] {
+            let ran = Mutex::new(Vec::new());
+            let failed = each(&names, NonZeroUsize::new(jobs).unwrap(), |name| {
+                ran.lock().unwrap().push(name.to_owned());
+                Ok(Command::new(name).output()?)
+            });
+            let mut ran = ran.into_inner().unwrap();
+            ran.sort();
+            let mut all = names.to_vec();
+            all.sort();
+            assert_eq!(ran, all);
+            let mut failed: Vec<String> = failed.into_iter().cloned().collect();
+            failed.sort();
+            assert_eq!(failed, ["false", "no such program"]);
         }
     }
 

@@ -194,6 +194,11 @@ pub fn cargo_command(root: &Path, args: &[&str], variables: &[(String, OsString)
         eprintln!("$ export {name}='{}'", value.to_string_lossy());
     }
     eprintln!("$ cargo {}", args.join(" "));
+    unprinted(root, args, variables)
+}
+
+/// Such a command, which is one of many.
+pub fn unprinted(root: &Path, args: &[&str], variables: &[(String, OsString)]) -> Command {
     let mut command = Command::new(pin::cargo());
     command.args(args).current_dir(root);
     // Cargo describes this program to itself through its environment; the commands below must
