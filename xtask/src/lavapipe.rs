@@ -120,11 +120,11 @@ pub fn run(root: &Path, wanted: &Args) -> Result<u8> {
 
 /// Runs every test, `jobs` of them at a time, in their order; says of each how it went, and what a failed one printed.
 /// Those that failed.
-fn each<'a>(
-    names: &'a [String],
+fn each(
+    names: &[String],
     jobs: NonZeroUsize,
     run: impl Fn(&str) -> Result<Output> + Sync,
-) -> Vec<&'a String> {
+) -> Vec<&String> {
     let next = Mutex::new(names.iter());
     let failed = Mutex::new(Vec::new());
     let work = || {
