@@ -33,9 +33,9 @@ pub struct Placement {
     pub devices: Option<Vec<String>>,
     /// How they share it.
     pub split_mode: SplitMode,
-    /// Which of them has all of it, with [`SplitMode::None`], or small tensors, with [`SplitMode::Row`]; below 0: none.
+    /// Which of them has all of it, with [`SplitMode::None`]; below 0: none.
     pub main_gpu: i32,
-    /// What share each of them gets (`-ts`); empty or all zeros: by their free memory.
+    /// What share each of them gets (`-ts`), one for each; empty or all zeros: by their free memory.
     pub tensor_split: Vec<f32>,
     /// Tensors that go elsewhere (`-ot`). The first pattern that fits a tensor's name counts.
     pub overrides: Vec<Override>,
@@ -66,7 +66,7 @@ impl Placement {
     /// Whether a model can be spread so on this machine. Nothing is loaded.
     ///
     /// # Errors
-    /// [`Error::Option`] naming the flag: a device or buffer type that is not there, more shares than devices, a main
+    /// [`Error::Option`] naming the flag: a device or buffer type that is not there, more or fewer shares than devices, a main
     /// device that is none, [`SplitMode::Tensor`], and [`SplitMode::Row`] on a device that cannot.
     pub fn check(&self) -> Result<()> {
         self.pointed().map(drop)
@@ -150,7 +150,8 @@ impl Placement {
             return refused("main_gpu", format!("no device {n}, expected 0 to {last}"));
         }
         let (shares, n) = (&self.tensor_split, taken.len());
-        if shares.len() > n {
+        // llama.cpp takes fewer, and leaves the last devices empty without a word.
+        if !shares.is_empty() && shares.len() != n {
             let reason = format!("{} shares for {n} devices", shares.len());
             return refused("tensor_split", reason);
         }

@@ -1,6 +1,6 @@
 //! `cargo xtask clang`: a second compiler reads the C and C++ that `patches/` add or change.
 //!
-//! Nothing is built. Warnings count where they are ours: anywhere in a file that a patch adds, in
+//! Nothing is built, and Vulkan's backend, which needs what a build makes, is left out. Warnings count where they are ours: anywhere in a file that a patch adds, in
 //! other files on lines that a patch added. Errors count everywhere. With `--target` clang reads the
 //! same lines as for another machine: those for ARM's vectors, which Apple's processors have, are else
 //! seen by nobody on a PC.
@@ -106,9 +106,10 @@ fn read(text: &str, changes: &mut BTreeMap<String, Change>) {
     }
 }
 
-/// CUDA's sources take CUDA's compiler; headers are read where they are included.
+/// CUDA's sources take CUDA's compiler, and Vulkan's a header of all shaders, which only a build makes. Other headers are
+/// read where they are included.
 fn is_source(name: &str) -> bool {
-    name.ends_with(".c") || name.ends_with(".cpp")
+    (name.ends_with(".c") || name.ends_with(".cpp")) && !name.starts_with("ggml/src/ggml-vulkan/")
 }
 
 /// What clang says of a file.
@@ -200,6 +201,13 @@ Title
 @@ -0,0 +1 @@
 +int all;
 ";
+
+    #[test]
+    fn what_needs_no_build_is_read() {
+        assert!(is_source("src/llama-kv-cache.cpp") && is_source("ggml/src/ggml-cpu/quants.c"));
+        assert!(!is_source("ggml/src/ggml-cuda/fattn.cu") && !is_source("src/llama-graph.h"));
+        assert!(!is_source("ggml/src/ggml-vulkan/ggml-vulkan.cpp"));
+    }
 
     #[test]
     fn only_our_lines_and_errors_count() {

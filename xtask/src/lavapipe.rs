@@ -102,12 +102,18 @@ pub fn run(root: &Path, wanted: &Args) -> Result<u8> {
         Some(jobs) => jobs,
         None => thread::available_parallelism()?,
     };
-    let start = Instant::now();
-    let failed = each(&own, jobs, |name| {
+    let test = |name: &str| -> Result<Output> {
         let args = arguments(&["--exact", name].map(str::to_owned));
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        Ok(steps::unprinted(root, &args, &environment).output()?)
-    });
+        let output = steps::unprinted(root, &args, &environment).output();
+        output.context("cargo")
+    };
+    // The others would pass on the processor as well.
+    let said = test(IS_THERE)?;
+    let said = (said.status, String::from_utf8_lossy(&said.stdout));
+    ensure!(said.0.success(), "ggml does not see lavapipe: {}", said.1);
+    let start = Instant::now();
+    let failed = each(&own, jobs, test);
     println!(
         "{} passed, {} failed, in {} min",
         own.len() - failed.len(),
@@ -131,6 +137,8 @@ fn each(
         loop {
             let taken = next.lock().unwrap_or_else(PoisonError::into_inner).next();
             let Some(name) = taken else { return };
+            // If something ends all of them, these are the ones that took too long.
+            println!("{:>9}  starts  {name}", "");
             let start = Instant::now();
             let done = run(name);
             let seconds = start.elapsed().as_secs_f32();
@@ -147,7 +155,7 @@ fn each(
                     print!("{}", String::from_utf8_lossy(&done.stderr));
                     println!("{}", done.status);
                 }
-                Err(error) => println!("cargo: {error:#}"),
+                Err(error) => println!("{error:#}"),
             }
             failed.push(name);
         }
@@ -155,6 +163,9 @@ fn each(
     thread::scope(|scope| (0..jobs.get()).for_each(|_| drop(scope.spawn(work))));
     failed.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Whether the device is the one that the environment names.
+const IS_THERE: &str = "offload::the_device_that_was_asked_for_is_there";
 
 /// Hundreds of chats about pictures, for which a processor that plays a GPU takes many hours.
 const LEFT_OUT: &str = "two_questions::";
@@ -284,9 +295,10 @@ mod tests {
         let args = arguments(&tests);
         let at = args.iter().position(|arg| arg == "--").unwrap();
         assert_eq!(args[at + 1..], tests);
-        // What is skipped is a test that is there.
+        // What is skipped, and what is asked first, is a test that is there.
         let skipped = tests.windows(2).filter(|pair| pair[0] == "--skip");
-        for name in skipped.map(|pair| &pair[1]) {
+        let named = skipped.map(|pair| pair[1].as_str());
+        for name in named.chain([super::IS_THERE]) {
             let (file, test) = name.split_once("::").unwrap();
             let path = root().join(format!("tests/suite/{file}.rs"));
             let text = std::fs::read_to_string(path).unwrap();

@@ -37,7 +37,7 @@ pub struct DeviceArgs {
     /// every weight, where a backend can.
     #[arg(long, alias = "sm", value_parser = named::<SplitMode>(), hide_possible_values = true, default_value = "layer", value_name = "MODE", hide_short_help = true)]
     split_mode: SplitMode,
-    /// -mg: the device that has it all, with -sm none, or small tensors, with -sm row
+    /// -mg: the device that has it all, with -sm none
     #[arg(
         long,
         alias = "mg",

@@ -97,14 +97,15 @@ fn workers_that_are_none() {
 
 #[test]
 fn places_that_are_none() {
-    let worker = Worker::start();
+    let [worker, other] = [(); 2].map(|()| Worker::start());
     // This machine may have devices of its own.
     let there = ["-dev", "RPC0"];
-    let rpc = ["--rpc", &worker.address];
+    let both = format!("{},{}", worker.address, other.address);
+    let rpc = ["--rpc", &both];
     for (args, expected) in [
         (
-            &["-dev", "RPC1"][..],
-            "--device: no device \"RPC1\", expected some of ",
+            &["-dev", "RPC2"][..],
+            "--device: no device \"RPC2\", expected some of ",
         ),
         (&["-dev", "CPU"], "--device: no device \"CPU\""),
         (&["-dev", "RPC0,"], "--device: \"RPC0,\", expected names"),
@@ -112,7 +113,14 @@ fn places_that_are_none() {
             &[&there[..], &["-ts", "1,1"]].concat(),
             "--tensor-split: 2 shares for 1 devices",
         ),
-        (&["-ts", "-1"], "--tensor-split: a share of -1"),
+        (
+            &["-dev", "RPC0,RPC1", "-ts", "1"],
+            "--tensor-split: 1 shares for 2 devices",
+        ),
+        (
+            &[&there[..], &["-ts", "-1"]].concat(),
+            "--tensor-split: a share of -1",
+        ),
         (
             &["-ts", "much"],
             "--tensor-split: \"much\", expected numbers",
