@@ -43,7 +43,7 @@ pub fn join_workers() {
 }
 
 /// A worker that ends with the test.
-struct Worker {
+pub struct Worker {
     child: Child,
     address: String,
 }
@@ -80,7 +80,7 @@ impl Worker {
         panic!("no worker starts");
     }
 
-    fn two() -> [Worker; 2] {
+    pub fn two() -> [Worker; 2] {
         [Worker::start(), Worker::start()]
     }
 }
@@ -97,13 +97,13 @@ fn free_port() -> u16 {
     listener.local_addr().unwrap().port()
 }
 
-fn list(workers: &[Worker]) -> String {
+pub fn list(workers: &[Worker]) -> String {
     let all: Vec<&str> = workers.iter().map(|worker| &*worker.address).collect();
     all.join(",")
 }
 
 /// The flags that put one half of the layers on each of two workers.
-fn halves(rpc: &str) -> [&str; 6] {
+pub fn halves(rpc: &str) -> [&str; 6] {
     ["--rpc", rpc, "-ngl", "99", "-ts", "1,1"]
 }
 

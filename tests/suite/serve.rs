@@ -95,6 +95,28 @@ fn shows_the_demo(question: &str) -> Value {
     })
 }
 
+/// Layers and their cache lie on two workers (`--rpc`).
+#[cfg(feature = "rpc")]
+#[test]
+fn workers_that_have_its_layers_change_no_answer() {
+    let workers = crate::rpc::Worker::two();
+    let rpc = crate::rpc::list(&workers);
+    let policy = ["--kv-policy", "hae", "--kv-budget", "0.5"];
+    let answers = |there: &[&str]| {
+        let server = Server::start(&[&policy[..], there].concat());
+        let question = shows_the_demo("Where is the red triangle?");
+        // The second goes on from what is left of the first.
+        [(); 2].map(|()| {
+            let answer = server.post(CHAT, &question);
+            let text = answer["choices"][0]["message"]["content"].clone();
+            (text, answer["hae"]["cells"].clone())
+        })
+    };
+    let there = answers(&crate::rpc::halves(&rpc));
+    assert!(there[0].1["evicted"]["vision"].as_u64().unwrap() > 0);
+    assert_eq!(there, answers(&["--device", "none"]));
+}
+
 #[test]
 fn a_picture_is_asked_about_whole_and_in_pieces() {
     let server = Server::start(&[]);
