@@ -109,9 +109,9 @@ pub fn run(root: &Path, wanted: &Args) -> Result<u8> {
         output.context("cargo")
     };
     // The others would pass on the processor as well.
-    let said = test(IS_THERE)?;
-    let said = (said.status, String::from_utf8_lossy(&said.stdout));
-    ensure!(said.0.success(), "ggml does not see lavapipe: {}", said.1);
+    let asked = test(IS_THERE)?;
+    let said = String::from_utf8_lossy(&asked.stdout);
+    ensure!(asked.status.success(), "ggml does not see lavapipe: {said}");
     let start = Instant::now();
     let failed = each(&own, jobs, test);
     println!(

@@ -97,7 +97,7 @@ fn workers_that_are_none() {
 
 #[test]
 fn places_that_are_none() {
-    let [worker, other] = [(); 2].map(|()| Worker::start());
+    let [worker, other] = Worker::two();
     // This machine may have devices of its own.
     let there = ["-dev", "RPC0"];
     let both = format!("{},{}", worker.address, other.address);
