@@ -1,9 +1,10 @@
 //! `cargo xtask clang`: a second compiler reads the C and C++ that `patches/` add or change.
 //!
 //! Nothing is built, and Vulkan's backend, which needs what a build makes, is left out. Warnings
-//! count where they are ours: anywhere in a file that a patch adds, in other files on lines that a patch added. Errors count everywhere. With `--target` clang reads the
-//! same lines as for another machine: those for ARM's vectors, which Apple's processors have, are else
-//! seen by nobody on a PC.
+//! count where they are ours: anywhere in a file that a patch adds, in other files on
+//! lines that a patch added. Errors count everywhere. With `--target` clang reads the same lines as
+//! for another machine: those for ARM's vectors, which Apple's processors have, are else seen by
+//! nobody on a PC.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
